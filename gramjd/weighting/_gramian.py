@@ -1,0 +1,127 @@
+"""What every weighting does to its input: check it, flatten it, compute in float64, shape back.
+
+A Gramian of objectives of shape ``S`` has shape ``[*S, *reversed(S)]``, an even number of
+dimensions. With one leading batch dimension that number is odd, so the shape alone says which it
+is. Further batch dimensions are ``torch.vmap``'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Check(torch.autograd.Function):
+    """Raises on a bad Gramian; a Function, so that under ``vmap`` it sees the actual values."""
+
+    @staticmethod
+    def forward(matrix: Tensor) -> Tensor:
+        tolerance = rounding(matrix.dtype)
+        largest = matrix.abs().amax((-2, -1))
+        asymmetry = (matrix - matrix.mT).abs().amax((-2, -1))
+        fine = (asymmetry <= tolerance * largest) & (largest < torch.inf)
+        fine = fine & (matrix.diagonal(dim1=-2, dim2=-1).amin(-1) >= -tolerance * largest)
+        if not bool(fine.all()):
+            _explain(matrix, tolerance)
+        return fine
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, matrix: Tensor) -> tuple[Tensor, int]:
+        return _Check.apply(matrix.movedim(in_dims[0], 0)), 0
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> None:
+        return None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        return None
+
+
+def _explain(matrix: Tensor, tolerance: float) -> None:
+    """Raise the error that says what is wrong with a Gramian."""
+    bad = int((~torch.isfinite(matrix)).sum())
+    if bad:
+        raise ValueError(
+            f"The Gramian has {bad} entries that are NaN or infinite. Look for a loss or gradient "
+            "that overflowed; float32 Gramians overflow for gradient norms above about 1e19."
+        )
+    largest = matrix.abs().amax((-2, -1), keepdim=True)
+    asymmetry = float(((matrix - matrix.mT).abs() / largest).nan_to_num().max())
+    if asymmetry > tolerance:
+        raise ValueError(
+            f"The Gramian is not symmetric: entries differ from their mirror images by up to "
+            f"{asymmetry:.1e} of its largest entry, more than rounding in {matrix.dtype} explains "
+            f"({tolerance:.1e}). Pass J @ J.T, flattened as [*shape, *reversed(shape)]."
+        )
+    raise ValueError(
+        f"The Gramian has a negative diagonal entry, {float(matrix.diagonal(dim1=-2, dim2=-1).min()):.3e}: "
+        "squared gradient norms cannot be negative. Pass J @ J.T."
+    )
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Relative size of what the computation of a Gramian in ``dtype`` can leave as rounding."""
+    return float(torch.finfo(dtype).eps) ** 0.5
+
+
+def prepare(gramian: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Check a Gramian; return it as symmetric float64 ``[..., m, m]`` and the way back.
+
+    The way back turns weights ``[..., m]`` into the objectives' shape and the input's dtype.
+
+    Raises:
+        TypeError: it is not a floating-point tensor.
+        ValueError: its shape is no Gramian's, or it has NaN, infinity, asymmetry beyond rounding or
+            a negative diagonal entry.
+    """
+    if not isinstance(gramian, Tensor) or not gramian.is_floating_point():
+        got = gramian.dtype if isinstance(gramian, Tensor) else type(gramian).__name__
+        raise TypeError(f"A Gramian is a real floating-point tensor; got {got}.")
+    batch, half = gramian.ndim % 2, gramian.ndim // 2
+    lead, shape = gramian.shape[:batch], gramian.shape[batch : batch + half]
+    if gramian.shape[batch + half :] != shape[::-1] or 0 in gramian.shape:
+        raise ValueError(
+            "A Gramian has shape [*shape, *reversed(shape)], with at most one leading batch "
+            f"dimension and no empty one; got {list(gramian.shape)}. Use torch.vmap for more."
+        )
+    if half > 1:
+        order = [*range(batch + half), *reversed(range(batch + half, gramian.ndim))]
+        gramian = gramian.permute(order)
+    matrix = gramian.reshape((*lead, prod(shape), prod(shape)))
+    _Check.apply(matrix.detach())
+    dtype = gramian.dtype
+
+    def restore(weights: Tensor) -> Tensor:
+        return weights.reshape((*lead, *shape)).to(dtype)
+
+    matrix = matrix.to(torch.float64)
+    return (matrix + matrix.mT) / 2, restore
+
+
+def flat_preference(preference: Tensor | None, matrix: Tensor, like: Tensor) -> Tensor:
+    """A preference shaped like the objectives as float64 ``[..., m]``; ``1 / m`` each by default.
+
+    Raises:
+        ValueError: its shape is not the objectives', or it has NaN or infinity.
+    """
+    size = matrix.shape[-1]
+    if preference is None:
+        return matrix.new_full((size,), 1 / size)
+    batch, half = like.ndim % 2, like.ndim // 2
+    shape = like.shape[batch : batch + half]
+    if preference.shape not in (shape, like.shape[: batch + half]):
+        raise ValueError(
+            f"The preference must have the objectives' shape {list(shape)}; got "
+            f"{list(preference.shape)}."
+        )
+    flat = preference.to(device=matrix.device, dtype=torch.float64)
+    return flat.reshape((*preference.shape[: preference.ndim - half], size))
