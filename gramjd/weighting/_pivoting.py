@@ -1,37 +1,66 @@
-"""Stage-1 exact solver: block principal pivoting with masked Cholesky factorizations."""
+"""Block principal pivoting, with an exact solve of every face: small problems and hard leftovers.
+
+Kim and Park (2011), "Fast nonnegative matrix factorization: an active-set-like method and
+comparisons", SIAM J. Sci. Comput. 33(6), Algorithm 2. All rows, each a problem of its own, take
+their steps together.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+GRACE = 3  # full exchanges allowed without progress, before single pivots, which cannot cycle
+CHUNK = 2**22  # matrix entries factorized at once
 
-def pivot(hessian: Tensor, linear: Tensor) -> tuple[Tensor, Tensor]:
-    """Minimize ``x'Hx / 2 + q'x`` over ``x >= 0``; rows ``[R, m, m]`` and ``[R, m]``; also the free set."""
+
+def pivot_rows(hessian: Tensor, linear: Tensor, free: Tensor | None = None) -> Tensor:
+    """Minimize ``x'Hx / 2 + q'x`` over ``x >= 0``, for each row of ``q [R, m]`` and ``H [R, m, m]``.
+
+    ``free`` is a first guess of the positive entries. The rows of the result may be unconverged:
+    the caller checks.
+    """
     rows, size = linear.shape
-    free = linear < 0
+    chunk = max(1, CHUNK // size**2)
+    if rows > chunk:
+        guesses = [None] * rows if free is None else free.split(chunk)
+        parts = zip(hessian.split(chunk), linear.split(chunk), guesses)
+        return torch.cat([pivot_rows(*part) for part in parts])
+    free = linear < 0 if free is None else free
     best = linear.new_full((rows,), size + 1, dtype=torch.long)
-    grace = torch.full_like(best, 3)
-    order = torch.arange(size, device=linear.device)
-    for _ in range(50 + 10 * size):
-        x, slack = _face(hessian, linear, free)
-        wrong = torch.where(free, x < -1e-12, slack < -1e-12)
-        count = wrong.sum(-1)
-        if not bool(count.any()):
-            return x.clamp(min=0), free
-        better = count < best
-        full = better | (grace > 0)
-        grace = torch.where(better, 3, torch.where(full, grace - 1, grace))
-        best = torch.minimum(best, count)
-        last = torch.where(wrong, order, -1).amax(-1, keepdim=True)
-        free = free ^ (wrong & (full[:, None] | (order == last)))
-    raise RuntimeError("The quadratic program did not converge; the Gramian may not be positive semi-definite.")
+    grace = torch.full_like(best, GRACE)
+    for _ in range(50 + 5 * size):
+        x, slack = _minimize_face(hessian, linear, free)
+        tolerance = 1e-13 * (1 + x.abs().amax(-1, keepdim=True))
+        wrong = torch.where(free, x, slack) < -tolerance
+        if not bool(wrong.any()):
+            break
+        free, best, grace = exchange(free, wrong, best, grace)
+    return x.clamp(min=0)
 
 
-def _face(hessian: Tensor, linear: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
-    """The minimizer on the face of the free variables, and the gradient there."""
+def exchange(
+    free: Tensor, wrong: Tensor, best: Tensor, grace: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Exchange all wrong entries while their count shrinks or grace lasts, else only the last."""
+    count = wrong.sum(-1)
+    better = count < best
+    full = better | (grace > 0)
+    grace = torch.where(better, GRACE, torch.where(full, grace - 1, grace))
+    order = torch.arange(wrong.shape[-1], device=wrong.device)
+    last = order == torch.where(wrong, order, -1).amax(-1, keepdim=True)
+    return free ^ (wrong & (full.unsqueeze(-1) | last)), torch.minimum(best, count), grace
+
+
+def _minimize_face(hessian: Tensor, linear: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
+    """The minimizer with the other entries at zero, and the gradient there."""
+    x = -solve_face(hessian, linear, free)
+    return x, (hessian @ x.unsqueeze(-1)).squeeze(-1) + linear
+
+
+def solve_face(hessian: Tensor, target: Tensor, free: Tensor) -> Tensor:
+    """``x`` with ``(Hx)[free] = target[free]``, and zero elsewhere; ``[R, m, m]``, ``[R, m]``."""
     mask = free.to(hessian.dtype)
-    matrix = hessian * mask.unsqueeze(-1) * mask.unsqueeze(-2) + torch.diag_embed(1 - mask)
+    matrix = hessian * (mask.unsqueeze(-1) * mask.unsqueeze(-2)) + torch.diag_embed(1 - mask)
     factor, _ = torch.linalg.cholesky_ex(matrix)
-    x = torch.cholesky_solve(-(linear * mask).unsqueeze(-1), factor).squeeze(-1)
-    return x, torch.einsum("rij,rj->ri", hessian, x) + linear
+    return torch.cholesky_solve((target * mask).unsqueeze(-1), factor).squeeze(-1)

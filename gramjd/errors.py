@@ -1,0 +1,27 @@
+"""The exceptions that gramjd raises by name, and the warning for its slowest path."""
+
+from __future__ import annotations
+
+
+class GramjdError(RuntimeError):
+    """Base class of the errors that gramjd raises about a computation."""
+
+
+class NoGraphError(GramjdError):
+    """The output has no autograd graph, or its graph has already been freed."""
+
+
+class NotCoveredError(GramjdError):
+    """No registered parameter takes part in the output."""
+
+
+class NotSeparableError(GramjdError):
+    """With a ``batch_dim``, an objective depends on more than its own sample."""
+
+
+class CheckFailedError(GramjdError):
+    """A Gramian could not be proved equal to autograd's own gradients."""
+
+
+class SlowPathWarning(UserWarning):
+    """Some parameters were differentiated one row at a time: exact, but slow."""

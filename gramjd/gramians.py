@@ -1,0 +1,56 @@
+"""Shape algebra of generalized Gramians.
+
+An output of shape ``[m1, m2]`` has a Gramian of shape ``[m1, m2, m2, m1]``: the second half mirrors
+the first. Inside the library rows are ordered ``(k, b)``: objective of a sample, then sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from torch import Tensor
+
+
+def mirror(matrix: Tensor, left: Sequence[int], right: Sequence[int]) -> Tensor:
+    """``[prod(left), prod(right)]`` → ``[*left, *reversed(right)]``."""
+    unflat = matrix.reshape(*left, *right)
+    first = len(left)
+    order = [*range(first), *reversed(range(first, first + len(right)))]
+    return unflat.permute(order)
+
+
+def flatten(gramian: Tensor) -> Tensor:
+    """``[*shape, *reversed(shape)]`` → ``[m, m]``, rows in the order of ``output.flatten()``."""
+    half = gramian.ndim // 2
+    shape = gramian.shape[:half]
+    if gramian.ndim % 2 or gramian.shape[half:] != shape[::-1]:
+        raise ValueError(
+            f"A generalized Gramian has shape [*shape, *reversed(shape)]; got {list(gramian.shape)}."
+        )
+    order = [*range(half), *reversed(range(half, 2 * half))]
+    size = prod(shape)
+    return gramian.permute(order).reshape(size, size)
+
+
+def symmetrize(matrix: Tensor) -> Tensor:
+    """The exactly symmetric mean of a square matrix and its transpose (equal but for rounding)."""
+    return (matrix + matrix.mT) / 2
+
+
+def rows_first(tensor: Tensor, batch_dim: int | None) -> Tensor:
+    """A tensor shaped like the output → ``[K, B]``; ``B = 1`` without a batch dimension."""
+    if batch_dim is None:
+        return tensor.reshape(-1, 1)
+    size = tensor.shape[batch_dim]
+    return tensor.movedim(batch_dim, -1).reshape(-1, size)
+
+
+def from_rows(rows: Tensor, shape: Sequence[int], batch_dim: int | None) -> Tensor:
+    """Inverse of :func:`rows_first` for the first two dimensions: ``[K, B, ...]`` → ``[*shape, ...]``."""
+    rest = rows.shape[2:]
+    if batch_dim is None:
+        return rows.reshape(*shape, *rest)
+    batch_dim %= len(shape)
+    others = [size for dim, size in enumerate(shape) if dim != batch_dim]
+    return rows.reshape(*others, shape[batch_dim], *rest).movedim(len(others), batch_dim)

@@ -1,0 +1,51 @@
+"""Nested containers of tensors. The only module that imports optree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import optree
+from torch import Tensor
+
+PyTree = Any
+PyTreeSpec = optree.PyTreeSpec
+
+
+def flatten(tree: PyTree) -> tuple[list[Any], PyTreeSpec]:
+    """Leaves of ``tree`` and its structure; ``None`` counts as a leaf, so that no position moves."""
+    return optree.tree_flatten(tree, none_is_leaf=True)
+
+
+def unflatten(spec: PyTreeSpec, leaves: list[Any]) -> PyTree:
+    """The tree of structure ``spec`` with these ``leaves``."""
+    return optree.tree_unflatten(spec, leaves)
+
+
+def leaves(tree: PyTree) -> list[Any]:
+    """Leaves of ``tree``, from left to right."""
+    return optree.tree_leaves(tree, none_is_leaf=True)
+
+
+def map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:  # noqa: A001
+    """``tree`` with ``fn`` applied to its leaves (and to those of ``rest`` beside them)."""
+    return optree.tree_map(fn, tree, *rest, none_is_leaf=True)
+
+
+def paths(tree: PyTree) -> list[str]:
+    """A readable name for every leaf: the keys that lead to it, joined by dots."""
+    return [".".join(str(key) for key in path) for path in optree.tree_paths(tree, none_is_leaf=True)]
+
+
+def tensor_leaves(tree: PyTree, what: str) -> tuple[list[Tensor], PyTreeSpec]:
+    """Leaves and structure of a tree that may hold tensors only; ``what`` names it in the error."""
+    found, spec = flatten(tree)
+    for path, leaf in zip(paths(tree), found, strict=True):
+        if not isinstance(leaf, Tensor):
+            where = f" at {path!r}" if path else ""
+            raise TypeError(
+                f"{what} must be a tensor or a PyTree of tensors, but{where} there is a "
+                f"{type(leaf).__name__}. Return such values through has_aux=True, or register the "
+                "container with optree.register_pytree_node(..., namespace='') if it holds tensors."
+            )
+    return found, spec

@@ -1,0 +1,7 @@
+"""Op rules: for an op with a parameter as one argument, the structured block of that argument."""
+
+from gramjd.rules import conv, elementwise, embedding, linear, norm  # noqa: F401  (they register)
+from gramjd.rules.fallback import dense_rows, tensors_of
+from gramjd.rules.registry import Call, register_rule, registered
+
+__all__ = ["Call", "dense_rows", "register_rule", "registered", "tensors_of"]

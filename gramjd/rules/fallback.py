@@ -1,0 +1,51 @@
+"""The block of an op without a rule: ``Dense``, by ``vmap(vjp)`` over samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramjd import pytree
+from gramjd.blocks import Dense
+from gramjd.rules.registry import Call
+
+
+def dense_rows(call: Call, index: int, canonical: Sequence[Any], cs: Sequence[Tensor | None]) -> Dense:
+    """Rows of one argument of an op, which is a pure function of it for each sample.
+
+    Args:
+        call: the op; its arguments' values are not read, only their structure.
+        index: which leaf of the arguments' tree the rows are of.
+        canonical: leaves of the arguments: ``[B, ...]`` for tensors, the leaf ``index`` without B.
+        cs: cotangents ``[K, B, ...]`` of the tensors that the op returns (``None``: not used).
+    """
+    _, spec = pytree.flatten(call.values)
+    batched = [i for i, x in enumerate(canonical) if isinstance(x, Tensor) and i != index]
+    used = [i for i, c in enumerate(cs) if c is not None]
+
+    def row(cot: list[Tensor], args: list[Tensor]) -> Tensor:
+        leaves = list(canonical)
+        for i, value in zip(batched, args, strict=True):
+            leaves[i] = value
+
+        def op(slot: Tensor) -> list[Tensor]:
+            leaves[index] = slot
+            outs = tensors_of(call(pytree.unflatten(spec, leaves)))
+            return [outs[i] for i in used]
+
+        return torch.func.vjp(op, canonical[index])[1](cot)[0]
+
+    cot = [c for c in cs if c is not None]
+    per_sample = torch.vmap(row, in_dims=(0, 0))
+    per_row = torch.vmap(per_sample, in_dims=(0, None))
+    return Dense(per_row(cot, [canonical[i] for i in batched]))
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors that an op returns."""
+    if isinstance(output, Tensor):
+        return [output]
+    return [leaf for leaf in pytree.leaves(output) if isinstance(leaf, Tensor)]

@@ -1,0 +1,130 @@
+"""The registry of op rules: given an op's arguments and cotangents, the block of one argument."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from gramjd.blocks import Block
+
+Op = Callable[..., Any]
+Rule = Callable[..., Block]
+R = TypeVar("R", bound=Rule)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The rule of one argument of an op."""
+
+    rule: Rule
+    needs: frozenset[str]  # arguments whose values the rule reads, besides its own
+    align: str  # "left" or "right": which dimensions of an argument meet those of the output
+    when: Callable[[Mapping[Any, Any]], bool] | None  # does the rule cover a call's arguments?
+
+
+@dataclass
+class OpRules:
+    """All rules of one op, and the names of its arguments in order."""
+
+    names: tuple[str, ...]
+    entries: dict[str, Entry] = field(default_factory=dict)
+
+
+_RULES: dict[Op, OpRules] = {}
+
+
+def register_rule(
+    *ops: Op,
+    wrt: str,
+    needs: Iterable[str] = (),
+    align: str = "left",
+    when: Callable[[Mapping[Any, Any]], bool] | None = None,
+) -> Callable[[R], R]:
+    """Decorator: register the rule of one argument of an op (and of its aliases).
+
+    The rule is a function ``rule(c, *arguments) -> Block`` with the op's own argument names. All
+    tensors are canonical: ``c [K, B, *output]`` are the cotangents of the op's output, and an
+    argument named in ``needs`` is ``[B, *argument]``, as ``B`` calls of the op would have received
+    it, sample by sample. The argument ``wrt`` itself arrives as it is, without ``B``. Tensors that
+    are not in ``needs`` arrive as ``None`` and are not kept alive between forward and backward.
+
+    Args:
+        ops: the op, as ``torch.overrides`` reports it (``F.linear``, ``torch.Tensor.add``, ...).
+        wrt: name of the argument whose block the rule returns.
+        needs: names of the tensor arguments whose values the rule reads.
+        align: which end of an argument's dimensions corresponds to the output's, where a batch
+            dimension of the output has to be found in the argument: ``"left"`` (linear, embedding)
+            or ``"right"`` (broadcasting ops).
+        when: given a call's arguments by name, does the rule cover it? Where it does not, the
+            block is ``Dense``.
+
+    ``Engine`` checks what a rule returns against autograd: a wrong one is never used silently.
+
+    Raises:
+        ValueError: ``wrt`` is not an argument of the rule, or the rules of one op disagree on the
+            names of its arguments.
+    """
+    if align not in ("left", "right"):
+        raise ValueError(f"align must be 'left' or 'right', not {align!r}.")
+
+    def register(rule: R) -> R:
+        names = tuple(inspect.signature(rule).parameters)[1:]
+        if wrt not in names:
+            raise ValueError(f"The rule {rule.__qualname__} has no argument {wrt!r}; it has {names}.")
+        for op in ops:
+            known = _RULES.setdefault(op, OpRules(names))
+            if known.names != names:
+                raise ValueError(
+                    f"The rules of one op must name the same arguments: {rule.__qualname__} has "
+                    f"{names}, an earlier rule of {op} has {known.names}."
+                )
+            known.entries[wrt] = Entry(rule, frozenset(needs) - {wrt}, align, when)
+        return rule
+
+    return register
+
+
+def rules_of(op: Op) -> OpRules | None:
+    """The rules of an op, if it has any."""
+    try:
+        return _RULES.get(op)
+    except TypeError:  # an unhashable callable has no rule
+        return None
+
+
+def registered() -> list[tuple[Op, str]]:
+    """Every (op, argument) that has a rule; the tests go through all of them."""
+    return [(op, name) for op, known in _RULES.items() for name in known.entries]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an op: its arguments by name (by position where it has no rules)."""
+
+    op: Op
+    names: tuple[str | int, ...]
+    values: tuple[Any, ...]
+    positional: int  # how many of them, from the first, are positional
+
+    @staticmethod
+    def of(op: Op, args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
+        """Name the arguments of ``op(*args, **kwargs)``."""
+        known = rules_of(op)
+        given = len(args)
+        if known is None or given > len(known.names) or not kwargs.keys() <= set(known.names):
+            return Call(op, (*range(given), *kwargs), (*args, *kwargs.values()), given)
+        return Call(op, (*known.names[:given], *kwargs), (*args, *kwargs.values()), given)
+
+    def entry(self, name: str | int) -> Entry | None:
+        """The rule of one argument, if one is registered and covers this call."""
+        known = rules_of(self.op)
+        entry = known.entries.get(name) if known and isinstance(name, str) else None
+        covers = entry and (entry.when is None or entry.when(dict(zip(self.names, self.values))))  # noqa: B905
+        return entry if covers else None
+
+    def __call__(self, values: Sequence[Any]) -> Any:
+        """Call the op with these values in place of its own."""
+        named = zip(map(str, self.names[self.positional :]), values[self.positional :], strict=True)
+        return self.op(*values[: self.positional], **dict(named))

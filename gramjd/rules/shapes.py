@@ -1,0 +1,73 @@
+"""Shape helpers of the rules: canonical tensors in, factors of blocks out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from gramjd.blocks import Dense, Outer
+
+
+def sum_to(c: Tensor, shape: Sequence[int]) -> Tensor:
+    """``[K, B, *y]`` summed over the dimensions along which ``shape`` was broadcast to ``y``."""
+    extra = c.ndim - 2 - len(shape)
+    dims = [*range(2, 2 + extra)]
+    dims += [2 + extra + d for d, size in enumerate(shape) if size == 1 and c.shape[2 + extra + d] > 1]
+    return (c.sum(dims) if dims else c).reshape(*c.shape[:2], *shape)
+
+
+def outer(c: Tensor, a: Tensor, weight: Tensor, transposed: bool = False) -> Outer:
+    """``c [K, B, *L, o]`` and ``a [B, *L, i]`` → a block at ``T = prod(L)`` positions."""
+    positions = prod(c.shape[2:-1])
+    c = c.reshape(*c.shape[:2], positions, 1, c.shape[-1])
+    a = a.reshape(a.shape[0], positions, 1, a.shape[-1])
+    return Outer(c, a, tuple(weight.shape), transposed)
+
+
+def broadcast_rows(c: Tensor, other: Tensor | None, param: Tensor) -> Dense:
+    """Rows ``Σ c · other`` of a parameter that was broadcast against ``other [B, *shape]``."""
+    if other is not None:  # line the sample dimension up with that of c
+        other = other.reshape(other.shape[0], *[1] * (c.ndim - 1 - other.ndim), *other.shape[1:])
+        c = c * other
+    return Dense(sum_to(c, param.shape))
+
+
+def patches(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """Sliding windows of ``x [N, C, *spatial]``: ``[N, *out, C, *kernel]``, as a view."""
+    n = len(kernel)
+    for d in range(n):  # each unfold appends its window as the last dimension
+        x = x.unfold(2 + d, (kernel[d] - 1) * dilation[d] + 1, stride[d])
+        x = x[..., :: dilation[d]]
+    return x.permute(0, *range(2, 2 + n), 1, *range(2 + n, 2 + 2 * n))
+
+
+def fold_samples(x: Tensor, unbatched_ndim: int) -> tuple[Tensor, int]:
+    """``[B, n, ...]`` or ``[B, ...]`` → ``[B·n, ...]`` and ``n``; the latter where a call had no n."""
+    if x.ndim == unbatched_ndim + 1:
+        return x, 1
+    return x.flatten(0, 1), x.shape[1]
+
+
+def tuple_of(value: int | Sequence[int], n: int) -> tuple[int, ...]:
+    """A convolution option as one number per spatial dimension."""
+    if isinstance(value, int):
+        return (value,) * n
+    return tuple(value) * n if len(value) == 1 else tuple(value)
+
+
+def pad_like(x: Tensor, padding: str | int | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """``x`` zero-padded as a convolution with this ``padding`` would."""
+    n = len(kernel)
+    if padding == "valid":
+        return x
+    if padding == "same":  # torch puts the odd one at the end
+        total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        sides = [(t // 2, t - t // 2) for t in total]
+    else:
+        assert not isinstance(padding, str)
+        sides = [(p, p) for p in tuple_of(padding, n)]
+    flat = [p for side in reversed(sides) for p in side]
+    return torch.nn.functional.pad(x, flat) if any(flat) else x

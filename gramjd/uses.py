@@ -1,0 +1,276 @@
+"""Uses: calls of ops that received a tracked parameter, and the blocks that follow from them.
+
+Both captures (:mod:`gramjd.capture` under ``vmap``, :mod:`gramjd.engine` in the user's own forward)
+watch ops through a :class:`Tracker` and end in a list of :class:`Use`; from there on they are one.
+
+A tensor is *derived* when it was computed from tracked parameters and un-batched tensors alone (a
+transposed or normalised weight, position embeddings looked up once). It is tracked like a parameter;
+the use is recorded where it meets the batch, and its rows are pulled back through the ops that
+produced it, one after the other, as objectives that share their inputs (``B = 1``).
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from gramjd import pytree
+from gramjd.blocks import Block, spread, transpose
+from gramjd.rules import Call, dense_rows, tensors_of
+from gramjd.rules.registry import Entry
+
+# Written in Python on top of ops that have rules: their bodies are followed, not the call itself.
+_COMPOSITE = (F.multi_head_attention_forward,)
+
+# Results differ from call to call: never derived, since their ops could not be called again.
+_RANDOM = {"normal", "bernoulli", "multinomial", "poisson", "rrelu", "gumbel_softmax"}
+
+_TRANSPOSES = (Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t, Tensor.transpose, torch.transpose,
+               Tensor.permute, torch.permute, torch.swapaxes, Tensor.swapaxes)  # fmt: skip
+
+
+PLACEHOLDER = object()  # stands for a tensor in the structure of a call
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tracked tensor among the arguments of a call."""
+
+    index: int  # its place among the leaves of the arguments
+    name: str | int | None  # of the argument; None inside a container
+    source: Source  # number of the parameter, or where the tensor was derived
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A tensor computed from tracked and un-batched tensors alone: one output of one call."""
+
+    record: Record
+    output: int
+
+
+Source = int | Derived
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """What is known of a tracked call while the forward runs; ``call`` holds no tensors."""
+
+    call: Call
+    leaves: tuple[Any, ...]  # of the arguments, in place of tensors their position in ``saved``
+    slots: tuple[Slot, ...]
+    entries: tuple[Entry | None, ...]  # the rule of each slot
+    derived: bool
+    saved: tuple[int, ...]  # the leaves whose values the rules read
+
+
+@dataclass(frozen=True)
+class Use:
+    """A tracked call with everything that its blocks follow from, in canonical layout."""
+
+    record: Record
+    leaves: Sequence[Any]  # of the arguments, [B, ...] for tensors that are needed, None for others
+    cs: Sequence[Tensor | None]  # cotangents of its outputs, [K, B, ...]
+    tracked: Sequence[Tensor]  # the tensors of its slots
+
+    @staticmethod
+    def of(record: Record, saved: Sequence[Any], cs: Sequence[Tensor | None], tracked: Sequence[Tensor]
+           ) -> Use:  # fmt: skip
+        """A use from the canonical values of the leaves that its record names in ``saved``."""
+        leaves = [None if leaf is PLACEHOLDER else leaf for leaf in record.leaves]
+        for i, value in zip(record.saved, saved, strict=True):
+            leaves[i] = value
+        return Use(record, leaves, cs, tracked)
+
+    def block(self, which: int) -> Block:
+        """The block of slot number ``which``."""
+        slot, entry, tensor = self.record.slots[which], self.record.entries[which], self.tracked[which]
+        leaves = list(self.leaves)
+        leaves[slot.index] = tensor
+        call = self.record.call
+        (c, *others) = self.cs
+        if entry is None or others or c is None:
+            return dense_rows(call, slot.index, leaves, self.cs)
+        _, spec = pytree.flatten(call.values)
+        values = pytree.unflatten(spec, leaves)
+        return entry.rule(c, **dict(zip(call.names, values, strict=True)))
+
+
+def describe(op: Any, args: Sequence[Any], kwargs: dict[str, Any], sources: dict[int, Any], derived: bool
+             ) -> tuple[Record, list[Any]]:  # fmt: skip
+    """The record of a call and the leaves of its arguments; ``sources`` by ``id`` of the tensor."""
+    call = Call.of(op, args, kwargs)
+    leaves, spec = pytree.flatten(call.values)
+    names: list[str | int | None] = []
+    for name, value in zip(call.names, call.values, strict=True):
+        nested = not isinstance(value, Tensor) and isinstance(value, (list, tuple, dict))
+        names += [None] * len(pytree.leaves(value)) if nested else [name]
+    slots = tuple(
+        Slot(i, names[i], sources[id(leaf)])
+        for i, leaf in enumerate(leaves)
+        if isinstance(leaf, Tensor) and id(leaf) in sources
+    )
+    entries = tuple(call.entry(slot.name) if slot.name is not None else None for slot in slots)
+    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    if None in entries:
+        saved = tuple(tensors)
+    else:
+        needs = {name for entry in entries if entry for name in entry.needs}
+        saved = tuple(i for i in tensors if names[i] in needs)
+    static = [PLACEHOLDER if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    template = Call(call.op, call.names, pytree.unflatten(spec, static), call.positional)
+    return Record(template, tuple(static), slots, entries, derived, saved), leaves
+
+
+class Tracker(TorchFunctionMode):
+    """Watches every op; hands those that receive a tracked tensor to :meth:`record`.
+
+    Tensors are recognised by identity; the tracker keeps those that it knows alive, so that no id
+    is used twice, and is itself dropped when the forward ends.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], unbatched: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.sources: dict[int, Source] = {}
+        self.known: dict[int, Tensor] = {}  # tracked and un-batched tensors
+        for number, parameter in enumerate(parameters):
+            self.sources[id(parameter)] = number
+            self.known[id(parameter)] = parameter
+        for tensor in unbatched:
+            self.known[id(tensor)] = tensor
+
+    def record(self, op: Any, args: Any, kwargs: dict[str, Any], derived: bool) -> tuple[Any, Record | None]:
+        """Call an op with a tracked argument: its output as the caller sees it, and the record."""
+        raise NotImplementedError
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tracked, unbatched = self._classify((*args, *kwargs.values()))
+        if not tracked:
+            out = func(*args, **kwargs)
+            if unbatched:
+                self._remember(out, func)
+            else:
+                self._forget(out, func, args)
+            return out
+        if func in _COMPOSITE:
+            with self:
+                return _undispatched(func)(*args, **kwargs)
+        derived = unbatched and not _is_random(func) and not is_inplace(func)
+        out, record = self.record(func, args, kwargs, derived)
+        if record is not None and derived:
+            for output, tensor in enumerate(tensors_of(out)):
+                self.sources[id(tensor)] = Derived(record, output)
+                self.known[id(tensor)] = tensor
+        elif not unbatched:
+            self._forget(out, func, args)
+        return out
+
+    def _classify(self, values: Iterable[Any]) -> tuple[bool, bool]:
+        """Is a tracked tensor among them? Are all tensors among them un-batched?"""
+        tracked, unbatched = False, True
+        for value in values:
+            if isinstance(value, Tensor):
+                tracked = tracked or id(value) in self.sources
+                unbatched = unbatched and id(value) in self.known
+            elif isinstance(value, (list, tuple)):
+                inner = self._classify(value)
+                tracked, unbatched = tracked or inner[0], unbatched and inner[1]
+        return tracked, unbatched
+
+    def _remember(self, out: Any, func: Any) -> None:
+        """The results of ops on un-batched tensors alone are un-batched."""
+        for tensor in [out] if isinstance(out, Tensor) else out if isinstance(out, (list, tuple)) else ():
+            if isinstance(tensor, Tensor) and not _is_random(func):
+                self.known[id(tensor)] = tensor
+
+    def _forget(self, out: Any, func: Any, args: Any) -> None:
+        """A tensor that the batch was written into is un-batched no more."""
+        written = args[0] if func is Tensor.__setitem__ else out
+        if id(written) in self.known and id(written) not in self.sources:
+            del self.known[id(written)]
+
+
+def _is_random(func: Any) -> bool:
+    """By name: does the op draw random numbers?"""
+    name = getattr(func, "__name__", "").rstrip("_")
+    return name in _RANDOM or name.startswith("rand") or "dropout" in name
+
+
+def is_inplace(func: Any) -> bool:
+    """Does an op write into its first argument?"""
+    name = getattr(func, "__name__", "")
+    return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+
+
+def _undispatched(func: types.FunctionType) -> types.FunctionType:
+    """A Python function of torch without its own ``__torch_function__`` dispatch: only its body."""
+    space = {**func.__globals__, "has_torch_function": lambda *_: False}
+    return types.FunctionType(func.__code__, space, func.__name__, func.__defaults__, func.__closure__)
+
+
+Pending = dict[Record, list[list[Block]]]  # for each output of a derived tensor's call
+
+
+def blocks_of(uses: Sequence[Use], parameters: int) -> list[list[Block]]:
+    """Blocks of every parameter from its uses, which come in the order of the forward.
+
+    The call that derived a tensor is in the list without cotangents (``None``): its rows are what
+    the uses of the tensor send it. Where it does have cotangents, they contain all that.
+    """
+    found: list[list[Block]] = [[] for _ in range(parameters)]
+    pending: Pending = {use.record: [[] for _ in use.cs] for use in uses if _unresolved(use)}
+    for use in reversed(uses):
+        samples = 0  # of the rows received, which are objectives of one sample here
+        received = pending.pop(use.record, None)
+        if received is not None:
+            samples = next((block.rows[1] for blocks in received for block in blocks), 0)
+            if not samples:
+                continue
+            if _is_transposition(use):
+                _deliver(use.record.slots[0].source, map(transpose, received[0]), found, pending)
+                continue
+            use = _as_objectives(use, received)
+        for which, slot in enumerate(use.record.slots):
+            if isinstance(slot.source, int) or slot.source.record in pending:
+                block = use.block(which)
+                block = spread(block, samples) if samples else block
+                _deliver(slot.source, [block], found, pending)
+    return found
+
+
+def _unresolved(use: Use) -> bool:
+    return all(c is None for c in use.cs)
+
+
+def _deliver(source: Source, blocks: Iterable[Block], found: list[list[Block]], pending: Pending) -> None:
+    """Add blocks to the parameter or to the derived tensor that they are of."""
+    if isinstance(source, int):
+        found[source].extend(blocks)
+    else:
+        pending[source.record][source.output].extend(blocks)
+
+
+def _as_objectives(use: Use, received: Sequence[Sequence[Block]]) -> Use:
+    """The use of a derived tensor with the rows it received as ``K·B`` objectives of one sample."""
+    cs: list[Tensor | None] = []
+    for blocks in received:
+        rows = [block.dense() for block in blocks]
+        cs.append(torch.stack(rows).sum(0).flatten(0, 1).unsqueeze(1) if rows else None)
+    leaves = [leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf for leaf in use.leaves]
+    return Use(use.record, leaves, cs, use.tracked)
+
+
+def _is_transposition(use: Use) -> bool:
+    """Does the call swap the two dimensions of a matrix?"""
+    op, dims = use.record.call.op, [leaf for leaf in use.record.leaves if isinstance(leaf, int)]
+    if op not in _TRANSPOSES or use.tracked[0].ndim != 2:
+        return False
+    return not dims or dims[0] % 2 != dims[1] % 2 and ("permute" not in op.__name__ or dims[0] % 2 == 1)

@@ -1,0 +1,134 @@
+"""Many nonnegative quadratic programs with one Hessian, by matrix products alone.
+
+Each row minimizes ``x'Hx / 2 + q'x`` over ``x >= 0``. First, ADMM (Boyd et al. 2011, section 5) in
+float32 finds nearly the right free set of each row. Block principal pivoting then corrects it; the
+minimizer on a face comes from conjugate gradients in float32, whose residual is renewed in
+float64 (iterative refinement), loosely while entries are still exchanged, tightly at the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gramjd.weighting._pivoting import GRACE, exchange
+
+LOOSE, TIGHT = 0.03, 1e-4  # what one call of conjugate gradients reduces the residual to
+FINAL = 1e-12  # residual at which a row is done
+
+
+@dataclass
+class _Rows:
+    """The rows not yet done: where they belong, their problem, their state."""
+
+    index: Tensor
+    linear: Tensor
+    x: Tensor
+    free: Tensor
+    best: Tensor
+    grace: Tensor
+    clean: Tensor  # no entry was on the wrong side when last looked at
+
+    def take(self, keep: Tensor) -> _Rows:
+        return _Rows(**{name: value[keep] for name, value in vars(self).items()})
+
+
+def solve_rows(hessian: Tensor, linear: Tensor, rounds: int = 60) -> tuple[Tensor, Tensor]:
+    """Solve all rows of ``linear [R, m]`` for one ``hessian [m, m]`` with unit diagonal.
+
+    Returns ``x [R, m]`` and the rows done, ``[R]`` bool; the others hold the last iterate.
+    """
+    x = warm_start(hessian, linear)
+    result, done = torch.zeros_like(linear), torch.zeros(len(linear), dtype=torch.bool)
+    done = done.to(linear.device)
+    index = torch.arange(len(linear), device=linear.device)
+    best = torch.full_like(index, linear.shape[-1] + 1)
+    rows = _Rows(index, linear, x, x > 0, best, torch.full_like(best, GRACE), best < 0)
+    single = hessian.to(torch.float32)
+    for _ in range(rounds):
+        rows.x = rows.x * rows.free
+        slack = torch.addmm(rows.linear, rows.x, hessian)
+        error = (slack * rows.free).abs().amax(-1)
+        tolerance = FINAL * (1 + rows.x.abs().amax(-1))
+        finished = rows.clean & (error <= tolerance) & ~_wrong(rows, slack, tolerance).any(-1)
+        if bool(finished.any()):
+            result[rows.index[finished]] = rows.x[finished].clamp(min=0)
+            done[rows.index[finished]] = True
+            rows, slack = rows.take(~finished), slack[~finished]
+        if not len(rows.index):
+            return result, done
+        _correct(rows, slack, single)
+    result[rows.index] = rows.x
+    return result, done
+
+
+def _correct(rows: _Rows, slack: Tensor, single: Tensor) -> None:
+    """Move to the minimizer of each row's face, nearly, and exchange what is then wrong."""
+    residual = -slack * rows.free
+    scale = residual.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(slack.dtype).tiny)
+    goal = torch.where(rows.clean, TIGHT, LOOSE).unsqueeze(-1).to(torch.float32)
+    step, change = conjugate_gradients(single, (residual / scale).to(torch.float32), rows.free, goal)
+    rows.x = rows.x + step * scale
+    slack = slack + change * scale
+    # an entry is known only as well as the residual: what lies within it is left where it is
+    noise = 0.1 * (slack * rows.free).abs().amax(-1)
+    wrong = _wrong(rows, slack, noise.clamp(min=FINAL))
+    rows.clean = ~wrong.any(-1)
+    free, best, grace = exchange(rows.free, wrong, rows.best, rows.grace)
+    rows.free = free
+    rows.best = torch.where(rows.clean, rows.best, best)
+    rows.grace = torch.where(rows.clean, rows.grace, grace)
+
+
+def _wrong(rows: _Rows, slack: Tensor, tolerance: Tensor) -> Tensor:
+    """Free entries that are negative and bound entries whose gradient is."""
+    return torch.where(rows.free, rows.x, slack) < -tolerance.unsqueeze(-1)
+
+
+def conjugate_gradients(
+    hessian: Tensor, target: Tensor, free: Tensor, goal: Tensor, iterations: int = 200
+) -> tuple[Tensor, Tensor]:
+    """``x`` with ``(Hx)[free] ≈ target[free]``, zero elsewhere, and ``Hx``, for all rows at once.
+
+    ``goal [R, 1]`` is the residual wanted, relative to that of ``x = 0``; ``target`` is zero where
+    it is not free.
+    """
+    x, product = torch.zeros_like(target), torch.zeros_like(target)
+    residual = direction = target
+    square = (residual * residual).sum(-1, keepdim=True)
+    wanted = goal**2 * square
+    tiny = torch.finfo(target.dtype).tiny
+    for iteration in range(iterations):
+        image = direction @ hessian
+        active = square > wanted
+        curvature = (direction * image).sum(-1, keepdim=True).clamp(min=tiny)
+        length = torch.where(active, square / curvature, 0)
+        x = torch.addcmul(x, length, direction)
+        product = torch.addcmul(product, length, image)
+        residual = torch.addcmul(residual, length, image, value=-1) * free
+        following = (residual * residual).sum(-1, keepdim=True)
+        direction = residual + following / square.clamp(min=tiny) * direction
+        square = torch.where(active, following, square)
+        if iteration % 4 == 3 and not bool((square > wanted).any()):
+            break
+    return x, product
+
+
+def warm_start(hessian: Tensor, linear: Tensor, iterations: int = 30) -> Tensor:
+    """Over-relaxed ADMM in float32, with one inverse for all rows and iterations."""
+    eigenvalues = torch.linalg.eigvalsh(hessian.to(torch.float32))
+    largest = eigenvalues[-1]
+    rho = (eigenvalues[0].clamp(min=1e-6 * largest) * largest).sqrt().to(hessian.dtype)
+    shifted = hessian + torch.diag_embed(rho.expand(len(hessian)))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted)[0]).to(torch.float32)
+    start = -linear.to(torch.float32) @ inverse
+    inverse = inverse * rho.to(torch.float32)
+    positive, dual = torch.zeros_like(start), torch.zeros_like(start)
+    for _ in range(iterations):
+        mixed = torch.addmm(start, positive - dual, inverse)
+        relaxed = 1.6 * mixed - 0.6 * positive + dual
+        positive = relaxed.clamp(min=0)
+        dual = relaxed - positive
+    return positive.to(linear.dtype)
