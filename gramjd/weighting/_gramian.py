@@ -9,41 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from gramjd.weighting._opaque import opaque
 
-class _Check(torch.autograd.Function):
-    """Raises on a bad Gramian; a Function, so that under ``vmap`` it sees the actual values."""
 
-    @staticmethod
-    def forward(matrix: Tensor) -> Tensor:
-        tolerance = rounding(matrix.dtype)
-        largest = matrix.abs().amax((-2, -1))
-        asymmetry = (matrix - matrix.mT).abs().amax((-2, -1))
-        fine = (asymmetry <= tolerance * largest) & (largest < torch.inf)
-        fine = fine & (matrix.diagonal(dim1=-2, dim2=-1).amin(-1) >= -tolerance * largest)
-        if not bool(fine.all()):
-            _explain(matrix, tolerance)
-        return fine
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, matrix: Tensor) -> tuple[Tensor, int]:
-        return _Check.apply(matrix.movedim(in_dims[0], 0)), 0
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Any) -> None:
-        return None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> None:
-        return None
+def _check(matrix: Tensor) -> Tensor:
+    """Raise on NaN, infinity, asymmetry or a negative diagonal: one look at the values."""
+    tolerance = rounding(matrix.dtype)
+    largest = matrix.abs().amax((-2, -1))
+    asymmetry = (matrix - matrix.mT).abs().amax((-2, -1))
+    smallest = matrix.diagonal(dim1=-2, dim2=-1).amin(-1)
+    fine = (torch.maximum(asymmetry, -smallest) <= tolerance * largest) & (largest < torch.inf)
+    if not bool(fine.all()):
+        _explain(matrix, tolerance)
+    return fine
 
 
 def _explain(matrix: Tensor, tolerance: float) -> None:
@@ -62,9 +44,10 @@ def _explain(matrix: Tensor, tolerance: float) -> None:
             f"{asymmetry:.1e} of its largest entry, more than rounding in {matrix.dtype} explains "
             f"({tolerance:.1e}). Pass J @ J.T, flattened as [*shape, *reversed(shape)]."
         )
+    smallest = float(matrix.diagonal(dim1=-2, dim2=-1).min())
     raise ValueError(
-        f"The Gramian has a negative diagonal entry, {float(matrix.diagonal(dim1=-2, dim2=-1).min()):.3e}: "
-        "squared gradient norms cannot be negative. Pass J @ J.T."
+        f"The Gramian has a negative diagonal entry, {smallest:.3e}, but squared gradient norms "
+        "cannot be negative. Pass J @ J.T."
     )
 
 
@@ -97,7 +80,7 @@ def prepare(gramian: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         order = [*range(batch + half), *reversed(range(batch + half, gramian.ndim))]
         gramian = gramian.permute(order)
     matrix = gramian.reshape((*lead, prod(shape), prod(shape)))
-    _Check.apply(matrix.detach())
+    opaque(_check, matrix)
     dtype = gramian.dtype
 
     def restore(weights: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 GRACE = 3  # full exchanges allowed without progress, before single pivots, which cannot cycle
 CHUNK = 2**22  # matrix entries factorized at once
+SMALL = 32  # sizes up to this one are solved by factorizations alone
 
 
 def pivot_rows(hessian: Tensor, linear: Tensor, free: Tensor | None = None) -> Tensor:

@@ -1,0 +1,82 @@
+"""Nonnegative quadratic programs: ``min_x x'Hx / 2 + q'x`` over ``x >= 0``, in batches.
+
+The solution is ``x >= 0`` with slack ``Hx + q >= 0`` and no entry where both are positive; the largest
+``|min(x, slack)|`` is the KKT residual.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from gramjd.weighting._faces import on_face
+from gramjd.weighting._opaque import opaque
+from gramjd.weighting._pivoting import SMALL, pivot_rows
+from gramjd.weighting._shared_hessian import solve_rows
+
+
+def solve_qp(hessian: Tensor, linear: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
+    """Solve for every row of ``linear [..., r, m]``, given ``hessian [..., m, m]`` (unit diagonal).
+
+    Returns ``x [..., r, m]`` and the KKT residuals ``[..., r]``, relative to each row's largest
+    entry. ``rounding`` is for :func:`positive_part`. Differentiable in both, by the active set.
+
+    Raises:
+        ValueError: the Hessian is not positive semi-definite.
+    """
+    x, free, residual = opaque(partial(_solve, rounding=rounding), hessian, linear)
+    return on_face(hessian, -linear, free, x), residual
+
+
+def _solve(hessian: Tensor, linear: Tensor, rounding: float) -> tuple[Tensor, Tensor, Tensor]:
+    shape = linear.shape
+    hessian = positive_part(hessian.reshape(-1, shape[-1], shape[-1]), rounding)
+    linear = linear.reshape(-1, *shape[-2:])
+    scale = linear.abs().amax(-1, keepdim=True)
+    unit = linear / torch.where(scale > 0, scale, 1)
+    x = _small(hessian, unit) if shape[-1] <= SMALL else _large(hessian, unit)
+    slack = torch.baddbmm(unit, x, hessian)
+    residual = torch.minimum(x, slack).abs().amax(-1)
+    return (x * scale).reshape(shape), (x > slack).reshape(shape), residual.reshape(shape[:-1])
+
+
+def positive_part(hessian: Tensor, rounding: float) -> Tensor:
+    """``H [B, m, m]``, or if one is not positive definite, their positive semi-definite parts.
+
+    ``rounding * m`` is how negative an eigenvalue may be and still pass for rounding.
+
+    Raises:
+        ValueError: one is more negative.
+    """
+    _, info = torch.linalg.cholesky_ex(hessian)
+    if not bool(info.any()):
+        return hessian
+    values, vectors = torch.linalg.eigh(hessian)
+    if bool((values < -rounding * hessian.shape[-1]).any()):
+        raise ValueError(
+            "The Gramian is not positive semi-definite: scaled to unit diagonal, it has the "
+            f"eigenvalue {float(values.min()):.1e}, more than rounding explains. Pass J @ J.T."
+        )
+    return (vectors * values.clamp(min=0).unsqueeze(-2)) @ vectors.mT
+
+
+def _small(hessian: Tensor, linear: Tensor) -> Tensor:
+    """``[B, m, m]``, ``[B, r, m]``: every row with its own copy of the Hessian."""
+    batch, rows, size = linear.shape
+    each = hessian.unsqueeze(1).expand(-1, rows, -1, -1).reshape(-1, size, size)
+    return pivot_rows(each, linear.reshape(-1, size)).reshape(linear.shape)
+
+
+def _large(hessian: Tensor, linear: Tensor) -> Tensor:
+    """``[B, m, m]``, ``[B, r, m]``: one Hessian after the other, its rows together."""
+    results = []
+    for matrix, rows in zip(hessian, linear):
+        x, done = solve_rows(matrix, rows)
+        if not bool(done.all()):
+            left = torch.nonzero(~done).squeeze(-1)
+            each = matrix.expand(len(left), -1, -1)
+            x[left] = pivot_rows(each, rows[left], x[left] > 0)
+        results.append(x)
+    return torch.stack(results)
