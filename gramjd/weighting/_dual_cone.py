@@ -7,6 +7,8 @@ from torch import Tensor
 
 from gramjd.weighting._qp import solve_qp
 
+REMEDY = "The Gramian may be too ill-conditioned: raise reg_eps."
+
 
 def regularize(matrix: Tensor, norm_eps: float, reg_eps: float) -> tuple[Tensor, Tensor]:
     """The Gramian ``[..., m, m]`` over its trace, plus ``reg_eps`` times identity, to unit diagonal.
@@ -16,17 +18,27 @@ def regularize(matrix: Tensor, norm_eps: float, reg_eps: float) -> tuple[Tensor,
     """
     if norm_eps < 0 or reg_eps < 0:
         raise ValueError(f"norm_eps and reg_eps cannot be negative; got {norm_eps} and {reg_eps}.")
+    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    share = ((trace >= norm_eps) & (trace > 0)) / trace.clamp(min=torch.finfo(trace.dtype).tiny)
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    matrix = matrix * share + reg_eps * identity
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-    trace = diagonal.sum(-1, keepdim=True)
-    usable = (trace >= norm_eps) & (trace > 0)
-    share = torch.where(usable, 1 / torch.where(usable, trace, 1), 0)
-    diagonal = diagonal * share + reg_eps
-    scale = torch.where(diagonal > 0, diagonal, 1).rsqrt()
-    scaled = matrix * ((share * scale).unsqueeze(-1) * scale.unsqueeze(-2))
-    return scaled + torch.diag_embed(reg_eps * scale * scale), scale
+    scale = diagonal.rsqrt() if reg_eps else (diagonal + (diagonal <= 0)).rsqrt()
+    return matrix * scale.unsqueeze(-1) * scale.unsqueeze(-2), scale
 
 
 def project_units(scaled: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
     """For each unit vector ``e_i``, the ``v >= e_i`` that minimizes ``v'Rv``: ``[..., m, m]``."""
     x, residual = solve_qp(scaled, scaled, rounding)
     return x + torch.eye(x.shape[-1], dtype=x.dtype, device=x.device), residual
+
+
+def project(scaled: Tensor, target: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
+    """The ``v >= u`` that minimizes ``v'Rv``, for one ``u [..., m]`` per Gramian; the KKT residual."""
+    size = target.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny).detach()
+    unit = (target / size).expand(scaled.shape[:-1])  # the solution scales with u
+    linear = (unit.unsqueeze(-2) @ scaled)
+    # the slack can be as large as the sum of a row; residuals are relative to that
+    growth = linear.abs().amax(-1, keepdim=True).clamp(min=1).detach()
+    x, residual = solve_qp(scaled, linear / growth, rounding)
+    return size * (unit + (growth * x).squeeze(-2)), residual.squeeze(-1)

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from gramjd.weighting._certificate import NotConvergedError
-from gramjd.weighting._opaque import batched, opaque
+from gramjd.weighting._opaque import batched, is_constant, opaque
 from gramjd.weighting._pivoting import CHUNK, SMALL, solve_face
 from gramjd.weighting._shared_hessian import conjugate_gradients
 
 
 def on_face(hessian: Tensor, target: Tensor, free: Tensor, x: Tensor) -> Tensor:
     """The known solution ``x [..., r, m]``, as a function of ``H [..., m, m]`` and the target."""
-    return _OnFace.apply(hessian, target, free, x)
+    return x if is_constant(hessian, target) else _OnFace.apply(hessian, target, free, x)
 
 
 class _OnFace(torch.autograd.Function):
@@ -64,8 +64,8 @@ def solve(hessian: Tensor, target: Tensor, free: Tensor) -> Tensor:
 def _solve(hessian: Tensor, target: Tensor, free: Tensor) -> Tensor:
     shape = target.shape
     matrices = hessian.reshape(-1, shape[-1], shape[-1])
-    scale = target.abs().amax(-1, keepdim=True)
-    unit = (target / torch.where(scale > 0, scale, 1) * free).reshape(-1, *shape[-2:])
+    scale = target.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny)
+    unit = (target / scale * free).reshape(-1, *shape[-2:])
     faces = zip(matrices, unit, free.reshape(unit.shape))
     x = torch.stack([_solve_faces(*one) for one in faces])
     error = (torch.baddbmm(-unit, x, matrices) * free.reshape(unit.shape)).abs().amax()

@@ -8,7 +8,8 @@ is. Further batch dimensions are ``torch.vmap``'s.
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
+from math import isfinite, prod
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -17,18 +18,20 @@ from gramjd.weighting._opaque import opaque
 
 
 def _check(matrix: Tensor) -> Tensor:
-    """Raise on NaN, infinity, asymmetry or a negative diagonal: one look at the values."""
-    tolerance = rounding(matrix.dtype)
-    largest = matrix.abs().amax((-2, -1))
-    asymmetry = (matrix - matrix.mT).abs().amax((-2, -1))
-    smallest = matrix.diagonal(dim1=-2, dim2=-1).amin(-1)
-    fine = (torch.maximum(asymmetry, -smallest) <= tolerance * largest) & (largest < torch.inf)
-    if not bool(fine.all()):
-        _explain(matrix, tolerance)
-    return fine
+    """Raise on NaN, infinity, asymmetry beyond rounding or a negative diagonal entry."""
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    smallest = float(diagonal.min())
+    if smallest >= 0 and isfinite(float(matrix.sum())) and torch.equal(matrix, matrix.mT):
+        return diagonal  # most often; opaque functions return a tensor
+    largest = matrix.abs().amax((-2, -1), keepdim=True)
+    slack = rounding(matrix.dtype) * largest
+    near = ((matrix - matrix.mT).abs() <= slack) & (largest < torch.inf)  # false where NaN
+    if smallest >= -float(slack.max()) and bool(near.all()):
+        return diagonal
+    _explain(matrix, rounding(matrix.dtype))
 
 
-def _explain(matrix: Tensor, tolerance: float) -> None:
+def _explain(matrix: Tensor, tolerance: float) -> NoReturn:
     """Raise the error that says what is wrong with a Gramian."""
     bad = int((~torch.isfinite(matrix)).sum())
     if bad:
@@ -81,7 +84,7 @@ def prepare(gramian: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         gramian = gramian.permute(order)
     matrix = gramian.reshape((*lead, prod(shape), prod(shape)))
     opaque(_check, matrix)
-    dtype = gramian.dtype
+    matrix, dtype = matrix.to(torch.float64), gramian.dtype
 
     def restore(weights: Tensor) -> Tensor:
         return weights.reshape((*lead, *shape)).to(dtype)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 GRACE = 3  # full exchanges allowed without progress, before single pivots, which cannot cycle
 CHUNK = 2**22  # matrix entries factorized at once
-SMALL = 32  # sizes up to this one are solved by factorizations alone
+SMALL = 48  # sizes up to this one are solved by factorizations, larger ones by matrix products
 
 
-def pivot_rows(hessian: Tensor, linear: Tensor, free: Tensor | None = None) -> Tensor:
+def pivot_rows(hessian: Tensor, linear: Tensor, free: Tensor) -> Tensor:
     """Minimize ``x'Hx / 2 + q'x`` over ``x >= 0``, for each row of ``q [R, m]`` and ``H [R, m, m]``.
 
     ``free`` is a first guess of the positive entries. The rows of the result may be unconverged:
@@ -24,16 +24,14 @@ def pivot_rows(hessian: Tensor, linear: Tensor, free: Tensor | None = None) -> T
     rows, size = linear.shape
     chunk = max(1, CHUNK // size**2)
     if rows > chunk:
-        guesses = [None] * rows if free is None else free.split(chunk)
-        parts = zip(hessian.split(chunk), linear.split(chunk), guesses)
+        parts = zip(hessian.split(chunk), linear.split(chunk), free.split(chunk))
         return torch.cat([pivot_rows(*part) for part in parts])
-    free = linear < 0 if free is None else free
     best = linear.new_full((rows,), size + 1, dtype=torch.long)
     grace = torch.full_like(best, GRACE)
     for _ in range(50 + 5 * size):
         x, slack = _minimize_face(hessian, linear, free)
-        tolerance = 1e-13 * (1 + x.abs().amax(-1, keepdim=True))
-        wrong = torch.where(free, x, slack) < -tolerance
+        tolerance = -1e-13 - 1e-13 * x.amax(-1, keepdim=True)
+        wrong = torch.where(free, x, slack) < tolerance
         if not bool(wrong.any()):
             break
         free, best, grace = exchange(free, wrong, best, grace)
@@ -61,7 +59,7 @@ def _minimize_face(hessian: Tensor, linear: Tensor, free: Tensor) -> tuple[Tenso
 
 def solve_face(hessian: Tensor, target: Tensor, free: Tensor) -> Tensor:
     """``x`` with ``(Hx)[free] = target[free]``, and zero elsewhere; ``[R, m, m]``, ``[R, m]``."""
-    mask = free.to(hessian.dtype)
-    matrix = hessian * (mask.unsqueeze(-1) * mask.unsqueeze(-2)) + torch.diag_embed(1 - mask)
+    identity = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
+    matrix = torch.where(free.unsqueeze(-1) & free.unsqueeze(-2), hessian, identity)
     factor, _ = torch.linalg.cholesky_ex(matrix)
-    return torch.cholesky_solve((target * mask).unsqueeze(-1), factor).squeeze(-1)
+    return torch.cholesky_solve((target * free).unsqueeze(-1), factor).squeeze(-1)

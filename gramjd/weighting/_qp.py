@@ -14,14 +14,16 @@ from torch import Tensor
 from gramjd.weighting._faces import on_face
 from gramjd.weighting._opaque import opaque
 from gramjd.weighting._pivoting import SMALL, pivot_rows
-from gramjd.weighting._shared_hessian import solve_rows
+from gramjd.weighting._shared_hessian import solve_rows, warm_start
+
+TINY = 12  # sizes up to this one need no warm start
 
 
 def solve_qp(hessian: Tensor, linear: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
     """Solve for every row of ``linear [..., r, m]``, given ``hessian [..., m, m]`` (unit diagonal).
 
-    Returns ``x [..., r, m]`` and the KKT residuals ``[..., r]``, relative to each row's largest
-    entry. ``rounding`` is for :func:`positive_part`. Differentiable in both, by the active set.
+    The rows should be of order one. Returns ``x [..., r, m]`` and the KKT residuals ``[..., r]``,
+    unscaled. ``rounding`` is for :func:`positive_part`. Differentiable in both, by the active set.
 
     Raises:
         ValueError: the Hessian is not positive semi-definite.
@@ -34,12 +36,10 @@ def _solve(hessian: Tensor, linear: Tensor, rounding: float) -> tuple[Tensor, Te
     shape = linear.shape
     hessian = positive_part(hessian.reshape(-1, shape[-1], shape[-1]), rounding)
     linear = linear.reshape(-1, *shape[-2:])
-    scale = linear.abs().amax(-1, keepdim=True)
-    unit = linear / torch.where(scale > 0, scale, 1)
-    x = _small(hessian, unit) if shape[-1] <= SMALL else _large(hessian, unit)
-    slack = torch.baddbmm(unit, x, hessian)
+    x = _small(hessian, linear) if shape[-1] <= SMALL else _large(hessian, linear)
+    slack = torch.baddbmm(linear, x, hessian)
     residual = torch.minimum(x, slack).abs().amax(-1)
-    return (x * scale).reshape(shape), (x > slack).reshape(shape), residual.reshape(shape[:-1])
+    return x.reshape(shape), (x > slack).reshape(shape), residual.reshape(shape[:-1])
 
 
 def positive_part(hessian: Tensor, rounding: float) -> Tensor:
@@ -65,8 +65,11 @@ def positive_part(hessian: Tensor, rounding: float) -> Tensor:
 def _small(hessian: Tensor, linear: Tensor) -> Tensor:
     """``[B, m, m]``, ``[B, r, m]``: every row with its own copy of the Hessian."""
     batch, rows, size = linear.shape
-    each = hessian.unsqueeze(1).expand(-1, rows, -1, -1).reshape(-1, size, size)
-    return pivot_rows(each, linear.reshape(-1, size)).reshape(linear.shape)
+    each = hessian.unsqueeze(1).expand(-1, rows, -1, -1)
+    each = each[0] if batch == 1 else each.reshape(-1, size, size)
+    free = linear < 0 if size <= TINY else warm_start(hessian, linear) > 0
+    linear, free = linear.reshape(-1, size), free.reshape(-1, size)
+    return pivot_rows(each, linear, free).reshape(batch, rows, size)
 
 
 def _large(hessian: Tensor, linear: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def solve_rows(hessian: Tensor, linear: Tensor, rounds: int = 60) -> tuple[Tenso
 
     Returns ``x [R, m]`` and the rows done, ``[R]`` bool; the others hold the last iterate.
     """
-    x = warm_start(hessian, linear)
+    x = warm_start(hessian.unsqueeze(0), linear.unsqueeze(0)).squeeze(0)
     result, done = torch.zeros_like(linear), torch.zeros(len(linear), dtype=torch.bool)
     done = done.to(linear.device)
     index = torch.arange(len(linear), device=linear.device)
@@ -117,17 +117,20 @@ def conjugate_gradients(
 
 
 def warm_start(hessian: Tensor, linear: Tensor, iterations: int = 30) -> Tensor:
-    """Over-relaxed ADMM in float32, with one inverse for all rows and iterations."""
+    """Over-relaxed ADMM in float32, with one inverse for all rows and iterations.
+
+    ``hessian [B, m, m]``, ``linear [B, r, m]``; the result is rough, but its signs are nearly right.
+    """
     eigenvalues = torch.linalg.eigvalsh(hessian.to(torch.float32))
-    largest = eigenvalues[-1]
-    rho = (eigenvalues[0].clamp(min=1e-6 * largest) * largest).sqrt().to(hessian.dtype)
-    shifted = hessian + torch.diag_embed(rho.expand(len(hessian)))
+    largest = eigenvalues[:, -1:]
+    rho = (torch.maximum(eigenvalues[:, :1], 1e-6 * largest) * largest).sqrt().to(hessian.dtype)
+    shifted = hessian + torch.diag_embed(rho.expand(-1, hessian.shape[-1]))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted)[0]).to(torch.float32)
     start = -linear.to(torch.float32) @ inverse
-    inverse = inverse * rho.to(torch.float32)
+    inverse = inverse * rho.to(torch.float32).unsqueeze(-1)
     positive, dual = torch.zeros_like(start), torch.zeros_like(start)
     for _ in range(iterations):
-        mixed = torch.addmm(start, positive - dual, inverse)
+        mixed = torch.baddbmm(start, positive - dual, inverse)
         relaxed = 1.6 * mixed - 0.6 * positive + dual
         positive = relaxed.clamp(min=0)
         dual = relaxed - positive

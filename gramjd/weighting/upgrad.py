@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from gramjd.weighting._base import Weighting
 from gramjd.weighting._certificate import Certificate, certify
-from gramjd.weighting._dual_cone import project_units, regularize
+from gramjd.weighting._dual_cone import REMEDY, project_units, regularize
 from gramjd.weighting._gramian import flat_preference, prepare, rounding
+
+# fmt: off
+@overload
+def upgrad(gramian: Tensor, preference: Tensor | None = None, *, norm_eps: float = ...,
+           reg_eps: float = ..., certificate: Literal[False] = False) -> Tensor: ...
+@overload
+def upgrad(gramian: Tensor, preference: Tensor | None = None, *, norm_eps: float = ...,
+           reg_eps: float = ..., certificate: Literal[True]) -> tuple[Tensor, Certificate]: ...
+# fmt: on
 
 
 def upgrad(
@@ -17,23 +27,57 @@ def upgrad(
     *,
     norm_eps: float = 1e-4,
     reg_eps: float = 1e-4,
-) -> Tensor:
-    """Weights of UPGrad (Quinton and Rey, arXiv 2406.16232, Proposition 1 and Equation 4)."""
+    certificate: bool = False,
+) -> Tensor | tuple[Tensor, Certificate]:
+    """Weights of UPGrad: no objective's gradient conflicts with the resulting step.
+
+    Each gradient ``p_i g_i`` is projected onto the cone of the directions that conflict with no
+    gradient; the step is the sum. By Proposition 1 of Quinton and Rey, arXiv 2406.16232, the
+    projection's weights are the ``v >= p_i e_i`` that minimizes ``v'Gv``, and the result is the sum
+    of these (Equation 4 and Section 3.2).
+
+    Args:
+        gramian: ``[*shape, *reversed(shape)]``, or a batch of these along one leading dimension.
+        preference: ``p``, of the objectives' shape; ``1 / m`` each by default. Negative entries
+            count as zero: the projection of the opposite of a gradient is then zero.
+        norm_eps: a Gramian whose trace is below it counts as zero; the others are divided by it.
+        reg_eps: multiple of the identity added to the normalized Gramian. It makes the solution
+            unique; with zero it may not be.
+        certificate: also return the KKT residual, and do not raise if it is large.
+
+    Returns:
+        Weights of the objectives' shape and the Gramian's dtype; computed in float64.
+
+    Raises:
+        ValueError: not a Gramian (shape, NaN, asymmetry, not positive semi-definite), or a wrong
+            preference.
+        NotConvergedError: the KKT residual is above 1e-9.
+    """
     matrix, restore = prepare(gramian)
     weights = flat_preference(preference, matrix, gramian).clamp(min=0)
     scaled, scale = regularize(matrix, norm_eps, reg_eps)
     projections, residual = project_units(scaled, rounding(gramian.dtype))
-    certify(residual, True, "")
-    return restore(scale * ((weights / scale).unsqueeze(-2) @ projections).squeeze(-2))
+    evidence = certify(residual.amax(-1), not certificate, REMEDY)
+    result = restore(scale * ((weights / scale).unsqueeze(-2) @ projections).squeeze(-2))
+    return (result, evidence) if certificate else result
 
 
-class UPGradWeighting(nn.Module):
-    """:func:`upgrad` as an object, with TorchJD's name and arguments."""
+class UPGradWeighting(Weighting):
+    """:func:`upgrad` as an object.
 
-    def __init__(self, pref_vector: Tensor | None = None) -> None:
+    Args:
+        pref_vector: the preference, of the objectives' shape; ``1 / m`` each by default.
+        norm_eps: see :func:`upgrad`. (In TorchJD it belongs to the ``projector``.)
+        reg_eps: see :func:`upgrad`.
+    """
+
+    def __init__(
+        self, pref_vector: Tensor | None = None, *, norm_eps: float = 1e-4, reg_eps: float = 1e-4
+    ) -> None:
         super().__init__()
         self.pref_vector = pref_vector
+        self.norm_eps, self.reg_eps = norm_eps, reg_eps
 
     def forward(self, gramian: Tensor, /) -> Tensor:
-        """Weights of the objectives, with their shape."""
-        return upgrad(gramian, self.pref_vector)
+        """Weights of the objectives, of their shape."""
+        return upgrad(gramian, self.pref_vector, norm_eps=self.norm_eps, reg_eps=self.reg_eps)

@@ -1,0 +1,36 @@
+"""The base class of the weighting objects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Weighting(nn.Module):
+    """A weighting as an object: call it with a Gramian, get one weight per objective.
+
+    A module, as TorchJD's weightings are, so hooks, ``state_dict`` and ``to`` work on it.
+    """
+
+    def __lshift__(self, function: Callable[[Any], Tensor]) -> Weighting:
+        """``(weighting << f)(x)`` is ``weighting(f(x))``: TorchJD's aggregators are built with it."""
+        return _Composition(self, function)
+
+
+class StatefulWeighting(Weighting):
+    """A weighting that remembers earlier calls."""
+
+    def reset(self) -> None:
+        """Forget them."""
+        raise NotImplementedError
+
+
+class _Composition(Weighting):
+    def __init__(self, weighting: Weighting, function: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.weighting, self.function = weighting, function
+
+    def forward(self, statistic: Any, /) -> Tensor:
+        return self.weighting(self.function(statistic))
