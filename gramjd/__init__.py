@@ -1,8 +1,31 @@
 """Gramians of Jacobians without the Jacobians: Jacobian descent for PyTorch."""
 
+from gramjd import weighting
+from gramjd.engine import Engine
+from gramjd.errors import (
+    CheckFailedError,
+    GramjdError,
+    NoGraphError,
+    NotCoveredError,
+    NotSeparableError,
+    SlowPathWarning,
+)
 from gramjd.jacobian import Jacobian
 from gramjd.rules import register_rule
 from gramjd.transforms import gramian, jacobian
 
-__all__ = ["Jacobian", "gramian", "jacobian", "register_rule"]
+__all__ = [
+    "CheckFailedError",
+    "Engine",
+    "GramjdError",
+    "Jacobian",
+    "NoGraphError",
+    "NotCoveredError",
+    "NotSeparableError",
+    "SlowPathWarning",
+    "gramian",
+    "jacobian",
+    "register_rule",
+    "weighting",
+]
 __version__ = "0.1.0"

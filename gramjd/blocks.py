@@ -163,6 +163,10 @@ def merge(blocks: Sequence[Block]) -> list[Block]:
     return [*merged, *lookups, *dense]
 
 
-def numel(block: Block) -> int:
-    """Entries of the parameter."""
-    return prod(block.shape)
+def fits(block: Block, shape: Sequence[int]) -> bool:
+    """Do the factors of a block make up rows of this shape?"""
+    if tuple(block.shape) != tuple(shape):
+        return False
+    if isinstance(block, Outer):
+        return block.c.shape[3] * block.c.shape[4] * block.a.shape[3] == prod(shape)
+    return not isinstance(block, Lookup) or block.c.shape[3] == shape[1]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gramjd import pytree
 from gramjd.blocks import Block, Dense
-from gramjd.functorch import depends_on_innermost_transform
+from gramjd.internals import depends_on_innermost_transform
 from gramjd.rules import tensors_of
 from gramjd.uses import Record, Tracker, Use, blocks_of, describe, is_inplace
 
@@ -59,8 +59,9 @@ class _Perturb(Tracker):
                  ) -> None:  # fmt: skip
         super().__init__(parameters, unbatched)
         self.raw = {id(p): r for p, r in zip(parameters, raw, strict=True) if p is not r}
-        for number, tensor in enumerate(raw):
-            self.sources[id(tensor)] = number
+        for parameter, tensor in zip(parameters, raw, strict=True):
+            self.sources[id(parameter)] = self.sources[id(tensor)] = tensor
+            self.known[id(tensor)] = tensor
         self.perturbations = None if perturbations is None else list(perturbations)
         self.shared = shared  # no batch: every tensor is "the sample", nothing is derived
         self.trace = _Trace()
@@ -162,7 +163,7 @@ def capture(
     given = [c[:, 0] if shared else c.transpose(0, 1) for c in cotangents or ()]
     values, cs, rows, saved = mapped(per_sample, batched, *given)
     uses = _uses(trace, [c.transpose(0, 1) for c in cs], saved)
-    blocks = blocks_of(uses, len(parameters))
+    blocks = blocks_of(uses, raw)
     for number, row in enumerate(rows):
         blocks[number].append(Dense(row.transpose(0, 1)))
     return Captured(values, blocks)

@@ -8,6 +8,7 @@ from typing import Any
 import optree
 from torch import Tensor
 
+PLACEHOLDER = object()  # stands for a tensor in the structure of a tree
 PyTree = Any
 PyTreeSpec = optree.PyTreeSpec
 

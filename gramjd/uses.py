@@ -12,7 +12,7 @@ produced it, one after the other, as objectives that share their inputs (``B = 1
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gramjd import pytree
-from gramjd.blocks import Block, spread, transpose
+from gramjd.blocks import Block, fits, spread, transpose
 from gramjd.rules import Call, dense_rows, tensors_of
 from gramjd.rules.registry import Entry
 
@@ -36,16 +36,13 @@ _TRANSPOSES = (Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t, Tensor.tr
                Tensor.permute, torch.permute, torch.swapaxes, Tensor.swapaxes)  # fmt: skip
 
 
-PLACEHOLDER = object()  # stands for a tensor in the structure of a call
-
-
 @dataclass(frozen=True)
 class Slot:
     """One tracked tensor among the arguments of a call."""
 
     index: int  # its place among the leaves of the arguments
     name: str | int | None  # of the argument; None inside a container
-    source: Source  # number of the parameter, or where the tensor was derived
+    source: Source  # the parameter, or where the tensor was derived
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class Derived:
     output: int
 
 
-Source = int | Derived
+Source = Tensor | Derived
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +81,7 @@ class Use:
     def of(record: Record, saved: Sequence[Any], cs: Sequence[Tensor | None], tracked: Sequence[Tensor]
            ) -> Use:  # fmt: skip
         """A use from the canonical values of the leaves that its record names in ``saved``."""
-        leaves = [None if leaf is PLACEHOLDER else leaf for leaf in record.leaves]
+        leaves = [None if leaf is pytree.PLACEHOLDER else leaf for leaf in record.leaves]
         for i, value in zip(record.saved, saved, strict=True):
             leaves[i] = value
         return Use(record, leaves, cs, tracked)
@@ -100,7 +97,10 @@ class Use:
             return dense_rows(call, slot.index, leaves, self.cs)
         _, spec = pytree.flatten(call.values)
         values = pytree.unflatten(spec, leaves)
-        return entry.rule(c, **dict(zip(call.names, values, strict=True)))
+        block = entry.rule(c, **dict(zip(call.names, values, strict=True)))
+        if not fits(block, tensor.shape):
+            raise ValueError(f"the rule of {slot.name} returned a block of another shape")
+        return block
 
 
 def describe(op: Any, args: Sequence[Any], kwargs: dict[str, Any], sources: dict[int, Any], derived: bool
@@ -124,7 +124,7 @@ def describe(op: Any, args: Sequence[Any], kwargs: dict[str, Any], sources: dict
     else:
         needs = {name for entry in entries if entry for name in entry.needs}
         saved = tuple(i for i in tensors if names[i] in needs)
-    static = [PLACEHOLDER if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    static = [pytree.PLACEHOLDER if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     template = Call(call.op, call.names, pytree.unflatten(spec, static), call.positional)
     return Record(template, tuple(static), slots, entries, derived, saved), leaves
 
@@ -140,9 +140,12 @@ class Tracker(TorchFunctionMode):
         super().__init__()
         self.sources: dict[int, Source] = {}
         self.known: dict[int, Tensor] = {}  # tracked and un-batched tensors
-        for number, parameter in enumerate(parameters):
-            self.sources[id(parameter)] = number
-            self.known[id(parameter)] = parameter
+        self.add(parameters, unbatched)
+
+    def add(self, parameters: Iterable[Tensor], unbatched: Iterable[Tensor]) -> None:
+        """Track more parameters, and take more tensors for un-batched."""
+        for parameter in parameters:
+            self.sources[id(parameter)] = self.known[id(parameter)] = parameter
         for tensor in unbatched:
             self.known[id(tensor)] = tensor
 
@@ -216,16 +219,22 @@ def _undispatched(func: types.FunctionType) -> types.FunctionType:
     return types.FunctionType(func.__code__, space, func.__name__, func.__defaults__, func.__closure__)
 
 
+Found = dict[int, list[Block]]  # by id of the parameter
 Pending = dict[Record, list[list[Block]]]  # for each output of a derived tensor's call
 
 
-def blocks_of(uses: Sequence[Use], parameters: int) -> list[list[Block]]:
+def blocks_of(
+    uses: Sequence[Use],
+    parameters: Sequence[Tensor],
+    failed: Callable[[Source, Exception], None] | None = None,
+) -> list[list[Block]]:
     """Blocks of every parameter from its uses, which come in the order of the forward.
 
     The call that derived a tensor is in the list without cotangents (``None``): its rows are what
-    the uses of the tensor send it. Where it does have cotangents, they contain all that.
+    the uses of the tensor send it. Where it does have cotangents, they contain all that. Errors of
+    rules go to ``failed`` with what the block would have been of, if that is given.
     """
-    found: list[list[Block]] = [[] for _ in range(parameters)]
+    found: Found = {id(parameter): [] for parameter in parameters}
     pending: Pending = {use.record: [[] for _ in use.cs] for use in uses if _unresolved(use)}
     for use in reversed(uses):
         samples = 0  # of the rows received, which are objectives of one sample here
@@ -239,23 +248,38 @@ def blocks_of(uses: Sequence[Use], parameters: int) -> list[list[Block]]:
                 continue
             use = _as_objectives(use, received)
         for which, slot in enumerate(use.record.slots):
-            if isinstance(slot.source, int) or slot.source.record in pending:
-                block = use.block(which)
+            source = slot.source
+            if id(source) in found or isinstance(source, Derived) and source.record in pending:
+                try:
+                    block = use.block(which)
+                except Exception as error:
+                    if failed is None:
+                        raise
+                    failed(source, error)
+                    continue
                 block = spread(block, samples) if samples else block
-                _deliver(slot.source, [block], found, pending)
-    return found
+                _deliver(source, [block], found, pending)
+    return [found[id(parameter)] for parameter in parameters]
+
+
+def roots(source: Source) -> set[int]:
+    """Ids of the parameters that a tracked tensor was computed from."""
+    if isinstance(source, Tensor):
+        return {id(source)}
+    return set().union(*(roots(slot.source) for slot in source.record.slots))
 
 
 def _unresolved(use: Use) -> bool:
     return all(c is None for c in use.cs)
 
 
-def _deliver(source: Source, blocks: Iterable[Block], found: list[list[Block]], pending: Pending) -> None:
+def _deliver(source: Source, blocks: Iterable[Block], found: Found, pending: Pending) -> None:
     """Add blocks to the parameter or to the derived tensor that they are of."""
-    if isinstance(source, int):
-        found[source].extend(blocks)
-    else:
-        pending[source.record][source.output].extend(blocks)
+    if isinstance(source, Derived):
+        if source.record in pending:
+            pending[source.record][source.output].extend(blocks)
+    elif id(source) in found:
+        found[id(source)].extend(blocks)
 
 
 def _as_objectives(use: Use, received: Sequence[Sequence[Block]]) -> Use:

@@ -1,0 +1,82 @@
+"""Way 2: a module call as the pure function ``functional_call(module, params, args, kwargs)``.
+
+Its per-sample Jacobian is built by ``vmap(vjp)`` over the batch dimension, with the same capture of
+ops inside, and applied to the cotangents of the call's outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramjd import pytree
+from gramjd.blocks import Block
+from gramjd.capture import capture
+from gramjd.engine.layouts import Layout, tolerance
+from gramjd.engine.marks import CallMark
+from gramjd.rules import tensors_of
+
+
+def call_blocks(
+    mark: CallMark,
+    saved: Sequence[Tensor],
+    cs: Sequence[Tensor | None],
+    layout: Layout | None,
+    samples: int,
+) -> list[list[Block]]:
+    """Blocks of the parameters that the call answers for.
+
+    Args:
+        mark: the call.
+        saved: what its node saved.
+        cs: canonical cotangents ``[K, B, ...]`` of the outputs that require gradients; ``None`` for
+            those that the objectives do not depend on.
+        layout: of the outputs; ``None`` without a batch.
+        samples: ``B``.
+
+    Raises:
+        ValueError: the replayed outputs differ from the recorded ones.
+    """
+    n, outs = len(mark.names), len(cs)
+    arguments, used = saved[: -n - outs], [i for i, c in enumerate(cs) if c is not None]
+    recorded = [saved[i - outs] for i in used]
+    parameters = saved[-n - outs : -outs]
+    batched = [layout is None or _has_samples(t, layout, recorded[0]) for t in arguments]
+    mapped = [t if layout is None else layout.split(t, layout.dim, samples)
+              for t, b in zip(arguments, batched, strict=True) if b]  # fmt: skip
+    shared = [t for t, b in zip(arguments, batched, strict=True) if not b]
+
+    def function(params: Sequence[Tensor], batch: Sequence[Tensor]) -> list[Tensor]:
+        mine, others = iter(batch), iter(shared)
+        tensors = iter([next(mine) if b else next(others) for b in batched])
+        leaves = [next(tensors) if leaf is pytree.PLACEHOLDER else leaf for leaf in mark.leaves]
+        args, kwargs = pytree.unflatten(mark.spec, leaves)
+        named = dict(zip(mark.names, params, strict=True))
+        module = getattr(mark.module, "_orig_mod", mark.module)
+        out = torch.func.functional_call(module, _without_prefix(named), args, kwargs)
+        live = [t for t, is_live in zip(tensors_of(out), mark.live, strict=True) if is_live]
+        return [live[i] for i in used]
+
+    with torch.random.fork_rng(devices=[], enabled=mark.rng_state is not None):
+        if mark.rng_state is not None:
+            torch.set_rng_state(mark.rng_state)
+        found = capture(function, parameters, mapped, [c for c in cs if c is not None], unbatched=shared, randomness="different",
+                        shared=layout is None)  # fmt: skip
+    for got, want in zip(found.outputs, recorded, strict=True):
+        want = want.unsqueeze(0) if layout is None else layout.split(want, layout.dim, samples)
+        if got.shape != want.shape or (got - want).norm() > tolerance(got.dtype) * want.norm():
+            raise ValueError("a second call of the module, sample by sample, gave other outputs")
+    return found.blocks
+
+
+def _has_samples(argument: Tensor, layout: Layout, output: Tensor) -> bool:
+    """Is the argument batched along the dimension that the outputs are?"""
+    return argument.ndim > layout.dim and argument.shape[layout.dim] == output.shape[layout.dim]
+
+
+def _without_prefix(named: dict[str, Any]) -> dict[str, Any]:
+    """Names of a compiled module's parameters as its original module knows them."""
+    return {name.removeprefix("_orig_mod."): value for name, value in named.items()}

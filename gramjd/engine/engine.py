@@ -1,0 +1,257 @@
+"""``Engine``: Gramians in ordinary training loops around existing modules."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramjd import pytree
+from gramjd.engine.graph import walk
+from gramjd.engine.recorder import AfterHook, BeforeHook, Watcher
+from gramjd.engine.ways import WAYS, Plan, Task, solve
+from gramjd.errors import NotCoveredError, SlowPathWarning
+from gramjd.jacobian import Jacobian, Output
+
+_PLANS = 64  # signatures that an engine remembers
+
+
+class Engine:
+    """Computes the Gramian of the Jacobian of a tensor with respect to modules' parameters.
+
+    The Jacobian itself is never stored (Quinton and Rey, arXiv 2406.16232, Section 6). A drop-in
+    replacement for ``torchjd.autogram.Engine``.
+
+    Args:
+        modules: modules, each of which stands for its whole subtree; or one iterable of modules,
+            each of which stands for its direct parameters. Overlaps count once.
+        batch_dim: the dimension of the outputs along which the samples are, if there is one and the
+            computation treats samples independently; ``None`` for any other computation. May be
+            given positionally after an iterable.
+        check: whether the blocks are proved equal to autograd's gradients with random weights:
+            ``"first"``, once for each structure of the graph; ``"always"``; ``"never"``.
+        ways: how blocks may be obtained, best first: from the ``"ops"`` of the forward that ran, by
+            ``"functional"`` replay of a module call under ``vmap(vjp)``, by autograd's ``"rows"``.
+
+    Raises:
+        TypeError: an argument is not a module.
+        ValueError: there is no module, or an option is unknown.
+
+    Example:
+        >>> engine = Engine(model, batch_dim=0)
+        >>> losses = criterion(model(input), target)  # shape: [m]
+        >>> gramian = engine.compute_gramian(losses)  # shape: [m, m]
+        >>> losses.backward(weighting(gramian))
+    """
+
+    def __init__(
+        self,
+        *modules: nn.Module | Iterable[nn.Module] | int | None,
+        batch_dim: int | None | str = "",
+        check: str = "first",
+        ways: Sequence[str] = WAYS,
+    ) -> None:
+        found, recurse, batch_dim = _parse(modules, batch_dim)
+        if check not in ("first", "always", "never"):
+            raise ValueError(f"check must be 'first', 'always' or 'never', not {check!r}.")
+        if not ways or not set(ways) <= set(WAYS):
+            raise ValueError(f"ways must be some of {WAYS}, not {ways!r}.")
+        self._modules, self._recurse, self._batch_dim = found, recurse, batch_dim
+        self._check, self._ways = check, tuple(way for way in WAYS if way in ways)
+        self._plans: dict[Hashable, Plan] = {}
+        registry = _Registry(found, recurse)
+        self._registry = registry
+        self._watcher = Watcher(registry.parameters, registry.unbatched, self._ways)
+        handles = []
+        for module in registry.hooked():
+            before = BeforeHook(weakref.WeakMethod(self._watcher.before))
+            after = AfterHook(weakref.WeakMethod(self._watcher.after))
+            handles += [
+                module.register_forward_pre_hook(before, with_kwargs=True),
+                module.register_forward_hook(after, with_kwargs=True, always_call=True),
+            ]
+        self._finalizer = weakref.finalize(self, _remove, handles)
+
+    def compute_gramian(self, output: Tensor, /) -> Tensor:
+        """The generalized Gramian ``G = J Jᵀ`` of an output with respect to the parameters.
+
+        Args:
+            output: the tensor to differentiate, of any shape, with a graph. Its graph is kept, so
+                that ``output.backward(weights)`` can follow.
+
+        Returns:
+            ``[*output.shape, *reversed(output.shape)]``, exactly symmetric, detached, on the
+            output's device: ``[m, m]`` for losses ``[m]``, the squared norm of the gradient for a
+            scalar.
+
+        Raises:
+            NoGraphError: the output has no graph, or it has been freed.
+            NotCoveredError: no trainable registered parameter takes part in the output.
+            NotSeparableError: ``batch_dim`` is not a dimension of independent samples.
+            CheckFailedError: none of the allowed ways gives a Gramian that agrees with autograd.
+            ValueError: the output is empty or not finite, or has no dimension ``batch_dim``.
+        """
+        gramian: Tensor = self.jacobian(output).gramian()
+        return gramian.to(output.device)
+
+    def jacobian(self, output: Tensor, /) -> Jacobian:
+        """The lazy Jacobian of an output with respect to the parameters, by name.
+
+        The arguments and errors are those of :meth:`compute_gramian`.
+        """
+        batch_dim = self._validate(output)
+        with torch.no_grad():
+            graph = walk(output)
+            named = {n: p for n, p in self._registry.named().items() if id(p) in graph.leaves}
+            if not named:
+                self._raise_not_covered()
+            plan = self._plan(graph.signature)
+            warned = "rows" in plan.ways.values()
+            task = Task(output, batch_dim, graph, named, plan)
+            blocks = solve(task, self._ways, check=self._check != "never")
+        if not warned and self._ways != ("rows",):
+            _warn_of_rows(task)
+        parameters, spec = pytree.flatten(named)
+        by_id = dict(zip(map(id, named.values()), blocks, strict=True))
+        _, leaf = pytree.flatten(output)
+        shape = Output(0, tuple(output.shape), batch_dim)
+        return Jacobian([by_id[id(p)] for p in parameters], parameters, spec, [shape], leaf, task.samples)
+
+    def close(self) -> None:
+        """Remove the engine's hooks; the modules are as they were. May be called again."""
+        self._finalizer()
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (self._modules, self._recurse, self._batch_dim, self._check, self._ways)
+
+    def _plan(self, signature: Hashable) -> Plan:
+        if self._check == "always":
+            return Plan()
+        plan = self._plans.setdefault((signature, *map(id, self._registry.parameters())), Plan())
+        if len(self._plans) > _PLANS:
+            self._plans.pop(next(iter(self._plans)))
+        return plan
+
+    def _validate(self, output: Tensor) -> int | None:
+        """The batch dimension as a dimension of this output."""
+        if not isinstance(output, Tensor):
+            raise TypeError(f"compute_gramian expects a tensor, got a {type(output).__name__}.")
+        dim = self._batch_dim
+        if dim is not None and not -output.ndim <= dim < output.ndim:
+            raise ValueError(
+                f"batch_dim={dim} is not a dimension of an output of shape {list(output.shape)}. Pass "
+                "losses that still have their batch dimension (reduction='none'), or batch_dim=None."
+            )
+        if output.numel() == 0:
+            raise ValueError(f"The output is empty (shape {list(output.shape)}): there is no objective.")
+        if not bool(torch.isfinite(output.detach()).all()):
+            raise ValueError(
+                f"The output has NaN or infinite entries (shape {list(output.shape)}): their gradients "
+                "are meaningless. Look for overflow, or for a division by zero, in the forward."
+            )
+        return dim if dim is None else dim % output.ndim
+
+    def _raise_not_covered(self) -> None:
+        names = ", ".join(type(module).__name__ for module in self._modules[:3])
+        if not self._registry.named():
+            raise NotCoveredError(
+                f"The registered modules ({names}) have no parameter that requires gradients. Register "
+                "modules with trainable parameters, or call requires_grad_() on them."
+            )
+        raise NotCoveredError(
+            f"No parameter of the registered modules ({names}) takes part in the output. Compute the "
+            "output from their outputs, and with gradients enabled."
+        )
+
+
+class _Registry:
+    """The modules of an engine, and what they hold at the time of asking."""
+
+    def __init__(self, modules: Sequence[nn.Module], recurse: bool) -> None:
+        self.modules, self.recurse = modules, recurse
+
+    def named(self) -> dict[str, Tensor]:
+        """Trainable parameters by name, each of them once."""
+        seen: set[int] = set()
+        found: dict[str, Tensor] = {}
+        for index, module in enumerate(self.modules):
+            prefix = "" if len(self.modules) == 1 else f"{index}:{type(module).__name__}."
+            for name, p in module.named_parameters(recurse=self.recurse):
+                if p.requires_grad and id(p) not in seen:
+                    seen.add(id(p))
+                    found[prefix + name] = p
+        return found
+
+    def parameters(self) -> list[Tensor]:
+        """Trainable parameters."""
+        return list(self.named().values())
+
+    def unbatched(self) -> list[Tensor]:
+        """Tensors of the modules that no sample owns: frozen parameters and buffers."""
+        found: list[Tensor] = []
+        for module in self.modules:
+            found += [p for p in module.parameters(self.recurse) if not p.requires_grad]
+            found += list(module.buffers(self.recurse))
+        return found
+
+    def hooked(self) -> list[nn.Module]:
+        """The modules whose calls are watched: those that have a registered parameter below them."""
+        if not self.recurse:
+            return list(self.modules)
+        below = (m for module in self.modules for m in module.modules())
+        return list(dict.fromkeys(m for m in below if next(m.parameters(), None) is not None))
+
+
+def _parse(modules: Sequence[Any], batch_dim: Any) -> tuple[list[nn.Module], bool, int | None]:
+    """The modules, whether they stand for their subtrees, and the batch dimension."""
+    positional = list(modules)
+    if batch_dim == "":
+        if len(positional) < 2 or not (positional[-1] is None or isinstance(positional[-1], int)):
+            raise TypeError(
+                "Engine needs a batch_dim: the dimension of the outputs that holds independent samples "
+                "(usually 0), or None if there is none."
+            )
+        batch_dim = positional.pop()
+    if batch_dim is not None and not isinstance(batch_dim, int):
+        raise TypeError(f"batch_dim must be an int or None, not {batch_dim!r}.")
+    recurse = all(isinstance(m, nn.Module) for m in positional)
+    if not recurse and len(positional) == 1 and isinstance(positional[0], Iterable):
+        positional = list(positional[0])
+    for module in positional:
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"Engine takes modules, or one iterable of modules; got a {type(module).__name__}."
+            )
+    if not positional:
+        raise ValueError("Engine needs at least one module.")
+    return list(dict.fromkeys(positional)), recurse, batch_dim
+
+
+def _rebuild(modules: Sequence[nn.Module], recurse: bool, batch_dim: int | None, check: str,
+             ways: Sequence[str]) -> Engine:  # fmt: skip
+    """An engine like the one that was copied or unpickled, with hooks of its own."""
+    given = modules if recurse else [modules]
+    return Engine(*given, batch_dim=batch_dim, check=check, ways=ways)
+
+
+def _remove(handles: Sequence[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _warn_of_rows(task: Task) -> None:
+    """Say which parameters go the slow way, and why."""
+    slow = [name for name, p in task.parameters.items() if task.plan.ways[id(p)] == "rows"]
+    if slow:
+        cause = task.plan.causes.get(id(task.parameters[slow[0]]), "it was not used in a registered module")
+        more = f" (and {len(slow) - 1} more)" if len(slow) > 1 else ""
+        warnings.warn(
+            f"The Jacobian of parameter {slow[0]!r}{more} is computed one row at a time, which is exact "
+            f"but slow, because {cause}.",
+            SlowPathWarning,
+            stacklevel=4,
+        )

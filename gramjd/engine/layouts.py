@@ -1,0 +1,92 @@
+"""Where the samples are inside a tensor of the forward: measured, not guessed.
+
+With random sample weights ``v``, the cotangent of ``Σ_b v_b f_b`` at a use equals ``v``, broadcast
+along the true layout, times the cotangent of ``Σ_b f_b``. A use at which samples are mixed, or that
+does not belong to any one sample, fits no layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ZERO = object()  # every layout fits: the cotangents are zero
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Samples lie in dimension ``dim``, of size ``B·n``, one after the other or interleaved."""
+
+    dim: int
+    sample_major: bool = True
+
+    def split(self, tensor: Tensor, dim: int, samples: int) -> Tensor:
+        """Samples of dimension ``dim`` first; what is left of it, ``n``, stays: ``[B, ..., n, ...]``."""
+        n = tensor.shape[dim] // samples
+        sizes = (samples, n) if self.sample_major else (n, samples)
+        return tensor.unflatten(dim, sizes).movedim(dim + (0 if self.sample_major else 1), 0)
+
+    def cotangents(self, c: Tensor, samples: int) -> Tensor:
+        """``[K, *y]`` → ``[K, B, *y]`` with ``n`` left of the batch dimension."""
+        return self.split(c, self.dim + 1, samples).transpose(0, 1)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """How far two backward passes may differ, relative to the norm of the cotangent."""
+    return min(10 * torch.finfo(dtype).eps ** (2 / 3), 0.1)
+
+
+def candidates(shape: Sequence[int], samples: int) -> Iterator[Layout]:
+    """Every dimension of ``B`` samples, then of ``B·n``."""
+    for dim, size in enumerate(shape):
+        if size == samples:
+            yield Layout(dim)
+    for dim, size in enumerate(shape):
+        if size > samples and size % samples == 0:
+            yield Layout(dim)
+            if samples > 1:
+                yield Layout(dim, sample_major=False)
+
+
+def measure(c: Tensor, probed: Tensor, v: Tensor) -> Layout | None | object:
+    """The layout of a use's output.
+
+    Args:
+        c: cotangents ``[K, *y]`` of the sums of the objectives over the samples.
+        probed: cotangent ``[*y]`` of the objectives weighted by ``v``.
+        v: ``[K, B]``.
+
+    Returns:
+        The layout; ``None`` if none fits; ``ZERO`` if every cotangent is zero.
+    """
+    K, samples = v.shape
+    if not probed.any() and not c.any():
+        return ZERO
+    for layout in candidates(probed.shape, samples):
+        rows = layout.cotangents(c, samples)
+        weights = v.to(c.dtype).reshape(K, samples, *[1] * (rows.ndim - 2))
+        weighted = rows * weights
+        error = (weighted.sum(0) - layout.split(probed, layout.dim, samples)).norm()
+        if bool(error <= tolerance(c.dtype) * weighted.norm()):
+            return layout
+    return None
+
+
+def canonical(tensor: Tensor, layout: Layout, output: Sequence[int], align: str, samples: int) -> Tensor:
+    """An argument of a call whose output has ``layout``: ``[B, ...]``, shared where it has no samples.
+
+    Raises:
+        ValueError: its sizes do not fit the output's.
+    """
+    dim = layout.dim - (len(output) - tensor.ndim if align == "right" else 0)
+    if 0 <= dim < tensor.ndim and tensor.shape[dim] == output[layout.dim]:
+        return layout.split(tensor, dim, samples)
+    if dim < 0 or dim >= tensor.ndim or tensor.shape[dim] == 1:
+        return tensor.unsqueeze(0).expand(samples, *tensor.shape)
+    raise ValueError(
+        f"an argument of shape {list(tensor.shape)} does not have the samples of dimension "
+        f"{layout.dim} of the output, of shape {list(output)}"
+    )

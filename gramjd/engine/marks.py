@@ -1,0 +1,89 @@
+"""What a node of the graph holds: an op that received a parameter, or a call of a whole module."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramjd import pytree
+from gramjd.engine.nodes import attach
+from gramjd.rules import tensors_of
+from gramjd.uses import Record
+
+_NUMBERS = itertools.count()  # of marks, in the order of the forward
+
+
+@dataclass(frozen=True)
+class OpMark:
+    """A use; the node saves the values that its rules read, then the tensors of its slots."""
+
+    number: int
+    record: Record
+    live: tuple[bool, ...]  # which outputs require gradients, and so have a tap
+
+    @property
+    def signature(self) -> Hashable:
+        """The same for the same op with parameters in the same places."""
+        return ("op", self.record.call.op, tuple(slot.index for slot in self.record.slots))
+
+
+@dataclass(frozen=True)
+class CallMark:
+    """A module call; the node saves its tensor arguments, its parameters, its (live) outputs."""
+
+    number: int
+    module: nn.Module
+    names: tuple[str, ...]  # of the parameters that it answers for
+    parameters: tuple[Tensor, ...]
+    leaves: tuple[Any, ...]  # of (args, kwargs), placeholders for tensors
+    spec: pytree.PyTreeSpec
+    live: tuple[bool, ...]  # which output tensors require gradients
+    rng_state: Tensor | None  # of the CPU, before the call
+
+    @property
+    def signature(self) -> Hashable:
+        """The same for calls of the same module."""
+        return ("call", id(self.module), self.names)
+
+
+def mark_op(record: Record, leaves: Sequence[Any], out: Any, inplace: bool) -> Any:
+    """The output of an op with a node for its record behind it."""
+    outs = tensors_of(out)
+    live = tuple(t.requires_grad for t in outs)
+    saved = [leaves[i] for i in record.saved] + [leaves[slot.index] for slot in record.slots]
+    mark = OpMark(next(_NUMBERS), record, live)
+    return _replace_live(out, attach(mark, saved, [t for t in outs if t.requires_grad], inplace))
+
+
+def mark_call(module: nn.Module, args: Any, kwargs: Any, out: Any, names: Sequence[str],
+              rng_state: Tensor | None = None) -> Any:  # fmt: skip
+    """The output of a module call with a node for the call behind it; as it is without gradients."""
+    outs = tensors_of(out)
+    live = [t for t in outs if t.requires_grad]
+    if not live:
+        return out
+    leaves, spec = pytree.flatten((args, kwargs))
+    static = tuple(pytree.PLACEHOLDER if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    parameters = tuple(module.get_parameter(name) for name in names)
+    mark = CallMark(next(_NUMBERS), module, tuple(names), parameters, static, spec,
+                    tuple(t.requires_grad for t in outs), rng_state)  # fmt: skip
+    return _replace_live(out, attach(mark, [*tensors, *parameters, *live], live))
+
+
+def _replace_live(out: Any, marked: Sequence[Tensor]) -> Any:
+    """The output with the tensors that require gradients replaced, in order."""
+    if isinstance(out, Tensor):
+        return marked[0]
+    flat, spec = pytree.flatten(out)
+    rest = iter(marked)
+    return pytree.unflatten(spec, [next(rest) if _is_live(leaf) else leaf for leaf in flat])
+
+
+def _is_live(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.requires_grad

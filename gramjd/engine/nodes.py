@@ -1,0 +1,60 @@
+"""Identity nodes: how a use leaves its mark in the user's own autograd graph.
+
+A node holds what the use's blocks follow from and lives exactly as long as the graph. Beside each
+output it has a *tap*, a leaf without storage of its own, whose gradient is the output's cotangent:
+asking autograd for the gradients of taps runs the backward pass through activations alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Node(torch.autograd.Function):
+    """The identity on the outputs of a use or of a module call."""
+
+    @staticmethod
+    def forward(ctx: Any, record: Any, saved: Sequence[Tensor], inplace: bool, *tensors: Tensor) -> Any:
+        ctx.record = record
+        ctx.tapped = False
+        ctx.save_for_backward(*saved)
+        ctx.set_materialize_grads(False)
+        outputs = tensors[: len(tensors) // 2]
+        if inplace:
+            ctx.mark_dirty(*outputs)
+        else:  # not a view of its argument as far as autograd is concerned: users may write into it
+            outputs = tuple(t.detach() for t in outputs)
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        taps = grads if ctx.tapped else (None,) * len(grads)
+        return (None, None, None, *grads, *taps)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        outputs = tuple(t.view_as(t) for t in tangents[3 : 3 + (len(tangents) - 3) // 2])
+        return outputs if len(outputs) > 1 else outputs[0]
+
+
+NODE_TYPE: type = Node._backward_cls  # type: ignore[attr-defined]
+
+
+def attach(record: Any, saved: Sequence[Tensor], outputs: Sequence[Tensor], inplace: bool = False) -> list[Tensor]:
+    """The outputs with a node that holds ``record`` and ``saved`` behind them."""
+    taps = [
+        torch.empty_strided(t.shape, (0,) * t.ndim, dtype=t.dtype, device=t.device, requires_grad=True)
+        for t in outputs
+    ]
+    found = Node.apply(record, saved, inplace, *outputs, *taps)
+    return [found] if isinstance(found, Tensor) else list(found)
+
+
+def taps_of(node: Any) -> list[Tensor]:
+    """The taps of a node, one for each output."""
+    edges = node.next_functions
+    return [edge[0].variable for edge in edges[len(edges) // 2 :]]

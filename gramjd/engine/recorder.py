@@ -1,0 +1,153 @@
+"""Recording the forward that the user runs: which ops received a parameter.
+
+Forward hooks switch a :class:`~gramjd.uses.Tracker` on for the outermost call of a registered module.
+Engines that see the same forward share one tracker. It lives in this thread, during a forward only.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
+from weakref import WeakMethod
+
+import torch
+from torch import Tensor, nn
+
+from gramjd.engine.marks import mark_call, mark_op
+from gramjd.internals import innermost_mode, inside_transform, is_compiling
+from gramjd.rules import tensors_of
+from gramjd.uses import Record, Tracker, describe, is_inplace
+
+_THREAD = threading.local()  # .recorder: the one switched on in this thread
+
+
+class Recorder(Tracker):
+    """Puts a node behind the output of every tracked op; remembers which parameters it has seen."""
+
+    def __init__(self, frame: FrameType) -> None:
+        super().__init__(())
+        self.frame: FrameType | None = frame  # of the module call that switched it on
+        self.watchers: set[int] = set()  # ids of those whose parameters it tracks
+        self.seen: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.frame is None:  # left behind by an interrupted forward, below another mode
+            return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def record(self, op: Any, args: Any, kwargs: dict[str, Any], derived: bool) -> tuple[Any, Record | None]:
+        out = op(*args, **kwargs)
+        if not any(t.requires_grad for t in tensors_of(out)):
+            return out, None
+        record, leaves = describe(op, args, kwargs, self.sources, derived)
+        inplace = is_inplace(op)
+        if inplace and (None in record.entries or out is not args[0] or out._is_view()):
+            return out, None  # cannot be called again, or is a view: left to a slower way
+        self.seen.update(id(slot.source) for slot in record.slots)
+        return mark_op(record, leaves, out, inplace), record
+
+    def switch_off(self) -> None:
+        """End the recording."""
+        _THREAD.recorder = None
+        self.frame = None
+        if innermost_mode() is self:
+            self.__exit__(None, None, None)
+
+
+def active_recorder() -> Recorder | None:
+    """The recorder that is switched on, unless an interrupt (Ctrl-C) skipped its switching off."""
+    recorder: Recorder | None = getattr(_THREAD, "recorder", None)
+    frame: FrameType | None = sys._getframe()
+    while recorder is not None and frame is not recorder.frame:
+        frame = frame.f_back if frame is not None else None
+        if frame is None:
+            recorder.switch_off()
+            recorder = None
+    return recorder
+
+
+class Watcher:
+    """The hooks of one engine: what happens before and after each call of a registered module."""
+
+    def __init__(
+        self,
+        parameters: Callable[[], Sequence[Tensor]],
+        unbatched: Callable[[], Sequence[Tensor]],
+        ways: Sequence[str],
+    ) -> None:
+        self.parameters, self.unbatched, self.ways = parameters, unbatched, ways
+        self.outermost = threading.local()  # .frame, .rng_state: of a call that is marked as a whole
+
+    def before(self, module: nn.Module, frame: FrameType) -> None:
+        """Start recording, or remember the state that the call starts from."""
+        if not torch.is_grad_enabled() or inside_transform():
+            return
+        if "ops" in self.ways:
+            recorder = active_recorder()
+            if recorder is None:
+                recorder = _THREAD.recorder = Recorder(frame)
+                recorder.__enter__()
+            if id(self) not in recorder.watchers:
+                recorder.watchers.add(id(self))
+                recorder.add(self.parameters(), self.unbatched())
+        elif "functional" in self.ways and getattr(self.outermost, "frame", None) is None:
+            self.outermost.frame, self.outermost.rng_state = frame, torch.get_rng_state()
+
+    def after(self, module: nn.Module, args: Any, kwargs: Any, out: Any, frame: FrameType) -> Any:
+        """Mark calls whose inside was not seen; stop recording with the call that started it."""
+        if "ops" not in self.ways:
+            return self._after_unrecorded(module, args, kwargs, out, frame)
+        recorder = active_recorder()
+        if recorder is None:
+            return None
+        ours = recorder.frame in (frame, frame.f_back)  # the latter where the forward raised
+        unseen = [
+            name
+            for name, p in module.named_parameters(recurse=_is_opaque(module))
+            if id(p) in recorder.sources and id(p) not in recorder.seen
+        ]
+        if ours:
+            recorder.switch_off()
+        return mark_call(module, args, kwargs, out, unseen) if unseen and out is not None else None
+
+    def _after_unrecorded(self, module: nn.Module, args: Any, kwargs: Any, out: Any, frame: FrameType) -> Any:
+        if getattr(self.outermost, "frame", None) not in (frame, frame.f_back) or out is None:
+            return None
+        self.outermost.frame = None
+        ids = {id(p) for p in self.parameters()}
+        names = [name for name, p in module.named_parameters() if id(p) in ids]
+        return mark_call(module, args, kwargs, out, names, self.outermost.rng_state)
+
+
+def _is_opaque(module: nn.Module) -> bool:
+    """Is the inside of its calls out of sight: scripted or compiled?"""
+    return isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod")
+
+
+class BeforeHook:
+    """A forward pre-hook. It does not keep its engine alive, and copies of it do nothing."""
+
+    def __init__(self, target: WeakMethod[Any] | None = None) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        target = self.target and self.target()
+        if target is not None and not is_compiling():
+            target(module, sys._getframe(1))
+
+
+class AfterHook(BeforeHook):
+    """A forward hook, likewise; called without ``kwargs`` and output if the forward raised."""
+
+    def __call__(self, module: nn.Module, args: Any, *rest: Any) -> Any:  # type: ignore[override]
+        target = self.target and self.target()
+        if target is None or is_compiling():
+            return None
+        kwargs = rest[0] if len(rest) == 2 else {}
+        return target(module, args, kwargs, rest[-1], sys._getframe(1))

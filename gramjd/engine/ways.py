@@ -1,0 +1,298 @@
+"""From the nodes of a graph to blocks: three exact ways, and the checks between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gramjd import gramians
+from gramjd.blocks import Block, Dense
+from gramjd.engine import backward
+from gramjd.engine.calls import call_blocks
+from gramjd.engine.graph import Graph
+from gramjd.engine.layouts import ZERO, Layout, canonical, measure, tolerance
+from gramjd.engine.marks import CallMark, OpMark
+from gramjd.errors import CheckFailedError, NotSeparableError
+from gramjd.uses import Source, Use, blocks_of, roots
+
+WAYS = ("ops", "functional", "rows")
+
+Layouts = list[Layout | None]  # of the outputs of a node; None: samples are mixed, or it has none
+Cotangents = list[Tensor | None]  # of the outputs of a node, [K, *y]
+Found = dict[int, list[Block]]  # by id of the parameter; parameters not covered are missing
+
+
+@dataclass
+class Plan:
+    """What was measured on the first graph of a signature, and holds for the next ones."""
+
+    layouts: list[Layouts] | None = None  # of each node
+    ways: dict[int, str] = field(default_factory=dict)  # of each parameter, by id
+    causes: dict[int, str] = field(default_factory=dict)  # why it did not go an earlier way
+    checked: bool = False
+
+
+@dataclass
+class Task:
+    """One output to differentiate, with respect to ``parameters``."""
+
+    output: Tensor
+    batch_dim: int | None
+    graph: Graph
+    parameters: dict[str, Tensor]  # by name
+    plan: Plan
+    cotangents: list[Cotangents] = field(default_factory=list)  # of each node
+    layouts: list[Layouts] = field(default_factory=list)
+
+    @property
+    def samples(self) -> int:
+        """``B``, 1 without a batch dimension."""
+        return 1 if self.batch_dim is None else self.output.shape[self.batch_dim]
+
+    def canonical(self, node: int) -> Cotangents:
+        """Cotangents of the outputs of a node as ``[K, B, ...]``, where they have a layout."""
+        return [
+            None if c is None or layout is None else
+            c.unsqueeze(1) if self.batch_dim is None else layout.cotangents(c, self.samples)
+            for c, layout in zip(self.cotangents[node], self.layouts[node], strict=True)
+        ]  # fmt: skip
+
+
+def solve(task: Task, ways: Sequence[str], check: bool) -> list[list[Block]]:
+    """Blocks of every parameter, each obtained in the first of ``ways`` that is exact for it.
+
+    Measures and checks what the task's plan does not know yet, and writes it there.
+
+    Raises:
+        NotSeparableError: the samples are mixed everywhere.
+        CheckFailedError: no way is left for a parameter.
+    """
+    checking = check and not task.plan.checked
+    probe = _differentiate(task, checking)
+    lasting = _measure(task, probe)
+    found: Found = {}
+    for way in ways:
+        left = {name: p for name, p in task.parameters.items() if id(p) not in found}
+        planned = {n: p for n, p in left.items()
+                   if WAYS.index(task.plan.ways.get(id(p), way)) <= WAYS.index(way)}  # fmt: skip
+        if not planned:
+            continue
+        if way == "rows":
+            _refuse_mixed(task, ways)
+        candidates = _WAYS[way](task, planned)
+        for name, p in planned.items():
+            blocks = candidates.get(id(p))
+            if blocks is None:
+                continue
+            if checking and way != "rows" and not _agrees(probe, name, blocks):
+                task.plan.causes[id(p)] = "its uses that were seen do not add up to autograd's gradient"
+                continue
+            found[id(p)] = blocks
+            task.plan.ways[id(p)] = way
+    missing = [name for name, p in task.parameters.items() if id(p) not in found]
+    if missing:
+        name = missing[0]
+        cause = task.plan.causes.get(id(task.parameters[name]), "no registered module call used it")
+        raise CheckFailedError(
+            f"The Gramian of {name!r} could not be computed by {' or '.join(ways)}: {cause}. "
+            "Allow more ways (the default of Engine tries all), or freeze the parameter."
+        )
+    task.plan.checked = task.plan.checked or (checking and lasting and probe.conclusive)
+    return [found[id(p)] for p in task.parameters.values()]
+
+
+@dataclass
+class Probe:
+    """Backward of the objectives weighted at random, to compare the blocks with."""
+
+    v: Tensor  # [K, B]
+    cotangents: list[Cotangents]  # [1, *y]
+    gradients: dict[str, Tensor | None]  # [1, *p.shape]
+
+    @property
+    def conclusive(self) -> bool:
+        """Would every gradient that is missing have been missed?"""
+        return all(g is not None and bool(g.any()) for g in self.gradients.values())
+
+
+def _differentiate(task: Task, checking: bool) -> Probe:
+    """Run the backward passes: cotangents at every node, and the probe where it is needed."""
+    nodes = task.graph.nodes
+    measuring = task.batch_dim is not None and task.plan.layouts is None and bool(nodes)
+    cotangents = backward.basis(task.output, task.batch_dim)
+    v = _random_weights(len(cotangents), task.samples, task.output)
+    with backward.tapped(nodes) as taps:
+        flat = [tap for mine in taps for tap in mine]
+        counts = [len(mine) for mine in taps]
+        task.cotangents = _grouped(backward.gradients(task.output, flat, cotangents), counts)
+        if not checking and not measuring:
+            return Probe(v, [], {})
+        named = task.parameters if checking else {}
+        weights = gramians.from_rows(v, task.output.shape, task.batch_dim)
+        probed = backward.gradients(task.output, [*flat, *named.values()], weights.unsqueeze(0))
+    gradients = dict(zip(named, probed[len(flat) :], strict=True))
+    return Probe(v, _grouped(probed[: len(flat)], counts), gradients)
+
+
+def _measure(task: Task, probe: Probe) -> bool:
+    """Find the layouts of all nodes; could the same be said of the next graph of this signature?"""
+    if task.batch_dim is None:
+        task.layouts = [[Layout(0)] * len(cs) for cs in task.cotangents]
+        return True
+    if task.plan.layouts is not None:
+        task.layouts = task.plan.layouts
+        return True
+    lasting = task.samples > 1  # a single sample fits everywhere
+    for cs, probed in zip(task.cotangents, probe.cotangents, strict=True):
+        mine: Layouts = []
+        for c, p in zip(cs, probed, strict=True):
+            layout = None if c is None or p is None else measure(c, p[0], probe.v)
+            lasting = lasting and layout is not ZERO
+            mine.append(None if layout is ZERO else layout)  # type: ignore[arg-type]
+        task.layouts.append(mine)
+    task.plan.layouts = task.layouts if lasting else None
+    return lasting
+
+
+def _refuse_mixed(task: Task, ways: Sequence[str]) -> None:
+    """Rows are exact whatever ``batch_dim`` is; but a wrong one is an error, not a slow path."""
+    cotangents = [c for cs in task.cotangents for c in cs if c is not None]
+    found = any(layout is not None for mine in task.layouts for layout in mine)
+    if task.samples > 1 and not found and any(bool(c.any()) for c in cotangents) and len(ways) > 1:
+        raise NotSeparableError(
+            f"Nothing in the graph of the output, of shape {list(task.output.shape)}, treats the "
+            f"{task.samples} entries of its dimension {task.batch_dim} as independent samples: either "
+            "batch_dim is not the batch dimension, or the loss or a layer mixes samples (a mean over "
+            "the batch, batch normalisation in training mode). Correct batch_dim, or use "
+            "Engine(..., batch_dim=None), which is exact for any computation."
+        )
+
+
+def _ops(task: Task, parameters: dict[str, Tensor]) -> Found:
+    """Way 1: the uses that the forward recorded."""
+    failed: set[int] = set()
+
+    def fail(source: Source, cause: object) -> None:
+        failed.update(roots(source))
+        for root in roots(source):
+            task.plan.causes.setdefault(root, str(cause))
+
+    uses = []
+    for index, node in enumerate(task.graph.nodes):
+        if isinstance(node.record, OpMark):
+            use = _use(task, index, fail)
+            if use is not None:
+                uses.append(use)
+    blocks = blocks_of(uses, list(parameters.values()), fail)
+    seen = {root for use in uses for slot in use.record.slots for root in roots(slot.source)}
+    return {
+        id(p): mine
+        for p, mine in zip(parameters.values(), blocks, strict=True)
+        if id(p) in seen and id(p) not in failed
+    }
+
+
+def _use(task: Task, index: int, fail: Callable[[Source, object], None]) -> Use | None:
+    """The use of a node in canonical layout; None, and ``fail`` called, where it has none."""
+    node, mark = task.graph.nodes[index], task.graph.nodes[index].record
+    record, saved = mark.record, node.saved_tensors
+    slots = saved[len(record.saved) :]
+    live = iter(task.canonical(index))
+    cs = [next(live) if is_live else None for is_live in mark.live]
+    layout = next((found for found in task.layouts[index] if found is not None), None)
+    if layout is None:
+        if record.derived:  # no sample's own: its rows come from where the tensor meets the batch
+            return Use.of(record, saved[: len(record.saved)], cs, slots)
+        if any(c is not None and bool(c.any()) for c in task.cotangents[index]):
+            for slot in record.slots:
+                fail(slot.source, f"samples are mixed at its use by {_name(record.call.op)}")
+        return None
+    values = saved[: len(record.saved)]
+    if task.batch_dim is None:
+        return Use.of(record, [t.unsqueeze(0) for t in values], cs, slots)
+    output = next(c for c in task.cotangents[index] if c is not None).shape[1:]
+    align = next((entry.align for entry in record.entries if entry is not None), "right")
+    try:
+        values = [canonical(t, layout, output, align, task.samples) for t in values]
+    except ValueError as error:
+        for slot in record.slots:
+            fail(slot.source, error)
+        return None
+    return Use.of(record, values, cs, slots)
+
+
+def _functional(task: Task, parameters: dict[str, Tensor]) -> Found:
+    """Way 2: module calls whose inside was not seen, as pure functions under ``vmap(vjp)``."""
+    found: Found = {}
+    failed: set[int] = set()
+    for index, node in enumerate(task.graph.nodes):
+        mark = node.record
+        if not isinstance(mark, CallMark):
+            continue
+        used = [i for i, c in enumerate(task.cotangents[index]) if c is not None]
+        layouts = {task.layouts[index][i] for i in used}
+        owners = [id(p) for p in mark.parameters]
+        cs = task.canonical(index)
+        try:
+            layout = layouts.pop() if len(layouts) == 1 else None
+            if layout is None:
+                raise ValueError("its outputs do not belong to one sample each")
+            layout = None if task.batch_dim is None else layout
+            blocks = call_blocks(mark, node.saved_tensors, cs, layout, task.samples)
+        except Exception as error:  # whatever the user's module does under vmap: a slower way is left
+            failed.update(owners)
+            for owner in owners:
+                task.plan.causes.setdefault(owner, f"{type(mark.module).__name__}: {error}")
+            continue
+        for owner, mine in zip(owners, blocks, strict=True):
+            found.setdefault(owner, []).extend(mine)
+    wanted = {id(p) for p in parameters.values()}
+    return {key: blocks for key, blocks in found.items() if key in wanted - failed}
+
+
+def _rows(task: Task, parameters: dict[str, Tensor]) -> Found:
+    """Way 3: one row after the other by ordinary autograd."""
+    rows = backward.row_gradients(task.output, list(parameters.values()), task.batch_dim)
+    return {
+        id(p): [] if row is None else [Dense(row)]
+        for p, row in zip(parameters.values(), rows, strict=True)
+    }
+
+
+_WAYS: dict[str, Callable[[Task, dict[str, Tensor]], Found]] = {
+    "ops": _ops, "functional": _functional, "rows": _rows,
+}  # fmt: skip
+
+
+def _agrees(probe: Probe, name: str, blocks: Sequence[Block]) -> bool:
+    """The check of the total: is ``Jᵀ v`` from the blocks autograd's own?"""
+    wanted = probe.gradients[name]
+    if wanted is None:
+        return not blocks
+    got, bound = torch.zeros_like(wanted[0]), torch.zeros((), device=wanted.device)
+    for block in blocks:
+        v = probe.v.to(wanted.dtype)
+        got, bound = got + block.vjp(v), bound + block.bound(v.abs())
+    rounding = 64 * torch.finfo(wanted.dtype).eps * bound
+    return bool((got - wanted[0]).norm() <= tolerance(wanted.dtype) * wanted.norm() + rounding)
+
+
+def _random_weights(objectives: int, samples: int, like: Tensor) -> Tensor:
+    """Row weights ``[K, B]``, the same on every call, none close to zero."""
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.rand(2, objectives, samples, generator=generator, dtype=torch.float64)
+    signs = 1 - 2 * (uniform[1] < 0.5).double()
+    return ((0.5 + uniform[0]) * signs).to(like.device, like.dtype)
+
+
+def _grouped(flat: Sequence[Tensor | None], counts: Sequence[int]) -> list[Cotangents]:
+    """A list for each node from one list for all."""
+    rest = iter(flat)
+    return [[next(rest) for _ in range(count)] for count in counts]
+
+
+def _name(op: object) -> str:
+    return getattr(op, "__name__", repr(op))
