@@ -1,14 +1,72 @@
-"""Weightings: from the Gramian of the objectives' gradients to one weight per objective."""
+"""Weightings: from the Gramian of the objectives' gradients to one weight per objective.
 
+Each is a pure function of a Gramian, ``upgrad(gramian)``, and an object with the name and arguments
+of TorchJD's, ``UPGradWeighting()(gramian)``. A Gramian has shape ``[m, m]``, the generalized
+``[*shape, *reversed(shape)]``, or one of these behind a batch dimension. Everything runs on its
+device, in float64, and gives weights of its dtype. Where an optimization problem is solved,
+``certificate=True`` also returns the evidence that it was; a wrong answer raises an error.
+"""
+
+from gramjd.weighting._base import StatefulWeighting, Weighting
 from gramjd.weighting._certificate import Certificate, NotConvergedError
+from gramjd.weighting.aligned_mtl import AlignedMTLWeighting, aligned_mtl
+from gramjd.weighting.cagrad import CAGradWeighting, cagrad
+from gramjd.weighting.cr_mogm import CRMOGMWeighting, cr_mogm
 from gramjd.weighting.dualproj import DualProjWeighting, dualproj
+from gramjd.weighting.fairgrad import FairGradWeighting, fairgrad
+from gramjd.weighting.fixed import (
+    ConstantWeighting,
+    MeanWeighting,
+    RandomWeighting,
+    SumWeighting,
+    constant,
+    mean,
+    random,
+    sum,
+)
+from gramjd.weighting.gradvac import GradVacWeighting, gradvac
+from gramjd.weighting.imtl_g import IMTLGWeighting, imtl_g
+from gramjd.weighting.krum import KrumWeighting, krum
+from gramjd.weighting.mgda import MGDAWeighting, mgda
+from gramjd.weighting.nash_mtl import NashMTLWeighting, nash_mtl
+from gramjd.weighting.pcgrad import PCGradWeighting, pcgrad
 from gramjd.weighting.upgrad import UPGradWeighting, upgrad
 
 __all__ = [
+    "AlignedMTLWeighting",
+    "CAGradWeighting",
+    "CRMOGMWeighting",
     "Certificate",
+    "ConstantWeighting",
     "DualProjWeighting",
+    "FairGradWeighting",
+    "GradVacWeighting",
+    "IMTLGWeighting",
+    "KrumWeighting",
+    "MGDAWeighting",
+    "MeanWeighting",
+    "NashMTLWeighting",
     "NotConvergedError",
+    "PCGradWeighting",
+    "RandomWeighting",
+    "StatefulWeighting",
+    "SumWeighting",
     "UPGradWeighting",
+    "Weighting",
+    "aligned_mtl",
+    "cagrad",
+    "constant",
+    "cr_mogm",
     "dualproj",
+    "fairgrad",
+    "gradvac",
+    "imtl_g",
+    "krum",
+    "mean",
+    "mgda",
+    "nash_mtl",
+    "pcgrad",
+    "random",
+    "sum",
     "upgrad",
 ]

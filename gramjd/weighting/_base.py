@@ -15,7 +15,7 @@ class Weighting(nn.Module):
     """
 
     def __lshift__(self, function: Callable[[Any], Tensor]) -> Weighting:
-        """``(weighting << f)(x)`` is ``weighting(f(x))``: TorchJD's aggregators are built with it."""
+        """``(weighting << f)(x)`` is ``weighting(f(x))``; TorchJD's aggregators need it."""
         return _Composition(self, function)
 
 

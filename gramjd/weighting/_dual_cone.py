@@ -11,10 +11,10 @@ REMEDY = "The Gramian may be too ill-conditioned: raise reg_eps."
 
 
 def regularize(matrix: Tensor, norm_eps: float, reg_eps: float) -> tuple[Tensor, Tensor]:
-    """The Gramian ``[..., m, m]`` over its trace, plus ``reg_eps`` times identity, to unit diagonal.
+    """The Gramian ``[..., m, m]`` over its trace, plus ``reg_eps`` times the identity, as ``R``.
 
-    A trace below ``norm_eps`` counts as zero. Returns ``R`` and the scale ``d`` with
-    ``R = d G d``.
+    ``R`` is scaled to unit diagonal on both sides by ``d``; both are returned. A trace below
+    ``norm_eps`` counts as zero.
     """
     if norm_eps < 0 or reg_eps < 0:
         raise ValueError(f"norm_eps and reg_eps cannot be negative; got {norm_eps} and {reg_eps}.")
@@ -34,10 +34,10 @@ def project_units(scaled: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
 
 
 def project(scaled: Tensor, target: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
-    """The ``v >= u`` that minimizes ``v'Rv``, for one ``u [..., m]`` per Gramian; the KKT residual."""
+    """The ``v >= u [..., m]`` that minimizes ``v'Rv``, and the KKT residual."""
     size = target.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny).detach()
     unit = (target / size).expand(scaled.shape[:-1])  # the solution scales with u
-    linear = (unit.unsqueeze(-2) @ scaled)
+    linear = unit.unsqueeze(-2) @ scaled
     # the slack can be as large as the sum of a row; residuals are relative to that
     growth = linear.abs().amax(-1, keepdim=True).clamp(min=1).detach()
     x, residual = solve_qp(scaled, linear / growth, rounding)

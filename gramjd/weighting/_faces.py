@@ -66,7 +66,7 @@ def _solve(hessian: Tensor, target: Tensor, free: Tensor) -> Tensor:
     matrices = hessian.reshape(-1, shape[-1], shape[-1])
     scale = target.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny)
     unit = (target / scale * free).reshape(-1, *shape[-2:])
-    faces = zip(matrices, unit, free.reshape(unit.shape))
+    faces = zip(matrices, unit, free.reshape(unit.shape), strict=True)
     x = torch.stack([_solve_faces(*one) for one in faces])
     error = (torch.baddbmm(-unit, x, matrices) * free.reshape(unit.shape)).abs().amax()
     if not bool(error <= 1e-6 * (1 + x.abs().amax())):
@@ -91,5 +91,5 @@ def _solve_faces(hessian: Tensor, target: Tensor, free: Tensor) -> Tensor:
 
 def _factor_faces(hessian: Tensor, target: Tensor, free: Tensor) -> Tensor:
     step = max(1, CHUNK // hessian.numel())
-    parts = zip(target.split(step), free.split(step))
+    parts = zip(target.split(step), free.split(step), strict=True)
     return torch.cat([solve_face(hessian.expand(len(t), -1, -1), t, f) for t, f in parts])

@@ -62,5 +62,5 @@ def batched(info: Any, in_dims: Any, *tensors: Tensor) -> list[Tensor]:
     """The arguments of a ``vmap`` rule, all with the mapped dimension first."""
     return [
         tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        for tensor, dim in zip(tensors, in_dims)
+        for tensor, dim in zip(tensors, in_dims, strict=True)
     ]

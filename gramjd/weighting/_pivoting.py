@@ -16,7 +16,7 @@ SMALL = 48  # sizes up to this one are solved by factorizations, larger ones by 
 
 
 def pivot_rows(hessian: Tensor, linear: Tensor, free: Tensor) -> Tensor:
-    """Minimize ``x'Hx / 2 + q'x`` over ``x >= 0``, for each row of ``q [R, m]`` and ``H [R, m, m]``.
+    """Minimize ``x'Hx / 2 + q'x`` over ``x >= 0``, for each of ``q [R, m]``, ``H [R, m, m]``.
 
     ``free`` is a first guess of the positive entries. The rows of the result may be unconverged:
     the caller checks.
@@ -24,7 +24,7 @@ def pivot_rows(hessian: Tensor, linear: Tensor, free: Tensor) -> Tensor:
     rows, size = linear.shape
     chunk = max(1, CHUNK // size**2)
     if rows > chunk:
-        parts = zip(hessian.split(chunk), linear.split(chunk), free.split(chunk))
+        parts = zip(hessian.split(chunk), linear.split(chunk), free.split(chunk), strict=True)
         return torch.cat([pivot_rows(*part) for part in parts])
     best = linear.new_full((rows,), size + 1, dtype=torch.long)
     grace = torch.full_like(best, GRACE)

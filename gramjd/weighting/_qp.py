@@ -1,7 +1,7 @@
 """Nonnegative quadratic programs: ``min_x x'Hx / 2 + q'x`` over ``x >= 0``, in batches.
 
-The solution is ``x >= 0`` with slack ``Hx + q >= 0`` and no entry where both are positive; the largest
-``|min(x, slack)|`` is the KKT residual.
+The solution is ``x >= 0`` with slack ``Hx + q >= 0`` and no entry where both are positive; the
+largest ``|min(x, slack)|`` is the KKT residual.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _small(hessian: Tensor, linear: Tensor) -> Tensor:
 def _large(hessian: Tensor, linear: Tensor) -> Tensor:
     """``[B, m, m]``, ``[B, r, m]``: one Hessian after the other, its rows together."""
     results = []
-    for matrix, rows in zip(hessian, linear):
+    for matrix, rows in zip(hessian, linear, strict=True):
         x, done = solve_rows(matrix, rows)
         if not bool(done.all()):
             left = torch.nonzero(~done).squeeze(-1)

@@ -69,7 +69,8 @@ def _correct(rows: _Rows, slack: Tensor, single: Tensor) -> None:
     residual = -slack * rows.free
     scale = residual.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(slack.dtype).tiny)
     goal = torch.where(rows.clean, TIGHT, LOOSE).unsqueeze(-1).to(torch.float32)
-    step, change = conjugate_gradients(single, (residual / scale).to(torch.float32), rows.free, goal)
+    unit = (residual / scale).to(torch.float32)
+    step, change = conjugate_gradients(single, unit, rows.free, goal)
     rows.x = rows.x + step * scale
     slack = slack + change * scale
     # an entry is known only as well as the residual: what lies within it is left where it is
@@ -119,7 +120,7 @@ def conjugate_gradients(
 def warm_start(hessian: Tensor, linear: Tensor, iterations: int = 30) -> Tensor:
     """Over-relaxed ADMM in float32, with one inverse for all rows and iterations.
 
-    ``hessian [B, m, m]``, ``linear [B, r, m]``; the result is rough, but its signs are nearly right.
+    ``hessian [B, m, m]``, ``linear [B, r, m]``; the result is rough; its signs are nearly right.
     """
     eigenvalues = torch.linalg.eigvalsh(hessian.to(torch.float32))
     largest = eigenvalues[:, -1:]

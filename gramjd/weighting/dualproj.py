@@ -11,6 +11,7 @@ from gramjd.weighting._certificate import Certificate, certify
 from gramjd.weighting._dual_cone import REMEDY, project, regularize
 from gramjd.weighting._gramian import flat_preference, prepare, rounding
 
+
 # fmt: off
 @overload
 def dualproj(gramian: Tensor, preference: Tensor | None = None, *, norm_eps: float = ...,

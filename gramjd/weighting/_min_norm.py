@@ -1,0 +1,71 @@
+"""The point of smallest norm in the convex hull of vectors, from their Gramian (MGDA, CAGrad).
+
+On the simplex, ``w'Gw`` is smallest where ``s / sum(s)`` is, with the ``s >= 0`` that minimizes
+``s'(G + c 11')s / 2 - c 1's``: in both, ``Gw`` is ``w'Gw`` on the support, and no smaller off it.
+The latter is a nonnegative quadratic program. A singular one is solved by the proximal point
+method: each step adds ``DAMPING / 2 |s - previous|²``, and a few steps converge.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gramjd.weighting._pivoting import pivot_rows
+from gramjd.weighting._qp import TINY, positive_part
+from gramjd.weighting._shared_hessian import warm_start
+
+DAMPING = 1e-8
+GOAL = 1e-13  # optimality gap at which the steps end
+
+
+def shifted_program(gramian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``H [..., m, m]`` with unit diagonal, ``q [..., m]`` and the scale ``d`` with ``s = d x``.
+
+    ``c`` is the smallest squared norm, such that short and long vectors are resolved alike.
+    """
+    diagonal = gramian.diagonal(dim1=-2, dim2=-1)
+    tiny = torch.finfo(gramian.dtype).tiny
+    positive = torch.where(diagonal > 0, diagonal, torch.inf).amin(-1, keepdim=True)
+    shift = torch.where(positive < torch.inf, positive, 1)
+    scale = (diagonal + shift).clamp(min=tiny).rsqrt()
+    hessian = (gramian + shift.unsqueeze(-1)) * scale.unsqueeze(-1) * scale.unsqueeze(-2)
+    return hessian, -scale / scale.amax(-1, keepdim=True), scale
+
+
+def min_norm(gramian: Tensor, rounding: float, guess: Tensor | None = None) -> Tensor:
+    """The weights ``w [B, m]`` on the simplex that minimize ``w'Gw``, for ``G [B, m, m]``.
+
+    ``guess`` is their support, as far as it is known.
+    """
+    hessian, linear, scale = shifted_program(gramian)
+    hessian = positive_part(hessian, rounding)
+    damped = hessian + DAMPING * torch.diag_embed(torch.ones_like(scale))
+    if guess is None:
+        tiny = hessian.shape[-1] <= TINY
+        guess = linear < 0 if tiny else warm_start(damped, linear.unsqueeze(-2)).squeeze(-2) > 0
+    x, best, smallest = torch.zeros_like(linear), scale / scale.sum(-1, keepdim=True), None
+    for _ in range(30):
+        x = pivot_rows(damped, linear - DAMPING * x, guess)
+        guess = x > 0
+        weights = x * scale
+        weights = weights / weights.sum(-1, keepdim=True)
+        gap = simplex_gap(gramian, weights)
+        better = gap < (torch.inf if smallest is None else smallest)
+        best = torch.where(better.unsqueeze(-1), weights, best)
+        smallest = gap if smallest is None else torch.minimum(gap, smallest)
+        if not bool((better & (smallest > GOAL)).any()):
+            break
+    return best
+
+
+def simplex_gap(gramian: Tensor, weights: Tensor) -> Tensor:
+    """How far ``w'Gw`` may be from its minimum on the simplex, relative to ``(sum_i w_i |g_i|)²``.
+
+    ``w'Gw - min_i (Gw)_i`` bounds it, by convexity; zero at the minimum and only there.
+    """
+    slope = (gramian @ weights.unsqueeze(-1)).squeeze(-1)
+    norms = gramian.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    length = (weights * norms).sum(-1)
+    gap = (weights * slope).sum(-1) - slope.amin(-1)
+    return gap / (length**2).clamp(min=torch.finfo(slope.dtype).tiny)
