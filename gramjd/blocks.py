@@ -105,13 +105,17 @@ class Dense:
         """``[K, B, *shape]``."""
         return self.values
 
+    def matrix(self) -> Tensor:
+        """``[K B, n]``, also for a parameter without dimensions."""
+        return self.values.reshape(prod(self.values.shape[:2]), -1)
+
     def vjp(self, w: Tensor) -> Tensor:
         """``Jᵀ w`` for ``w [K, B]``."""
         return torch.tensordot(w, self.values, 2)
 
     def bound(self, w: Tensor) -> Tensor:
         """An upper bound of the norm of ``Jᵀ w`` that no cancellation lowers."""
-        return (self.values.flatten(2).square().sum(2).sqrt() * w.abs()).sum()
+        return (self.matrix().norm(dim=1) * w.abs().flatten()).sum()
 
 
 Block = Outer | Lookup | Dense

@@ -178,5 +178,4 @@ def outer_dense(u: Outer, v: Dense) -> Tensor:
 
 def dense_dense(u: Dense, v: Dense) -> Tensor:
     """``rows @ rowsᵀ``."""
-    left, right = u.values.flatten(2).flatten(0, 1), v.values.flatten(2).flatten(0, 1)
-    return (left @ right.mT).view(*u.rows, *v.rows)
+    return (u.matrix() @ v.matrix().mT).view(*u.rows, *v.rows)

@@ -1,4 +1,8 @@
-"""Nested containers of tensors. The only module that imports optree."""
+"""Nested containers of tensors. The only module that imports optree.
+
+Besides Python's containers, those that are registered with optree globally or in the namespace
+``"gramjd"`` are seen through: ``optree.register_pytree_node(Cls, ..., namespace="gramjd")``.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import Any
 import optree
 from torch import Tensor
 
+_OPTIONS: dict[str, Any] = {"none_is_leaf": True, "namespace": "gramjd"}
 PLACEHOLDER = object()  # stands for a tensor in the structure of a tree
 PyTree = Any
 PyTreeSpec = optree.PyTreeSpec
@@ -15,7 +20,7 @@ PyTreeSpec = optree.PyTreeSpec
 
 def flatten(tree: PyTree) -> tuple[list[Any], PyTreeSpec]:
     """Leaves of ``tree`` and its structure; ``None`` counts as a leaf, so that no position moves."""
-    return optree.tree_flatten(tree, none_is_leaf=True)
+    return optree.tree_flatten(tree, **_OPTIONS)
 
 
 def unflatten(spec: PyTreeSpec, leaves: list[Any]) -> PyTree:
@@ -25,17 +30,17 @@ def unflatten(spec: PyTreeSpec, leaves: list[Any]) -> PyTree:
 
 def leaves(tree: PyTree) -> list[Any]:
     """Leaves of ``tree``, from left to right."""
-    return optree.tree_leaves(tree, none_is_leaf=True)
+    return optree.tree_leaves(tree, **_OPTIONS)
 
 
 def map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:  # noqa: A001
     """``tree`` with ``fn`` applied to its leaves (and to those of ``rest`` beside them)."""
-    return optree.tree_map(fn, tree, *rest, none_is_leaf=True)
+    return optree.tree_map(fn, tree, *rest, **_OPTIONS)
 
 
 def paths(tree: PyTree) -> list[str]:
     """A readable name for every leaf: the keys that lead to it, joined by dots."""
-    return [".".join(str(key) for key in path) for path in optree.tree_paths(tree, none_is_leaf=True)]
+    return [".".join(str(key) for key in path) for path in optree.tree_paths(tree, **_OPTIONS)]
 
 
 def tensor_leaves(tree: PyTree, what: str) -> tuple[list[Tensor], PyTreeSpec]:
@@ -47,6 +52,6 @@ def tensor_leaves(tree: PyTree, what: str) -> tuple[list[Tensor], PyTreeSpec]:
             raise TypeError(
                 f"{what} must be a tensor or a PyTree of tensors, but{where} there is a "
                 f"{type(leaf).__name__}. Return such values through has_aux=True, or register the "
-                "container with optree.register_pytree_node(..., namespace='') if it holds tensors."
+                "container with optree.register_pytree_node(..., namespace='gramjd') if it holds tensors."
             )
     return found, spec

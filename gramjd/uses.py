@@ -65,7 +65,7 @@ class Record:
     slots: tuple[Slot, ...]
     entries: tuple[Entry | None, ...]  # the rule of each slot
     derived: bool
-    saved: tuple[int, ...]  # the leaves whose values the rules read
+    saved: tuple[int, ...]  # the leaves, besides the slots, whose values the rules read
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,9 @@ class Use:
         """The block of slot number ``which``."""
         slot, entry, tensor = self.record.slots[which], self.record.entries[which], self.tracked[which]
         leaves = list(self.leaves)
+        samples = next(c.shape[1] for c in self.cs if c is not None)
+        for other, value in zip(self.record.slots, self.tracked, strict=True):
+            leaves[other.index] = value.expand(samples, *value.shape)
         leaves[slot.index] = tensor
         call = self.record.call
         (c, *others) = self.cs
@@ -97,7 +100,9 @@ class Use:
             return dense_rows(call, slot.index, leaves, self.cs)
         _, spec = pytree.flatten(call.values)
         values = pytree.unflatten(spec, leaves)
-        block = entry.rule(c, **dict(zip(call.names, values, strict=True)))
+        n = call.positional
+        named = dict(zip(map(str, call.names[n:]), values[n:], strict=True))
+        block = entry.rule(c, *values[:n], **named)
         if not fits(block, tensor.shape):
             raise ValueError(f"the rule of {slot.name} returned a block of another shape")
         return block
@@ -118,7 +123,8 @@ def describe(op: Any, args: Sequence[Any], kwargs: dict[str, Any], sources: dict
         if isinstance(leaf, Tensor) and id(leaf) in sources
     )
     entries = tuple(call.entry(slot.name) if slot.name is not None else None for slot in slots)
-    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    own = {slot.index for slot in slots}
+    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and i not in own]
     if None in entries:
         saved = tuple(tensors)
     else:

@@ -70,7 +70,8 @@ def solve(task: Task, ways: Sequence[str], check: bool) -> list[list[Block]]:
         NotSeparableError: the samples are mixed everywhere.
         CheckFailedError: no way is left for a parameter.
     """
-    checking = check and not task.plan.checked
+    replayed = any(isinstance(node.record, CallMark) for node in task.graph.nodes)
+    checking = check and (replayed or not task.plan.checked)  # replays run the user's code anew
     probe = _differentiate(task, checking)
     lasting = _measure(task, probe)
     found: Found = {}
@@ -115,7 +116,7 @@ class Probe:
     @property
     def conclusive(self) -> bool:
         """Would every gradient that is missing have been missed?"""
-        return all(g is not None and bool(g.any()) for g in self.gradients.values())
+        return all(g is None or bool(g.any()) for g in self.gradients.values())
 
 
 def _differentiate(task: Task, checking: bool) -> Probe:
@@ -187,7 +188,8 @@ def _ops(task: Task, parameters: dict[str, Tensor]) -> Found:
             if use is not None:
                 uses.append(use)
     blocks = blocks_of(uses, list(parameters.values()), fail)
-    seen = {root for use in uses for slot in use.record.slots for root in roots(slot.source)}
+    marks = [node.record for node in task.graph.nodes if isinstance(node.record, OpMark)]
+    seen = {root for mark in marks for slot in mark.record.slots for root in roots(slot.source)}
     return {
         id(p): mine
         for p, mine in zip(parameters.values(), blocks, strict=True)
@@ -198,7 +200,7 @@ def _ops(task: Task, parameters: dict[str, Tensor]) -> Found:
 def _use(task: Task, index: int, fail: Callable[[Source, object], None]) -> Use | None:
     """The use of a node in canonical layout; None, and ``fail`` called, where it has none."""
     node, mark = task.graph.nodes[index], task.graph.nodes[index].record
-    record, saved = mark.record, node.saved_tensors
+    record, saved = mark.record, [t.detach() for t in node.saved_tensors]
     slots = saved[len(record.saved) :]
     live = iter(task.canonical(index))
     cs = [next(live) if is_live else None for is_live in mark.live]
@@ -241,7 +243,7 @@ def _functional(task: Task, parameters: dict[str, Tensor]) -> Found:
             if layout is None:
                 raise ValueError("its outputs do not belong to one sample each")
             layout = None if task.batch_dim is None else layout
-            blocks = call_blocks(mark, node.saved_tensors, cs, layout, task.samples)
+            blocks = call_blocks(mark, [t.detach() for t in node.saved_tensors], cs, layout, task.samples)
         except Exception as error:  # whatever the user's module does under vmap: a slower way is left
             failed.update(owners)
             for owner in owners:

@@ -1,6 +1,6 @@
 """Op rules: for an op with a parameter as one argument, the structured block of that argument."""
 
-from gramjd.rules import conv, elementwise, embedding, linear, norm  # noqa: F401  (they register)
+from gramjd.rules import conv, elementwise, embedding, linear, norm, shape  # noqa: F401  (they register)
 from gramjd.rules.fallback import dense_rows, tensors_of
 from gramjd.rules.registry import Call, register_rule, registered
 

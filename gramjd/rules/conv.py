@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,16 +36,23 @@ def conv_weight(
     return Outer(c, a, tuple(weight.shape))
 
 
-@register_rule(*CONVS, wrt="bias")
-def conv_bias(
-    c: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stride: Option = 1,
-    padding: str | Option = 0,
-    dilation: Option = 1,
-    groups: int = 1,
-) -> Dense:
-    channels = c.ndim - weight.ndim + 1  # the dimension before the spatial ones
-    return Dense(c.movedim(channels, -1).flatten(2, -2).sum(2))
+def _bias_rule(n: int) -> Callable[..., Dense]:
+    """The rule of the bias in ``n`` spatial dimensions."""
+
+    def conv_bias(
+        c: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        stride: Option = 1,
+        padding: str | Option = 0,
+        dilation: Option = 1,
+        groups: int = 1,
+    ) -> Dense:
+        return Dense(c.movedim(-n - 1, -1).flatten(2, -2).sum(2))
+
+    return conv_bias
+
+
+for _n, _conv in enumerate(CONVS, start=1):
+    register_rule(_conv, wrt="bias")(_bias_rule(_n))

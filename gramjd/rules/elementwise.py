@@ -9,8 +9,10 @@ from gramjd.blocks import Dense
 from gramjd.rules.registry import register_rule
 from gramjd.rules.shapes import broadcast_rows
 
-ADDS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__)
-SUBS = (torch.sub, torch.subtract, Tensor.sub, Tensor.__sub__, Tensor.sub_, Tensor.__isub__)
+ADDS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+ADDS_INPLACE = (Tensor.add_, Tensor.__iadd__)
+SUBS = (torch.sub, torch.subtract, Tensor.sub, Tensor.__sub__)
+SUBS_INPLACE = (Tensor.sub_, Tensor.__isub__)
 MULS = (torch.mul, torch.multiply, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 
 
@@ -19,7 +21,7 @@ def add_input(c: Tensor, input: Tensor, other: Tensor, alpha: float = 1) -> Dens
     return broadcast_rows(c, None, input)
 
 
-@register_rule(*ADDS, wrt="other", align="right")
+@register_rule(*ADDS, *ADDS_INPLACE, wrt="other", align="right")
 def add_other(c: Tensor, input: Tensor, other: Tensor, alpha: float = 1) -> Dense:
     return broadcast_rows(alpha * c if alpha != 1 else c, None, other)
 
@@ -29,7 +31,7 @@ def sub_input(c: Tensor, input: Tensor, other: Tensor, alpha: float = 1) -> Dens
     return broadcast_rows(c, None, input)
 
 
-@register_rule(*SUBS, wrt="other", align="right")
+@register_rule(*SUBS, *SUBS_INPLACE, wrt="other", align="right")
 def sub_other(c: Tensor, input: Tensor, other: Tensor, alpha: float = 1) -> Dense:
     return broadcast_rows(-alpha * c, None, other)
 

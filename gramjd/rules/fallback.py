@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,9 @@ def dense_rows(call: Call, index: int, canonical: Sequence[Any], cs: Sequence[Te
     batched = [i for i, x in enumerate(canonical) if isinstance(x, Tensor) and i != index]
     used = [i for i, c in enumerate(cs) if c is not None]
 
-    def row(cot: list[Tensor], args: list[Tensor]) -> Tensor:
+    cot = [c for c in cs if c is not None]
+
+    def vjp_fn(args: list[Tensor]) -> Callable[..., Any]:
         leaves = list(canonical)
         for i, value in zip(batched, args, strict=True):
             leaves[i] = value
@@ -36,12 +38,15 @@ def dense_rows(call: Call, index: int, canonical: Sequence[Any], cs: Sequence[Te
             outs = tensors_of(call(pytree.unflatten(spec, leaves)))
             return [outs[i] for i in used]
 
-        return torch.func.vjp(op, canonical[index])[1](cot)[0]
+        return torch.func.vjp(op, canonical[index])[1]
 
-    cot = [c for c in cs if c is not None]
-    per_sample = torch.vmap(row, in_dims=(0, 0))
-    per_row = torch.vmap(per_sample, in_dims=(0, None))
-    return Dense(per_row(cot, [canonical[i] for i in batched]))
+    # One level of vmap at a time: under two, some of torch's own rules are wrong (cdist, prelu).
+    if len(cot[0]) > 1 and cot[0].shape[1] == 1:
+        pull = vjp_fn([canonical[i][0] for i in batched])
+        return Dense(torch.vmap(pull)([c[:, 0] for c in cot])[0].unsqueeze(1))
+    rows = torch.vmap(lambda c, args: vjp_fn(args)(c)[0])
+    args = [canonical[i] for i in batched]
+    return Dense(torch.stack([rows([c[k] for c in cot], args) for k in range(len(cot[0]))]))
 
 
 def tensors_of(output: Any) -> list[Tensor]:

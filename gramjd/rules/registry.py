@@ -29,6 +29,7 @@ class OpRules:
     """All rules of one op, and the names of its arguments in order."""
 
     names: tuple[str, ...]
+    variadic: bool  # may more positional arguments follow?
     entries: dict[str, Entry] = field(default_factory=dict)
 
 
@@ -70,11 +71,13 @@ def register_rule(
         raise ValueError(f"align must be 'left' or 'right', not {align!r}.")
 
     def register(rule: R) -> R:
-        names = tuple(inspect.signature(rule).parameters)[1:]
+        parameters = list(inspect.signature(rule).parameters.values())[1:]
+        variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        names = tuple(p.name for p in parameters if p.kind is not p.VAR_POSITIONAL)
         if wrt not in names:
             raise ValueError(f"The rule {rule.__qualname__} has no argument {wrt!r}; it has {names}.")
         for op in ops:
-            known = _RULES.setdefault(op, OpRules(names))
+            known = _RULES.setdefault(op, OpRules(names, variadic))
             if known.names != names:
                 raise ValueError(
                     f"The rules of one op must name the same arguments: {rule.__qualname__} has "
@@ -112,10 +115,11 @@ class Call:
     def of(op: Op, args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
         """Name the arguments of ``op(*args, **kwargs)``."""
         known = rules_of(op)
-        given = len(args)
-        if known is None or given > len(known.names) or not kwargs.keys() <= set(known.names):
-            return Call(op, (*range(given), *kwargs), (*args, *kwargs.values()), given)
-        return Call(op, (*known.names[:given], *kwargs), (*args, *kwargs.values()), given)
+        given, names = len(args), known.names if known is not None else ()
+        positional: tuple[str | int, ...] = tuple(range(given))
+        if known is not None and kwargs.keys() <= set(names) and (given <= len(names) or known.variadic):
+            positional = (*names[:given], *range(len(names), given))
+        return Call(op, (*positional, *kwargs), (*args, *kwargs.values()), given)
 
     def entry(self, name: str | int) -> Entry | None:
         """The rule of one argument, if one is registered and covers this call."""

@@ -1,0 +1,177 @@
+"""Every op rule against the dense oracle, through both faces; a rule without a case fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_close, dense_gramian
+from torch import Tensor, nn
+
+import gramjd
+from gramjd import Engine
+from gramjd.rules import registered
+from gramjd.rules.elementwise import ADDS, ADDS_INPLACE, MULS, SUBS, SUBS_INPLACE
+from gramjd.rules.linear import MATMULS
+
+
+@dataclass(frozen=True)
+class Case:
+    """``call(p, x)`` uses the parameter as one argument of the op; ``x`` is ``[n, *sample]``."""
+
+    parameter: tuple[int, ...]
+    sample: tuple[int, ...]
+    call: Callable[[Tensor, Tensor], Tensor]
+    integers: int = 0  # x holds integers below this number
+
+
+_CONSTANTS = torch.randn(2000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def w(*shape: int) -> Tensor:
+    """A constant argument, the same in every call."""
+    return _CONSTANTS[: prod(shape)].view(shape)
+
+
+def binary(op: Callable[..., Tensor], name: str) -> list[Case]:
+    """Cases of a broadcasting op with the parameter as its ``input`` or ``other``."""
+    if name == "other":
+        shapes = [(4,), (3, 1), (1, 1, 4), ()]
+        return [Case(s, (3, 4), lambda p, x: op(x + 0, p)) for s in shapes]
+    return [Case(s, (3, 4), lambda p, x: op(p, x)) for s in [(4,), (3, 1), (1, 1, 4), ()]]
+
+
+def conv(op: Callable[..., Tensor], name: str) -> list[Case]:
+    """Convolutions in 1, 2 and 3 dimensions with every option."""
+    n = [F.conv1d, F.conv2d, F.conv3d].index(op) + 1
+    kernel, size = (3, 2, 1)[:n], (7, 5, 3)[:n]
+    options: list[dict[str, object]] = [
+        {}, {"padding": 1, "stride": 2}, {"padding": "same", "dilation": 2}, {"padding": "valid"},
+        {"groups": 2, "padding": (1,) * n, "stride": (2,) * n}, {"groups": 4, "dilation": (2,) * n},
+    ]  # fmt: skip
+    cases = []
+    for kw in options:
+        groups = kw.get("groups", 1)
+        shape = (8, 4 // groups, *kernel)  # type: ignore[operator]
+        if name == "weight":
+            cases.append(Case(shape, (4, *size), lambda p, x, kw=kw: op(x, p, w(8), **kw)))
+        else:
+            cases.append(Case((8,), (4, *size), lambda p, x, kw=kw, s=shape: op(x, w(*s), p, **kw)))
+    return cases
+
+
+LINEAR = [
+    Case((5, 4), (4,), lambda p, x: F.linear(x, p)),
+    Case((5, 4), (3, 4), lambda p, x: F.linear(x, p, w(5))),
+    Case((5, 4), (2, 3, 4), lambda p, x: F.linear(x, p, bias=w(5))),
+]
+CASES: dict[tuple[object, str], list[Case]] = {
+    (F.linear, "weight"): LINEAR,
+    (F.linear, "bias"): [Case((5,), (3, 4), lambda p, x: F.linear(x, w(5, 4), p))],
+    (F.embedding, "weight"): [
+        Case((7, 4), (3,), lambda p, x: F.embedding(x, p), integers=7),
+        Case((7, 4), (3, 2), lambda p, x: F.embedding(x, p, padding_idx=2), integers=7),
+        Case((7, 4), (), lambda p, x: F.embedding(x, p, padding_idx=-1), integers=7),
+    ],
+    (F.layer_norm, "weight"): [
+        Case((4,), (3, 4), lambda p, x: F.layer_norm(x, (4,), p, w(4))),
+        Case((3, 4), (2, 3, 4), lambda p, x: F.layer_norm(x, (3, 4), p, eps=1e-3)),
+    ],
+    (F.layer_norm, "bias"): [Case((4,), (3, 4), lambda p, x: F.layer_norm(x, (4,), w(4), p))],
+    (Tensor.expand, "input"): [
+        Case((1, 4), (4,), lambda p, x: p.expand(len(x), -1) * x),
+        Case((1, 3, 1), (3, 4), lambda p, x: torch.cat([p.expand(len(x), 3, 2), x], 2).sin()),
+    ],
+    (Tensor.__rsub__, "input"): [Case((4,), (3, 4), lambda p, x: Tensor.__rsub__(p, x))],
+    (Tensor.__rsub__, "other"): [Case((4,), (3, 4), lambda p, x: Tensor.__rsub__(x, p))],
+}
+for op in MATMULS:
+    CASES[op, "other"] = [Case((4, 5), (4,), lambda p, x, op=op: op(x, p))]
+    CASES[op, "input"] = [Case((5, 4), (4,), lambda p, x, op=op: op(p, x.T).T)]
+    if op not in (torch.mm, Tensor.mm):
+        CASES[op, "other"].append(Case((4, 5), (2, 3, 4), lambda p, x, op=op: op(x, p)))
+        CASES[op, "input"].append(Case((5, 4), (2, 4, 3), lambda p, x, op=op: op(p, x)))
+for op in (torch.addmm, Tensor.addmm):
+    CASES[op, "mat2"] = [Case((4, 5), (4,), lambda p, x, op=op: op(w(5), x, p, beta=2, alpha=3))]
+    CASES[op, "input"] = [Case((5,), (4,), lambda p, x, op=op: op(p, x, w(4, 5), beta=2, alpha=3))]
+for family in (ADDS, SUBS, MULS):
+    for op in family:
+        CASES[op, "input"], CASES[op, "other"] = binary(op, "input"), binary(op, "other")
+for op in (*ADDS_INPLACE, *SUBS_INPLACE):
+    CASES[op, "other"] = binary(op, "other")
+for op in (torch.add, torch.sub):
+    CASES[op, "other"].append(Case((4,), (3, 4), lambda p, x, op=op: op(x, p, alpha=3)))
+CASES[torch.mul, "input"].append(Case((4,), (4,), lambda p, x: x.sin() * torch.mul(p, 3.0)))
+for op in (F.conv1d, F.conv2d, F.conv3d):
+    CASES[op, "weight"], CASES[op, "bias"] = conv(op, "weight"), conv(op, "bias")
+
+
+def cases() -> Iterator[object]:
+    """Every case, with a name that says op, argument and number."""
+    for (op, name), found in CASES.items():
+        label = f"{getattr(op, '__qualname__', op)}-{name}"
+        for number, case in enumerate(found):
+            yield pytest.param(case, id=f"{label}-{number}")
+
+
+class Uses(nn.Module):
+    """The op between two maps that have no parameters, so that cotangents differ by position."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.case, self.p = case, nn.Parameter(torch.randn(case.parameter, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.case.call(self.p, x).tanh()
+
+
+def draw(case: Case, samples: int) -> Tensor:
+    if case.integers:
+        return torch.randint(0, case.integers, (samples, *case.sample))
+    return torch.randn(samples, *case.sample, dtype=torch.float64)
+
+
+def objectives(out: Tensor, several: bool) -> Tensor:
+    """``[B]`` or ``[B, 3]``."""
+    flat = out.flatten(1) if out.ndim > 1 else out[:, None]
+    scale = torch.linspace(0.5, 2, flat.shape[1], dtype=flat.dtype)
+    losses = [(flat * scale).sum(1), flat.square().mean(1), (flat[:, 0] - scale[0]).exp()]
+    return torch.stack(losses, 1) if several else losses[0]
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+@pytest.mark.parametrize("case", list(cases()))
+def test_rule(case: Case, several: bool) -> None:
+    model, x = Uses(case), draw(case, 3)
+    out = objectives(model(x), several)
+    want = dense_gramian(out, model.parameters())
+    for batch_dim in (0, None):
+        engine = Engine(model, batch_dim=batch_dim, ways=["ops"])
+        for check in range(2):  # measured and checked first, then from what is known
+            got = engine.compute_gramian(objectives(model(x), several))
+            assert_close(got, want)
+        engine.close()
+
+    def per_sample(p: Tensor, sample: Tensor) -> Tensor:
+        return objectives(case.call(p, sample[None]).tanh(), several)[0]
+
+    got = gramjd.gramian(per_sample)(model.p.detach(), x)
+    assert_close(got, want)
+
+
+def test_every_rule_has_a_case() -> None:
+    missing = [f"{getattr(op, '__qualname__', op)}({name})" for op, name in registered() if (op, name) not in CASES]
+    assert not missing, f"add cases for {missing} to CASES"
+
+
+def test_register_rule_refuses_nonsense() -> None:
+    with pytest.raises(ValueError, match="no argument 'q'"):
+        gramjd.register_rule(torch.sin, wrt="q")(lambda c, p: c)
+    with pytest.raises(ValueError, match="must name the same arguments"):
+        gramjd.register_rule(F.linear, wrt="w")(lambda c, x, w: c)
+    with pytest.raises(ValueError, match="align"):
+        gramjd.register_rule(torch.sin, wrt="p", align="middle")
