@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gramjd.weighting._opaque import opaque
-from gramjd.weighting._qp import positive_part
+from gramjd.weighting._semidefinite import semidefinite
 
 GOAL = 1e-12  # residual at which the iterations end
 
@@ -23,27 +23,24 @@ def balance(matrix: Tensor, power: float, reg_eps: float, rounding: float) -> tu
     Each ``G_ii`` is enlarged by the factor ``1 + reg_eps``, without which conflicting gradients
     that sum to zero would have no solution; a zero ``G_ii`` is replaced by the mean of the others.
     """
-    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-    nonzero = diagonal > 0
-    count = nonzero.sum(-1, keepdim=True)
-    mean = torch.where(count > 0, diagonal.sum(-1, keepdim=True) / count.clamp(min=1), 1)
-    mean = mean.detach()
-    relative = torch.where(nonzero, diagonal / mean, 1)
-    unit = (relative * mean).rsqrt()
-    correlation = matrix * unit.unsqueeze(-1) * unit.unsqueeze(-2)
-    correlation = correlation + torch.diag_embed(reg_eps + (~nonzero).to(matrix.dtype))
-    factor = relative ** ((power - 1) / (power + 1))  # of each φ, in these units
-    root = factor.sqrt()
-    search = partial(_interior_point, power=power, rounding=rounding)
-    t, convex = opaque(search, correlation, factor)
-    correlation = correlation + (convex - correlation.detach())
-    hessian = correlation * root.unsqueeze(-1) * root.unsqueeze(-2)
+    constant = matrix.detach().diagonal(dim1=-2, dim2=-1)
+    nonzero = constant > 0
+    mean = constant.sum(-1, keepdim=True) / nonzero.sum(-1, keepdim=True).clamp(min=1)
+    mean = torch.where(mean > 0, mean, 1)
+    matrix = semidefinite(matrix / mean.unsqueeze(-1), rounding)
+    relative = torch.where(nonzero, matrix.diagonal(dim1=-2, dim2=-1), 1)
+    factor = relative ** ((power - 1) / (power + 1))  # of each φ, in units 1 / scale
+    scale = relative ** (-1 / (power + 1))
+    enlarged = torch.where(nonzero, reg_eps * relative, 1)
+    matrix = matrix + torch.diag_embed(enlarged)
+    hessian = matrix * scale.unsqueeze(-1) * scale.unsqueeze(-2)
+    t = opaque(partial(_interior_point, power=power), hessian, factor)
     for _ in range(2):  # finish, and give the derivatives: two steps are right to the third order
         gradient = (hessian @ t.unsqueeze(-1)).squeeze(-1) - factor * t**-power
         full = hessian + torch.diag_embed(power * factor * t ** (-power - 1))
         t = t - torch.linalg.solve(full, gradient)
     residual = _residual(hessian.detach(), t.detach(), factor.detach(), power)
-    return (mean * relative) ** (-1 / (1 + power)) * t, residual
+    return mean ** (-1 / (1 + power)) * scale * t, residual
 
 
 def _residual(hessian: Tensor, t: Tensor, factor: Tensor, power: float) -> Tensor:
@@ -56,15 +53,8 @@ def _residual(hessian: Tensor, t: Tensor, factor: Tensor, power: float) -> Tenso
     return ((product - 1).abs() / size.clamp(min=1)).amax(-1)
 
 
-def _interior_point(
-    correlation: Tensor, factor: Tensor, power: float, rounding: float
-) -> tuple[Tensor, Tensor]:
+def _interior_point(hessian: Tensor, factor: Tensor, power: float) -> Tensor:
     """Newton's method on ``Ht = z`` and ``log z + p log t = log c`` inside ``t, z > 0``."""
-    shape = factor.shape
-    factor = factor.reshape(-1, shape[-1])
-    convex = positive_part(correlation.reshape(-1, shape[-1], shape[-1]), rounding)
-    root = factor.sqrt()
-    hessian = convex * root.unsqueeze(-1) * root.unsqueeze(-2)
     start = factor.sum(-1, keepdim=True) / hessian.sum((-2, -1)).unsqueeze(-1).clamp(min=1e-12)
     t = (start ** (1 / (1 + power))).expand(factor.shape)
     z = factor * t**-power
@@ -77,7 +67,7 @@ def _interior_point(
         cholesky, _ = torch.linalg.cholesky_ex(matrix)
         step = torch.cholesky_solve(right.unsqueeze(-1), cholesky).squeeze(-1)
         t, z = _inside(t, step), _inside(z, z * (miss - power * step / t))
-    return t.reshape(shape), convex.reshape(correlation.shape)
+    return t
 
 
 def _inside(value: Tensor, step: Tensor) -> Tensor:

@@ -6,39 +6,42 @@ import torch
 from torch import Tensor
 
 from gramjd.weighting._qp import solve_qp
+from gramjd.weighting._semidefinite import semidefinite
 
 REMEDY = "The Gramian may be too ill-conditioned: raise reg_eps."
 
 
-def regularize(matrix: Tensor, norm_eps: float, reg_eps: float) -> tuple[Tensor, Tensor]:
+def regularize(
+    matrix: Tensor, norm_eps: float, reg_eps: float, rounding: float
+) -> tuple[Tensor, Tensor]:
     """The Gramian ``[..., m, m]`` over its trace, plus ``reg_eps`` times the identity, as ``R``.
 
     ``R`` is scaled to unit diagonal on both sides by ``d``; both are returned. A trace below
-    ``norm_eps`` counts as zero.
+    ``norm_eps`` counts as zero; ``rounding`` is for :func:`semidefinite`.
     """
     if norm_eps < 0 or reg_eps < 0:
         raise ValueError(f"norm_eps and reg_eps cannot be negative; got {norm_eps} and {reg_eps}.")
     trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     share = ((trace >= norm_eps) & (trace > 0)) / trace.clamp(min=torch.finfo(trace.dtype).tiny)
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    matrix = matrix * share + reg_eps * identity
+    matrix = semidefinite(matrix * share, rounding, reg_eps) + reg_eps * identity
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     scale = diagonal.rsqrt() if reg_eps else (diagonal + (diagonal <= 0)).rsqrt()
     return matrix * scale.unsqueeze(-1) * scale.unsqueeze(-2), scale
 
 
-def project_units(scaled: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
+def project_units(scaled: Tensor) -> tuple[Tensor, Tensor]:
     """For each unit vector ``e_i``, the ``v >= e_i`` that minimizes ``v'Rv``: ``[..., m, m]``."""
-    x, residual = solve_qp(scaled, scaled, rounding)
+    x, residual = solve_qp(scaled, scaled)
     return x + torch.eye(x.shape[-1], dtype=x.dtype, device=x.device), residual
 
 
-def project(scaled: Tensor, target: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
+def project(scaled: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """The ``v >= u [..., m]`` that minimizes ``v'Rv``, and the KKT residual."""
     size = target.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny).detach()
     unit = (target / size).expand(scaled.shape[:-1])  # the solution scales with u
     linear = unit.unsqueeze(-2) @ scaled
     # the slack can be as large as the sum of a row; residuals are relative to that
     growth = linear.abs().amax(-1, keepdim=True).clamp(min=1).detach()
-    x, residual = solve_qp(scaled, linear / growth, rounding)
+    x, residual = solve_qp(scaled, linear / growth)
     return size * (unit + (growth * x).squeeze(-2)), residual.squeeze(-1)

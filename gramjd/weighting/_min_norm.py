@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gramjd.weighting._pivoting import pivot_rows
-from gramjd.weighting._qp import TINY, positive_part
+from gramjd.weighting._qp import TINY
 from gramjd.weighting._shared_hessian import warm_start
 
 DAMPING = 1e-8
@@ -33,13 +33,12 @@ def shifted_program(gramian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return hessian, -scale / scale.amax(-1, keepdim=True), scale
 
 
-def min_norm(gramian: Tensor, rounding: float, guess: Tensor | None = None) -> Tensor:
+def min_norm(gramian: Tensor, guess: Tensor | None = None) -> Tensor:
     """The weights ``w [B, m]`` on the simplex that minimize ``w'Gw``, for ``G [B, m, m]``.
 
     ``guess`` is their support, as far as it is known.
     """
     hessian, linear, scale = shifted_program(gramian)
-    hessian = positive_part(hessian, rounding)
     damped = hessian + DAMPING * torch.diag_embed(torch.ones_like(scale))
     if guess is None:
         tiny = hessian.shape[-1] <= TINY
@@ -56,7 +55,9 @@ def min_norm(gramian: Tensor, rounding: float, guess: Tensor | None = None) -> T
         smallest = gap if smallest is None else torch.minimum(gap, smallest)
         if not bool((better & (smallest > GOAL)).any()):
             break
-    return best
+    zero = gramian.diagonal(dim1=-2, dim2=-1) <= 0  # a zero vector is the point itself
+    count = zero.sum(-1, keepdim=True)
+    return torch.where(count > 0, zero / count.clamp(min=1), best)
 
 
 def simplex_gap(gramian: Tensor, weights: Tensor) -> Tensor:

@@ -6,8 +6,6 @@ largest ``|min(x, slack)|`` is the KKT residual.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -19,47 +17,24 @@ from gramjd.weighting._shared_hessian import solve_rows, warm_start
 TINY = 12  # sizes up to this one need no warm start
 
 
-def solve_qp(hessian: Tensor, linear: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
+def solve_qp(hessian: Tensor, linear: Tensor) -> tuple[Tensor, Tensor]:
     """Solve for every row of ``linear [..., r, m]``, given ``hessian [..., m, m]`` (unit diagonal).
 
     The rows should be of order one. Returns ``x [..., r, m]`` and the KKT residuals ``[..., r]``,
-    unscaled. ``rounding`` is for :func:`positive_part`. Differentiable in both, by the active set.
-
-    Raises:
-        ValueError: the Hessian is not positive semi-definite.
+    unscaled. Differentiable in both, by the active set.
     """
-    x, free, residual = opaque(partial(_solve, rounding=rounding), hessian, linear)
+    x, free, residual = opaque(_solve, hessian, linear)
     return on_face(hessian, -linear, free, x), residual
 
 
-def _solve(hessian: Tensor, linear: Tensor, rounding: float) -> tuple[Tensor, Tensor, Tensor]:
+def _solve(hessian: Tensor, linear: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     shape = linear.shape
-    hessian = positive_part(hessian.reshape(-1, shape[-1], shape[-1]), rounding)
+    hessian = hessian.reshape(-1, shape[-1], shape[-1])
     linear = linear.reshape(-1, *shape[-2:])
     x = _small(hessian, linear) if shape[-1] <= SMALL else _large(hessian, linear)
     slack = torch.baddbmm(linear, x, hessian)
     residual = torch.minimum(x, slack).abs().amax(-1)
     return x.reshape(shape), (x > slack).reshape(shape), residual.reshape(shape[:-1])
-
-
-def positive_part(hessian: Tensor, rounding: float) -> Tensor:
-    """``H [B, m, m]``, or if one is not positive definite, their positive semi-definite parts.
-
-    ``rounding * m`` is how negative an eigenvalue may be and still pass for rounding.
-
-    Raises:
-        ValueError: one is more negative.
-    """
-    _, info = torch.linalg.cholesky_ex(hessian)
-    if not bool(info.any()):
-        return hessian
-    values, vectors = torch.linalg.eigh(hessian)
-    if bool((values < -rounding * hessian.shape[-1]).any()):
-        raise ValueError(
-            "The Gramian is not positive semi-definite: scaled to unit diagonal, it has the "
-            f"eigenvalue {float(values.min()):.1e}, more than rounding explains. Pass J @ J.T."
-        )
-    return (vectors * values.clamp(min=0).unsqueeze(-2)) @ vectors.mT
 
 
 def _small(hessian: Tensor, linear: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from gramjd.weighting._faces import solve
 from gramjd.weighting._gramian import prepare, rounding
 from gramjd.weighting._min_norm import min_norm
 from gramjd.weighting._opaque import is_constant, opaque
+from gramjd.weighting._semidefinite import semidefinite
 
 
 # fmt: off
@@ -59,7 +60,8 @@ def cagrad(
     trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     usable = (trace >= norm_eps) & (trace > 0)
     matrix = torch.where(usable, matrix / torch.where(usable, trace, 1), 0)
-    search = partial(_search, c=c, norm_eps=norm_eps, rounding=rounding(gramian.dtype))
+    matrix = semidefinite(matrix, rounding(gramian.dtype))
+    search = partial(_search, c=c, norm_eps=norm_eps)
     extra, gap = opaque(search, matrix)
     evidence = certify(gap, not certificate, "")
     if not is_constant(matrix):
@@ -69,7 +71,7 @@ def cagrad(
     return (result, evidence) if certificate else result
 
 
-def _search(matrix: Tensor, c: float, norm_eps: float, rounding: float) -> tuple[Tensor, Tensor]:
+def _search(matrix: Tensor, c: float, norm_eps: float) -> tuple[Tensor, Tensor]:
     """``w c |g_0| / |J'w|``, or zeros near stationarity, and the relative duality gap.
 
     ``w`` is ``w(r)``, which minimizes ``|J'w + r g_0|``, for the ``r > 0`` where
@@ -83,13 +85,13 @@ def _search(matrix: Tensor, c: float, norm_eps: float, rounding: float) -> tuple
     safe = torch.where(radius > 0, radius, 1)
     longest = gramian.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True).sqrt()
     low, high = max(norm_eps, 1e-10) / safe, (longest / safe).clamp(min=norm_eps) * 1.01
-    at_low, at_high = (_nearest(gramian, slope, r, rounding, None) for r in (low, high))
+    at_low, at_high = (_nearest(gramian, slope, r, None) for r in (low, high))
     stationary = (_norm(gramian, at_low) <= (1 + 1e-9) * radius * low) | (radius == 0)
     for step in range(100):
         ratio = _crossing(gramian, at_low, at_high, radius * low, radius * high)
         ratio = ratio if step % 3 < 2 else torch.full_like(ratio, 0.5)
         middle = low + ratio * (high - low)
-        at_middle = _nearest(gramian, slope, middle, rounding, at_low + at_high > 0)
+        at_middle = _nearest(gramian, slope, middle, at_low + at_high > 0)
         norm = _norm(gramian, at_middle)
         above = norm >= radius * middle
         found = (norm - radius * middle).abs() <= 1e-14 * longest + 1e-13 * norm
@@ -116,12 +118,12 @@ def _finish(
 
 
 def _nearest(
-    gramian: Tensor, slope: Tensor, r: Tensor, rounding: float, guess: Tensor | None
+    gramian: Tensor, slope: Tensor, r: Tensor, guess: Tensor | None
 ) -> Tensor:
     """``w`` on the simplex that minimizes ``|J'w + r g_0|``: the hull of the ``g_i + r g_0``."""
     shift = r * slope
     shifted = gramian + shift.unsqueeze(-1) + shift.unsqueeze(-2)
-    return min_norm(shifted + (r**2 * slope.mean(-1, keepdim=True)).unsqueeze(-1), rounding, guess)
+    return min_norm(shifted + (r**2 * slope.mean(-1, keepdim=True)).unsqueeze(-1), guess)
 
 
 def _norm(gramian: Tensor, w: Tensor) -> Tensor:

@@ -52,8 +52,8 @@ def dualproj(
     """
     matrix, restore = prepare(gramian)
     weights = flat_preference(preference, matrix, gramian)
-    scaled, scale = regularize(matrix, norm_eps, reg_eps)
-    projection, residual = project(scaled, weights / scale, rounding(gramian.dtype))
+    scaled, scale = regularize(matrix, norm_eps, reg_eps, rounding(gramian.dtype))
+    projection, residual = project(scaled, weights / scale)
     evidence = certify(residual, not certificate, REMEDY)
     result = restore(scale * projection)
     return (result, evidence) if certificate else result

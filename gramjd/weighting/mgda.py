@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Literal, overload
 
 import torch
@@ -14,6 +13,7 @@ from gramjd.weighting._faces import on_face
 from gramjd.weighting._gramian import prepare, rounding
 from gramjd.weighting._min_norm import min_norm, shifted_program, simplex_gap
 from gramjd.weighting._opaque import opaque
+from gramjd.weighting._semidefinite import semidefinite
 
 
 @overload
@@ -43,8 +43,8 @@ def mgda(gramian: Tensor, *, certificate: bool = False) -> Tensor | tuple[Tensor
         NotConvergedError: the gap is above 1e-9; or, in the backward pass, no derivative exists.
     """
     matrix, restore = prepare(gramian)
-    matrix = matrix / _mean_diagonal(matrix)
-    found = opaque(partial(_solve, rounding=rounding(gramian.dtype)), matrix)
+    matrix = semidefinite(matrix / _mean_diagonal(matrix), rounding(gramian.dtype))
+    found = opaque(_solve, matrix)
     evidence = certify(simplex_gap(matrix.detach(), found), not certificate, "")
     hessian, linear, scale = shifted_program(matrix)
     x = (found / scale.detach()).unsqueeze(-2)  # solves the program up to a factor, found here
@@ -61,9 +61,9 @@ def _mean_diagonal(matrix: Tensor) -> Tensor:
     return torch.where(mean > 0, mean, 1)
 
 
-def _solve(matrix: Tensor, rounding: float) -> Tensor:
+def _solve(matrix: Tensor) -> Tensor:
     size = matrix.shape[-1]
-    return min_norm(matrix.reshape(-1, size, size), rounding).reshape(matrix.shape[:-1])
+    return min_norm(matrix.reshape(-1, size, size)).reshape(matrix.shape[:-1])
 
 
 class MGDAWeighting(Weighting):

@@ -56,8 +56,8 @@ def upgrad(
     """
     matrix, restore = prepare(gramian)
     weights = flat_preference(preference, matrix, gramian).clamp(min=0)
-    scaled, scale = regularize(matrix, norm_eps, reg_eps)
-    projections, residual = project_units(scaled, rounding(gramian.dtype))
+    scaled, scale = regularize(matrix, norm_eps, reg_eps, rounding(gramian.dtype))
+    projections, residual = project_units(scaled)
     evidence = certify(residual.amax(-1), not certificate, REMEDY)
     result = restore(scale * ((weights / scale).unsqueeze(-2) @ projections).squeeze(-2))
     return (result, evidence) if certificate else result
