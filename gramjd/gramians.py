@@ -14,7 +14,7 @@ from torch import Tensor
 
 def mirror(matrix: Tensor, left: Sequence[int], right: Sequence[int]) -> Tensor:
     """``[prod(left), prod(right)]`` → ``[*left, *reversed(right)]``."""
-    unflat = matrix.reshape(*left, *right)
+    unflat = matrix.reshape((*left, *right))
     first = len(left)
     order = [*range(first), *reversed(range(first, first + len(right)))]
     return unflat.permute(order)
@@ -50,7 +50,7 @@ def from_rows(rows: Tensor, shape: Sequence[int], batch_dim: int | None) -> Tens
     """Inverse of :func:`rows_first` for the first two dimensions: ``[K, B, ...]`` → ``[*shape, ...]``."""
     rest = rows.shape[2:]
     if batch_dim is None:
-        return rows.reshape(*shape, *rest)
+        return rows.reshape((*shape, *rest))
     batch_dim %= len(shape)
     others = [size for dim, size in enumerate(shape) if dim != batch_dim]
     return rows.reshape(*others, shape[batch_dim], *rest).movedim(len(others), batch_dim)

@@ -24,7 +24,7 @@ def dense_gramian(output: Tensor, parameters: Iterable[Tensor]) -> Tensor:
     jacobian = dense_jacobian(output, parameters)
     matrix = jacobian @ jacobian.T
     n = output.ndim
-    both = matrix.reshape(*output.shape, *output.shape)
+    both = matrix.reshape((*output.shape, *output.shape))
     return both.permute(*range(n), *reversed(range(n, 2 * n)))
 
 

@@ -13,9 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ZERO = object()  # every layout fits: the cotangents are zero
-
-
 @dataclass(frozen=True)
 class Layout:
     """Samples lie in dimension ``dim``, of size ``B·n``, one after the other or interleaved."""
@@ -32,6 +29,9 @@ class Layout:
     def cotangents(self, c: Tensor, samples: int) -> Tensor:
         """``[K, *y]`` → ``[K, B, *y]`` with ``n`` left of the batch dimension."""
         return self.split(c, self.dim + 1, samples).transpose(0, 1)
+
+
+ZERO = Layout(-1)  # every layout fits: the cotangents are zero, or there are none
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -51,7 +51,7 @@ def candidates(shape: Sequence[int], samples: int) -> Iterator[Layout]:
                 yield Layout(dim, sample_major=False)
 
 
-def measure(c: Tensor, probed: Tensor, v: Tensor) -> Layout | None | object:
+def measure(c: Tensor, probed: Tensor, v: Tensor) -> Layout | None:
     """The layout of a use's output.
 
     Args:

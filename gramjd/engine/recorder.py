@@ -60,13 +60,19 @@ class Recorder(Tracker):
 def active_recorder() -> Recorder | None:
     """The recorder that is switched on, unless an interrupt (Ctrl-C) skipped its switching off."""
     recorder: Recorder | None = getattr(_THREAD, "recorder", None)
-    frame: FrameType | None = sys._getframe()
-    while recorder is not None and frame is not recorder.frame:
-        frame = frame.f_back if frame is not None else None
-        if frame is None:
-            recorder.switch_off()
-            recorder = None
-    return recorder
+    if recorder is None or _is_running(recorder.frame):
+        return recorder
+    recorder.switch_off()
+    return None
+
+
+def _is_running(frame: FrameType | None) -> bool:
+    """Is a call still in progress in this thread?"""
+    # never the frame of this function itself: holding that would keep the callers' locals alive
+    caller: FrameType | None = sys._getframe(1)
+    while caller is not None and caller is not frame:
+        caller = caller.f_back
+    return caller is not None
 
 
 class Watcher:

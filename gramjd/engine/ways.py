@@ -55,7 +55,7 @@ class Task:
     def canonical(self, node: int) -> Cotangents:
         """Cotangents of the outputs of a node as ``[K, B, ...]``, where they have a layout."""
         return [
-            None if c is None or layout is None else
+            None if c is None or layout is None or layout is ZERO else
             c.unsqueeze(1) if self.batch_dim is None else layout.cotangents(c, self.samples)
             for c, layout in zip(self.cotangents[node], self.layouts[node], strict=True)
         ]  # fmt: skip
@@ -150,9 +150,9 @@ def _measure(task: Task, probe: Probe) -> bool:
     for cs, probed in zip(task.cotangents, probe.cotangents, strict=True):
         mine: Layouts = []
         for c, p in zip(cs, probed, strict=True):
-            layout = None if c is None or p is None else measure(c, p[0], probe.v)
-            lasting = lasting and layout is not ZERO
-            mine.append(None if layout is ZERO else layout)  # type: ignore[arg-type]
+            layout = ZERO if c is None or p is None else measure(c, p[0], probe.v)
+            lasting = lasting and (c is None or layout is not ZERO)
+            mine.append(layout)
         task.layouts.append(mine)
     task.plan.layouts = task.layouts if lasting else None
     return lasting
@@ -160,9 +160,8 @@ def _measure(task: Task, probe: Probe) -> bool:
 
 def _refuse_mixed(task: Task, ways: Sequence[str]) -> None:
     """Rows are exact whatever ``batch_dim`` is; but a wrong one is an error, not a slow path."""
-    cotangents = [c for cs in task.cotangents for c in cs if c is not None]
-    found = any(layout is not None for mine in task.layouts for layout in mine)
-    if task.samples > 1 and not found and any(bool(c.any()) for c in cotangents) and len(ways) > 1:
+    layouts = {layout for mine in task.layouts for layout in mine}
+    if task.samples > 1 and None in layouts and layouts <= {None, ZERO} and len(ways) > 1:
         raise NotSeparableError(
             f"Nothing in the graph of the output, of shape {list(task.output.shape)}, treats the "
             f"{task.samples} entries of its dimension {task.batch_dim} as independent samples: either "
@@ -204,13 +203,15 @@ def _use(task: Task, index: int, fail: Callable[[Source, object], None]) -> Use 
     slots = saved[len(record.saved) :]
     live = iter(task.canonical(index))
     cs = [next(live) if is_live else None for is_live in mark.live]
-    layout = next((found for found in task.layouts[index] if found is not None), None)
-    if layout is None:
+    layouts = [layout for layout in task.layouts[index] if layout is not ZERO]
+    if not layouts:
+        return None
+    layout = layouts[0]
+    if layout is None or len(set(layouts)) > 1:
         if record.derived:  # no sample's own: its rows come from where the tensor meets the batch
-            return Use.of(record, saved[: len(record.saved)], cs, slots)
-        if any(c is not None and bool(c.any()) for c in task.cotangents[index]):
-            for slot in record.slots:
-                fail(slot.source, f"samples are mixed at its use by {_name(record.call.op)}")
+            return Use.of(record, saved[: len(record.saved)], [None] * len(cs), slots)
+        for slot in record.slots:
+            fail(slot.source, f"samples are mixed at its use by {_name(record.call.op)}")
         return None
     values = saved[: len(record.saved)]
     if task.batch_dim is None:

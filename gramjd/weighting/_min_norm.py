@@ -17,18 +17,21 @@ from gramjd.weighting._shared_hessian import warm_start
 
 DAMPING = 1e-8
 GOAL = 1e-13  # optimality gap at which the steps end
+ENOUGH = 1e-11  # gap above which another shift is tried
 
 
-def shifted_program(gramian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def shifted_program(gramian: Tensor, weight: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """``H [..., m, m]`` with unit diagonal, ``q [..., m]`` and the scale ``d`` with ``s = d x``.
 
-    ``c`` is the smallest squared norm, such that short and long vectors are resolved alike.
+    ``c`` lies between the smallest (``weight`` 0) and the largest (1) squared norm, geometrically.
+    A small one resolves short vectors as well as long ones.
     """
     diagonal = gramian.diagonal(dim1=-2, dim2=-1)
-    tiny = torch.finfo(gramian.dtype).tiny
-    positive = torch.where(diagonal > 0, diagonal, torch.inf).amin(-1, keepdim=True)
-    shift = torch.where(positive < torch.inf, positive, 1)
-    scale = (diagonal + shift).clamp(min=tiny).rsqrt()
+    largest = diagonal.amax(-1, keepdim=True)
+    largest = torch.where(largest > 0, largest, 1)
+    smallest = torch.where(diagonal > 0, diagonal, largest).amin(-1, keepdim=True)
+    shift = smallest * (largest / smallest) ** weight
+    scale = (diagonal + shift).rsqrt()
     hessian = (gramian + shift.unsqueeze(-1)) * scale.unsqueeze(-1) * scale.unsqueeze(-2)
     return hessian, -scale / scale.amax(-1, keepdim=True), scale
 
@@ -38,26 +41,40 @@ def min_norm(gramian: Tensor, guess: Tensor | None = None) -> Tensor:
 
     ``guess`` is their support, as far as it is known.
     """
-    hessian, linear, scale = shifted_program(gramian)
+    zero = gramian.diagonal(dim1=-2, dim2=-1) <= 0  # a zero vector is the point itself
+    count = zero.sum(-1, keepdim=True)
+    best = torch.where(count > 0, zero / count.clamp(min=1), 1 / gramian.shape[-1])
+    smallest = simplex_gap(gramian, best)
+    for weight in (0.0, 0.5, 1.0, 0.25, 0.75):
+        best, smallest = _proximal_steps(gramian, weight, guess, best, smallest)
+        if bool((smallest <= ENOUGH).all()):
+            break
+        guess = None
+    return best
+
+
+def _proximal_steps(
+    gramian: Tensor, weight: float, guess: Tensor | None, best: Tensor, smallest: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Go on while the gap shrinks; the best weights so far, and their gap."""
+    hessian, linear, scale = shifted_program(gramian, weight)
     damped = hessian + DAMPING * torch.diag_embed(torch.ones_like(scale))
     if guess is None:
         tiny = hessian.shape[-1] <= TINY
         guess = linear < 0 if tiny else warm_start(damped, linear.unsqueeze(-2)).squeeze(-2) > 0
-    x, best, smallest = torch.zeros_like(linear), scale / scale.sum(-1, keepdim=True), None
+    x = torch.zeros_like(linear)
     for _ in range(30):
         x = pivot_rows(damped, linear - DAMPING * x, guess)
         guess = x > 0
         weights = x * scale
         weights = weights / weights.sum(-1, keepdim=True)
         gap = simplex_gap(gramian, weights)
-        better = gap < (torch.inf if smallest is None else smallest)
+        better = gap < smallest
         best = torch.where(better.unsqueeze(-1), weights, best)
-        smallest = gap if smallest is None else torch.minimum(gap, smallest)
+        smallest = torch.where(better, gap, smallest)
         if not bool((better & (smallest > GOAL)).any()):
             break
-    zero = gramian.diagonal(dim1=-2, dim2=-1) <= 0  # a zero vector is the point itself
-    count = zero.sum(-1, keepdim=True)
-    return torch.where(count > 0, zero / count.clamp(min=1), best)
+    return best, smallest
 
 
 def simplex_gap(gramian: Tensor, weights: Tensor) -> Tensor:

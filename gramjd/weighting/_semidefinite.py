@@ -13,9 +13,9 @@ from gramjd.weighting._opaque import opaque
 def semidefinite(matrix: Tensor, rounding: float, reg_eps: float = 0.0) -> Tensor:
     """``G [..., m, m]`` itself if ``G + reg_eps I`` is positive definite, else its positive part.
 
-    ``reg_eps`` is what the caller will add anyway. ``rounding`` is how negative an eigenvalue of the
-    Gramian scaled to unit diagonal may be, per row, and still pass for rounding. The correction is
-    a constant for autograd.
+    ``reg_eps`` is what the caller will add anyway. ``rounding`` is how negative an eigenvalue of
+    the Gramian scaled to unit diagonal may be, per row, and still pass for rounding. The correction
+    is a constant for autograd.
 
     Raises:
         ValueError: an eigenvalue is more negative.

@@ -1,0 +1,50 @@
+# Needs make and Python 3.10 or newer; every target builds the environment it runs in.
+PYTHON ?= python3
+
+# test-lowest: torch 2.1 has wheels for Python 3.8 to 3.11 alone.
+LOWEST_PYTHON ?= $(PYTHON)
+
+BIN := .venv/bin
+LOWEST_BIN := .venv-lowest/bin
+
+.PHONY: demo test test-slow test-lowest lint format bench clean
+
+demo: .venv/installed  ## train on digits: plain SGD beside Jacobian descent
+	$(BIN)/python examples/train_digits.py --out out/digits
+
+test: .venv/installed  ## the tests, without the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/installed  ## the slow tests alone
+	$(BIN)/python -m pytest -m slow
+
+test-lowest: .venv-lowest/installed  ## the tests on torch 2.1.0 and numpy 1 (several GB)
+	$(LOWEST_BIN)/python -m pytest -m "not slow"
+
+lint: .venv/installed  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/installed  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/installed  ## every benchmark, one after the other
+	set -e; for script in benchmarks/*.py; do $(BIN)/python $$script; done
+
+clean:
+	rm -rf .venv .venv-lowest out .mypy_cache .pytest_cache .ruff_cache
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	touch $@
+
+# The same versions of everything else, as far as torch 2.1 and numpy 1 leave them alone.
+.venv-lowest/installed: pyproject.toml constraints.txt
+	$(LOWEST_PYTHON) -m venv .venv-lowest
+	grep -v -E "^(numpy|torch)==" constraints.txt > .venv-lowest/constraints.txt
+	$(LOWEST_BIN)/python -m pip install -c .venv-lowest/constraints.txt \
+		"torch==2.1.0" "numpy<2" -e ".[test]"
+	touch $@
