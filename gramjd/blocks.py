@@ -47,7 +47,11 @@ class Outer:
 
     def vjp(self, w: Tensor) -> Tensor:
         """``Jᵀ w`` for ``w [K, B]``: an ordinary weight-gradient product."""
-        c = (self.c * w[:, :, None, None, None]).sum(0) if len(w) > 1 else self.c[0] * w[0, :, None, None, None]
+        c = (
+            (self.c * w[:, :, None, None, None]).sum(0)
+            if len(w) > 1
+            else self.c[0] * w[0, :, None, None, None]
+        )
         total = c.flatten(0, 1).permute(1, 2, 0) @ self.a.flatten(0, 1).transpose(0, 1)  # [G, o, i]
         return (total.mT if self.transposed else total).reshape(self.shape)
 
@@ -146,7 +150,13 @@ def merge(blocks: Sequence[Block]) -> list[Block]:
     dense: list[Dense] = []
     for block in blocks:
         if isinstance(block, Outer):
-            key = (block.transposed, block.c.shape[3:], block.a.shape[2:], block.c.dtype, block.a.dtype)
+            key = (
+                block.transposed,
+                block.c.shape[3:],
+                block.a.shape[2:],
+                block.c.dtype,
+                block.a.dtype,
+            )
             outers.setdefault(key, []).append(block)
         elif isinstance(block, Lookup):
             lookups.append(block)

@@ -156,7 +156,7 @@ def capture(
 
         zeros = found.zeros() or [torch.zeros(())]  # vjp wants a primal, even where nothing is used
         extra = raw if found.leftover else []
-        outputs, vjp_fn, (saved, values) = torch.func.vjp(run, zeros, extra, has_aux=True)
+        outputs, vjp_fn, (saved, values) = torch.func.vjp(run, zeros, extra, has_aux=True)  # type: ignore[misc]
         cs, rows = _pull(vjp_fn, given or _basis(outputs))
         return values, cs, rows, saved
 

@@ -106,7 +106,10 @@ class Jacobian:
         """``J`` itself: for each output, a PyTree like the parameters of ``[*shape, *p.shape]``."""
         found = []
         for out in self.outputs:
-            rows = [self._dense_rows(p, blocks, out) for p, blocks in zip(self.parameters, self.blocks)]  # noqa: B905
+            rows = [
+                self._dense_rows(p, blocks, out)
+                for p, blocks in zip(self.parameters, self.blocks, strict=True)
+            ]
             found.append(pytree.unflatten(self.parameters_spec, rows))
         return pytree.unflatten(self.outputs_spec, found)
 

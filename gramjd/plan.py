@@ -55,6 +55,7 @@ def contract(u: Block, v: Block) -> Tensor:
         return lookup_outer(u, v) if isinstance(v, Outer) else lookup_dense(u, v)
     if isinstance(v, Lookup) or (isinstance(u, Dense) and isinstance(v, Outer)):
         return contract(v, u).permute(2, 3, 0, 1)
+    assert isinstance(v, Dense)
     return outer_dense(u, v) if isinstance(u, Outer) else dense_dense(u, v)
 
 
@@ -162,10 +163,9 @@ def lookup_dense(u: Lookup, v: Dense) -> Tensor:
 def outer_dense(u: Outer, v: Dense) -> Tensor:
     """Rows of ``u`` for a slab of output features at a time, against the dense rows."""
     (K, B, _, G, o), i, (K2, B2) = u.c.shape, u.a.shape[-1], v.rows
-    if u.transposed:
-        dense = v.values.reshape(K2, B2, G, i, o).mT
-    else:
-        dense = v.values.reshape(K2, B2, G, o, i)
+    shape = (i, o) if u.transposed else (o, i)
+    dense = v.values.reshape(K2, B2, G, *shape)
+    dense = dense.mT if u.transposed else dense
     step = max(1, TILE // max(1, K * B * G * i))
     total: Tensor | float = 0.0
     for start in range(0, o, step):

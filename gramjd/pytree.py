@@ -33,7 +33,7 @@ def leaves(tree: PyTree) -> list[Any]:
     return optree.tree_leaves(tree, **_OPTIONS)
 
 
-def map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:  # noqa: A001
+def map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
     """``tree`` with ``fn`` applied to its leaves (and to those of ``rest`` beside them)."""
     return optree.tree_map(fn, tree, *rest, **_OPTIONS)
 

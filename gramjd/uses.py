@@ -32,8 +32,19 @@ _COMPOSITE = (F.multi_head_attention_forward,)
 # Results differ from call to call: never derived, since their ops could not be called again.
 _RANDOM = {"normal", "bernoulli", "multinomial", "poisson", "rrelu", "gumbel_softmax"}
 
-_TRANSPOSES = (Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t, Tensor.transpose, torch.transpose,
-               Tensor.permute, torch.permute, torch.swapaxes, Tensor.swapaxes)  # fmt: skip
+_PROPERTIES: Any = Tensor  # as an untyped class, for its property getters
+_TRANSPOSES: tuple[Any, ...] = (
+    _PROPERTIES.T.__get__,
+    _PROPERTIES.mT.__get__,
+    Tensor.t,
+    torch.t,
+    Tensor.transpose,
+    torch.transpose,
+    Tensor.permute,
+    torch.permute,
+    torch.swapaxes,
+    Tensor.swapaxes,
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +99,11 @@ class Use:
 
     def block(self, which: int) -> Block:
         """The block of slot number ``which``."""
-        slot, entry, tensor = self.record.slots[which], self.record.entries[which], self.tracked[which]
+        slot, entry, tensor = (
+            self.record.slots[which],
+            self.record.entries[which],
+            self.tracked[which],
+        )
         leaves = list(self.leaves)
         samples = next(c.shape[1] for c in self.cs if c is not None)
         for other, value in zip(self.record.slots, self.tracked, strict=True):
@@ -255,7 +270,7 @@ def blocks_of(
             use = _as_objectives(use, received)
         for which, slot in enumerate(use.record.slots):
             source = slot.source
-            if id(source) in found or isinstance(source, Derived) and source.record in pending:
+            if id(source) in found or (isinstance(source, Derived) and source.record in pending):
                 try:
                     block = use.block(which)
                 except Exception as error:
@@ -303,4 +318,4 @@ def _is_transposition(use: Use) -> bool:
     op, dims = use.record.call.op, [leaf for leaf in use.record.leaves if isinstance(leaf, int)]
     if op not in _TRANSPOSES or use.tracked[0].ndim != 2:
         return False
-    return not dims or dims[0] % 2 != dims[1] % 2 and ("permute" not in op.__name__ or dims[0] % 2 == 1)
+    return not dims or (dims[0] % 2 != dims[1] % 2 and ("permute" not in op.__name__ or dims[0] % 2 == 1))

@@ -228,7 +228,11 @@ def test_copies() -> None:
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
-    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)):
+    for copied in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(buffer, weights_only=False),
+    ):
         own = Engine(copied, batch_dim=0)
         out = copied(x).sum(1)
         assert_close(own.compute_gramian(out), dense_gramian(out, copied.parameters()))

@@ -151,7 +151,7 @@ def test_rule(case: Case, several: bool) -> None:
     want = dense_gramian(out, model.parameters())
     for batch_dim in (0, None):
         engine = Engine(model, batch_dim=batch_dim, ways=["ops"])
-        for check in range(2):  # measured and checked first, then from what is known
+        for _ in range(2):  # measured and checked first, then from what is known
             got = engine.compute_gramian(objectives(model(x), several))
             assert_close(got, want)
         engine.close()
@@ -164,7 +164,9 @@ def test_rule(case: Case, several: bool) -> None:
 
 
 def test_every_rule_has_a_case() -> None:
-    missing = [f"{getattr(op, '__qualname__', op)}({name})" for op, name in registered() if (op, name) not in CASES]
+    missing = [
+        f"{getattr(op, '__qualname__', op)}({name})" for op, name in registered() if (op, name) not in CASES
+    ]
     assert not missing, f"add cases for {missing} to CASES"
 
 

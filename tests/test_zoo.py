@@ -10,7 +10,11 @@ from zoo import CASES, make
 import gramjd
 from gramjd import Engine, SlowPathWarning
 
-WAYS = {"all": ("ops", "functional", "rows"), "functional": ("functional", "rows"), "rows": ("rows",)}
+WAYS = {
+    "all": ("ops", "functional", "rows"),
+    "functional": ("functional", "rows"),
+    "rows": ("rows",),
+}
 
 
 def objectives(out: torch.Tensor, several: bool) -> torch.Tensor:

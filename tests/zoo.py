@@ -102,7 +102,10 @@ class ClassToken(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.token, self.positions = nn.Parameter(torch.randn(1, 1, 4)), nn.Parameter(torch.randn(4, 4))
+        self.token, self.positions = (
+            nn.Parameter(torch.randn(1, 1, 4)),
+            nn.Parameter(torch.randn(4, 4)),
+        )
         self.layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.1, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -39,9 +39,15 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -> l
     Raises:
         NoGraphError: the graph was freed by an earlier backward pass.
     """
+
     def grad(cotangent: Tensor, batched: bool) -> tuple[Tensor | None, ...]:
         return torch.autograd.grad(
-            output, inputs, cotangent, retain_graph=True, allow_unused=True, is_grads_batched=batched
+            output,
+            inputs,
+            cotangent,
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=batched,
         )
 
     if not inputs:

@@ -63,8 +63,15 @@ def call_blocks(
     with torch.random.fork_rng(devices=[], enabled=mark.rng_state is not None):
         if mark.rng_state is not None:
             torch.set_rng_state(mark.rng_state)
-        found = capture(function, parameters, mapped, [c for c in cs if c is not None], unbatched=shared, randomness="different",
-                        shared=layout is None)  # fmt: skip
+        found = capture(
+            function,
+            parameters,
+            mapped,
+            [c for c in cs if c is not None],
+            unbatched=shared,
+            randomness="different",
+            shared=layout is None,
+        )
     for got, want in zip(found.outputs, recorded, strict=True):
         want = want.unsqueeze(0) if layout is None else layout.split(want, layout.dim, samples)
         if got.shape != want.shape or (got - want).norm() > tolerance(got.dtype) * want.norm():

@@ -51,7 +51,7 @@ class Engine:
     def __init__(
         self,
         *modules: nn.Module | Iterable[nn.Module] | int | None,
-        batch_dim: int | None | str = "",
+        batch_dim: int | str | None = "",
         check: str = "first",
         ways: Sequence[str] = WAYS,
     ) -> None:

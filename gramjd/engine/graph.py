@@ -34,12 +34,14 @@ def walk(output: Tensor) -> Graph:
             "outputs with gradients enabled (not under torch.no_grad(), not detached)."
         )
     seen: dict[Any, int] = {output.grad_fn: 0}
-    stack, nodes, leaves = [output.grad_fn], [], {}
+    stack: list[Any] = [output.grad_fn]
+    nodes: list[Any] = []
+    leaves: dict[int, Tensor] = {}
     shape: list[Hashable] = []
     while stack:
         node = stack.pop()
         kind = type(node)
-        edges: list[Hashable] = [seen[node], kind]
+        edges: list[Any] = [seen[node], kind]
         if kind is NODE_TYPE:
             nodes.append(node)
             edges.append(node.record.signature)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+
 @dataclass(frozen=True)
 class Layout:
     """Samples lie in dimension ``dim``, of size ``B·n``, one after the other or interleaved."""

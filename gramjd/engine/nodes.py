@@ -41,10 +41,12 @@ class Node(torch.autograd.Function):
         return outputs if len(outputs) > 1 else outputs[0]
 
 
-NODE_TYPE: type = Node._backward_cls  # type: ignore[attr-defined]
+NODE_TYPE: type = Node._backward_cls
 
 
-def attach(record: Any, saved: Sequence[Tensor], outputs: Sequence[Tensor], inplace: bool = False) -> list[Tensor]:
+def attach(
+    record: Any, saved: Sequence[Tensor], outputs: Sequence[Tensor], inplace: bool = False
+) -> list[Tensor]:
     """The outputs with a node that holds ``record`` and ``saved`` behind them."""
     taps = [
         torch.empty_strided(t.shape, (0,) * t.ndim, dtype=t.dtype, device=t.device, requires_grad=True)

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
-from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -136,7 +135,7 @@ def _is_opaque(module: nn.Module) -> bool:
 class BeforeHook:
     """A forward pre-hook. It does not keep its engine alive, and copies of it do nothing."""
 
-    def __init__(self, target: WeakMethod[Any] | None = None) -> None:
+    def __init__(self, target: Callable[[], Any] | None = None) -> None:
         self.target = target
 
     def __reduce__(self) -> Any:
@@ -151,7 +150,7 @@ class BeforeHook:
 class AfterHook(BeforeHook):
     """A forward hook, likewise; called without ``kwargs`` and output if the forward raised."""
 
-    def __call__(self, module: nn.Module, args: Any, *rest: Any) -> Any:  # type: ignore[override]
+    def __call__(self, module: nn.Module, args: Any, *rest: Any) -> Any:
         target = self.target and self.target()
         if target is None or is_compiling():
             return None

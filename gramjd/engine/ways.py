@@ -260,8 +260,7 @@ def _rows(task: Task, parameters: dict[str, Tensor]) -> Found:
     """Way 3: one row after the other by ordinary autograd."""
     rows = backward.row_gradients(task.output, list(parameters.values()), task.batch_dim)
     return {
-        id(p): [] if row is None else [Dense(row)]
-        for p, row in zip(parameters.values(), rows, strict=True)
+        id(p): [] if row is None else [Dense(row)] for p, row in zip(parameters.values(), rows, strict=True)
     }
 
 

@@ -58,7 +58,9 @@ def tuple_of(value: int | Sequence[int], n: int) -> tuple[int, ...]:
     return tuple(value) * n if len(value) == 1 else tuple(value)
 
 
-def pad_like(x: Tensor, padding: str | int | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]) -> Tensor:
+def pad_like(
+    x: Tensor, padding: str | int | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
     """``x`` zero-padded as a convolution with this ``padding`` would."""
     n = len(kernel)
     if padding == "valid":

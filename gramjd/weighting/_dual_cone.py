@@ -11,9 +11,7 @@ from gramjd.weighting._semidefinite import semidefinite
 REMEDY = "The Gramian may be too ill-conditioned: raise reg_eps."
 
 
-def regularize(
-    matrix: Tensor, norm_eps: float, reg_eps: float, rounding: float
-) -> tuple[Tensor, Tensor]:
+def regularize(matrix: Tensor, norm_eps: float, reg_eps: float, rounding: float) -> tuple[Tensor, Tensor]:
     """The Gramian ``[..., m, m]`` over its trace, plus ``reg_eps`` times the identity, as ``R``.
 
     ``R`` is scaled to unit diagonal on both sides by ``d``; both are returned. A trace below

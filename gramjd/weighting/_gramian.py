@@ -106,8 +106,7 @@ def flat_preference(preference: Tensor | None, matrix: Tensor, like: Tensor) -> 
     shape = like.shape[batch : batch + half]
     if preference.shape not in (shape, like.shape[: batch + half]):
         raise ValueError(
-            f"The preference must have the objectives' shape {list(shape)}; got "
-            f"{list(preference.shape)}."
+            f"The preference must have the objectives' shape {list(shape)}; got {list(preference.shape)}."
         )
     flat = preference.to(device=matrix.device, dtype=torch.float64)
     return flat.reshape((*preference.shape[: preference.ndim - half], size))

@@ -3,7 +3,7 @@
 On the simplex, ``w'Gw`` is smallest where ``s / sum(s)`` is, with the ``s >= 0`` that minimizes
 ``s'(G + c 11')s / 2 - c 1's``: in both, ``Gw`` is ``w'Gw`` on the support, and no smaller off it.
 The latter is a nonnegative quadratic program. A singular one is solved by the proximal point
-method: each step adds ``DAMPING / 2 |s - previous|²``, and a few steps converge.
+method: each step adds ``damping / 2 |s - previous|²``, and a few steps converge.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from gramjd.weighting._pivoting import pivot_rows
 from gramjd.weighting._qp import TINY
 from gramjd.weighting._shared_hessian import warm_start
 
-DAMPING = 1e-8
+# shift (see shifted_program) and damping, one pair after the other until the gap is small enough
+ATTEMPTS = [(0.0, 1e-8), (0.5, 1e-8), (1.0, 1e-8), (0.0, 1e-11), (0.5, 1e-11), (1.0, 1e-11)]
 GOAL = 1e-13  # optimality gap at which the steps end
-ENOUGH = 1e-11  # gap above which another shift is tried
+ENOUGH = 1e-11  # gap above which another attempt is made
 
 
 def shifted_program(gramian: Tensor, weight: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,12 +42,13 @@ def min_norm(gramian: Tensor, guess: Tensor | None = None) -> Tensor:
 
     ``guess`` is their support, as far as it is known.
     """
-    zero = gramian.diagonal(dim1=-2, dim2=-1) <= 0  # a zero vector is the point itself
-    count = zero.sum(-1, keepdim=True)
-    best = torch.where(count > 0, zero / count.clamp(min=1), 1 / gramian.shape[-1])
+    zero = (gramian.diagonal(dim1=-2, dim2=-1) <= 0).to(gramian.dtype)
+    zero = zero + (zero.sum(-1, keepdim=True) == 0)  # a zero vector is the point itself; else: any
+    best = zero / zero.sum(-1, keepdim=True)
     smallest = simplex_gap(gramian, best)
-    for weight in (0.0, 0.5, 1.0, 0.25, 0.75):
-        best, smallest = _proximal_steps(gramian, weight, guess, best, smallest)
+    for weight, damping in ATTEMPTS:
+        program = shifted_program(gramian, weight)
+        best, smallest = _proximal_steps(gramian, *program, damping, guess, best, smallest)
         if bool((smallest <= ENOUGH).all()):
             break
         guess = None
@@ -54,17 +56,23 @@ def min_norm(gramian: Tensor, guess: Tensor | None = None) -> Tensor:
 
 
 def _proximal_steps(
-    gramian: Tensor, weight: float, guess: Tensor | None, best: Tensor, smallest: Tensor
+    gramian: Tensor,
+    hessian: Tensor,
+    linear: Tensor,
+    scale: Tensor,
+    damping: float,
+    guess: Tensor | None,
+    best: Tensor,
+    smallest: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Go on while the gap shrinks; the best weights so far, and their gap."""
-    hessian, linear, scale = shifted_program(gramian, weight)
-    damped = hessian + DAMPING * torch.diag_embed(torch.ones_like(scale))
+    damped = hessian + damping * torch.diag_embed(torch.ones_like(scale))
     if guess is None:
         tiny = hessian.shape[-1] <= TINY
         guess = linear < 0 if tiny else warm_start(damped, linear.unsqueeze(-2)).squeeze(-2) > 0
     x = torch.zeros_like(linear)
     for _ in range(30):
-        x = pivot_rows(damped, linear - DAMPING * x, guess)
+        x = pivot_rows(damped, linear - damping * x, guess)
         guess = x > 0
         weights = x * scale
         weights = weights / weights.sum(-1, keepdim=True)

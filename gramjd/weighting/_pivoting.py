@@ -38,9 +38,7 @@ def pivot_rows(hessian: Tensor, linear: Tensor, free: Tensor) -> Tensor:
     return x.clamp(min=0)
 
 
-def exchange(
-    free: Tensor, wrong: Tensor, best: Tensor, grace: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def exchange(free: Tensor, wrong: Tensor, best: Tensor, grace: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Exchange all wrong entries while their count shrinks or grace lasts, else only the last."""
     count = wrong.sum(-1)
     better = count < best

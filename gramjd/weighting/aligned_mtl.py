@@ -13,9 +13,7 @@ from gramjd.weighting._gramian import flat_preference, prepare
 ScaleMode = Literal["min", "median", "rmse"]
 
 
-def aligned_mtl(
-    gramian: Tensor, preference: Tensor | None = None, scale_mode: ScaleMode = "min"
-) -> Tensor:
+def aligned_mtl(gramian: Tensor, preference: Tensor | None = None, scale_mode: ScaleMode = "min") -> Tensor:
     """Weights of Aligned-MTL: ``sqrt(σ) (G⁺)^(1/2) p``, with ``σ`` from the eigenvalues of ``G``.
 
     Senushkin et al. (2023), "Independent Component Alignment for Multi-Task Learning", Algorithm 1.

@@ -66,8 +66,8 @@ def cagrad(
     evidence = certify(gap, not certificate, "")
     if not is_constant(matrix):
         extra = _as_function(matrix, extra, c)
-    mean = (extra.detach().sum(-1, keepdim=True) > 0) if c else torch.ones_like(trace[..., 0] > 0)
-    result = restore(extra + mean / matrix.shape[-1])
+    moving = (extra.detach().sum(-1, keepdim=True) > 0) | (c == 0)
+    result = restore(extra + moving.to(matrix.dtype) / matrix.shape[-1])
     return (result, evidence) if certificate else result
 
 
@@ -117,9 +117,7 @@ def _finish(
     return extra.reshape(shape[:-1]), gap.reshape(shape[:-2])
 
 
-def _nearest(
-    gramian: Tensor, slope: Tensor, r: Tensor, guess: Tensor | None
-) -> Tensor:
+def _nearest(gramian: Tensor, slope: Tensor, r: Tensor, guess: Tensor | None) -> Tensor:
     """``w`` on the simplex that minimizes ``|J'w + r g_0|``: the hull of the ``g_i + r g_0``."""
     shift = r * slope
     shifted = gramian + shift.unsqueeze(-1) + shift.unsqueeze(-2)

@@ -70,9 +70,7 @@ class FairGradWeighting(Weighting):
         reg_eps: see :func:`fairgrad`.
     """
 
-    def __init__(
-        self, alpha: float, max_iters: int | None = None, *, reg_eps: float = 1e-8
-    ) -> None:
+    def __init__(self, alpha: float, max_iters: int | None = None, *, reg_eps: float = 1e-8) -> None:
         super().__init__()
         self.alpha, self.max_iters, self.reg_eps = alpha, max_iters, reg_eps
 
