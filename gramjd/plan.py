@@ -43,9 +43,9 @@ def cross(left: Sequence[Block], right: Sequence[Block]) -> Tensor:
 
 def contract(u: Block, v: Block) -> Tensor:
     """Inner products of all rows of two blocks of one parameter, ``[K₁, B₁, K₂, B₂]``."""
+    if _groups(u) != _groups(v):  # the same weight in other groups, or not in a convolution
+        u, v = (Dense(x.dense()) if _groups(x) > 1 else x for x in (u, v))
     if isinstance(u, Outer) and isinstance(v, Outer):
-        if u.transposed == v.transposed and u.c.shape[3:] != v.c.shape[3:]:
-            return outer_dense(u, Dense(v.dense()))  # the same weight in other groups
         if u.transposed != v.transposed or pairwise_cost(u, v) <= rows_cost(u, v):
             return outer_pairwise(u, v)
         return outer_rows(u, v)
@@ -57,6 +57,10 @@ def contract(u: Block, v: Block) -> Tensor:
         return contract(v, u).permute(2, 3, 0, 1)
     assert isinstance(v, Dense)
     return outer_dense(u, v) if isinstance(u, Outer) else dense_dense(u, v)
+
+
+def _groups(block: Block) -> int:
+    return block.c.shape[3] if isinstance(block, Outer) else 1
 
 
 def pairwise_cost(u: Outer, v: Outer) -> int:

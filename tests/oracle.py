@@ -25,7 +25,7 @@ def dense_gramian(output: Tensor, parameters: Iterable[Tensor]) -> Tensor:
     matrix = jacobian @ jacobian.T
     n = output.ndim
     both = matrix.reshape((*output.shape, *output.shape))
-    return both.permute(*range(n), *reversed(range(n, 2 * n)))
+    return both.permute([*range(n), *reversed(range(n, 2 * n))])
 
 
 def assert_close(got: Tensor, want: Tensor, tolerance: float = 1e-10) -> None:
@@ -38,4 +38,4 @@ def assert_close(got: Tensor, want: Tensor, tolerance: float = 1e-10) -> None:
 
 def assert_symmetric(gramian: Tensor) -> None:
     """Exactly, in the generalized sense."""
-    assert torch.equal(gramian, gramian.permute(*reversed(range(gramian.ndim))))
+    assert torch.equal(gramian, gramian.permute([*reversed(range(gramian.ndim))]))

@@ -87,19 +87,22 @@ def _search(matrix: Tensor, c: float, norm_eps: float) -> tuple[Tensor, Tensor]:
     low, high = max(norm_eps, 1e-10) / safe, (longest / safe).clamp(min=norm_eps) * 1.01
     at_low, at_high = (_nearest(gramian, slope, r, None) for r in (low, high))
     stationary = (_norm(gramian, at_low) <= (1 + 1e-9) * radius * low) | (radius == 0)
+    best, smallest = at_low, torch.full_like(low, torch.inf)
     for step in range(100):
         ratio = _crossing(gramian, at_low, at_high, radius * low, radius * high)
         ratio = ratio if step % 3 < 2 else torch.full_like(ratio, 0.5)
         middle = low + ratio * (high - low)
         at_middle = _nearest(gramian, slope, middle, at_low + at_high > 0)
         norm = _norm(gramian, at_middle)
-        above = norm >= radius * middle
-        found = (norm - radius * middle).abs() <= 1e-14 * longest + 1e-13 * norm
+        above, error = norm >= radius * middle, (norm - radius * middle).abs()
+        best = torch.where(error < smallest, at_middle, best)
+        smallest = torch.minimum(error, smallest)
         low, at_low = torch.where(above, middle, low), torch.where(above, at_middle, at_low)
         high, at_high = torch.where(above, high, middle), torch.where(above, at_high, at_middle)
+        found = smallest <= 1e-14 * longest + 1e-13 * norm
         if bool((found | stationary | (high - low <= 1e-15 * high)).all()):
             break
-    return _finish(gramian, slope, radius, at_middle, stationary, matrix.shape)
+    return _finish(gramian, slope, radius, best, stationary, matrix.shape)
 
 
 def _finish(

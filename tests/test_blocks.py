@@ -1,0 +1,96 @@
+"""Every pair of blocks through every plan and tiling, against rows written out."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from oracle import assert_close
+from torch import Tensor
+
+from gramjd import plan
+from gramjd.blocks import Block, Dense, Lookup, Outer, merge, spread, transpose
+
+V, D, K, B = 6, 4, 2, 3
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def blocks() -> dict[str, Block]:
+    """Blocks of one parameter ``[V, D]``."""
+    return {
+        "outer": Outer(randn(K, B, 5, 1, V), randn(B, 5, 1, D), (V, D)),
+        "outer one position": Outer(randn(K, B, 1, 1, V), randn(B, 1, 1, D), (V, D)),
+        "transposed": Outer(randn(K, B, 2, 1, D), randn(B, 2, 1, V), (V, D), transposed=True),
+        "grouped": Outer(randn(K, B, 3, 2, V // 2), randn(B, 3, 2, D), (V, D)),
+        "lookup": Lookup(randn(K, B, 7, D), torch.randint(0, V, (B, 7)), (V, D)),
+        "dense": Dense(randn(K, B, V, D)),
+    }
+
+
+def rows(*found: Block) -> Tensor:
+    return sum((block.dense() for block in found), torch.zeros(())).reshape(K * B, -1)
+
+
+@pytest.mark.parametrize("tile", [1, 50, 2**22])
+@pytest.mark.parametrize(("left", "right"), list(itertools.product(blocks(), repeat=2)))
+def test_contract(left: str, right: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "TILE", tile)
+    u, v = blocks()[left], blocks()[right]
+    assert_close(plan.contract(u, v), (rows(u) @ rows(v).T).view(K, B, K, B))
+
+
+@pytest.mark.parametrize("kind", ["outer", "outer one position", "grouped"])
+def test_both_plans_of_outer(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for tile in (1, 2**22):
+        monkeypatch.setattr(plan, "TILE", tile)
+        u, v = blocks()[kind], blocks()[kind]
+        want = (rows(u) @ rows(v).T).view(K, B, K, B)
+        assert_close(plan.outer_pairwise(u, v), want)  # type: ignore[arg-type]
+        assert_close(plan.outer_rows(u, v), want)  # type: ignore[arg-type]
+
+
+def test_dense_rows_are_the_definition() -> None:
+    found = blocks()
+    outer, lookup = found["outer"], found["lookup"]
+    assert isinstance(outer, Outer) and isinstance(lookup, Lookup)
+    assert_close(outer.dense(), torch.einsum("kbto,bti->kboi", outer.c[..., 0, :], outer.a[..., 0, :]))
+    onehot = torch.nn.functional.one_hot(lookup.ids, V).double()
+    assert_close(lookup.dense(), torch.einsum("btv,kbtd->kbvd", onehot, lookup.c))
+
+
+@pytest.mark.parametrize("kind", blocks())
+def test_vjp_bound_transpose_spread(kind: str) -> None:
+    block, w = blocks()[kind], randn(K, B)
+    want = torch.tensordot(w, block.dense(), 2)
+    assert_close(block.vjp(w), want)
+    assert block.bound(w.abs()) >= want.norm()
+    if kind != "grouped":
+        assert_close(transpose(block).dense(), block.dense().mT)
+
+
+@pytest.mark.parametrize("kind", blocks())
+def test_spread(kind: str) -> None:
+    """Objectives of one shared sample, told apart again."""
+    block = blocks()[kind]
+    shared: Block
+    if isinstance(block, Outer):
+        shared = Outer(block.c.flatten(0, 1)[:, None], block.a[:1], block.shape, block.transposed)
+    elif isinstance(block, Lookup):
+        shared = Lookup(block.c.flatten(0, 1)[:, None], block.ids[:1], block.shape)
+    else:
+        shared = Dense(block.values.flatten(0, 1)[:, None])
+    assert_close(spread(shared, B).dense(), shared.dense().view(K, B, V, D))
+
+
+def test_gramian_of_a_sum_of_blocks() -> None:
+    for kinds in itertools.combinations_with_replacement(blocks(), 3):
+        found = [blocks()[kind] for kind in kinds]
+        total = rows(*found)
+        assert_close(rows(*merge(found)), total)
+        gramian = plan.gramian(found)
+        assert_close(gramian.reshape(K * B, K * B), total @ total.T)
+        assert torch.equal(gramian, gramian.permute(2, 3, 0, 1))
