@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from gramjd import Engine
+from gramjd import Engine, pytree
 
 
 class Allocations(TorchDispatchMode):
@@ -19,9 +18,9 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        inputs = [x for x in pytree.leaves((args, kwargs)) if isinstance(x, Tensor)]
         known = {x.untyped_storage().data_ptr() for x in inputs}  # views allocate nothing
-        for leaf in tree_leaves(out):
+        for leaf in pytree.leaves(out):
             if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in known:
                 self.largest = max(self.largest, leaf.untyped_storage().nbytes() // leaf.element_size())
         return out
