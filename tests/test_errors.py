@@ -187,8 +187,12 @@ def test_transforms() -> None:
         out[0] = p[0]
         return (out * x).sum()
 
-    with pytest.raises(NotImplementedError, match=r"in place \(__setitem__\)"):
-        gramjd.gramian(writes)(p, X)
+    try:  # torch 2.1 does not show item assignment to modes; there it is found to be unseen, and exact
+        gramian = gramjd.gramian(writes)(p, X)
+    except NotImplementedError as error:
+        assert "in place (__setitem__)" in str(error)  # noqa: PT017
+    else:
+        assert_close(gramian, X[:, :1] @ X[:, :1].T)
     jacobian = gramjd.jacobian(func)(p, X)
     with pytest.raises(ValueError, match=r"weights of shape \[6\], got \[5\]"):
         jacobian.vjp(torch.ones(5))

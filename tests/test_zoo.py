@@ -53,7 +53,11 @@ def test_the_iterable_form_means_the_same(name: str) -> None:
         assert_close(engine.compute_gramian(out), dense_gramian(out, module.parameters()))
 
 
-@pytest.mark.parametrize("name", set(CASES) - {"in place"})
+# On torch 2.1, indexing a parameter is not shown to modes: exact there too, but by rows.
+NEED_ROWS = {"in place"} | ({"reused parameter"} if torch.__version__.startswith("2.1.") else set())
+
+
+@pytest.mark.parametrize("name", sorted(set(CASES) - NEED_ROWS))
 def test_the_ops_cover_everything(name: str) -> None:
     """No parameter of the zoo goes a slow way, except where the point is that it must."""
     module, inputs = make(name)

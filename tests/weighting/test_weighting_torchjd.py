@@ -41,8 +41,10 @@ def test_equals_torchjd(name: str, family: str, size: int) -> None:
         weighting = getattr(module, name)(*EXACT[name])
         results.append(weighting(matrix))
         results[-1] = weighting(matrix + 0)  # again: GradVac has a state
-    scale = results[1].abs().max()
-    torch.testing.assert_close(results[0] / scale, results[1] / scale, rtol=1e-6, atol=1e-6)
+    scale, tolerance = results[1].abs().max(), 1e-6
+    if name in ("IMTLGWeighting", "AlignedMTLWeighting") and family == "badly_scaled":
+        tolerance = 1e-16 * float(torch.linalg.cond(matrix))  # two eigensolvers differ by this much
+    torch.testing.assert_close(results[0] / scale, results[1] / scale, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("mode", ["min", "median", "rmse"])
