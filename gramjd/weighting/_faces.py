@@ -13,8 +13,10 @@ from torch import Tensor
 
 from gramjd.weighting._certificate import NotConvergedError
 from gramjd.weighting._opaque import batched, is_constant, opaque
-from gramjd.weighting._pivoting import CHUNK, SMALL, solve_face
+from gramjd.weighting._pivoting import CHUNK, SMALL, face_factor
 from gramjd.weighting._shared_hessian import conjugate_gradients
+
+DEPENDENT = 1e-6  # sine of the angle below which a gradient counts as a combination of others
 
 
 def on_face(hessian: Tensor, target: Tensor, free: Tensor, x: Tensor) -> Tensor:
@@ -68,12 +70,6 @@ def _solve(hessian: Tensor, target: Tensor, free: Tensor) -> Tensor:
     unit = (target / scale * free).reshape(-1, *shape[-2:])
     faces = zip(matrices, unit, free.reshape(unit.shape), strict=True)
     x = torch.stack([_solve_faces(*one) for one in faces])
-    error = (torch.baddbmm(-unit, x, matrices) * free.reshape(unit.shape)).abs().amax()
-    if not bool(error <= 1e-6 * (1 + x.abs().amax())):
-        raise NotConvergedError(
-            "The weights have no derivative here: the gradients that determine them are linearly "
-            "dependent. Use torch.no_grad(), or regularize the Gramian."
-        )
     return x.reshape(shape) * scale
 
 
@@ -91,5 +87,15 @@ def _solve_faces(hessian: Tensor, target: Tensor, free: Tensor) -> Tensor:
 
 def _factor_faces(hessian: Tensor, target: Tensor, free: Tensor) -> Tensor:
     step = max(1, CHUNK // hessian.numel())
-    parts = zip(target.split(step), free.split(step), strict=True)
-    return torch.cat([solve_face(hessian.expand(len(t), -1, -1), t, f) for t, f in parts])
+    norms = hessian.diagonal().sqrt()
+    solutions = []
+    for some, face in zip(target.split(step), free.split(step), strict=True):
+        factor = face_factor(hessian.expand(len(some), -1, -1), face)
+        pivots = factor.diagonal(dim1=-2, dim2=-1) / torch.where(face, norms, 1)
+        if not bool((pivots > DEPENDENT).all()):
+            raise NotConvergedError(
+                "The weights have no derivative here: the gradients that determine them are "
+                "linearly dependent. Use torch.no_grad(), or regularize the Gramian."
+            )
+        solutions.append(torch.cholesky_solve(some.unsqueeze(-1), factor).squeeze(-1))
+    return torch.cat(solutions)

@@ -109,4 +109,11 @@ def flat_preference(preference: Tensor | None, matrix: Tensor, like: Tensor) -> 
             f"The preference must have the objectives' shape {list(shape)}; got {list(preference.shape)}."
         )
     flat = preference.to(device=matrix.device, dtype=torch.float64)
+    opaque(_check_finite, flat)
     return flat.reshape((*preference.shape[: preference.ndim - half], size))
+
+
+def _check_finite(preference: Tensor) -> Tensor:
+    if not bool(preference.isfinite().all()):
+        raise ValueError("The preference has NaN or infinite entries.")
+    return preference.new_zeros(preference.shape[:-1])

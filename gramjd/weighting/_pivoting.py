@@ -57,7 +57,12 @@ def _minimize_face(hessian: Tensor, linear: Tensor, free: Tensor) -> tuple[Tenso
 
 def solve_face(hessian: Tensor, target: Tensor, free: Tensor) -> Tensor:
     """``x`` with ``(Hx)[free] = target[free]``, and zero elsewhere; ``[R, m, m]``, ``[R, m]``."""
+    factor = face_factor(hessian, free)
+    return torch.cholesky_solve((target * free).unsqueeze(-1), factor).squeeze(-1)
+
+
+def face_factor(hessian: Tensor, free: Tensor) -> Tensor:
+    """The Cholesky factor of the Hessian on the face, with the identity for the other entries."""
     identity = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
     matrix = torch.where(free.unsqueeze(-1) & free.unsqueeze(-2), hessian, identity)
-    factor, _ = torch.linalg.cholesky_ex(matrix)
-    return torch.cholesky_solve((target * free).unsqueeze(-1), factor).squeeze(-1)
+    return torch.linalg.cholesky_ex(matrix)[0]
