@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gramjd.weighting._base import Weighting
 from gramjd.weighting._gramian import flat_preference, prepare
+from gramjd.weighting._opaque import opaque
 
 ScaleMode = Literal["min", "median", "rmse"]
 
@@ -37,7 +38,7 @@ def aligned_mtl(gramian: Tensor, preference: Tensor | None = None, scale_mode: S
         raise ValueError(f"scale_mode must be 'min', 'median' or 'rmse'; got {scale_mode!r}.")
     matrix, restore = prepare(gramian)
     weights = flat_preference(preference, matrix, gramian)
-    values, vectors = torch.linalg.eigh(matrix.detach())
+    values, vectors = opaque(lambda stack: tuple(torch.linalg.eigh(stack)), matrix)
     tolerance = values[..., -1:] * matrix.shape[-1] * torch.finfo(gramian.dtype).eps
     kept = values > tolerance.clamp(min=0)
     rank = kept.sum(-1, keepdim=True)

@@ -79,7 +79,7 @@ def test_repeated_eigenvalues() -> None:
 
 def test_large_by_direction() -> None:
     """The path by matrix products, in one direction."""
-    rows, direction = torch.randn(2, 60, 70, dtype=torch.float64).unbind()
+    rows, direction = torch.randn(60, 70, dtype=torch.float64), torch.randn(60, 70).double()
     for function in (w.upgrad, w.dualproj, w.mgda):
 
         def value(x: Tensor, function: Callable[[Tensor], Tensor] = function) -> Tensor:
