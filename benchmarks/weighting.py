@@ -1,0 +1,123 @@
+"""Time the weightings against TorchJD's, in one run: a table and a log-log picture.
+
+    python benchmarks/weighting.py [--largest 1024] [--threads 1] [--patience 60]
+
+Both get the same float64 Gramian of ``m`` random gradients in ``m`` dimensions, which conflict a lot.
+Times are the best of several calls. TorchJD's are no longer measured once a call takes longer than
+``patience`` seconds. For MGDA, TorchJD's Frank-Wolfe steps stop early, so its gap is shown, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchjd import aggregation as theirs
+
+import gramjd.weighting as ours
+
+PICTURE = Path(__file__).parent.parent / "docs" / "images" / "weighting.png"
+CASES: dict[str, tuple[Any, ...]] = {
+    "UPGrad": (),
+    "DualProj": (),
+    "MGDA": (),
+    "CAGrad": (0.5,),
+    "FairGrad": (2.0,),
+    "IMTLG": (),
+    "AlignedMTL": (),
+    "PCGrad": (),
+    "GradVac": (),
+}
+
+
+def main() -> None:
+    """Measure, print the table, draw the picture."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--largest", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--patience", type=float, default=60.0)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore")
+    sizes = [size for size in (8, 16, 32, 64, 128, 256, 512, 1024) if size <= options.largest]
+    times: dict[str, dict[str, list[float]]] = {}
+    for name in CASES:
+        times[name] = {"gramjd": [], "TorchJD": []}
+        for size in sizes:
+            measure(name, size, times[name], options.patience)
+    draw(sizes, times)
+
+
+def gramian(size: int) -> Tensor:
+    """The Gramian of random gradients."""
+    generator = torch.Generator().manual_seed(size)
+    rows = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    return rows @ rows.T
+
+
+def measure(name: str, size: int, times: dict[str, list[float]], patience: float) -> None:
+    """Time both libraries on one size, and print a row."""
+    matrix = gramian(size)
+    cells = []
+    for label, module in (("gramjd", ours), ("TorchJD", theirs)):
+        weighting = getattr(module, f"{name}Weighting")(*CASES[name])
+        done = times[label]
+        growth = 16  # a quadratic program per objective: time grows like m^4
+        skipped = bool(done) and not done[-1] * growth < patience
+        done.append(float("nan") if skipped else best_time(lambda w=weighting: w(matrix)))
+        cells.append("      -     " if skipped else f"{done[-1] * 1e3:9.2f} ms")
+    ratio = times["TorchJD"][-1] / times["gramjd"][-1]
+    note = mgda_gaps(matrix) if name == "MGDA" else ""
+    print(f"{name:11s} {size:5d} {cells[0]} {cells[1]} {ratio:8.1f} x {note}", flush=True)
+
+
+def best_time(call: Callable[[], Any], budget: float = 1.0) -> float:
+    """The shortest of at least one and at most thirty calls, within about a second."""
+    best, total, count = float("inf"), 0.0, 0
+    while count == 0 or (total < budget and count < 30):
+        start = time.perf_counter()
+        call()
+        elapsed = time.perf_counter() - start
+        best, total, count = min(best, elapsed), total + elapsed, count + 1
+    return best
+
+
+def mgda_gaps(matrix: Tensor) -> str:
+    """How far each library's squared norm may be from the smallest, relative to it."""
+    gaps = []
+    for weighting in (ours.MGDAWeighting(), theirs.MGDAWeighting()):
+        weights = weighting(matrix)
+        slope = matrix @ weights
+        gaps.append(float(1 - slope.min() / (weights @ slope)))
+    return f"gap {gaps[0]:.0e} and {gaps[1]:.0e}"
+
+
+def draw(sizes: list[int], times: dict[str, dict[str, list[float]]]) -> None:
+    """One panel a weighting."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(3, 3, figsize=(10, 9), sharex=True, sharey=True)
+    for axis, (name, series) in zip(axes.flat, times.items(), strict=True):
+        for (label, values), marker in zip(series.items(), "os", strict=True):
+            axis.loglog(sizes, values, marker=marker, markersize=4, label=label)
+        axis.set_title(name)
+        axis.grid(alpha=0.3)
+        axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.minorticks_off()
+    axes[0, 0].legend()
+    figure.supxlabel("objectives")
+    figure.supylabel("seconds per call")
+    figure.tight_layout()
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(PICTURE, dpi=100)
+    print(f"{PICTURE.relative_to(PICTURE.parent.parent.parent)} written")
+
+
+if __name__ == "__main__":
+    main()
