@@ -13,6 +13,7 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def measure(name: str, size: int, times: dict[str, list[float]], patience: float
         done = times[label]
         growth = 16  # a quadratic program per objective: time grows like m^4
         skipped = bool(done) and not done[-1] * growth < patience
-        done.append(float("nan") if skipped else best_time(lambda w=weighting: w(matrix)))
+        done.append(float("nan") if skipped else best_time(partial(weighting, matrix)))
         cells.append("      -     " if skipped else f"{done[-1] * 1e3:9.2f} ms")
     ratio = times["TorchJD"][-1] / times["gramjd"][-1]
     note = mgda_gaps(matrix) if name == "MGDA" else ""

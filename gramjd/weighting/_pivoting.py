@@ -28,13 +28,16 @@ def pivot_rows(hessian: Tensor, linear: Tensor, free: Tensor) -> Tensor:
         return torch.cat([pivot_rows(*part) for part in parts])
     best = linear.new_full((rows,), size + 1, dtype=torch.long)
     grace = torch.full_like(best, GRACE)
-    for _ in range(50 + 5 * size):
+    for step in range(50 + 5 * size):
         x, slack = _minimize_face(hessian, linear, free)
         tolerance = -1e-13 - 1e-13 * x.amax(-1, keepdim=True)
-        wrong = torch.where(free, x, slack) < tolerance
+        wrong = x + slack < tolerance  # of these, one is zero but for rounding
         if not bool(wrong.any()):
             break
-        free, best, grace = exchange(free, wrong, best, grace)
+        if step < GRACE:  # most problems end here, before progress needs watching
+            free = free ^ wrong
+        else:
+            free, best, grace = exchange(free, wrong, best, grace)
     return x.clamp(min=0)
 
 
