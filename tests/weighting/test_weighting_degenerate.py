@@ -17,6 +17,7 @@ SOLVERS: dict[str, Solver] = {
     "dualproj": lambda g: dualproj(g, certificate=True),
     "mgda": lambda g: mgda(g, certificate=True),
     "cagrad": lambda g: cagrad(g, 0.5, certificate=True),
+    "cagrad_wide": lambda g: cagrad(g, 2.0, certificate=True),
     "nash_mtl": lambda g: nash_mtl(g, certificate=True),
     "fairgrad_2": lambda g: fairgrad(g, 2.0, certificate=True),
     "fairgrad_half": lambda g: fairgrad(g, 0.5, certificate=True),
