@@ -120,6 +120,42 @@ def test_new_control_flow_is_checked_again() -> None:
         assert_close(gramian, dense_gramian(out, model.parameters()))
 
 
+@pytest.mark.parametrize("reorder", ["index", "gather", "index_select", "sort", "embedding"])
+def test_samples_that_move_are_seen_to_move(reorder: str) -> None:
+    """The graph is the same on every call; where the samples go is not."""
+    model = mlp()
+    engine = Engine(model, batch_dim=0)
+    for order in ([0, 1, 2, 3], [2, 0, 3, 1], [0, 1, 2, 3], [1, 0, 3, 2]):
+        index, out = torch.tensor(order), model(torch.randn(4, 3).double())
+        if reorder == "index":
+            out = out[index]
+        elif reorder == "gather":
+            out = out.gather(0, index[:, None].expand_as(out))
+        elif reorder == "index_select":
+            out = out.index_select(0, index)
+        elif reorder == "sort":
+            out = out.sort(0)[0] if order[0] else out.sort(1)[0]
+        else:
+            out = torch.nn.functional.embedding(index, out)
+        losses = out.square().sum(1)
+        try:
+            gramian = engine.compute_gramian(losses)
+        except gramjd.NotSeparableError:  # sample b of the losses is not sample b of the model
+            assert order != [0, 1, 2, 3]
+        else:
+            assert_close(gramian, dense_gramian(losses, model.parameters()))
+
+
+def test_dimensions_belong_to_the_signature() -> None:
+    """The same ops along other dimensions put the samples elsewhere."""
+    model = nn.Linear(4, 4).double()
+    engine = Engine(model, batch_dim=0)
+    x = torch.randn(4, 4, 4, 4).double()
+    for dims in ((0, 1), (1, 0), (0, 2), (0, 1)):
+        losses = model(x.transpose(*dims)).transpose(*dims).square().sum((1, 2, 3))
+        assert_close(engine.compute_gramian(losses), dense_gramian(losses, model.parameters()))
+
+
 def test_requires_grad_may_change_between_forwards() -> None:
     model = mlp()
     engine = Engine(model, batch_dim=0)

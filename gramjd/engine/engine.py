@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gramjd import pytree
-from gramjd.engine.graph import walk
+from gramjd.engine.graph import Graph, walk
 from gramjd.engine.recorder import AfterHook, BeforeHook, Watcher
 from gramjd.engine.ways import WAYS, Plan, Task, solve
 from gramjd.errors import NotCoveredError, SlowPathWarning
@@ -33,7 +33,9 @@ class Engine:
             computation treats samples independently; ``None`` for any other computation. May be
             given positionally after an iterable.
         check: whether the blocks are proved equal to autograd's gradients with random weights:
-            ``"first"``, once for each structure of the graph; ``"always"``; ``"never"``.
+            ``"first"``, once for each structure of the graph, and every time where tensors index
+            others, so that samples may move; ``"always"``, for models that mix samples or not
+            depending on their data in other ways, such as multiplying by it; ``"never"``.
         ways: how blocks may be obtained, best first: from the ``"ops"`` of the forward that ran, by
             ``"functional"`` replay of a module call under ``vmap(vjp)``, by autograd's ``"rows"``.
 
@@ -109,7 +111,7 @@ class Engine:
             named = {n: p for n, p in self._registry.named().items() if id(p) in graph.leaves}
             if not named:
                 self._raise_not_covered()
-            plan = self._plan(graph.signature)
+            plan = self._plan(graph)
             warned = "rows" in plan.ways.values()
             task = Task(output, batch_dim, graph, named, plan)
             blocks = solve(task, self._ways, check=self._check != "never")
@@ -128,10 +130,11 @@ class Engine:
     def __reduce__(self) -> Any:
         return _rebuild, (self._modules, self._recurse, self._batch_dim, self._check, self._ways)
 
-    def _plan(self, signature: Hashable) -> Plan:
-        if self._check == "always":
+    def _plan(self, graph: Graph) -> Plan:
+        """What is known of a graph: nothing, where the data may put its samples anywhere."""
+        if self._check == "always" or not graph.steady:
             return Plan()
-        plan = self._plans.setdefault((signature, *map(id, self._registry.parameters())), Plan())
+        plan = self._plans.setdefault((graph.signature, *map(id, self._registry.parameters())), Plan())
         if len(self._plans) > _PLANS:
             self._plans.pop(next(iter(self._plans)))
         return plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,41 @@ class Graph:
     nodes: list[Any]  # of uses and module calls, in the order of the forward
     leaves: dict[int, Tensor]  # the tensors whose gradients the graph leads to, by id
     signature: Hashable  # equal for graphs of the same ops over the same leaves
+    steady: bool  # does the signature tell where the samples go? Not where data index them
+
+
+# Numbers that say where an op takes its entries from, and do not follow the size of the batch.
+_PLACES = (
+    "_saved_dim",
+    "_saved_dims",
+    "_saved_dim0",
+    "_saved_dim1",
+    "_saved_start",
+    "_saved_step",
+    "_saved_shifts",
+)
+
+
+@functools.lru_cache(maxsize=1024)
+def _places(kind: type) -> tuple[str, ...]:
+    """The attributes of a type of node that belong to the signature."""
+    return tuple(name for name in _PLACES if hasattr(kind, name))
+
+
+@functools.lru_cache(maxsize=1024)
+def _indexes_by_data(kind: type) -> bool:
+    """Does an op of this type take its entries from where a tensor says (index, gather, sort)?"""
+    if kind.__name__.startswith("Select"):  # by a number
+        return False
+    by_index = hasattr(kind, "_saved_indices") or hasattr(kind, "_saved_index")
+    return by_index or kind.__name__.startswith(("MaskedSelect", "MaskedScatter"))
+
+
+def _reorders(node: Any, kind: type) -> bool:
+    """May a node put samples elsewhere on the next call? Looking a leaf table up does not."""
+    if not _indexes_by_data(kind):
+        return False
+    return not (kind.__name__.startswith("Embedding") and hasattr(node.next_functions[0][0], "variable"))
 
 
 def walk(output: Tensor) -> Graph:
@@ -38,6 +74,7 @@ def walk(output: Tensor) -> Graph:
     nodes: list[Any] = []
     leaves: dict[int, Tensor] = {}
     shape: list[Hashable] = []
+    steady = True
     while stack:
         node = stack.pop()
         kind = type(node)
@@ -48,6 +85,8 @@ def walk(output: Tensor) -> Graph:
         elif hasattr(node, "variable"):
             leaves[id(node.variable)] = node.variable
             edges.append(id(node.variable) if isinstance(node.variable, torch.nn.Parameter) else 0)
+        steady = steady and not _reorders(node, kind)
+        edges += [_hashable(getattr(node, name)) for name in _places(kind)]
         for child, number in node.next_functions:
             if child is None:
                 continue
@@ -57,4 +96,8 @@ def walk(output: Tensor) -> Graph:
             edges += [seen[child], number]
         shape.append(tuple(edges))
     nodes.sort(key=lambda node: node.record.number)
-    return Graph(nodes, leaves, (output.ndim, tuple(shape)))
+    return Graph(nodes, leaves, (output.ndim, tuple(shape)), steady)
+
+
+def _hashable(value: Any) -> Hashable:
+    return tuple(value) if isinstance(value, (list, tuple)) else value
