@@ -27,3 +27,9 @@ def is_compiling() -> bool:
 def innermost_mode() -> object:
     """The ``TorchFunctionMode`` on top of the stack."""
     return torch.overrides._get_current_function_mode()
+
+
+def saved_tensors_are_hooked() -> bool:
+    """Is a ``saved_tensors_hooks`` context active (checkpointing, offloading)? Unknown on torch 2.1."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(False) is not None

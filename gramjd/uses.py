@@ -104,15 +104,16 @@ class Use:
             self.record.entries[which],
             self.tracked[which],
         )
-        leaves = list(self.leaves)
+        leaves = [_as_computed(leaf, self.cs, tensor) for leaf in self.leaves]
         samples = next(c.shape[1] for c in self.cs if c is not None)
         for other, value in zip(self.record.slots, self.tracked, strict=True):
             leaves[other.index] = value.expand(samples, *value.shape)
         leaves[slot.index] = tensor
         call = self.record.call
-        (c, *others) = self.cs
+        cs = [c if c is None else c.to(tensor.dtype) for c in self.cs]
+        (c, *others) = cs
         if entry is None or others or c is None:
-            return dense_rows(call, slot.index, leaves, self.cs)
+            return dense_rows(call, slot.index, leaves, cs)
         _, spec = pytree.flatten(call.values)
         values = pytree.unflatten(spec, leaves)
         n = call.positional
@@ -121,6 +122,14 @@ class Use:
         if not fits(block, tensor.shape):
             raise ValueError(f"the rule of {slot.name} returned a block of another shape")
         return block
+
+
+def _as_computed(leaf: Any, cs: Sequence[Tensor | None], parameter: Tensor) -> Any:
+    """An argument as autocast rounded it for the op, in the parameter's own dtype."""
+    computed = next(c.dtype for c in cs if c is not None)
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or computed == parameter.dtype:
+        return leaf
+    return leaf.to(computed).to(parameter.dtype)
 
 
 def describe(op: Any, args: Sequence[Any], kwargs: dict[str, Any], sources: dict[int, Any], derived: bool

@@ -156,6 +156,61 @@ def test_dimensions_belong_to_the_signature() -> None:
         assert_close(engine.compute_gramian(losses), dense_gramian(losses, model.parameters()))
 
 
+def test_rounding_noise_is_no_reason_for_a_slow_way() -> None:
+    """A shift before a softmax has no gradient; what autograd gives for it is rounding."""
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.shift = nn.Linear(3, 5), nn.Parameter(torch.randn(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.layer(x) + self.shift).log_softmax(1)
+
+    model = Shifted().double()
+    engine = Engine(model, batch_dim=0, ways=["ops"])
+    out = model(torch.randn(4, 3).double())[:, :2].sum(1)
+    assert_close(engine.compute_gramian(out), dense_gramian(out, model.parameters()))
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_autocast(batch_dim: int | None) -> None:
+    """Autograd's own Gramian of the forward in bfloat16, by whichever way."""
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.LayerNorm(5), nn.Linear(5, 2))
+    engine = Engine(model, batch_dim=batch_dim)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(torch.randn(4, 3)).float().square().sum(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", gramjd.SlowPathWarning)
+        gramian = engine.compute_gramian(out)
+    assert gramian.dtype == torch.float32
+    assert_close(gramian, dense_gramian(out, model.parameters()), 2e-2)  # bfloat16 has 8 bits
+
+
+@pytest.mark.skipif(torch.__version__.startswith("2.1."), reason="hooks of saved tensors cannot be seen")
+def test_checkpointing_goes_on_working() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.p = nn.Linear(3, 4), nn.Linear(4, 2), nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.utils.checkpoint.checkpoint(lambda h: self.a(h).tanh() * self.p, x, use_reentrant=False)
+            return self.b(h)
+
+    model, x = Checkpointed().double(), torch.randn(5, 3).double()
+    model(x).square().mean().backward()
+    plain = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    engine = Engine(model, batch_dim=0)
+    out = model(x).square().sum(1)
+    with pytest.warns(gramjd.SlowPathWarning):
+        gramian = engine.compute_gramian(out)
+    assert_close(gramian, dense_gramian(out, model.parameters()))
+    model(x).square().mean().backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), plain, strict=True))
+
+
 def test_requires_grad_may_change_between_forwards() -> None:
     model = mlp()
     engine = Engine(model, batch_dim=0)

@@ -25,15 +25,7 @@ class Graph:
 
 
 # Numbers that say where an op takes its entries from, and do not follow the size of the batch.
-_PLACES = (
-    "_saved_dim",
-    "_saved_dims",
-    "_saved_dim0",
-    "_saved_dim1",
-    "_saved_start",
-    "_saved_step",
-    "_saved_shifts",
-)
+_PLACES = tuple(f"_saved_{name}" for name in ("dim", "dims", "dim0", "dim1", "start", "step", "shifts"))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -77,7 +69,7 @@ def walk(output: Tensor) -> Graph:
     steady = True
     while stack:
         node = stack.pop()
-        kind = type(node)
+        kind: Any = type(node)
         edges: list[Any] = [seen[node], kind]
         if kind is NODE_TYPE:
             nodes.append(node)

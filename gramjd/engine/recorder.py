@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gramjd.engine.marks import mark_call, mark_op
-from gramjd.internals import innermost_mode, inside_transform, is_compiling
+from gramjd.internals import innermost_mode, inside_transform, is_compiling, saved_tensors_are_hooked
 from gramjd.rules import tensors_of
 from gramjd.uses import Record, Tracker, describe, is_inplace
 
@@ -39,7 +39,8 @@ class Recorder(Tracker):
 
     def record(self, op: Any, args: Any, kwargs: dict[str, Any], derived: bool) -> tuple[Any, Record | None]:
         out = op(*args, **kwargs)
-        if not any(t.requires_grad for t in tensors_of(out)):
+        if not any(t.requires_grad for t in tensors_of(out)) or saved_tensors_are_hooked():
+            # under checkpointing, what is saved must be the same when it is computed again
             return out, None
         record, leaves = describe(op, args, kwargs, self.sources, derived)
         inplace = is_inplace(op)
@@ -88,7 +89,7 @@ class Watcher:
 
     def before(self, module: nn.Module, frame: FrameType) -> None:
         """Start recording, or remember the state that the call starts from."""
-        if not torch.is_grad_enabled() or inside_transform():
+        if not torch.is_grad_enabled() or inside_transform() or saved_tensors_are_hooked():
             return
         if "ops" in self.ways:
             recorder = active_recorder()
@@ -116,7 +117,9 @@ class Watcher:
         ]
         if ours:
             recorder.switch_off()
-        return mark_call(module, args, kwargs, out, unseen) if unseen and out is not None else None
+        if not unseen or out is None or saved_tensors_are_hooked():
+            return None
+        return mark_call(module, args, kwargs, out, unseen)
 
     def _after_unrecorded(self, module: nn.Module, args: Any, kwargs: Any, out: Any, frame: FrameType) -> Any:
         if getattr(self.outermost, "frame", None) not in (frame, frame.f_back) or out is None:
