@@ -19,7 +19,8 @@ from gramjd import pytree
 from gramjd.blocks import Block, Dense
 from gramjd.internals import depends_on_innermost_transform
 from gramjd.rules import tensors_of
-from gramjd.uses import Record, Tracker, Use, blocks_of, describe, is_inplace
+from gramjd.tracker import Tracker, is_inplace
+from gramjd.uses import Record, Use, blocks_of, describe
 
 Function = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
 

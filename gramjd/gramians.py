@@ -7,7 +7,6 @@ the first. Inside the library rows are ordered ``(k, b)``: objective of a sample
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 
 from torch import Tensor
 
@@ -18,19 +17,6 @@ def mirror(matrix: Tensor, left: Sequence[int], right: Sequence[int]) -> Tensor:
     first = len(left)
     order = [*range(first), *reversed(range(first, first + len(right)))]
     return unflat.permute(order)
-
-
-def flatten(gramian: Tensor) -> Tensor:
-    """``[*shape, *reversed(shape)]`` → ``[m, m]``, rows in the order of ``output.flatten()``."""
-    half = gramian.ndim // 2
-    shape = gramian.shape[:half]
-    if gramian.ndim % 2 or gramian.shape[half:] != shape[::-1]:
-        raise ValueError(
-            f"A generalized Gramian has shape [*shape, *reversed(shape)]; got {list(gramian.shape)}."
-        )
-    order = [*range(half), *reversed(range(half, 2 * half))]
-    size = prod(shape)
-    return gramian.permute(order).reshape(size, size)
 
 
 def symmetrize(matrix: Tensor) -> Tensor:

@@ -35,12 +35,6 @@ def gramian(blocks: Sequence[Block]) -> Tensor:
     return symmetrize(total.reshape(K * B, K * B)).view(K, B, K, B)
 
 
-def cross(left: Sequence[Block], right: Sequence[Block]) -> Tensor:
-    """``J₁ J₂ᵀ [K₁, B₁, K₂, B₂]`` of one parameter's blocks in two Jacobians."""
-    shares = [contract(u, v) for u in merge(left) for v in merge(right)]
-    return torch.stack(shares).sum(0) if len(shares) > 1 else shares[0]
-
-
 def contract(u: Block, v: Block) -> Tensor:
     """Inner products of all rows of two blocks of one parameter, ``[K₁, B₁, K₂, B₂]``."""
     if _groups(u) != _groups(v):  # the same weight in other groups, or not in a convolution

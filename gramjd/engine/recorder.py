@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from gramjd.engine.marks import mark_call, mark_op
 from gramjd.internals import innermost_mode, inside_transform, is_compiling, saved_tensors_are_hooked
 from gramjd.rules import tensors_of
-from gramjd.uses import Record, Tracker, describe, is_inplace
+from gramjd.tracker import Tracker, is_inplace
+from gramjd.uses import Record, describe
 
 _THREAD = threading.local()  # .recorder: the one switched on in this thread
 

@@ -1,0 +1,114 @@
+"""Watching ops: which of them receive a tracked tensor, and what is derived from it.
+
+Both captures are trackers: :mod:`gramjd.capture` under ``vmap``, :mod:`gramjd.engine.recorder` in the
+user's own forward.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from gramjd.rules import tensors_of
+from gramjd.uses import Derived, Record, Source
+
+# Written in Python on top of ops that have rules: their bodies are followed, not the call itself.
+_COMPOSITE = (F.multi_head_attention_forward,)
+
+# Results differ from call to call: never derived, since their ops could not be called again.
+_RANDOM = {"normal", "bernoulli", "multinomial", "poisson", "rrelu", "gumbel_softmax"}
+
+
+class Tracker(TorchFunctionMode):
+    """Watches every op; hands those that receive a tracked tensor to :meth:`record`.
+
+    Tensors are recognised by identity; the tracker keeps those that it knows alive, so that no id
+    is used twice, and is itself dropped when the forward ends.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], unbatched: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.sources: dict[int, Source] = {}
+        self.known: dict[int, Tensor] = {}  # tracked and un-batched tensors
+        self.add(parameters, unbatched)
+
+    def add(self, parameters: Iterable[Tensor], unbatched: Iterable[Tensor]) -> None:
+        """Track more parameters, and take more tensors for un-batched."""
+        for parameter in parameters:
+            self.sources[id(parameter)] = self.known[id(parameter)] = parameter
+        for tensor in unbatched:
+            self.known[id(tensor)] = tensor
+
+    def record(self, op: Any, args: Any, kwargs: dict[str, Any], derived: bool) -> tuple[Any, Record | None]:
+        """Call an op with a tracked argument: its output as the caller sees it, and the record."""
+        raise NotImplementedError
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tracked, unbatched = self._classify((*args, *kwargs.values()))
+        if not tracked:
+            out = func(*args, **kwargs)
+            if unbatched:
+                self._remember(out, func)
+            else:
+                self._forget(out, func, args)
+            return out
+        if func in _COMPOSITE:
+            with self:
+                return _undispatched(func)(*args, **kwargs)
+        derived = unbatched and not _is_random(func) and not is_inplace(func)
+        out, record = self.record(func, args, kwargs, derived)
+        if record is not None and derived:
+            for output, tensor in enumerate(tensors_of(out)):
+                self.sources[id(tensor)] = Derived(record, output)
+                self.known[id(tensor)] = tensor
+        elif not unbatched:
+            self._forget(out, func, args)
+        return out
+
+    def _classify(self, values: Iterable[Any]) -> tuple[bool, bool]:
+        """Is a tracked tensor among them? Are all tensors among them un-batched?"""
+        tracked, unbatched = False, True
+        for value in values:
+            if isinstance(value, Tensor):
+                tracked = tracked or id(value) in self.sources
+                unbatched = unbatched and id(value) in self.known
+            elif isinstance(value, (list, tuple)):
+                inner = self._classify(value)
+                tracked, unbatched = tracked or inner[0], unbatched and inner[1]
+        return tracked, unbatched
+
+    def _remember(self, out: Any, func: Any) -> None:
+        """The results of ops on un-batched tensors alone are un-batched."""
+        for tensor in [out] if isinstance(out, Tensor) else out if isinstance(out, (list, tuple)) else ():
+            if isinstance(tensor, Tensor) and not _is_random(func):
+                self.known[id(tensor)] = tensor
+
+    def _forget(self, out: Any, func: Any, args: Any) -> None:
+        """A tensor that the batch was written into is un-batched no more."""
+        written = args[0] if func is Tensor.__setitem__ else out
+        if id(written) in self.known and id(written) not in self.sources:
+            del self.known[id(written)]
+
+
+def _is_random(func: Any) -> bool:
+    """By name: does the op draw random numbers?"""
+    name = getattr(func, "__name__", "").rstrip("_")
+    return name in _RANDOM or name.startswith("rand") or "dropout" in name
+
+
+def is_inplace(func: Any) -> bool:
+    """Does an op write into its first argument?"""
+    name = getattr(func, "__name__", "")
+    return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+
+
+def _undispatched(func: types.FunctionType) -> types.FunctionType:
+    """A Python function of torch without its own ``__torch_function__`` dispatch: only its body."""
+    space = {**func.__globals__, "has_torch_function": lambda *_: False}
+    return types.FunctionType(func.__code__, space, func.__name__, func.__defaults__, func.__closure__)
