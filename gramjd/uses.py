@@ -1,7 +1,8 @@
 """Uses: calls of ops that received a tracked parameter, and the blocks that follow from them.
 
 Both captures (:mod:`gramjd.capture` under ``vmap``, :mod:`gramjd.engine` in the user's own forward)
-watch ops through a :class:`gramjd.tracker.Tracker` and end in a list of :class:`Use`; from there on they are one.
+watch ops through a :class:`gramjd.tracker.Tracker` and end in a list of :class:`Use`; from there on
+they are one.
 
 A tensor is *derived* when it was computed from tracked parameters and un-batched tensors alone (a
 transposed or normalised weight, position embeddings looked up once). It is tracked like a parameter;
