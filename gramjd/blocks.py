@@ -9,13 +9,13 @@ Legend of letters, the same in every file:
     c  cotangents of a use's output   a  activations, the use's input
 
 The sum of a parameter's blocks is its Jacobian. Blocks never detach: they are plain tensor code and
-compose with ``vmap``, ``grad`` and ``jvp``.
+compose with ``vmap``, ``grad`` and ``jvp``. Each names the op that it comes from, its ``origin``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
@@ -30,6 +30,7 @@ class Outer:
     a: Tensor  # [B, T, G, i]
     shape: tuple[int, ...]  # of the parameter
     transposed: bool = False  # the parameter is [i, o] instead of [G * o, i]
+    origin: str = field(default="", kw_only=True, compare=False)
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -68,6 +69,7 @@ class Lookup:
     c: Tensor  # [K, B, T, d]
     ids: Tensor  # [B, T]
     shape: tuple[int, ...]  # [V, d]
+    origin: str = field(default="", kw_only=True, compare=False)
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -96,6 +98,7 @@ class Dense:
     """The rows themselves: biases, norm scales, and whatever has no structure."""
 
     values: Tensor  # [K, B, *shape]
+    origin: str = field(default="", kw_only=True, compare=False)
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -128,19 +131,19 @@ Block = Outer | Lookup | Dense
 def transpose(block: Block) -> Block:
     """The block of a matrix, given that of its transpose."""
     if isinstance(block, Outer) and block.c.shape[3] == 1:
-        return Outer(block.c, block.a, block.shape[::-1], not block.transposed)
-    return Dense(block.dense().mT)
+        return replace(block, shape=block.shape[::-1], transposed=not block.transposed)
+    return Dense(block.dense().mT, origin=block.origin)
 
 
 def spread(block: Block, samples: int) -> Block:
     """A block of ``K·B`` objectives over shared inputs (``B = 1``) → the same rows as ``[K, B]``."""
     if isinstance(block, Outer):
         a = block.a.expand(samples, *block.a.shape[1:])
-        return Outer(block.c.unflatten(0, (-1, samples)).squeeze(2), a, block.shape, block.transposed)
+        return replace(block, c=block.c.unflatten(0, (-1, samples)).squeeze(2), a=a)
     if isinstance(block, Lookup):
         ids = block.ids.expand(samples, -1)
-        return Lookup(block.c.unflatten(0, (-1, samples)).squeeze(2), ids, block.shape)
-    return Dense(block.values.unflatten(0, (-1, samples)).squeeze(2))
+        return replace(block, c=block.c.unflatten(0, (-1, samples)).squeeze(2), ids=ids)
+    return replace(block, values=block.values.unflatten(0, (-1, samples)).squeeze(2))
 
 
 def merge(blocks: Sequence[Block]) -> list[Block]:
@@ -167,14 +170,19 @@ def merge(blocks: Sequence[Block]) -> list[Block]:
         first = same[0]
         if len(same) > 1:
             c, a = torch.cat([u.c for u in same], 2), torch.cat([u.a for u in same], 1)
-            first = Outer(c, a, first.shape, first.transposed)
+            first = replace(first, c=c, a=a, origin=_origins(same))
         merged.append(first)
     if len(lookups) > 1:
         c, ids = torch.cat([u.c for u in lookups], 2), torch.cat([u.ids for u in lookups], 1)
-        lookups = [Lookup(c, ids, lookups[0].shape)]
+        lookups = [replace(lookups[0], c=c, ids=ids, origin=_origins(lookups))]
     if len(dense) > 1:
-        dense = [Dense(torch.stack([u.values for u in dense]).sum(0))]
+        dense = [Dense(torch.stack([u.values for u in dense]).sum(0), origin=_origins(dense))]
     return [*merged, *lookups, *dense]
+
+
+def _origins(blocks: Iterable[Block]) -> str:
+    """The ops that several blocks come from, each once."""
+    return " + ".join(dict.fromkeys(block.origin for block in blocks))
 
 
 def fits(block: Block, shape: Sequence[int]) -> bool:

@@ -13,7 +13,7 @@ produced it, one after the other, as objectives that share their inputs (``B = 1
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from gramjd import pytree
 from gramjd.blocks import Block, fits, spread, transpose
 from gramjd.rules import Call, dense_rows
-from gramjd.rules.registry import Entry
+from gramjd.rules.registry import Entry, op_name
 
 _PROPERTIES: Any = Tensor  # as an untyped class, for its property getters
 _TRANSPOSES: tuple[Any, ...] = (
@@ -104,8 +104,9 @@ class Use:
         call = self.record.call
         cs = [c if c is None else c.to(tensor.dtype) for c in self.cs]
         (c, *others) = cs
+        origin = op_name(call.op)
         if entry is None or others or c is None:
-            return dense_rows(call, slot.index, leaves, cs)
+            return replace(dense_rows(call, slot.index, leaves, cs), origin=f"{origin} (no rule covers it)")
         _, spec = pytree.flatten(call.values)
         values = pytree.unflatten(spec, leaves)
         n = call.positional
@@ -113,7 +114,7 @@ class Use:
         block = entry.rule(c, *values[:n], **named)
         if not fits(block, tensor.shape):
             raise ValueError(f"the rule of {slot.name} returned a block of another shape")
-        return block
+        return replace(block, origin=origin)
 
 
 def _as_computed(leaf: Any, cs: Sequence[Tensor | None], parameter: Tensor) -> Any:

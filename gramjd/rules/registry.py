@@ -97,6 +97,16 @@ def rules_of(op: Op) -> OpRules | None:
         return None
 
 
+def op_name(op: Op) -> str:
+    """How people write an op: ``linear``, ``Tensor.add``, ``Tensor.T``."""
+    if getattr(op, "__name__", "") == "__get__":  # a property of tensors
+        op = op.__self__  # type: ignore[attr-defined]
+        return f"Tensor.{op.__name__}"
+    owner = getattr(op, "__objclass__", None)  # of methods written in C
+    name = getattr(op, "__name__", None) or repr(op)
+    return f"Tensor.{name}" if owner is not None else name
+
+
 def registered() -> list[tuple[Op, str]]:
     """Every (op, argument) that has a rule; the tests go through all of them."""
     return [(op, name) for op, known in _RULES.items() for name in known.entries]
