@@ -1,0 +1,124 @@
+"""The block of a convolution, which unfolds nothing until a plan asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
+
+from gramjd.blocks.outer import Outer, weighted
+
+_WEIGHT_GRADIENTS = (conv1d_weight, conv2d_weight, conv3d_weight)
+
+
+@dataclass(frozen=True)
+class Conv:
+    """Row ``Σ_t point_t ⊗ window_t``: a convolution, transposed or not.
+
+    The windows slide over the input of a convolution, and the points are the cotangents of its
+    output; a transposed convolution is the other way round. The cotangents carry K.
+    """
+
+    points: Tensor  # [K or 1, B, m, G, p, *out], m calls of the op for each sample
+    windows: Tensor  # [K or 1, B, m, G, q, *padded]
+    shape: tuple[int, ...]  # of the parameter, [G * p, q, *kernel]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    origin: str = field(default="", kw_only=True, compare=False)
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        return max(self.points.shape[0], self.windows.shape[0]), self.points.shape[1]
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        return self.shape[2:]
+
+    @property
+    def positions_per_sample(self) -> int:
+        """``T``."""
+        return self.points.shape[2] * prod(self.points.shape[5:])
+
+    @property
+    def grain(self) -> int:
+        return prod(self.shape[1:])
+
+    @property
+    def kind(self) -> Hashable:
+        """What blocks must have in common to be joined."""
+        x, y = self.points, self.windows
+        sizes = x.shape[:2], x.shape[3:], y.shape[:2], y.shape[3:]
+        return self.stride, self.dilation, sizes, x.dtype, y.dtype
+
+    def samples(self, start: int, stop: int) -> Conv:
+        return replace(self, points=self.points[:, start:stop], windows=self.windows[:, start:stop])
+
+    @staticmethod
+    def join(blocks: Sequence[Conv]) -> Conv:
+        """The sum of several blocks of one kind."""
+        points = torch.cat([block.points for block in blocks], 2)
+        return replace(blocks[0], points=points, windows=torch.cat([block.windows for block in blocks], 2))
+
+    def to(self, dtype: torch.dtype) -> Conv:
+        return replace(self, points=self.points.to(dtype), windows=self.windows.to(dtype))
+
+    def taps(self) -> Tensor:
+        """The windows as a view, ``[K or 1, B, m, G, q, *out, *kernel]``."""
+        x = self.windows
+        for d, (size, hole, step) in enumerate(zip(self.kernel, self.dilation, self.stride, strict=True)):
+            x = x.unfold(5 + d, (size - 1) * hole + 1, step)[..., ::hole]  # appends its dimension
+            x = x.narrow(5 + d, 0, self.points.shape[5 + d])  # output padding adds windows
+        return x
+
+    def outer(self) -> Outer:
+        """Unfolded: a linear map at every position."""
+        n = len(self.kernel)
+        points = self.points.flatten(5).permute(0, 1, 2, 5, 3, 4).flatten(2, 3)  # [., B, T, G, p]
+        out, kernel = range(5, 5 + n), range(5 + n, 5 + 2 * n)
+        windows = self.taps().permute([0, 1, 2, *out, 3, 4, *kernel])
+        windows = windows.reshape(*windows.shape[:2], points.shape[2], points.shape[3], -1)
+        if self.windows.shape[0] > 1:
+            return Outer(windows, points[0], self.shape, transposed=True, origin=self.origin)
+        return Outer(points, windows[0], self.shape, origin=self.origin)
+
+    def features(self, start: int, stop: int) -> Conv:
+        """The block of some of the ``p`` features of each group."""
+        shape = (self.points.shape[3] * (stop - start), *self.shape[1:])
+        return replace(self, points=self.points[:, :, :, :, start:stop], shape=shape)
+
+    def part(self, start: int, stop: int) -> Tensor:
+        """``[B, K, stop - start]``."""
+        return self.outer().part(start, stop)
+
+    def dense(self) -> Tensor:
+        """``[K, B, *shape]``."""
+        return self.outer().dense()
+
+    def vjp(self, w: Tensor) -> Tensor:
+        """``Jᵀ w`` for ``w [K, B]``: an ordinary weight gradient."""
+        if self.windows.shape[0] > 1:
+            windows, points = weighted(self.windows, w, self.points[0])
+        else:
+            points, windows = weighted(self.points, w, self.windows[0])
+        return weight_gradient(self, points.flatten(2, 3), windows.flatten(2, 3), self.points.shape[3])
+
+    def bound(self, w: Tensor) -> Tensor:
+        """An upper bound of the norm of ``Jᵀ w`` that no cancellation lowers."""
+        points = self.points.square().flatten(2).sum(2).sqrt()
+        windows = self.windows.square().flatten(2).sum(2).sqrt() * prod(self.kernel) ** 0.5
+        return (points * windows * w.abs()).sum()
+
+
+def weight_gradient(block: Conv, points: Tensor, windows: Tensor, groups: int) -> Tensor:
+    """Gradient of a convolution's weight from ``points [B, m, p, *out]``, ``windows [B, m, q, *padded]``."""
+    for d, size in enumerate(block.kernel):  # no more than what the windows cover
+        cover = (points.shape[3 + d] - 1) * block.stride[d] + (size - 1) * block.dilation[d] + 1
+        windows = windows.narrow(3 + d, 0, cover)
+    points, windows = points.flatten(0, 1), windows.flatten(0, 1)
+    shape = (points.shape[1], windows.shape[1] // groups, *block.kernel)
+    gradient = _WEIGHT_GRADIENTS[len(block.kernel) - 1]
+    return gradient(windows, shape, points, block.stride, 0, block.dilation, groups)

@@ -1,0 +1,67 @@
+"""The block that is the rows themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The rows themselves: biases, norm scales, and whatever has no structure."""
+
+    values: Tensor  # [K, B, *shape]
+    origin: str = field(default="", kw_only=True, compare=False)
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        return self.values.shape[0], self.values.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values.shape[2:])
+
+    @property
+    def grain(self) -> int:
+        return 1
+
+    @property
+    def kind(self) -> Hashable:
+        """What blocks must have in common to be joined."""
+        return self.values.dtype
+
+    def samples(self, start: int, stop: int) -> Dense:
+        return replace(self, values=self.values[:, start:stop])
+
+    @staticmethod
+    def join(blocks: Sequence[Dense]) -> Dense:
+        """The sum of several blocks of one kind."""
+        return replace(blocks[0], values=torch.stack([block.values for block in blocks]).sum(0))
+
+    def to(self, dtype: torch.dtype) -> Dense:
+        return replace(self, values=self.values.to(dtype))
+
+    def part(self, start: int, stop: int) -> Tensor:
+        """``[B, K, stop - start]``."""
+        flat = self.values.reshape(*self.rows, -1)
+        return flat[:, :, start:stop].transpose(0, 1)
+
+    def dense(self) -> Tensor:
+        """``[K, B, *shape]``."""
+        return self.values
+
+    def matrix(self) -> Tensor:
+        """``[K B, P]``, also for a parameter without dimensions."""
+        return self.values.reshape(prod(self.rows), -1)
+
+    def vjp(self, w: Tensor) -> Tensor:
+        """``Jᵀ w`` for ``w [K, B]``."""
+        return torch.tensordot(w, self.values, 2)
+
+    def bound(self, w: Tensor) -> Tensor:
+        """An upper bound of the norm of ``Jᵀ w`` that no cancellation lowers."""
+        return (self.matrix().norm(dim=1) * w.abs().flatten()).sum()

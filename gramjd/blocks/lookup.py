@@ -1,0 +1,79 @@
+"""The block of a table that is looked up."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Row ``Σ_t onehot(id_t) ⊗ c_t``: embedding."""
+
+    c: Tensor  # [K, B, T, d]
+    ids: Tensor  # [B, T]
+    shape: tuple[int, ...]  # [V, d]
+    origin: str = field(default="", kw_only=True, compare=False)
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        return self.c.shape[0], self.c.shape[1]
+
+    @property
+    def grain(self) -> int:
+        return self.c.shape[-1]
+
+    @property
+    def kind(self) -> Hashable:
+        """What blocks must have in common to be joined."""
+        return self.c.dtype
+
+    def samples(self, start: int, stop: int) -> Lookup:
+        return replace(self, c=self.c[:, start:stop], ids=self.ids[start:stop])
+
+    def positions(self, start: int, stop: int) -> Lookup:
+        """The block of some of the positions."""
+        return replace(self, c=self.c[:, :, start:stop], ids=self.ids[:, start:stop])
+
+    @staticmethod
+    def join(blocks: Sequence[Lookup]) -> Lookup:
+        """The sum of several blocks of one kind."""
+        c, ids = torch.cat([block.c for block in blocks], 2), torch.cat([block.ids for block in blocks], 1)
+        return replace(blocks[0], c=c, ids=ids)
+
+    def to(self, dtype: torch.dtype) -> Lookup:
+        return replace(self, c=self.c.to(dtype))
+
+    def part(self, start: int, stop: int) -> Tensor:
+        """``[B, K, stop - start]``."""
+        first, size = start // self.grain, (stop - start) // self.grain
+        if (start, stop) == (0, self.shape[0] * self.grain):
+            return scattered(self.c, self.ids, size).flatten(2)
+        local = self.ids - first
+        local = torch.where((local < 0) | (local >= size), size, local)  # one entry for all others
+        return scattered(self.c, local, size + 1)[:, :, :size].flatten(2)
+
+    def dense(self) -> Tensor:
+        """``[K, B, *shape]``."""
+        return scattered(self.c, self.ids, self.shape[0]).transpose(0, 1)
+
+    def vjp(self, w: Tensor) -> Tensor:
+        """``Jᵀ w`` for ``w [K, B]``."""
+        c = (self.c * w[:, :, None, None]).sum(0).flatten(0, 1)
+        return c.new_zeros(self.shape).index_add(0, self.ids.flatten(), c)
+
+    def bound(self, w: Tensor) -> Tensor:
+        """An upper bound of the norm of ``Jᵀ w`` that no cancellation lowers."""
+        return (self.c.square().sum(-1).sqrt() * w.abs()[:, :, None]).sum()
+
+
+def scattered(c: Tensor, ids: Tensor, size: int) -> Tensor:
+    """``c [K, B, T, d]`` added up by ``ids [B, T]`` in tables of ``size`` entries, ``[B, K, size, d]``."""
+    K, B, _, d = c.shape
+    row = torch.arange(B * K, device=c.device).view(B, K, 1) * size
+    zero = c.new_zeros(B * K * size, d)
+    index, values = (row + ids[:, None]).flatten(), c.transpose(0, 1).flatten(0, 2)
+    return zero.index_add(0, index, values).view(B, K, size, d)

@@ -1,0 +1,103 @@
+"""The block of a linear map: sums of outer products."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Outer:
+    """Row ``Σ_t c_t ⊗ a_t``: linear, matmul, addmm; a convolution after unfolding."""
+
+    c: Tensor  # [K, B, T, G, o]
+    a: Tensor  # [B, T, G, i]
+    shape: tuple[int, ...]  # of the parameter
+    transposed: bool = False  # the parameter is [G * i, o] instead of [G * o, i]
+    origin: str = field(default="", kw_only=True, compare=False)
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        return self.c.shape[0], self.c.shape[1]
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Of the parameter's first dimension and of the rest, ``[K or 1, B, T, G, features]``."""
+        a = self.a.unsqueeze(0)
+        return (a, self.c) if self.transposed else (self.c, a)
+
+    @property
+    def grain(self) -> int:
+        return self.factors[1].shape[-1]
+
+    @property
+    def kind(self) -> Hashable:
+        """What blocks must have in common to be joined."""
+        return self.transposed, self.c.shape[3:], self.a.shape[2:], self.c.dtype, self.a.dtype
+
+    def samples(self, start: int, stop: int) -> Outer:
+        return replace(self, c=self.c[:, start:stop], a=self.a[start:stop])
+
+    def positions(self, start: int, stop: int) -> Outer:
+        """The block of some of the positions."""
+        return replace(self, c=self.c[:, :, start:stop], a=self.a[:, start:stop])
+
+    @staticmethod
+    def join(blocks: Sequence[Outer]) -> Outer:
+        """The sum of several blocks of one kind."""
+        c, a = torch.cat([block.c for block in blocks], 2), torch.cat([block.a for block in blocks], 1)
+        return replace(blocks[0], c=c, a=a)
+
+    def to(self, dtype: torch.dtype) -> Outer:
+        return replace(self, c=self.c.to(dtype), a=self.a.to(dtype))
+
+    def part(self, start: int, stop: int) -> Tensor:
+        """``[B, K, stop - start]``."""
+        left, right = (shared(x, 1) for x in self.factors)
+        per, grain = left.shape[-1], right.shape[-1]
+        first, last = start // grain // per, (stop // grain - 1) // per
+        begin, end = start // grain - first * per, stop // grain - last * per
+        if last > first and (begin > 0 or end < per):  # whole groups apart from pieces of one
+            cut = (first + 1 if begin > 0 else last) * per * grain
+            return torch.cat([self.part(start, cut), self.part(cut, stop)], -1)
+        left, right = left[..., first : last + 1, begin:end], right[..., first : last + 1, :]
+        rows = torch.einsum("kbtgp,lbtgq->bklgpq", left, right)  # one of k and l is 1
+        return rows.reshape(self.rows[1], self.rows[0], -1)
+
+    def slab(self, start: int, stop: int) -> Tensor:
+        """Rows of the outputs ``start:stop`` of each group, ``[K, B, G, o', i]``."""
+        c = self.c[..., start:stop].permute(0, 1, 3, 4, 2)  # [K, B, G, o', T]
+        return c @ self.a.transpose(1, 2)
+
+    def dense(self) -> Tensor:
+        """``[K, B, *shape]``."""
+        entries = self.c.shape[3] * self.c.shape[4] * self.a.shape[3]
+        return self.part(0, entries).transpose(0, 1).reshape(*self.rows, *self.shape)
+
+    def vjp(self, w: Tensor) -> Tensor:
+        """``Jᵀ w`` for ``w [K, B]``: an ordinary weight-gradient product."""
+        c, a = weighted(self.c, w, self.a)
+        total = c.flatten(0, 1).permute(1, 2, 0) @ a.flatten(0, 1).transpose(0, 1)  # [G, o, i]
+        return (total.mT if self.transposed else total).reshape(self.shape)
+
+    def bound(self, w: Tensor) -> Tensor:
+        """An upper bound of the norm of ``Jᵀ w`` that no cancellation lowers: the scale of rounding."""
+        c = self.c.square().sum((-1, -2)).sqrt() * w.abs()[:, :, None]
+        return (c.sum(0) * self.a.square().sum((-1, -2)).sqrt()).sum()
+
+
+def shared(x: Tensor, dim: int) -> Tensor:
+    """One entry along ``dim`` where all are the same memory (expanded), else ``x`` itself."""
+    return x.narrow(dim, 0, 1) if x.shape[dim] > 1 and x.stride(dim) == 0 else x
+
+
+def weighted(c: Tensor, w: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """``Σ_k w_kb c_kb [B, ...]`` and ``a``; summed over samples, too, where these share ``a``."""
+    c = c * w.view(*w.shape, *[1] * (c.ndim - 2))
+    a = shared(a, 0)
+    if a.shape[0] < c.shape[1]:
+        return c.sum((0, 1)).unsqueeze(0), a
+    return (c.sum(0) if len(c) > 1 else c[0]), a
