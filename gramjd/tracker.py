@@ -6,7 +6,7 @@ user's own forward.
 
 from __future__ import annotations
 
-import types
+import types as types_  # `types` is an argument of __torch_function__
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,6 +19,9 @@ from gramjd.uses import Derived, Record, Source
 
 # Written in Python on top of ops that have rules: their bodies are followed, not the call itself.
 _COMPOSITE = (F.multi_head_attention_forward,)
+
+# Asked of tensors all the time; like most properties, they give no tensor.
+_QUESTIONS = (Tensor.dim, Tensor.size)
 
 # Results differ from call to call: never derived, since their ops could not be called again.
 _RANDOM = {"normal", "bernoulli", "multinomial", "poisson", "rrelu", "gumbel_softmax"}
@@ -50,12 +53,19 @@ class Tracker(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tracked, unbatched = self._classify((*args, *kwargs.values()))
+        if type(func) is types_.MethodWrapperType or func in _QUESTIONS:
+            out = func(*args, **kwargs)
+            if not isinstance(out, Tensor):
+                return out
+        tracked, unbatched = self._classify(args)
+        if kwargs:
+            inner = self._classify(kwargs.values())
+            tracked, unbatched = tracked or inner[0], unbatched and inner[1]
         if not tracked:
             out = func(*args, **kwargs)
             if unbatched:
                 self._remember(out, func)
-            else:
+            elif isinstance(out, Tensor) or func is Tensor.__setitem__:
                 self._forget(out, func, args)
             return out
         if func in _COMPOSITE:
@@ -74,10 +84,12 @@ class Tracker(TorchFunctionMode):
     def _classify(self, values: Iterable[Any]) -> tuple[bool, bool]:
         """Is a tracked tensor among them? Are all tensors among them un-batched?"""
         tracked, unbatched = False, True
-        for value in values:
+        for value in values:  # every op of the forward comes by here: no call that can be spared
             if isinstance(value, Tensor):
-                tracked = tracked or id(value) in self.sources
-                unbatched = unbatched and id(value) in self.known
+                if id(value) not in self.known:
+                    unbatched = False
+                elif id(value) in self.sources:
+                    tracked = True
             elif isinstance(value, (list, tuple)):
                 inner = self._classify(value)
                 tracked, unbatched = tracked or inner[0], unbatched and inner[1]
@@ -108,7 +120,7 @@ def is_inplace(func: Any) -> bool:
     return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
 
-def _undispatched(func: types.FunctionType) -> types.FunctionType:
+def _undispatched(func: types_.FunctionType) -> types_.FunctionType:
     """A Python function of torch without its own ``__torch_function__`` dispatch: only its body."""
     space = {**func.__globals__, "has_torch_function": lambda *_: False}
-    return types.FunctionType(func.__code__, space, func.__name__, func.__defaults__, func.__closure__)
+    return types_.FunctionType(func.__code__, space, func.__name__, func.__defaults__, func.__closure__)

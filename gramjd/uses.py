@@ -129,27 +129,38 @@ def describe(op: Any, args: Sequence[Any], kwargs: dict[str, Any], sources: dict
              ) -> tuple[Record, list[Any]]:  # fmt: skip
     """The record of a call and the leaves of its arguments; ``sources`` by ``id`` of the tensor."""
     call = Call.of(op, args, kwargs)
-    leaves, spec = pytree.flatten(call.values)
+    names: Sequence[str | int | None] = call.names
+    leaves, spec = list(call.values), None
+    if any(isinstance(value, (list, tuple, dict)) for value in leaves):
+        leaves, spec = pytree.flatten(call.values)
+        names = _names_of_leaves(call)
+    slots: list[Slot] = []
+    others: list[int] = []
+    static: list[Any] = list(leaves)
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+            static[i] = pytree.PLACEHOLDER
+            source = sources.get(id(leaf))
+            if source is None:
+                others.append(i)
+            else:
+                slots.append(Slot(i, names[i], source))
+    entries = tuple([call.entry(slot.name) if slot.name is not None else None for slot in slots])
+    if others and None not in entries:
+        needs = [entry.needs for entry in entries if entry]
+        others = [i for i in others if any([names[i] in needed for needed in needs])]
+    values = tuple(static) if spec is None else pytree.unflatten(spec, static)
+    template = Call(call.op, call.names, values, call.positional)
+    return Record(template, tuple(static), tuple(slots), entries, derived, tuple(others)), leaves
+
+
+def _names_of_leaves(call: Call) -> list[str | int | None]:
+    """The argument that each leaf is; ``None`` for those inside a container."""
     names: list[str | int | None] = []
     for name, value in zip(call.names, call.values, strict=True):
         nested = not isinstance(value, Tensor) and isinstance(value, (list, tuple, dict))
         names += [None] * len(pytree.leaves(value)) if nested else [name]
-    slots = tuple(
-        Slot(i, names[i], sources[id(leaf)])
-        for i, leaf in enumerate(leaves)
-        if isinstance(leaf, Tensor) and id(leaf) in sources
-    )
-    entries = tuple(call.entry(slot.name) if slot.name is not None else None for slot in slots)
-    own = {slot.index for slot in slots}
-    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and i not in own]
-    if None in entries:
-        saved = tuple(tensors)
-    else:
-        needs = {name for entry in entries if entry for name in entry.needs}
-        saved = tuple(i for i in tensors if names[i] in needs)
-    static = [pytree.PLACEHOLDER if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    template = Call(call.op, call.names, pytree.unflatten(spec, static), call.positional)
-    return Record(template, tuple(static), slots, entries, derived, saved), leaves
+    return names
 
 
 Found = dict[int, list[Block]]  # by id of the parameter

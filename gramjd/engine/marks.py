@@ -54,7 +54,7 @@ class CallMark:
 def mark_op(record: Record, leaves: Sequence[Any], out: Any, inplace: bool) -> Any:
     """The output of an op with a node for its record behind it."""
     outs = tensors_of(out)
-    live = tuple(t.requires_grad for t in outs)
+    live = tuple([t.requires_grad for t in outs])
     saved = [leaves[i] for i in record.saved] + [leaves[slot.index] for slot in record.slots]
     mark = OpMark(next(_NUMBERS), record, live)
     return _replace_live(out, attach(mark, saved, [t for t in outs if t.requires_grad], inplace))

@@ -79,13 +79,8 @@ def _is_running(frame: FrameType | None) -> bool:
 class Watcher:
     """The hooks of one engine: what happens before and after each call of a registered module."""
 
-    def __init__(
-        self,
-        parameters: Callable[[], Sequence[Tensor]],
-        unbatched: Callable[[], Sequence[Tensor]],
-        ways: Sequence[str],
-    ) -> None:
-        self.parameters, self.unbatched, self.ways = parameters, unbatched, ways
+    def __init__(self, held: Callable[[], tuple[list[Tensor], list[Tensor]]], ways: Sequence[str]) -> None:
+        self.held, self.ways = held, ways  # trainable parameters and un-batched tensors, at the time
         self.outermost = threading.local()  # .frame, .rng_state: of a call that is marked as a whole
 
     def before(self, module: nn.Module, frame: FrameType) -> None:
@@ -94,12 +89,14 @@ class Watcher:
             return
         if "ops" in self.ways:
             recorder = active_recorder()
+            outermost = recorder is None
             if recorder is None:
                 recorder = _THREAD.recorder = Recorder(frame)
-                recorder.__enter__()
             if id(self) not in recorder.watchers:
                 recorder.watchers.add(id(self))
-                recorder.add(self.parameters(), self.unbatched())
+                recorder.add(*self.held())
+            if outermost:  # last: it would see all that is asked of the parameters above
+                recorder.__enter__()
         elif "functional" in self.ways and getattr(self.outermost, "frame", None) is None:
             self.outermost.frame, self.outermost.rng_state = frame, torch.get_rng_state()
 
@@ -111,10 +108,11 @@ class Watcher:
         if recorder is None:
             return None
         ours = recorder.frame in (frame, frame.f_back)  # the latter where the forward raised
+        own = module.named_parameters() if _is_opaque(module) else module._parameters.items()
         unseen = [
             name
-            for name, p in module.named_parameters(recurse=_is_opaque(module))
-            if id(p) in recorder.sources and id(p) not in recorder.seen
+            for name, p in own
+            if p is not None and id(p) in recorder.sources and id(p) not in recorder.seen
         ]
         if ours:
             recorder.switch_off()
@@ -126,7 +124,7 @@ class Watcher:
         if getattr(self.outermost, "frame", None) not in (frame, frame.f_back) or out is None:
             return None
         self.outermost.frame = None
-        ids = {id(p) for p in self.parameters()}
+        ids = {id(p) for p in self.held()[0]}
         names = [name for name, p in module.named_parameters() if id(p) in ids]
         return mark_call(module, args, kwargs, out, names, self.outermost.rng_state)
 
