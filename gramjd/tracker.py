@@ -36,6 +36,7 @@ class Tracker(TorchFunctionMode):
 
     def __init__(self, parameters: Iterable[Tensor], unbatched: Iterable[Tensor] = ()) -> None:
         super().__init__()
+        self.active = True
         self.sources: dict[int, Source] = {}
         self.known: dict[int, Tensor] = {}  # tracked and un-batched tensors
         self.add(parameters, unbatched)
@@ -53,6 +54,8 @@ class Tracker(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not self.active:
+            return func(*args, **kwargs)
         if type(func) is types_.MethodWrapperType or func in _QUESTIONS:
             out = func(*args, **kwargs)
             if not isinstance(out, Tensor):

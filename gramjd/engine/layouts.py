@@ -76,18 +76,24 @@ def measure(c: Tensor, probed: Tensor, v: Tensor) -> Layout | None:
     return None
 
 
-def canonical(tensor: Tensor, layout: Layout, output: Sequence[int], align: str, samples: int) -> Tensor:
-    """An argument of a call whose output has ``layout``: ``[B, ...]``, shared where it has no samples.
+def canonical(tensor: Tensor, dim: int | None, layout: Layout, size: int, samples: int) -> Tensor:
+    """An argument of a call: ``[B, ...]``, shared where it has no samples.
+
+    Args:
+        tensor: the argument.
+        dim: which of its dimensions meets the one of the output in which the samples are, if any.
+        layout: of the output.
+        size: of the output in that dimension.
+        samples: ``B``.
 
     Raises:
-        ValueError: its sizes do not fit the output's.
+        ValueError: its size there does not fit the output's.
     """
-    dim = layout.dim - (len(output) - tensor.ndim if align == "right" else 0)
-    if 0 <= dim < tensor.ndim and tensor.shape[dim] == output[layout.dim]:
-        return layout.split(tensor, dim, samples)
-    if dim < 0 or dim >= tensor.ndim or tensor.shape[dim] == 1:
+    if dim is None or (tensor.shape[dim] == 1 and size > 1):
         return tensor.unsqueeze(0).expand(samples, *tensor.shape)
+    if tensor.shape[dim] == size:
+        return layout.split(tensor, dim, samples)
     raise ValueError(
-        f"an argument of shape {list(tensor.shape)} does not have the samples of dimension "
-        f"{layout.dim} of the output, of shape {list(output)}"
+        f"an argument of shape {list(tensor.shape)} has {tensor.shape[dim]} entries where the output, "
+        f"in the dimension that holds the samples, has {size}"
     )

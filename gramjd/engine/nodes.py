@@ -27,7 +27,7 @@ class Node(torch.autograd.Function):
         if inplace:
             ctx.mark_dirty(*outputs)
         else:  # not a view of its argument as far as autograd is concerned: users may write into it
-            outputs = tuple(t.detach() for t in outputs)
+            outputs = tuple([t.detach() for t in outputs])
         return outputs if len(outputs) > 1 else outputs[0]
 
     @staticmethod

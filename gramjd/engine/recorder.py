@@ -33,27 +33,23 @@ class Recorder(Tracker):
         self.watchers: set[int] = set()  # ids of those whose parameters it tracks
         self.seen: set[int] = set()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.frame is None:  # left behind by an interrupted forward, below another mode
-            return func(*args, **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs)
-
     def record(self, op: Any, args: Any, kwargs: dict[str, Any], derived: bool) -> tuple[Any, Record | None]:
         out = op(*args, **kwargs)
-        if not any(t.requires_grad for t in tensors_of(out)) or saved_tensors_are_hooked():
+        live = out.requires_grad if isinstance(out, Tensor) else any(t.requires_grad for t in tensors_of(out))
+        if not live or saved_tensors_are_hooked():
             # under checkpointing, what is saved must be the same when it is computed again
             return out, None
         record, leaves = describe(op, args, kwargs, self.sources, derived)
         inplace = is_inplace(op)
         if inplace and (None in record.entries or out is not args[0] or out._is_view()):
             return out, None  # cannot be called again, or is a view: left to a slower way
-        self.seen.update(id(slot.source) for slot in record.slots)
+        self.seen.update([id(slot.source) for slot in record.slots])
         return mark_op(record, leaves, out, inplace), record
 
     def switch_off(self) -> None:
         """End the recording."""
         _THREAD.recorder = None
-        self.frame = None
+        self.frame, self.active = None, False  # an interrupted one may stay behind, below another mode
         if innermost_mode() is self:
             self.__exit__(None, None, None)
 

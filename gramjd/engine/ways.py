@@ -16,7 +16,7 @@ from gramjd.engine.graph import Graph
 from gramjd.engine.layouts import ZERO, Layout, canonical, measure, tolerance
 from gramjd.engine.marks import CallMark, OpMark
 from gramjd.errors import CheckFailedError, NotSeparableError
-from gramjd.uses import Source, Use, blocks_of, roots
+from gramjd.uses import Record, Source, Use, blocks_of, roots
 
 WAYS = ("ops", "functional", "rows")
 
@@ -217,14 +217,32 @@ def _use(task: Task, index: int, fail: Callable[[Source, object], None]) -> Use 
     if task.batch_dim is None:
         return Use.of(record, [t.unsqueeze(0) for t in values], cs, slots)
     output = next(c for c in task.cotangents[index] if c is not None).shape[1:]
-    align = next((entry.align for entry in record.entries if entry is not None), "right")
     try:
-        values = [canonical(t, layout, output, align, task.samples) for t in values]
+        values = [
+            canonical(t, dim, layout, output[layout.dim], task.samples)
+            for t, dim in zip(values, _where(record, saved, output, layout.dim), strict=True)
+        ]
     except ValueError as error:
         for slot in record.slots:
             fail(slot.source, error)
         return None
     return Use.of(record, values, cs, slots)
+
+
+def _where(record: Record, saved: Sequence[Tensor], output: Sequence[int], dim: int) -> list[int | None]:
+    """The dimensions of a call's saved arguments that meet dimension ``dim`` of its output."""
+    entry = next((entry for entry in record.entries if entry is not None), None)
+    if entry is None:  # as of most ops: the last dimensions meet
+        dims = [dim - len(output) + t.ndim for t in saved[: len(record.saved)]]
+        return [dim if dim >= 0 else None for dim in dims]
+    leaves = list(record.leaves)
+    tensors = [*record.saved, *(slot.index for slot in record.slots)]
+    for index, tensor in zip(tensors, saved, strict=True):
+        leaves[index] = tensor.shape
+    arguments = dict(zip(record.call.names, leaves, strict=True))
+    arguments["output"] = output
+    names = [str(record.call.names[index]) for index in record.saved]
+    return [entry.meets(arguments, name, dim) for name in names]
 
 
 def _functional(task: Task, parameters: dict[str, Tensor]) -> Found:
