@@ -18,7 +18,7 @@ from torch import Tensor
 from gramjd import pytree
 from gramjd.blocks import Block, Dense
 from gramjd.internals import depends_on_innermost_transform
-from gramjd.rules import tensors_of
+from gramjd.rules import expansion_of, tensors_of
 from gramjd.tracker import Tracker, is_inplace
 from gramjd.uses import Record, Use, blocks_of, describe
 
@@ -67,6 +67,13 @@ class _Perturb(Tracker):
         self.shared = shared  # no batch: every tensor is "the sample", nothing is derived
         self.trace = _Trace()
         self.saved: list[list[Tensor]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        expansion = expansion_of(func)
+        if expansion is None:
+            return super().__torch_function__(func, types, args, kwargs)
+        with self:
+            return expansion(*args, **(kwargs or {}))
 
     def record(self, op: Any, args: Any, kwargs: dict[str, Any], derived: bool) -> tuple[Any, Record | None]:
         args, kwargs = self._without_wrappers(args), self._without_wrappers(kwargs)

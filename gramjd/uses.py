@@ -133,7 +133,7 @@ def describe(op: Any, args: Sequence[Any], kwargs: dict[str, Any], sources: dict
     leaves, spec = list(call.values), None
     if any(isinstance(value, (list, tuple, dict)) for value in leaves):
         leaves, spec = pytree.flatten(call.values)
-        names = _names_of_leaves(call)
+        names = names_of_leaves(call)
     slots: list[Slot] = []
     others: list[int] = []
     static: list[Any] = list(leaves)
@@ -154,7 +154,7 @@ def describe(op: Any, args: Sequence[Any], kwargs: dict[str, Any], sources: dict
     return Record(template, tuple(static), tuple(slots), entries, derived, tuple(others)), leaves
 
 
-def _names_of_leaves(call: Call) -> list[str | int | None]:
+def names_of_leaves(call: Call) -> list[str | int | None]:
     """The argument that each leaf is; ``None`` for those inside a container."""
     names: list[str | int | None] = []
     for name, value in zip(call.names, call.values, strict=True):

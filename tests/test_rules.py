@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import gramjd
 from gramjd import Engine
 from gramjd.rules import registered
-from gramjd.rules.elementwise import ADDS, ADDS_INPLACE, MULS, SUBS, SUBS_INPLACE
-from gramjd.rules.linear import MATMULS
+from gramjd.rules.elementwise import ADDCMULS, ADDS, ADDS_INPLACE, DIVS, LERPS, MULS, SUBS, SUBS_INPLACE
+from gramjd.rules.linear import ADDMMS, BADDBMMS, BMMS, MATMULS
 
 
 @dataclass(frozen=True)
@@ -88,17 +88,117 @@ CASES: dict[tuple[object, str], list[Case]] = {
     ],
     (Tensor.__rsub__, "input"): [Case((4,), (3, 4), lambda p, x: Tensor.__rsub__(p, x))],
     (Tensor.__rsub__, "other"): [Case((4,), (3, 4), lambda p, x: Tensor.__rsub__(x, p))],
+    (Tensor.__rtruediv__, "input"): [
+        Case((4,), (3, 4), lambda p, x: Tensor.__rtruediv__(p, x)),
+        Case((4,), (3, 4), lambda p, x: x * (2 / p)),
+    ],
+    (Tensor.__rtruediv__, "other"): [Case((4,), (3, 4), lambda p, x: Tensor.__rtruediv__(x, p))],
+    (torch.where, "input"): [Case((3, 1), (3, 4), lambda p, x: torch.where(x > 0, p, x))],
+    (torch.where, "other"): [
+        Case((4,), (3, 4), lambda p, x: torch.where(x > 0, x, p)),
+        Case((3, 4), (3, 4), lambda p, x: torch.where(torch.eye(3, 4) > 0, 0.5, p) * x),
+    ],
+    (Tensor.where, "input"): [Case((4,), (3, 4), lambda p, x: p.where(x > 0, x))],
+    (Tensor.where, "other"): [Case((1, 4), (3, 4), lambda p, x: x.where(x > 0, p))],
+    (F.prelu, "weight"): [
+        Case((4,), (4,), F_prelu := lambda p, x: F.prelu(x, p)),
+        Case((1,), (4,), F_prelu),
+        Case((4,), (4, 2, 3), F_prelu),
+    ],
+    (F.group_norm, "weight"): [
+        Case((4,), (4,), lambda p, x: F.group_norm(x, 2, p)),
+        Case((4,), (4, 2, 3), lambda p, x: F.group_norm(x, 2, p, w(4), 1e-3)),
+    ],
+    (F.group_norm, "bias"): [Case((4,), (4, 2, 3), lambda p, x: F.group_norm(x, 2, w(4), p))],
+    (F.instance_norm, "weight"): [Case((4,), (4, 2, 3), lambda p, x: F.instance_norm(x, weight=p))],
+    (F.instance_norm, "bias"): [Case((4,), (4, 5), lambda p, x: F.instance_norm(x, None, None, w(4), p))],
+    (F.batch_norm, "weight"): [
+        Case((4,), (4,), lambda p, x: F.batch_norm(x, w(4), w(4) ** 2, p)),
+        Case((3,), (3, 2), lambda p, x: F.batch_norm(x, w(3), w(3) ** 2, p, w(3), eps=0.1)),
+    ],
+    (F.batch_norm, "bias"): [Case((4,), (4, 5), lambda p, x: F.batch_norm(x, w(4), w(4) ** 2, w(4), p))],
+    (F.bilinear, "weight"): [
+        Case((5, 4, 4), (4,), lambda p, x: F.bilinear(x, x.sin(), p)),
+        Case((5, 4, 3), (2, 4), lambda p, x: F.bilinear(x, x[..., :3].sin(), p, w(5))),
+    ],
+    (F.bilinear, "bias"): [Case((5,), (4,), lambda p, x: F.bilinear(x, x, w(5, 4, 4), p))],
 }
+if hasattr(F, "rms_norm"):
+    CASES[F.rms_norm, "weight"] = [
+        Case((4,), (3, 4), lambda p, x: F.rms_norm(x, (4,), p)),
+        Case((3, 4), (2, 3, 4), lambda p, x: F.rms_norm(x, (3, 4), p, eps=1e-3)),
+    ]
+EINSUMS = [  # equation, weight, sample of the other operand
+    ("ni,oi->no", (5, 4), (4,)), ("nti,io->nto", (4, 5), (3, 4)), ("nti,io->not", (4, 5), (3, 4)),
+    ("nti,oi->tno", (5, 4), (3, 4)), ("...i,oi->...o", (5, 4), (2, 4)), ("ni,oi", (5, 4), (4,)),
+    ("n...d,dk->n...k", (4, 5), (2, 3, 4)), ("nhti,hio->nhto", (2, 4, 5), (2, 3, 4)),
+    ("nti,hio->nhto", (2, 4, 5), (3, 4)), ("nti,ioh->nhto", (4, 5, 2), (3, 4)),
+    ("nhtd,hde->nte", (2, 3, 4), (2, 5, 3)), ("nhtd,ehd->nte", (4, 2, 3), (2, 5, 3)),
+    ("nhi,i->nh", (4,), (3, 4)), ("nij,ij->n", (3, 4), (3, 4)), ("ni,o->nio", (5,), (4,)),
+    ("ni,ii->n", (4, 4), (4,)), ("nd,id->ni", (3, 1), (4,)), ("nt,oi->no", (3, 2), (4,)),
+    ("nhd,dhk->nk", (3, 2, 4), (2, 3)), ("nd,hdk->nhk", (2, 3, 4), (3,)), ("nd,dhk->nkh", (3, 2, 4), (3,)),
+]  # fmt: skip
+
+
+def einsum(equation: str, *operands: Tensor) -> Tensor:
+    """With the samples, whose letter is n, put first."""
+    out = torch.einsum(equation, *operands)
+    return out.movedim(max(equation.partition("->")[2].find("n"), 0), 0)
+
+
+def _swapped(equation: str) -> str:
+    operands, arrow, out = equation.partition("->")
+    return ",".join(operands.split(",")[::-1]) + arrow + out
+
+
+CASES[torch.einsum, "second"] = [Case(p, s, lambda p, x, e=e: einsum(e, x, p)) for e, p, s in EINSUMS]
+CASES[torch.einsum, "first"] = [
+    Case(p, s, lambda p, x, e=e: einsum(_swapped(e), p, x)) for e, p, s in EINSUMS
+]
+
+
+def heads(x: Tensor) -> Tensor:
+    """``[n, i]`` twice, ``[2, n, i]``."""
+    return torch.stack([x, x.sin()])
+
+
+for op in BMMS:
+    CASES[op, "mat2"] = [
+        Case((2, 4, 5), (4,), lambda p, x, op=op: op(heads(x), p).transpose(0, 1)),
+        Case((4, 5), (3, 4), lambda p, x, op=op: op(x, p.expand(len(x), 4, 5))),
+    ]
+    CASES[op, "input"] = [Case((2, 5, 4), (4,), lambda p, x, op=op: op(p, heads(x).mT).permute(2, 0, 1))]
+for op in BADDBMMS:
+    CASES[op, "input"] = [
+        Case((2, 1, 5), (4,), lambda p, x, op=op: op(p, heads(x), w(2, 4, 5), beta=3).transpose(0, 1))
+    ]
+    CASES[op, "batch2"] = [
+        Case((2, 4, 5), (4,), lambda p, x, op=op: op(w(2, 1, 5), heads(x), p, alpha=3).transpose(0, 1))
+    ]
+    CASES[op, "batch1"] = [
+        Case((2, 5, 4), (4,), lambda p, x, op=op: op(w(2, 5, 1), p, heads(x).mT).permute(2, 0, 1))
+    ]
 for op in MATMULS:
     CASES[op, "other"] = [Case((4, 5), (4,), lambda p, x, op=op: op(x, p))]
     CASES[op, "input"] = [Case((5, 4), (4,), lambda p, x, op=op: op(p, x.T).T)]
     if op not in (torch.mm, Tensor.mm):
         CASES[op, "other"].append(Case((4, 5), (2, 3, 4), lambda p, x, op=op: op(x, p)))
         CASES[op, "input"].append(Case((5, 4), (2, 4, 3), lambda p, x, op=op: op(p, x)))
-for op in (torch.addmm, Tensor.addmm):
+        CASES[op, "other"].append(Case((2, 4, 5), (2, 3, 4), lambda p, x, op=op: op(x, p)))
+        CASES[op, "other"].append(Case((4,), (3, 4), lambda p, x, op=op: op(x, p)))
+        CASES[op, "input"].append(Case((2, 5, 4), (3, 2, 4, 3), lambda p, x, op=op: op(p, x)))
+for op in ADDMMS:
     CASES[op, "mat2"] = [Case((4, 5), (4,), lambda p, x, op=op: op(w(5), x, p, beta=2, alpha=3))]
     CASES[op, "input"] = [Case((5,), (4,), lambda p, x, op=op: op(p, x, w(4, 5), beta=2, alpha=3))]
-for family in (ADDS, SUBS, MULS):
+for op in ADDCMULS:
+    CASES[op, "input"] = [Case((3, 1), (3, 4), lambda p, x, op=op: op(p, x, x.sin(), value=3))]
+    CASES[op, "tensor1"] = [Case((4,), (3, 4), lambda p, x, op=op: op(x, p, x.sin(), value=3))]
+    CASES[op, "tensor2"] = [Case((3, 1), (3, 4), lambda p, x, op=op: op(w(4), x.sin(), p))]
+for op in LERPS:
+    CASES[op, "input"] = [Case((3, 4), (3, 4), lambda p, x, op=op: op(p, x, 0.3))]
+    CASES[op, "end"] = [Case((3, 4), (3, 4), lambda p, x, op=op: op(x, p, w(3, 1)))]
+    CASES[op, "weight"] = [Case((4,), (3, 4), lambda p, x, op=op: op(x, x.sin(), p))]
+for family in (ADDS, SUBS, MULS, DIVS):
     for op in family:
         CASES[op, "input"], CASES[op, "other"] = binary(op, "input"), binary(op, "other")
 for op in (*ADDS_INPLACE, *SUBS_INPLACE):

@@ -16,7 +16,8 @@ from gramjd.engine.graph import Graph
 from gramjd.engine.layouts import ZERO, Layout, canonical, measure, tolerance
 from gramjd.engine.marks import CallMark, OpMark
 from gramjd.errors import CheckFailedError, NotSeparableError
-from gramjd.uses import Record, Source, Use, blocks_of, roots
+from gramjd.rules.registry import any_entry
+from gramjd.uses import Record, Source, Use, blocks_of, names_of_leaves, roots
 
 WAYS = ("ops", "functional", "rows")
 
@@ -231,7 +232,7 @@ def _use(task: Task, index: int, fail: Callable[[Source, object], None]) -> Use 
 
 def _where(record: Record, saved: Sequence[Tensor], output: Sequence[int], dim: int) -> list[int | None]:
     """The dimensions of a call's saved arguments that meet dimension ``dim`` of its output."""
-    entry = next((entry for entry in record.entries if entry is not None), None)
+    entry = next((entry for entry in record.entries if entry is not None), None) or any_entry(record.call.op)
     if entry is None:  # as of most ops: the last dimensions meet
         dims = [dim - len(output) + t.ndim for t in saved[: len(record.saved)]]
         return [dim if dim >= 0 else None for dim in dims]
@@ -239,10 +240,10 @@ def _where(record: Record, saved: Sequence[Tensor], output: Sequence[int], dim: 
     tensors = [*record.saved, *(slot.index for slot in record.slots)]
     for index, tensor in zip(tensors, saved, strict=True):
         leaves[index] = tensor.shape
-    arguments = dict(zip(record.call.names, leaves, strict=True))
+    names = names_of_leaves(record.call)
+    arguments = {name: leaf for name, leaf in zip(names, leaves, strict=True) if name is not None}
     arguments["output"] = output
-    names = [str(record.call.names[index]) for index in record.saved]
-    return [entry.meets(arguments, name, dim) for name in names]
+    return [entry.meets(arguments, str(names[index]), dim) for index in record.saved]
 
 
 def _functional(task: Task, parameters: dict[str, Tensor]) -> Found:

@@ -12,6 +12,8 @@ from gramjd.blocks import Block
 Op = Callable[..., Any]
 Rule = Callable[..., Block]
 R = TypeVar("R", bound=Rule)
+# Which dimensions of an argument meet those of the output: "left", "right", or a function.
+Align = str | Callable[[Mapping[Any, Any], str, int], int | None]
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,16 @@ class Entry:
 
     rule: Rule
     needs: frozenset[str]  # arguments whose values the rule reads, besides its own
-    align: str  # "left" or "right": which dimensions of an argument meet those of the output
+    align: Align
     when: Callable[[Mapping[Any, Any]], bool] | None  # does the rule cover a call's arguments?
+
+    def meets(self, arguments: Mapping[Any, Any], name: str, dim: int) -> int | None:
+        """The dimension of an argument that holds the samples in dimension ``dim`` of the output."""
+        if callable(self.align):
+            return self.align(arguments, name, dim)
+        if self.align == "right":
+            dim -= len(arguments["output"]) - len(arguments[name])
+        return dim if 0 <= dim < len(arguments[name]) else None
 
 
 @dataclass
@@ -40,7 +50,7 @@ def register_rule(
     *ops: Op,
     wrt: str,
     needs: Iterable[str] = (),
-    align: str = "left",
+    align: Align = "left",
     when: Callable[[Mapping[Any, Any]], bool] | None = None,
 ) -> Callable[[R], R]:
     """Decorator: register the rule of one argument of an op (and of its aliases).
@@ -57,7 +67,9 @@ def register_rule(
         needs: names of the tensor arguments whose values the rule reads.
         align: which end of an argument's dimensions corresponds to the output's, where a batch
             dimension of the output has to be found in the argument: ``"left"`` (linear, embedding)
-            or ``"right"`` (broadcasting ops).
+            or ``"right"`` (broadcasting ops). Where neither holds, a function ``(arguments, name,
+            dim)`` that maps a dimension of the output to one of the named argument, or to ``None``;
+            ``arguments`` are the call's by name, with sizes for tensors, and ``"output"``.
         when: given a call's arguments by name, does the rule cover it? Where it does not, the
             block is ``Dense``.
 
@@ -67,8 +79,8 @@ def register_rule(
         ValueError: ``wrt`` is not an argument of the rule, or the rules of one op disagree on the
             names of its arguments.
     """
-    if align not in ("left", "right"):
-        raise ValueError(f"align must be 'left' or 'right', not {align!r}.")
+    if align not in ("left", "right") and not callable(align):
+        raise ValueError(f"align must be 'left', 'right' or a function, not {align!r}.")
 
     def register(rule: R) -> R:
         parameters = list(inspect.signature(rule).parameters.values())[1:]
@@ -95,6 +107,12 @@ def rules_of(op: Op) -> OpRules | None:
         return _RULES.get(op)
     except TypeError:  # an unhashable callable has no rule
         return None
+
+
+def any_entry(op: Op) -> Entry | None:
+    """Some rule of an op, which knows how its dimensions meet."""
+    known = rules_of(op)
+    return next(iter(known.entries.values()), None) if known else None
 
 
 def op_name(op: Op) -> str:

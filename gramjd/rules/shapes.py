@@ -27,12 +27,16 @@ def outer(c: Tensor, a: Tensor, weight: Tensor, transposed: bool = False) -> Out
     return Outer(c, a, tuple(weight.shape), transposed)
 
 
-def broadcast_rows(c: Tensor, other: Tensor | None, param: Tensor) -> Dense:
-    """Rows ``Σ c · other`` of a parameter that was broadcast against ``other [B, *shape]``."""
-    if other is not None:  # line the sample dimension up with that of c
+def times(c: Tensor, other: Tensor | float) -> Tensor:
+    """``c [K, B, *y]`` times a number or what broadcasts against ``y`` for each sample, ``[B, ...]``."""
+    if isinstance(other, Tensor):  # line the sample dimension up with that of c
         other = other.reshape(other.shape[0], *[1] * (c.ndim - 1 - other.ndim), *other.shape[1:])
-        c = c * other
-    return Dense(sum_to(c, param.shape))
+    return c * other
+
+
+def broadcast_rows(c: Tensor, other: Tensor | float | None, param: Tensor) -> Dense:
+    """Rows ``Σ c · other`` of a parameter that was broadcast against ``other [B, *shape]``."""
+    return Dense(sum_to(c if other is None else times(c, other), param.shape))
 
 
 def patches(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:

@@ -1,0 +1,54 @@
+"""Ops that are replayed as a Python function of ops that have rules: no rule sees inside them.
+
+Under ``vmap`` the expansion runs in place of the op. In ``Engine`` the op itself runs, and its blocks
+come from a replay of the expansion on the arguments that it received.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from gramjd.rules.registry import Op
+
+E = TypeVar("E", bound=Callable[..., Any])
+
+
+_EXPANSIONS: dict[Op, Callable[..., Any]] = {}
+
+
+def register_expansion(*ops: Op) -> Callable[[E], E]:
+    """Decorator: register the function as what an op (and its aliases) computes.
+
+    It takes the op's own arguments and returns what the op returns, by ops that have rules.
+    """
+
+    def register(function: E) -> E:
+        for op in ops:
+            _EXPANSIONS[op] = function
+        return function
+
+    return register
+
+
+def expansion_of(op: Op) -> Callable[..., Any] | None:
+    """What to run in place of an op, if there is anything."""
+    try:
+        return _EXPANSIONS.get(op)
+    except TypeError:  # an unhashable callable has none
+        return None
+
+
+def expanded() -> list[Op]:
+    """Every op that has an expansion; the tests go through all of them."""
+    return list(_EXPANSIONS)
+
+
+@register_expansion(F.bilinear)
+def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As one linear map of all products; ``vmap`` has no batching rule for the op."""
+    out = F.linear((input1.unsqueeze(-1) * input2.unsqueeze(-2)).flatten(-2), weight.flatten(1))
+    return out if bias is None else out + bias
