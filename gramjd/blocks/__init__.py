@@ -14,8 +14,8 @@ The sum of a parameter's blocks is its Jacobian. Blocks never detach: they are p
 compose with ``vmap``, ``grad`` and ``jvp``. Each names the op that it comes from, its ``origin``.
 
 Every block has ``rows`` (K and B), ``dense``, ``vjp``, ``bound``, ``samples`` (the block of some of
-the samples), ``to`` (in another dtype), and ``part``: all rows at some entries of the flat parameter,
-a multiple of ``grain`` from a multiple of ``grain`` on.
+the samples), and ``part``: all rows at some entries of the flat parameter, a multiple of ``grain``
+from a multiple of ``grain`` on, in a dtype.
 """
 
 from gramjd.blocks.conv import Conv

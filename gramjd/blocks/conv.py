@@ -39,9 +39,14 @@ class Conv:
         return self.shape[2:]
 
     @property
-    def positions_per_sample(self) -> int:
+    def T(self) -> int:
         """``T``."""
         return self.points.shape[2] * prod(self.points.shape[5:])
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Of the parameter's first dimension and of the rest, the latter not unfolded."""
+        return self.points, self.windows
 
     @property
     def grain(self) -> int:
@@ -90,9 +95,25 @@ class Conv:
         shape = (self.points.shape[3] * (stop - start), *self.shape[1:])
         return replace(self, points=self.points[:, :, :, :, start:stop], shape=shape)
 
-    def part(self, start: int, stop: int) -> Tensor:
+    @property
+    def lines(self) -> int:
+        """Positions that ``positions`` can tell apart."""
+        return self.points.shape[5]
+
+    def positions(self, start: int, stop: int) -> Conv:
+        """The block of some of the lines of the output."""
+        reach = (self.kernel[0] - 1) * self.dilation[0] + 1
+        windows = self.windows[:, :, :, :, :, start * self.stride[0] : (stop - 1) * self.stride[0] + reach]
+        return replace(self, points=self.points[:, :, :, :, :, start:stop], windows=windows)
+
+    def workspace(self, dtype: torch.dtype) -> int:
+        """Elements that ``part`` needs for each sample besides its result: the unfolded windows."""
+        (points, _, _, G, p), windows = self.points.shape[:5], self.windows.shape[0]
+        return self.T * G * (points * p + windows * self.grain)
+
+    def part(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
         """``[B, K, stop - start]``."""
-        return self.outer().part(start, stop)
+        return self.outer().part(start, stop, dtype)
 
     def dense(self) -> Tensor:
         """``[K, B, *shape]``."""

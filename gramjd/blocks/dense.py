@@ -42,13 +42,14 @@ class Dense:
         """The sum of several blocks of one kind."""
         return replace(blocks[0], values=torch.stack([block.values for block in blocks]).sum(0))
 
-    def to(self, dtype: torch.dtype) -> Dense:
-        return replace(self, values=self.values.to(dtype))
+    def workspace(self, dtype: torch.dtype) -> int:
+        """Elements that ``part`` needs for each sample besides its result."""
+        return 0
 
-    def part(self, start: int, stop: int) -> Tensor:
+    def part(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
         """``[B, K, stop - start]``."""
-        flat = self.values.reshape(*self.rows, -1)
-        return flat[:, :, start:stop].transpose(0, 1)
+        some = self.values.reshape(*self.rows, -1)[:, :, start:stop]
+        return some.transpose(0, 1).to(dtype or some.dtype)
 
     def dense(self) -> Tensor:
         """``[K, B, *shape]``."""

@@ -44,17 +44,19 @@ class Lookup:
         c, ids = torch.cat([block.c for block in blocks], 2), torch.cat([block.ids for block in blocks], 1)
         return replace(blocks[0], c=c, ids=ids)
 
-    def to(self, dtype: torch.dtype) -> Lookup:
-        return replace(self, c=self.c.to(dtype))
+    def workspace(self, dtype: torch.dtype) -> int:
+        """Elements that ``part`` needs for each sample besides its result."""
+        return self.c.shape[0] * self.c.shape[2] * self.grain
 
-    def part(self, start: int, stop: int) -> Tensor:
+    def part(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
         """``[B, K, stop - start]``."""
+        c = self.c.to(dtype or self.c.dtype)
         first, size = start // self.grain, (stop - start) // self.grain
         if (start, stop) == (0, self.shape[0] * self.grain):
-            return scattered(self.c, self.ids, size).flatten(2)
+            return scattered(c, self.ids, size).flatten(2)
         local = self.ids - first
         local = torch.where((local < 0) | (local >= size), size, local)  # one entry for all others
-        return scattered(self.c, local, size + 1)[:, :, :size].flatten(2)
+        return scattered(c, local, size + 1)[:, :, :size].flatten(2)
 
     def dense(self) -> Tensor:
         """``[K, B, *shape]``."""

@@ -51,10 +51,18 @@ class Outer:
         c, a = torch.cat([block.c for block in blocks], 2), torch.cat([block.a for block in blocks], 1)
         return replace(blocks[0], c=c, a=a)
 
-    def to(self, dtype: torch.dtype) -> Outer:
-        return replace(self, c=self.c.to(dtype), a=self.a.to(dtype))
+    @property
+    def lines(self) -> int:
+        """Positions that ``positions`` can tell apart."""
+        return self.c.shape[2]
 
-    def part(self, start: int, stop: int) -> Tensor:
+    def workspace(self, dtype: torch.dtype) -> int:
+        """Elements that ``part`` needs for each sample besides its result."""
+        (K, _, T, G, o), i = self.c.shape, self.a.shape[-1]
+        copied = K > 1 or G > 1 or self.c.dtype != dtype or self.a.dtype != dtype
+        return T * G * (K * o + i) if copied else 0
+
+    def part(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
         """``[B, K, stop - start]``."""
         left, right = (shared(x, 1) for x in self.factors)
         per, grain = left.shape[-1], right.shape[-1]
@@ -62,15 +70,11 @@ class Outer:
         begin, end = start // grain - first * per, stop // grain - last * per
         if last > first and (begin > 0 or end < per):  # whole groups apart from pieces of one
             cut = (first + 1 if begin > 0 else last) * per * grain
-            return torch.cat([self.part(start, cut), self.part(cut, stop)], -1)
-        left, right = left[..., first : last + 1, begin:end], right[..., first : last + 1, :]
+            return torch.cat([self.part(start, cut, dtype), self.part(cut, stop, dtype)], -1)
+        left = left[..., first : last + 1, begin:end].to(dtype or self.c.dtype)
+        right = right[..., first : last + 1, :].to(left.dtype)
         rows = torch.einsum("kbtgp,lbtgq->bklgpq", left, right)  # one of k and l is 1
         return rows.reshape(self.rows[1], self.rows[0], -1)
-
-    def slab(self, start: int, stop: int) -> Tensor:
-        """Rows of the outputs ``start:stop`` of each group, ``[K, B, G, o', i]``."""
-        c = self.c[..., start:stop].permute(0, 1, 3, 4, 2)  # [K, B, G, o', T]
-        return c @ self.a.transpose(1, 2)
 
     def dense(self) -> Tensor:
         """``[K, B, *shape]``."""

@@ -1,0 +1,110 @@
+"""Contractions of blocks into Gramians, by the cheapest exact plan within a budget of memory.
+
+Multiply-adds of ``Outer × Outer`` (see :mod:`gramjd.blocks` for the letters):
+
+    pairwise   (a aᵀ) ∘ (c cᵀ), summed over positions    (BT)²·i + (KBT)²·o
+    rows       build Σ_t c_t ⊗ a_t, then rows @ rowsᵀ     KBT·i·o + (KB)²·i·o
+
+Which of them is cheaper follows from shapes alone, so that contractions compose with ``vmap``,
+``grad``, ``jvp`` and ``torch.compile``. A block against itself takes half the products where that
+pays, and its share is exactly symmetric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gramjd.blocks import Block, Dense, Lookup, merge
+from gramjd.plan import diagonals
+from gramjd.plan.choice import plans, swapped
+from gramjd.plan.options import Limits, Options, limits
+
+__all__ = ["Options", "Step", "contract", "cross", "gramian", "squared_norms", "steps"]
+
+DEFAULT = Options()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pair of blocks, and how it is contracted."""
+
+    u: Block
+    v: Block
+    plan: str
+    multiply_adds: int
+    bytes: int  # of working memory
+
+
+def steps(blocks: Sequence[Block], options: Options = DEFAULT) -> list[Step]:
+    """What :func:`gramian` will do with the blocks of one parameter."""
+    found, blocks = [], merge(blocks)
+    for index, u in enumerate(blocks):
+        for v in blocks[index:]:
+            left, right = (v, u) if swapped(u, v) else (u, v)
+            plan, cost = plans(left, right)[0]
+            most = _limits(u, v, options)
+            working = min(cost.working, most.elements) * most.dtype.itemsize
+            found.append(Step(u, v, plan.name, cost.multiply_adds, working))
+    return found
+
+
+def gramian(blocks: Sequence[Block], options: Options = DEFAULT) -> Tensor:
+    """``J Jᵀ [K, B, K, B]`` of one parameter, ``J`` the sum of its ``blocks``; exactly symmetric."""
+    total: Tensor | float = 0.0
+    blocks = merge(blocks)
+    for index, u in enumerate(blocks):
+        total = total + contract(u, u, options)
+        for v in blocks[index + 1 :]:
+            share = contract(u, v, options)
+            total = total + (share + share.permute(2, 3, 0, 1))
+    assert isinstance(total, Tensor)
+    return total
+
+
+def cross(left: Sequence[Block], right: Sequence[Block], options: Options = DEFAULT) -> Tensor:
+    """``J₁ J₂ᵀ [K₁, B₁, K₂, B₂]`` of one parameter, for two Jacobians of perhaps other samples."""
+    right = merge(right)
+    total: Tensor | float = 0.0
+    for u in merge(left):
+        for v in right:
+            total = total + contract(u, v, options)
+    assert isinstance(total, Tensor)
+    return total
+
+
+def contract(u: Block, v: Block, options: Options = DEFAULT) -> Tensor:
+    """Inner products of all rows of two blocks of one parameter, ``[K₁, B₁, K₂, B₂]``.
+
+    Exactly symmetric if ``u is v``.
+    """
+    if swapped(u, v):
+        return contract(v, u, options).permute(2, 3, 0, 1)
+    return plans(u, v)[0][0].run(u, v, _limits(u, v, options))
+
+
+def squared_norms(blocks: Sequence[Block], options: Options = DEFAULT) -> Tensor:
+    """The diagonal of :func:`gramian`, ``[K, B]``, without the rest of it."""
+    total: Tensor | float = 0.0
+    blocks = merge(blocks)
+    for index, u in enumerate(blocks):
+        for v in blocks[index:]:
+            left, right = (v, u) if swapped(u, v) else (u, v)
+            share = diagonals.diagonal(left, right, _limits(u, v, options))
+            total = total + (share if u is v else 2 * share)
+    assert isinstance(total, Tensor)
+    return total
+
+
+def _limits(u: Block, v: Block, options: Options) -> Limits:
+    tensors = [*_tensors(u), *_tensors(v)]
+    return limits(options, tensors[0], *(x.dtype for x in tensors))
+
+
+def _tensors(block: Block) -> tuple[Tensor, ...]:
+    """The factors of a block that are not indices."""
+    if isinstance(block, Dense):
+        return (block.values,)
+    return (block.c,) if isinstance(block, Lookup) else block.factors

@@ -1,0 +1,43 @@
+"""The plans of every pair of types of blocks, and the choice among them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gramjd.blocks import Block, Conv, Dense, Lookup, Outer
+from gramjd.plan import conv, joint, lookup, pairwise
+from gramjd.plan.cost import Cost, Plan
+from gramjd.plan.rows import rows, rows_cost
+
+_ROWS = Plan("rows", rows_cost, rows)  # for any pair
+
+_PLANS: dict[tuple[type, type], Sequence[Plan]] = {
+    (Outer, Outer): (
+        Plan("pairwise", pairwise.pairwise_cost, pairwise.pairwise),
+        Plan("joint", joint.joint_cost, joint.joint),
+        _ROWS,
+    ),
+    (Conv, Conv): (
+        Plan("pairwise", pairwise.pairwise_cost, pairwise.unfolded_pairwise),
+        *(method.plan() for method in conv.METHODS),
+        _ROWS,
+    ),
+    (Lookup, Lookup): (
+        Plan("pairwise", lookup.pairwise_cost, lookup.pairwise),
+        Plan("distinct", lookup.distinct_cost, lookup.distinct),
+    ),
+    (Lookup, Outer): (Plan("picked", lookup.picked_cost, lookup.picked), _ROWS),
+    (Lookup, Dense): (Plan("picked", lookup.gathered_cost, lookup.gathered), _ROWS),
+}
+
+
+def plans(u: Block, v: Block) -> list[tuple[Plan, Cost]]:
+    """The plans that apply to two blocks, the cheapest first."""
+    known = _PLANS.get((type(u), type(v)), (_ROWS,))
+    costs = [(plan, plan.cost(u, v)) for plan in known]
+    return sorted(((p, cost) for p, cost in costs if cost is not None), key=lambda found: found[1].time)
+
+
+def swapped(u: Block, v: Block) -> bool:
+    """Are the plans of this pair those of the pair the other way round?"""
+    return isinstance(v, Lookup) and not isinstance(u, Lookup)

@@ -1,0 +1,156 @@
+"""Plans of convolutions: four ways to build their rows, some features of the points at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product as tuples
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramjd.blocks import Conv
+from gramjd.blocks.conv import weight_gradient
+from gramjd.plan.cost import SMALL, Cost, Plan, half
+from gramjd.plan.options import Limits
+from gramjd.plan.pairwise import Sizes
+from gramjd.plan.rows import matrix
+from gramjd.plan.tiles import LEAF, added, canonical, over_samples, product, ranges
+
+CACHED = 2**21  # elements of the rows that are built at once
+
+
+def unfolded(block: Conv) -> Tensor:
+    """All windows as a matrix for each sample, in one product."""
+    n = len(block.kernel)
+    out, kernel = range(5, 5 + n), range(5 + n, 5 + 2 * n)
+    windows = block.taps().permute([0, 1, 3, 4, *kernel, 2, *out])  # [., B, G, q, *kernel, m, *out]
+    windows = windows.reshape(*windows.shape[:3], -1, block.T)
+    rows = torch.einsum("kbgpt,lbgqt->bklgpq", _points(block), windows)
+    return rows.reshape(block.rows[1], block.rows[0], -1)
+
+
+def tapped(block: Conv, tap: Sequence[int]) -> Tensor:
+    """The windows at one tap of the kernel."""
+    windows = _at(block, tap).transpose(2, 3).transpose(3, 4)  # [., B, G, q, m, *out]
+    windows = windows.reshape(*windows.shape[:4], -1)
+    rows = torch.einsum("kbgpt,lbgqt->bklgpq", _points(block), windows)
+    return rows.reshape(block.rows[1], block.rows[0], -1)
+
+
+def depthwise(block: Conv, tap: Sequence[int]) -> Tensor:
+    """The windows at one tap of the kernel, entry by entry: for one or two features a group."""
+    windows = _at(block, tap)
+    parts = [
+        (block.points[:, :, :, :, p] * windows[:, :, :, :, q]).flatten(4).sum(4).sum(2)  # [K, B, G]
+        for p in range(block.points.shape[4])
+        for q in range(block.windows.shape[4])
+    ]
+    return (torch.cat(parts, 2) if len(parts) > 1 else parts[0]).transpose(0, 1)
+
+
+def grouped(block: Conv) -> Tensor:
+    """One ordinary weight gradient, with the samples as groups of the convolution."""
+    (K, B), (G, p) = block.rows, block.points.shape[3:5]
+    points, windows = (x.transpose(0, 2).transpose(2, 3) for x in (block.points, block.windows))
+    points, windows = points.flatten(1, 4), windows.flatten(1, 4)  # [m, B G K p, *out]
+    found = weight_gradient(block, points[None], windows[None], B * G)  # [B G K p, K q, *kernel]
+    k, l = len(block.points), len(block.windows)  # one of them is 1  # noqa: E741
+    rows = found.reshape(B, G, k, p, l, -1).permute(0, 2, 4, 1, 3, 5)
+    return rows.reshape(B, K, -1)
+
+
+def _at(block: Conv, tap: Sequence[int]) -> Tensor:
+    """The entries of the windows at one tap, ``[K or 1, B, m, G, q, *out]``."""
+    taps = block.taps()
+    for place in reversed(tap):
+        taps = taps[..., place]
+    return taps
+
+
+def _points(block: Conv) -> Tensor:
+    """``[K or 1, B, G, p, T]``."""
+    points = block.points.transpose(2, 3).transpose(3, 4)
+    return points.reshape(*points.shape[:4], -1)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to build the rows of convolutions."""
+
+    name: str
+    build: Callable[..., Tensor]  # a block, and a tap if it goes by taps → [B, K, entries] in its own order
+    by_taps: bool
+    workspace: Callable[[Conv], int]  # elements for each sample besides the result
+    cost: Callable[[Conv, Sizes, int], Cost]  # of a block with these sizes and number of taps
+
+    def plan(self) -> Plan:
+        return Plan(self.name, self.cost_of, self.run)
+
+    def cost_of(self, u: Conv, v: Conv) -> Cost | None:
+        """Of building the rows, and of multiplying them."""
+        x, y, same = Sizes.of(u), Sizes.of(v), u is v
+        if (x.G, x.p, x.q) != (y.G, y.p, y.q):
+            return None
+        n1, n2, P, taps = x.K * x.B, y.K * y.B, prod(u.shape), prod(u.kernel)
+        costs = [self.cost(u, x, taps), *([] if same else [self.cost(v, y, taps)])]
+        products = half(same, n1 * n2 * P, n1, LEAF) + sum(cost.multiply_adds for cost in costs)
+        built = P * (n1 + (0 if same else n2))
+        moved = sum(cost.moved for cost in costs) + built
+        calls = sum(cost.calls for cost in costs) + 2 * (taps if self.by_taps else 1)
+        return Cost(products, moved, calls * (1 + built // CACHED), built)
+
+    def run(self, u: Conv, v: Conv, limits: Limits) -> Tensor:
+        """Rows of some features of the points at a time, multiplied and added up."""
+        same, (G, p), q = u is v, u.points.shape[3:5], prod(u.shape[1:])
+        n = u.rows[0] * u.rows[1] + (0 if same else v.rows[0] * v.rows[1])
+        most, step = max(u.rows[1], v.rows[1]), limits.cached(CACHED) // (n * G * q)
+        if n * G * q > limits.elements and most > 1:
+            fewer = max(1, most * limits.elements // (2 * n * G * q))
+            return over_samples(u, v, min(-(-most // 2), fewer), lambda x, y: self.run(x, y, limits))
+        taps: list[Any] = [*tuples(*map(range, u.kernel))] if self.by_taps else [None]
+
+        def slab(some: tuple[int, int], tap: Any) -> Tensor:
+            left = self._rows(u.features(*some), tap, limits)
+            return product(left, left if same else self._rows(v.features(*some), tap, limits))
+
+        total = added(slab(some, tap) for some in ranges(p, step) for tap in taps)
+        return canonical(total, u.rows, v.rows, same)
+
+    def _rows(self, block: Conv, tap: Sequence[int] | None, limits: Limits) -> Tensor:
+        at = () if tap is None else (tap,)
+        few = Limits(limits.cached(CACHED), limits.dtype)
+        return matrix(block, few, self.workspace(block), lambda b: self.build(b.to(limits.dtype), *at))
+
+
+def _windows(block: Conv) -> int:
+    """Elements of the windows at one tap, of one sample."""
+    return len(block.windows) * block.T * block.points.shape[3] * block.windows.shape[4]
+
+
+def _unfolded_cost(block: Conv, s: Sizes, taps: int) -> Cost:
+    products = s.K * s.B * s.T * prod(block.shape) + SMALL * s.B * s.G
+    return Cost(products, s.rights * s.T * s.G * s.q if taps > 1 else 0, 6)
+
+
+def _tapped_cost(block: Conv, s: Sizes, taps: int) -> Cost:
+    products = s.K * s.B * s.T * prod(block.shape) + SMALL * s.B * s.G * taps
+    return Cost(products, s.rights * s.T * s.G * s.q, 6 * taps)
+
+
+def _depthwise_cost(block: Conv, s: Sizes, taps: int) -> Cost:
+    return Cost(0, 2 * s.K * s.B * s.T * prod(block.shape), 4 * taps * s.p * s.q // taps)
+
+
+def _grouped_cost(block: Conv, s: Sizes, taps: int) -> Cost:
+    return Cost(s.K * s.B * s.T * prod(block.shape), 2 * s.K * s.B * prod(block.shape), 10)
+
+
+METHODS = (
+    Method("unfolded", unfolded, False, lambda b: _windows(b) * prod(b.kernel), _unfolded_cost),
+    Method("by taps", tapped, True, _windows, _tapped_cost),
+    Method("depthwise", depthwise, True, lambda b: max(_windows(b), b.points[:, 0].numel()), _depthwise_cost),
+    Method("grouped", grouped, False, lambda b: _windows(b), _grouped_cost),
+)

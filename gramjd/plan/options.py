@@ -1,0 +1,90 @@
+"""What a caller may ask of a contraction, and what that leaves a plan to work with."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MiB = 2**20
+# More memory than this gains nothing: larger tiles leave the caches.
+ENOUGH = {"cpu": 64 * MiB, "cuda": 1024 * MiB}
+SMALL_FLOATS = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a contraction.
+
+    Args:
+        memory_budget: bytes of working memory beyond inputs and result, 64 KiB at least to be
+            kept to. None: an eighth of what is free on the device, and no more than is of use.
+        accumulate_dtype: in which products are added up, and of the result. None: half and
+            bfloat16 are accumulated in float32, others as they are.
+
+    Raises:
+        ValueError: the budget is not a positive number; the dtype is not a real floating dtype.
+    """
+
+    memory_budget: int | None = None
+    accumulate_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        budget, dtype = self.memory_budget, self.accumulate_dtype
+        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
+            raise ValueError(f"memory_budget must be a positive number of bytes or None, got {budget!r}.")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"accumulate_dtype must be a floating dtype or None, got {dtype!r}.")
+
+    def accumulated(self, *dtypes: torch.dtype) -> torch.dtype:
+        """The dtype in which factors of these dtypes are contracted."""
+        if self.accumulate_dtype is not None:
+            return self.accumulate_dtype
+        found = dtypes[0]
+        for dtype in dtypes[1:]:
+            found = torch.promote_types(found, dtype)
+        return torch.float32 if found in SMALL_FLOATS else found
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a plan has to work with."""
+
+    elements: int  # of working memory
+    dtype: torch.dtype
+
+    def cached(self, elements: int) -> int:
+        """No more than the limit, and no more than these, which stay in a cache."""
+        return max(1, min(self.elements, elements))
+
+
+def limits(options: Options, like: Tensor, *dtypes: torch.dtype) -> Limits:
+    """The limits of a contraction of factors on the device of ``like``."""
+    dtype = options.accumulated(*dtypes)
+    budget = options.memory_budget or _default_budget(like.device)
+    return Limits(max(1, budget // dtype.itemsize), dtype)
+
+
+def _free_host_memory() -> int:
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not on every system
+        return 8 * ENOUGH["cpu"]
+
+
+_FREE_AT_START = _free_host_memory()  # read once: the same model gets the same plans, also compiled
+
+
+def _default_budget(device: torch.device) -> int:
+    """A sane budget from the memory that is free."""
+    enough = ENOUGH.get(device.type, ENOUGH["cpu"])
+    free = _FREE_AT_START
+    if device.type == "cuda" and not _compiling():
+        free = torch.cuda.mem_get_info(device)[0]
+    return max(MiB, min(enough, free // 8))
+
+
+def _compiling() -> bool:
+    return torch._dynamo.is_compiling()

@@ -1,0 +1,77 @@
+"""Plans that build rows, some entries of the parameter at a time, and multiply them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import lcm, prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramjd.blocks import Block, Conv, Dense, Lookup, Outer
+from gramjd.plan.cost import Cost, half
+from gramjd.plan.options import Limits
+from gramjd.plan.pairwise import Sizes
+from gramjd.plan.tiles import LEAF, added, canonical, over_samples, product, ranges
+
+CACHED = 2**21  # elements of the rows that are built at once
+
+
+def rows_cost(u: Block, v: Block) -> Cost:
+    """``n T·o·i`` to build the rows, ``n²·o·i`` to multiply them."""
+    (K1, B1), (K2, B2), P, same = u.rows, v.rows, prod(u.shape), u is v
+    blocks: tuple[Block, ...] = (u,) if same else (u, v)
+    built = sum(building_cost(block)[0] for block in blocks)
+    moved = sum(building_cost(block)[1] for block in blocks)
+    n1, n2 = K1 * B1, K2 * B2
+    slabs = 1 + sum(block.rows[0] * block.rows[1] for block in blocks) * P // CACHED
+    products = half(same, n1 * n2 * P, n1, LEAF)
+    return Cost(built + products, moved, 8 * slabs, (n1 + (0 if same else n2)) * P)
+
+
+def building_cost(block: Block) -> tuple[int, int]:
+    """Multiply-adds and elements moved to build all rows of a block."""
+    (K, B), P = block.rows, prod(block.shape)
+    if isinstance(block, Dense):
+        return 0, K * B * P if K > 1 else 0
+    if isinstance(block, Lookup):
+        return 0, 2 * K * B * P + block.c.numel()
+    sizes = Sizes.of(block)
+    unfolded = sizes.rights * sizes.T * sizes.G * sizes.q if isinstance(block, Conv) else 0
+    return K * B * sizes.T * P, K * B * P + unfolded
+
+
+def rows(u: Block, v: Block, limits: Limits) -> Tensor:
+    """Rows of both blocks for some entries of the parameter at a time, multiplied and added up."""
+    P, grain = prod(u.shape), lcm(u.grain, v.grain)
+    n = u.rows[0] * u.rows[1] + (0 if u is v else v.rows[0] * v.rows[1])
+    step = limits.cached(CACHED) // max(1, n * grain)
+    most = max(u.rows[1], v.rows[1])
+    if step < 1 and n * grain > limits.elements and most > 1:
+        fewer = max(1, most * limits.elements // (2 * n * grain))
+        return over_samples(u, v, min(fewer, -(-most // 2)), lambda x, y: rows(x, y, limits))
+
+    def build(block: Block, start: int, stop: int) -> Tensor:
+        workspace = block.workspace(limits.dtype)
+        return matrix(block, limits, workspace, lambda b: b.part(start * grain, stop * grain, limits.dtype))
+
+    def slab(start: int, stop: int) -> Tensor:
+        left = build(u, start, stop)
+        return product(left, left if u is v else build(v, start, stop))
+
+    total = added(slab(*r) for r in ranges(P // grain, step))
+    return canonical(total, u.rows, v.rows, u is v)
+
+
+def matrix(block: Any, limits: Limits, workspace: int, build: Callable[[Any], Tensor]) -> Tensor:
+    """``[B K, entries]`` from ``build``, which makes ``[b, K, entries]`` for some of the samples.
+
+    ``build`` needs ``workspace`` elements for each sample besides its result.
+    """
+    step = limits.elements // max(1, workspace)
+    if step < 1 and isinstance(block, (Outer, Conv)) and block.lines > 1:
+        pieces = ranges(block.lines, block.lines * limits.elements // workspace)
+        return added(matrix(block.positions(*r), limits, 0, build) for r in pieces)
+    parts = [build(block.samples(*r)) for r in ranges(block.rows[1], step)]
+    return (torch.cat(parts) if len(parts) > 1 else parts[0]).flatten(0, 1)

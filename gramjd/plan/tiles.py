@@ -1,0 +1,73 @@
+"""Tiling: ranges, symmetric halves, and products of matrices of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import reduce
+from operator import add
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramjd.gramians import symmetrize
+
+LEAF = 128  # rows of a tile below which halving a symmetric product no longer pays
+
+
+def ranges(total: int, step: int) -> list[tuple[int, int]]:
+    """``total`` in pieces of about the same size, none larger than ``step``."""
+    count = max(1, -(-total // max(1, step)))
+    return [(total * i // count, total * (i + 1) // count) for i in range(count)]
+
+
+def over_samples(u: Any, v: Any, step: int, kernel: Callable[[Any, Any], Tensor]) -> Tensor:
+    """``[K, B, K, B]`` from tiles of at most ``step`` samples; half of them, if ``u is v``."""
+    left = [u.samples(*r) for r in ranges(u.rows[1], step)]
+    if u is not v:
+        right = [v.samples(*r) for r in ranges(v.rows[1], step)]
+        return _cat([[kernel(x, y) for y in right] for x in left])
+    tiles: list[list[Tensor]] = []
+    for i, x in enumerate(left):
+        found = [tiles[j][i].permute(2, 3, 0, 1) for j in range(i)]
+        diagonal = kernel(x, x)
+        found.append((diagonal + diagonal.permute(2, 3, 0, 1)) / 2)
+        tiles.append(found + [kernel(x, y) for y in left[i + 1 :]])
+    return _cat(tiles)
+
+
+def over_positions(x: Any, y: Any, side: int, kernel: Callable[[Any, Any], Tensor]) -> Tensor:
+    """The sum over tiles of at most ``side`` positions of each block."""
+    first, second = (ranges(block.c.shape[2], side) for block in (x, y))
+    return added(kernel(x.positions(*r), y.positions(*s)) for r in first for s in second)
+
+
+def added(terms: Iterable[Tensor]) -> Tensor:
+    """The sum of at least one tensor, of which no more than two exist at a time."""
+    return reduce(add, terms)
+
+
+def _cat(tiles: list[list[Tensor]]) -> Tensor:
+    """Tiles ``[K, b, K, b']`` put together."""
+    strips = [torch.cat(row, 3) if len(row) > 1 else row[0] for row in tiles]
+    return torch.cat(strips, 1) if len(strips) > 1 else strips[0]
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ rightᵀ`` of matrices of rows; half of it, if ``left is right``."""
+    count = min(8, len(left) // LEAF) if left is right else 1
+    if count < 2:
+        return left @ right.mT
+    pieces = [left[start:stop] for start, stop in ranges(len(left), -(-len(left) // count))]
+    tiles: list[list[Tensor]] = []
+    for i, piece in enumerate(pieces):
+        mirrored = [tiles[j][i].mT for j in range(i)]
+        tiles.append(mirrored + [piece @ other.mT for other in pieces[i:]])
+    return torch.cat([torch.cat(row, 1) for row in tiles])
+
+
+def canonical(square: Tensor, rows1: tuple[int, int], rows2: tuple[int, int], same: bool) -> Tensor:
+    """``[B₁ K₁, B₂ K₂]`` → ``[K₁, B₁, K₂, B₂]``, exactly symmetric if the rows are the same."""
+    square = symmetrize(square) if same else square
+    (K1, B1), (K2, B2) = rows1, rows2
+    return square.view(B1, K1, B2, K2).permute(1, 0, 3, 2)
