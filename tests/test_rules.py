@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import gramjd
 from gramjd import Engine
 from gramjd.rules import registered
+from gramjd.rules.conv import CONVS, TRANSPOSED_CONVS
 from gramjd.rules.elementwise import ADDCMULS, ADDS, ADDS_INPLACE, DIVS, LERPS, MULS, SUBS, SUBS_INPLACE
 from gramjd.rules.linear import ADDMMS, BADDBMMS, BMMS, MATMULS
 
@@ -47,21 +48,33 @@ def binary(op: Callable[..., Tensor], name: str) -> list[Case]:
 
 def conv(op: Callable[..., Tensor], name: str) -> list[Case]:
     """Convolutions in 1, 2 and 3 dimensions with every option."""
-    n = [F.conv1d, F.conv2d, F.conv3d].index(op) + 1
+    n = CONVS.index(op) + 1
     kernel, size = (3, 2, 1)[:n], (7, 5, 3)[:n]
     options: list[dict[str, object]] = [
         {}, {"padding": 1, "stride": 2}, {"padding": "same", "dilation": 2}, {"padding": "valid"},
         {"groups": 2, "padding": (1,) * n, "stride": (2,) * n}, {"groups": 4, "dilation": (2,) * n},
     ]  # fmt: skip
-    cases = []
-    for kw in options:
-        groups = kw.get("groups", 1)
-        shape = (8, 4 // groups, *kernel)  # type: ignore[operator]
-        if name == "weight":
-            cases.append(Case(shape, (4, *size), lambda p, x, kw=kw: op(x, p, w(8), **kw)))
-        else:
-            cases.append(Case((8,), (4, *size), lambda p, x, kw=kw, s=shape: op(x, w(*s), p, **kw)))
-    return cases
+    shapes = [(8, 4 // kw.get("groups", 1), *kernel) for kw in options]  # type: ignore[operator]
+    return [_conv(op, name, kw, shape, size) for kw, shape in zip(options, shapes, strict=True)]
+
+
+def conv_transpose(op: Callable[..., Tensor], name: str) -> list[Case]:
+    """Transposed convolutions in 1, 2 and 3 dimensions with every option."""
+    n = TRANSPOSED_CONVS.index(op) + 1
+    kernel, size = (3, 2, 1)[:n], (4, 3, 2)[:n]
+    options: list[dict[str, object]] = [
+        {}, {"stride": 2, "padding": 1}, {"stride": (3,) * n, "output_padding": 2},
+        {"groups": 2, "dilation": (2,) * n, "output_padding": (1,) * n}, {"groups": 4, "padding": (0,) * n},
+    ]  # fmt: skip
+    shapes = [(4, 8 // kw.get("groups", 1), *kernel) for kw in options]  # type: ignore[operator]
+    return [_conv(op, name, kw, shape, size) for kw, shape in zip(options, shapes, strict=True)]
+
+
+def _conv(op: Callable[..., Tensor], name: str, kw: dict[str, object], shape: tuple[int, ...],
+          size: tuple[int, ...]) -> Case:  # fmt: skip
+    if name == "weight":
+        return Case(shape, (4, *size), lambda p, x: op(x, p, w(8), **kw))
+    return Case((8,), (4, *size), lambda p, x: op(x, w(*shape), p, **kw))
 
 
 LINEAR = [
@@ -206,8 +219,15 @@ for op in (*ADDS_INPLACE, *SUBS_INPLACE):
 for op in (torch.add, torch.sub):
     CASES[op, "other"].append(Case((4,), (3, 4), lambda p, x, op=op: op(x, p, alpha=3)))
 CASES[torch.mul, "input"].append(Case((4,), (4,), lambda p, x: x.sin() * torch.mul(p, 3.0)))
-for op in (F.conv1d, F.conv2d, F.conv3d):
+for op in CONVS:
     CASES[op, "weight"], CASES[op, "bias"] = conv(op, "weight"), conv(op, "bias")
+for op in TRANSPOSED_CONVS:
+    CASES[op, "weight"], CASES[op, "bias"] = conv_transpose(op, "weight"), conv_transpose(op, "bias")
+CASES[F.conv2d, "weight"] += [
+    Case((2, 4, 3, 3), (4, 5, 5), lambda p, x: F.conv2d(F.pad(x, (1, 1, 1, 1), "circular"), p)),
+    Case((2, 4, 3, 3), (2, 4, 5, 5), lambda p, x: F.conv2d(x.flatten(0, 1), p).unflatten(0, (-1, 2))),
+    Case((2, 4, 3, 3), (4, 6, 6), lambda p, x: F.conv2d(F.conv2d(x, p)[:, :1].expand(-1, 4, -1, -1), p)),
+]
 
 
 def cases() -> Iterator[object]:

@@ -1,18 +1,19 @@
-"""Convolutions: unfolded, a convolution is a linear map at every output pixel."""
+"""Convolutions, transposed or not, in one to three dimensions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from gramjd.blocks import Dense, Outer
-from gramjd.rules.registry import register_rule
-from gramjd.rules.shapes import fold_samples, pad_like, patches, tuple_of
+from gramjd.blocks import Conv, Dense
+from gramjd.rules.registry import Op, register_rule
+from gramjd.rules.shapes import pad_like, tuple_of
 
 Option = int | Sequence[int]
 CONVS = (F.conv1d, F.conv2d, F.conv3d)
+TRANSPOSED_CONVS = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
 @register_rule(*CONVS, wrt="weight", needs=["input"])
@@ -25,20 +26,48 @@ def conv_weight(
     padding: str | Option = 0,
     dilation: Option = 1,
     groups: int = 1,
-) -> Outer:
-    kernel, n = tuple(weight.shape[2:]), weight.ndim - 2
+) -> Conv:
+    n = weight.ndim - 2
     steps, holes = tuple_of(stride, n), tuple_of(dilation, n)
-    x, samples = fold_samples(input, n + 1)
-    windows = patches(pad_like(x, padding, kernel, holes), kernel, steps, holes)  # [N, *out, C, *kernel]
-    a = windows.reshape(input.shape[0], -1, groups, weight[0].numel())  # [B, T, G, i]
-    K, B, o = c.shape[0], c.shape[1], weight.shape[0] // groups
-    c = c.reshape(K, B, samples, groups, o, -1).permute(0, 1, 2, 5, 3, 4).flatten(2, 3)
-    return Outer(c, a, tuple(weight.shape))
+    windows = pad_like(input, padding, weight.shape[2:], holes)
+    return Conv(_grouped(c, n, groups), _grouped(windows[None], n, groups), tuple(weight.shape), steps, holes)
 
 
-def _bias_rule(n: int) -> Callable[..., Dense]:
-    """The rule of the bias in ``n`` spatial dimensions."""
+@register_rule(*TRANSPOSED_CONVS, wrt="weight", needs=["input"])
+def conv_transpose_weight(
+    c: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Option = 1,
+    padding: Option = 0,
+    output_padding: Option = 0,
+    groups: int = 1,
+    dilation: Option = 1,
+) -> Conv:
+    n = weight.ndim - 2
+    steps, holes = tuple_of(stride, n), tuple_of(dilation, n)
+    windows = pad_like(c, padding, weight.shape[2:], holes)  # what the op cut off got no cotangents
+    return Conv(
+        _grouped(input[None], n, groups), _grouped(windows, n, groups), tuple(weight.shape), steps, holes
+    )
 
+
+def _grouped(x: Tensor, n: int, groups: int) -> Tensor:
+    """``[k, B, C, *spatial]`` or ``[k, B, m, C, *spatial]`` → ``[k, B, m, G, C / G, *spatial]``."""
+    x = x.unsqueeze(2) if x.ndim == n + 3 else x
+    return x.unflatten(3, (groups, -1))
+
+
+def _channel_sums(c: Tensor, n: int) -> Dense:
+    """Rows of a bias: every position of every call adds up."""
+    return Dense(c.movedim(-n - 1, -1).flatten(2, -2).sum(2))
+
+
+def _register_bias(conv: Op, conv_transpose: Op, n: int) -> None:
+    """The rules of the biases in ``n`` spatial dimensions."""
+
+    @register_rule(conv, wrt="bias")
     def conv_bias(
         c: Tensor,
         input: Tensor,
@@ -49,10 +78,22 @@ def _bias_rule(n: int) -> Callable[..., Dense]:
         dilation: Option = 1,
         groups: int = 1,
     ) -> Dense:
-        return Dense(c.movedim(-n - 1, -1).flatten(2, -2).sum(2))
+        return _channel_sums(c, n)
 
-    return conv_bias
+    @register_rule(conv_transpose, wrt="bias")
+    def conv_transpose_bias(
+        c: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        stride: Option = 1,
+        padding: Option = 0,
+        output_padding: Option = 0,
+        groups: int = 1,
+        dilation: Option = 1,
+    ) -> Dense:
+        return _channel_sums(c, n)
 
 
-for _n, _conv in enumerate(CONVS, start=1):
-    register_rule(_conv, wrt="bias")(_bias_rule(_n))
+for _n, (_conv, _transposed) in enumerate(zip(CONVS, TRANSPOSED_CONVS, strict=True), start=1):
+    _register_bias(_conv, _transposed, _n)

@@ -39,22 +39,6 @@ def broadcast_rows(c: Tensor, other: Tensor | float | None, param: Tensor) -> De
     return Dense(sum_to(c if other is None else times(c, other), param.shape))
 
 
-def patches(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
-    """Sliding windows of ``x [N, C, *spatial]``: ``[N, *out, C, *kernel]``, as a view."""
-    n = len(kernel)
-    for d in range(n):  # each unfold appends its window as the last dimension
-        x = x.unfold(2 + d, (kernel[d] - 1) * dilation[d] + 1, stride[d])
-        x = x[..., :: dilation[d]]
-    return x.permute(0, *range(2, 2 + n), 1, *range(2 + n, 2 + 2 * n))
-
-
-def fold_samples(x: Tensor, unbatched_ndim: int) -> tuple[Tensor, int]:
-    """``[B, n, ...]`` or ``[B, ...]`` → ``[B·n, ...]`` and ``n``; the latter where a call had no n."""
-    if x.ndim == unbatched_ndim + 1:
-        return x, 1
-    return x.flatten(0, 1), x.shape[1]
-
-
 def tuple_of(value: int | Sequence[int], n: int) -> tuple[int, ...]:
     """A convolution option as one number per spatial dimension."""
     if isinstance(value, int):
