@@ -12,7 +12,7 @@ from gramjd.errors import (
 )
 from gramjd.jacobian import Jacobian
 from gramjd.rules import register_rule
-from gramjd.transforms import gramian, jacobian
+from gramjd.transforms import gramian, gramian_and_value, jacobian, jacobian_and_value
 
 __all__ = [
     "CheckFailedError",
@@ -24,7 +24,9 @@ __all__ = [
     "NotSeparableError",
     "SlowPathWarning",
     "gramian",
+    "gramian_and_value",
     "jacobian",
+    "jacobian_and_value",
     "register_rule",
     "weighting",
 ]

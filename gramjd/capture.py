@@ -1,74 +1,95 @@
 """Capture of a pure per-sample function: every use of a parameter, with its cotangents.
 
-The function runs under ``vmap``, so that inside it there is no batch dimension to guess. A zero
-*perturbation* is added to the output of every op that receives a tracked parameter; the ``vjp`` with
-respect to all perturbations gives every cotangent in one backward pass. All of it is plain tensor
-code that composes with the transforms of ``torch.func``: nothing here detaches.
+The function runs once, under ``vmap``, so that inside it there is no batch dimension to guess, and at
+a level of differentiation of our own:
+
+- An op with a rule receives the bare parameter, and autograd's edge behind its output is remembered
+  (a *tap*). One backward pass to all taps at once gives the cotangents of all uses; since the op did
+  not see a parameter that requires gradients, no weight gradient is computed on the way.
+- Any other op receives the parameter as a tensor that requires gradients. Whatever depends on it
+  through ops that have no rule, that no mode shows us, or that run at a level of the function's own
+  (a ``grad`` or ``vmap`` inside it), reaches the parameter itself in the same backward pass: these
+  rows are ``Dense``. So every dependency is accounted for, known or not.
+
+All of it is plain tensor code that composes with the transforms of ``torch.func``: nothing here
+detaches from levels outside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gramjd import pytree
 from gramjd.blocks import Block, Dense
-from gramjd.internals import depends_on_innermost_transform
+from gramjd.internals import (
+    belongs_to,
+    below_transform,
+    depends_on_innermost_transform,
+    innermost_level,
+    tap,
+    unfused_attention,
+    vmaps_in_progress,
+)
 from gramjd.rules import expansion_of, tensors_of
 from gramjd.tracker import Tracker, is_inplace
 from gramjd.uses import Record, Use, blocks_of, describe
 
-Function = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
+Function = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Sequence[Tensor]]]
+
+# Their derivatives are wrong, or fail, under two levels of vmap: torch's own defects.
+_ONE_LEVEL = {"cdist", "pdist", "prelu", "rrelu"}
 
 
 @dataclass(frozen=True)
 class Captured:
-    """Values ``[B, *S]`` of each output, and the blocks ``(k, b)`` of each parameter."""
+    """Values ``[B, *S]`` of each output, auxiliary values, and blocks ``(k, b)`` of each parameter."""
 
     outputs: list[Tensor]
+    aux: list[Tensor]
     blocks: list[list[Block]]
 
 
 @dataclass
 class _Trace:
-    """What one run of the function leaves behind besides tensors."""
+    """What one run of the function leaves behind besides values of single samples."""
 
     records: list[Record] = field(default_factory=list)
-    tracked: list[list[Tensor]] = field(default_factory=list)
-    constants: list[list[Any] | None] = field(default_factory=list)  # saved where it is un-batched
-    shapes: list[list[tuple[torch.Size, torch.dtype, torch.device]]] = field(default_factory=list)
-    leftover: bool = False  # does anything else than the records depend on the parameters?
-
-    def zeros(self) -> list[Tensor]:
-        """A perturbation for every output of every use that is not derived."""
-        return [
-            torch.zeros(shape, dtype=dtype, device=device)
-            for record, outputs in zip(self.records, self.shapes, strict=True)
-            for shape, dtype, device in ([] if record.derived else outputs)
-        ]
+    tracked: list[list[Tensor]] = field(default_factory=list)  # tensors of the slots of each record
+    constants: list[list[Tensor]] = field(default_factory=list)  # values saved by derived records
+    outputs: list[int] = field(default_factory=list)  # how many each record has
+    reached: list[bool] = field(default_factory=list)  # does the output depend on each tap, parameter?
+    one_level: bool = False  # is there an op that tolerates one level of vmap alone?
 
 
-class _Perturb(Tracker):
-    """Adds perturbations to the outputs of tracked ops (none on the first run, which finds them)."""
+class _Tap(Tracker):
+    """Taps the outputs of ops with rules; everything else goes its way, with gradients."""
 
-    def __init__(self, parameters: Sequence[Tensor], raw: Sequence[Tensor],
-                 perturbations: Sequence[Tensor] | None, shared: bool, unbatched: Sequence[Tensor]
-                 ) -> None:  # fmt: skip
-        super().__init__(parameters, unbatched)
-        self.raw = {id(p): r for p, r in zip(parameters, raw, strict=True) if p is not r}
-        for parameter, tensor in zip(parameters, raw, strict=True):
-            self.sources[id(parameter)] = self.sources[id(tensor)] = tensor
-            self.known[id(tensor)] = tensor
-        self.perturbations = None if perturbations is None else list(perturbations)
+    def __init__(self, wrapped: Sequence[Tensor], raw: Sequence[Tensor], zero: Tensor, shared: bool,
+                 unbatched: Sequence[Tensor]) -> None:  # fmt: skip
+        super().__init__(wrapped, unbatched)
+        self.below: dict[int, Tensor] = {}  # tracked tensors as levels outside see them, by id
+        for parameter, tensor in zip(wrapped, raw, strict=True):
+            self.sources[id(parameter)] = tensor
+            self.below[id(parameter)] = tensor
+        self.zero = zero  # requires gradients
         self.shared = shared  # no batch: every tensor is "the sample", nothing is derived
+        self.level = innermost_level()
         self.trace = _Trace()
+        self.taps: list[Any] = []
         self.saved: list[list[Tensor]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _ONE_LEVEL:
+            self._refuse_nesting(func.__name__)
+        if func is F.scaled_dot_product_attention and args and args[0].device.type == "cpu":
+            with unfused_attention():  # the fused kernel has no batching rule there
+                return super().__torch_function__(func, types, args, kwargs)
         expansion = expansion_of(func)
         if expansion is None:
             return super().__torch_function__(func, types, args, kwargs)
@@ -76,44 +97,67 @@ class _Perturb(Tracker):
             return expansion(*args, **(kwargs or {}))
 
     def record(self, op: Any, args: Any, kwargs: dict[str, Any], derived: bool) -> tuple[Any, Record | None]:
-        args, kwargs = self._without_wrappers(args), self._without_wrappers(kwargs)
-        derived = derived and not self.shared
-        record, leaves = describe(op, args, kwargs, self.sources, derived)
+        if innermost_level() != self.level:  # inside a transform of the function's own
+            return op(*args, **kwargs), None
+        if is_inplace(op):
+            if id(args[0]) in self.sources:
+                raise NotImplementedError(_INPLACE.format(op=getattr(op, "__name__", op)))
+            return op(*args, **kwargs), None
+        record, leaves = describe(op, args, kwargs, self.sources, derived and not self.shared)
+        if record.derived:
+            return self._derive(op, args, kwargs, record, leaves)
+        out = None
+        if None not in record.entries and torch.is_grad_enabled():
+            out = op(*self._bare(args), **self._bare(kwargs))
+        if not isinstance(out, Tensor):
+            return op(*args, **kwargs), None
+        if not depends_on_innermost_transform(out):
+            out = out + self.zero.to(out.dtype)
+        found, out = tap(out)
+        self.taps.append(found)
+        self._keep(record, leaves, [leaves[i] for i in record.saved], [], 1)
+        return out, record
+
+    def _derive(self, op: Any, args: Any, kwargs: dict[str, Any], record: Record, leaves: Sequence[Any]
+                ) -> tuple[Any, Record | None]:  # fmt: skip
+        """Call an op on tracked and un-batched tensors alone: what it returns is tracked in turn."""
         out = op(*args, **kwargs)
         outs = tensors_of(out)
-        if not any(t.is_floating_point() or t.is_complex() for t in outs):
-            if out is None:  # such as __setitem__
-                raise NotImplementedError(_INPLACE.format(op=getattr(op, "__name__", op)))
-            return out, None
-        if is_inplace(op) and (None in record.entries or args[0] is not out):
-            raise NotImplementedError(_INPLACE.format(op=getattr(op, "__name__", op)))
+        below = [below_transform(t, self.level) for t in outs]
+        if not any(depends_on_innermost_transform(t) for t in outs):
+            return out, None  # a shape, a comparison, or detached
+        if any(belongs_to(t, self.level - 1) for t in below):
+            return out, None  # batched all the same
+        self.below.update((id(t), value) for t, value in zip(outs, below, strict=True))
+        constants = [below_transform(leaves[i], self.level) for i in record.saved]
+        self._keep(record, leaves, [], constants, len(outs))
+        return out, record
+
+    def _keep(self, record: Record, leaves: Sequence[Any], saved: list[Tensor], constants: list[Tensor],
+              outputs: int) -> None:  # fmt: skip
         self.trace.records.append(record)
-        self.trace.tracked.append([leaves[slot.index] for slot in record.slots])
-        values = [leaves[i] for i in record.saved]
-        self.trace.constants.append(values if derived else None)
-        self.saved.append([] if derived else values)
-        self.trace.shapes.append([(t.shape, t.dtype, t.device) for t in outs])
-        return out if derived else self._perturbed(op, out, outs), record
+        self.trace.tracked.append([self.below[id(leaves[slot.index])] for slot in record.slots])
+        self.trace.constants.append(constants)
+        self.trace.outputs.append(outputs)
+        self.saved.append(saved)
 
-    def _perturbed(self, op: Any, out: Any, outs: list[Tensor]) -> Any:
-        if self.perturbations is None:
-            return out
-        mine = [self.perturbations.pop(0) for _ in outs]
-        if is_inplace(op):
-            return out.add_(mine[0])
-        if isinstance(out, Tensor):
-            return out + mine[0]
-        leaves, spec = pytree.flatten(out)
-        return pytree.unflatten(spec, [x + mine.pop(0) if isinstance(x, Tensor) else x for x in leaves])
+    def _refuse_nesting(self, op: str) -> None:
+        """Raise if torch would differentiate the op wrongly here; note that one more level would be."""
+        self.trace.one_level = True
+        if vmaps_in_progress() > 1:
+            raise NotImplementedError(
+                f"torch's own derivative of {op} is wrong, or fails, under nested vmap. Call the "
+                "transform in a loop instead of inside torch.vmap."
+            )
 
-    def _without_wrappers(self, tree: Any) -> Any:
-        """Arguments with each parameter as the function's caller holds it."""
-        return pytree.map(lambda leaf: self.raw.get(id(leaf), leaf), tree) if self.raw else tree
+    def _bare(self, tree: Any) -> Any:
+        """Arguments with tracked tensors as levels outside see them, which need no gradients here."""
+        return pytree.map(lambda leaf: self.below.get(id(leaf), leaf), tree)
 
 
 _INPLACE = (
-    "The function writes a parameter into another tensor in place ({op}), which cannot be followed "
-    "under a transform. Use the out-of-place form (torch.cat, torch.where, x = x + p) instead."
+    "The function writes into a parameter, or into a tensor made of parameters alone, in place ({op}), "
+    "which cannot be followed under a transform. Use the out-of-place form (w = w * s) instead."
 )
 
 
@@ -131,7 +175,7 @@ def capture(
     """Run ``function`` and return its outputs with the blocks of every parameter.
 
     Args:
-        function: per sample, ``(parameters, batched) -> outputs``, lists of tensors all three.
+        function: per sample, ``(parameters, batched) -> (outputs, aux)``, lists of tensors all four.
         parameters: what to differentiate with respect to; shared by all samples.
         batched: ``[B, ...]`` each.
         cotangents: of each output, ``[K, B, *S]``; by default every entry of every output is an
@@ -142,74 +186,57 @@ def capture(
     """
     # An alias apiece: tied entries stay apart, as torch.func.grad keeps them apart.
     raw = [p.view_as(p) for p in parameters]
-
-    def mapped(run: Callable[..., Any], *args: Any) -> Any:
-        if shared:
-            return pytree.map(lambda t: t.unsqueeze(0), run(*args))
-        return torch.vmap(run, randomness=randomness, chunk_size=chunk_size)(*args)
-
-    found = _discover(function, raw, batched, unbatched, shared, mapped)
     trace = _Trace()
 
-    def per_sample(batch: Sequence[Tensor], *given: Tensor) -> Any:
-        def run(perturbations: list[Tensor], wrapped: list[Tensor]) -> Any:
+    def per_sample(batch: Sequence[Tensor], given: Sequence[Tensor]) -> Any:
+        def run(wrapped: Sequence[Tensor], zero: Tensor) -> Any:
             nonlocal trace
-            inside = wrapped or raw
-            tracker = _Perturb(inside, raw, perturbations, shared, unbatched)
-            outputs = _call(tracker, function, inside, batch)
+            tracker = _Tap(wrapped, raw, zero, shared, unbatched)
+            with tracker:
+                outputs, aux = function(wrapped, batch)
             trace = tracker.trace
-            if trace.shapes != found.shapes:
-                raise RuntimeError("The function took another path in its second run; it is not pure.")
-            return outputs, (tracker.saved, outputs)
+            cs = list(_pull(outputs, [*tracker.taps, *wrapped], list(given) or _basis(outputs), trace))
+            return torch.zeros(()), (cs, tracker.saved, list(outputs), list(aux))
 
-        zeros = found.zeros() or [torch.zeros(())]  # vjp wants a primal, even where nothing is used
-        extra = raw if found.leftover else []
-        outputs, vjp_fn, (saved, values) = torch.func.vjp(run, zeros, extra, has_aux=True)  # type: ignore[misc]
-        cs, rows = _pull(vjp_fn, given or _basis(outputs))
-        return values, cs, rows, saved
+        found = torch.func.vjp(run, raw, torch.zeros(()), has_aux=True)
+        return found[2]  # type: ignore[misc]
 
     given = [c[:, 0] if shared else c.transpose(0, 1) for c in cotangents or ()]
-    values, cs, rows, saved = mapped(per_sample, batched, *given)
-    uses = _uses(trace, [c.transpose(0, 1) for c in cs], saved)
+    if shared:
+        found = pytree.map(lambda t: t.unsqueeze(0), per_sample(batched, given))
+    else:
+        found = torch.vmap(per_sample, randomness=randomness, chunk_size=chunk_size)(batched, given)
+    cs, saved, values, aux = found
+    uses, rows = _uses(trace, iter(c.transpose(0, 1) for c in cs), saved, len(raw))
     blocks = blocks_of(uses, raw)
-    for number, row in enumerate(rows):
-        blocks[number].append(Dense(row.transpose(0, 1)))
-    return Captured(values, blocks)
+    for mine, row in zip(blocks, rows, strict=True):
+        if row is not None:
+            mine.append(Dense(row, origin="autograd"))
+    return Captured(values, aux, blocks)
 
 
-def _discover(function: Function, raw: Sequence[Tensor], batched: Sequence[Tensor],
-              unbatched: Sequence[Tensor], shared: bool, mapped: Callable[..., Any]) -> _Trace:  # fmt: skip
-    """A first run that finds the shapes of the perturbations, and whether the records tell all.
+def _pull(outputs: Sequence[Tensor], inputs: Sequence[Any], cotangents: Sequence[Tensor], trace: _Trace
+          ) -> Sequence[Tensor]:  # fmt: skip
+    """Cotangents ``[K, ...]`` of those inputs that the outputs depend on; ``trace`` learns which."""
+    live = [n for n, out in enumerate(outputs) if depends_on_innermost_transform(out)]
+    if not live:
+        trace.reached = [False] * len(inputs)
+        return []
+    ends = [outputs[n] for n in live]
 
-    Parameters are wrapped at a ``vjp`` level that tracked ops do not see: an output that still
-    requires gradients there depends on a parameter through something that no rule watched.
-    """
-    found = _Trace()
+    def grad(*cs: Tensor) -> list[Tensor]:
+        found = torch.autograd.grad(ends, inputs, cs, retain_graph=True, allow_unused=True)
+        trace.reached = [g is not None for g in found]
+        return [g for g in found if g is not None]
 
-    def per_sample(batch: Sequence[Tensor]) -> Any:
-        def run(wrapped: list[Tensor]) -> Any:
-            nonlocal found
-            tracker = _Perturb(wrapped, raw, None, shared, unbatched)
-            outputs = _call(tracker, function, wrapped, batch)
-            found = tracker.trace
-            found.leftover = any(depends_on_innermost_transform(out) for out in outputs)
-            return outputs
-
-        return torch.func.vjp(run, list(raw))[0]
-
-    mapped(per_sample, batched)
-    return found
-
-
-def _call(tracker: _Perturb, function: Function, parameters: Sequence[Tensor], batch: Sequence[Tensor]
-          ) -> list[Tensor]:  # fmt: skip
-    """The function under the tracker; an output that is itself derived counts as a use of it."""
-    with tracker:
-        outputs = list(function(parameters, batch))
-    return [
-        tracker.record(Tensor.clone, (out,), {}, derived=False)[0] if id(out) in tracker.sources else out
-        for out in outputs
-    ]
+    each = [cotangents[n] for n in live]
+    K = len(each[0])
+    if K == 1:
+        return [g.unsqueeze(0) for g in grad(*(c[0] for c in each))]
+    if not trace.one_level:
+        return list(torch.vmap(grad)(*each))
+    rows = [grad(*(c[k] for c in each)) for k in range(K)]
+    return [torch.stack(column) for column in zip(*rows, strict=True)]
 
 
 def _basis(outputs: Sequence[Tensor]) -> list[Tensor]:
@@ -223,18 +250,14 @@ def _basis(outputs: Sequence[Tensor]) -> list[Tensor]:
     return parts
 
 
-def _uses(trace: _Trace, cs: Sequence[Tensor], saved: Sequence[Sequence[Tensor]]) -> list[Use]:
-    """The records of a run, each with its share of the cotangents (none where it derived a tensor)."""
-    uses, rest = [], list(cs)
+def _uses(trace: _Trace, cs: Iterator[Tensor], saved: Sequence[Sequence[Tensor]], parameters: int
+          ) -> tuple[list[Use], list[Tensor | None]]:  # fmt: skip
+    """The uses that the outputs depend on, and rows of what reached a parameter past all of them."""
+    reached = iter(trace.reached)
+    uses = []
     for n, record in enumerate(trace.records):
-        mine = [None if record.derived else rest.pop(0) for _ in trace.shapes[n]]
-        constants = trace.constants[n]
-        uses.append(Use.of(record, saved[n] if constants is None else constants, mine, trace.tracked[n]))
-    return uses
-
-
-def _pull(vjp_fn: Callable[..., Any], cotangents: Sequence[Tensor]) -> Any:
-    """``vjp_fn`` over the leading dimension K of the cotangents."""
-    if len(cotangents[0]) == 1:
-        return pytree.map(lambda t: t.unsqueeze(0), vjp_fn([c[0] for c in cotangents]))
-    return torch.vmap(vjp_fn)(list(cotangents))
+        if record.derived:
+            uses.append(Use.of(record, trace.constants[n], [None] * trace.outputs[n], trace.tracked[n]))
+        elif next(reached):
+            uses.append(Use.of(record, saved[n], [next(cs)], trace.tracked[n]))
+    return uses, [next(cs) if is_reached else None for is_reached in reached]

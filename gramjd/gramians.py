@@ -24,12 +24,17 @@ def symmetrize(matrix: Tensor) -> Tensor:
     return (matrix + matrix.mT) / 2
 
 
-def rows_first(tensor: Tensor, batch_dim: int | None) -> Tensor:
-    """A tensor shaped like the output → ``[K, B]``; ``B = 1`` without a batch dimension."""
+def rows_first(tensor: Tensor, batch_dim: int | None, ndim: int | None = None) -> Tensor:
+    """A tensor ``[*shape, ...]`` → ``[K, B, ...]``; ``B = 1`` without a batch dimension.
+
+    ``ndim`` is the length of ``shape``; by default all dimensions belong to it.
+    """
+    ndim = tensor.ndim if ndim is None else ndim
+    rest = tensor.shape[ndim:]
     if batch_dim is None:
-        return tensor.reshape(-1, 1)
+        return tensor.reshape(-1, 1, *rest)
     size = tensor.shape[batch_dim]
-    return tensor.movedim(batch_dim, -1).reshape(-1, size)
+    return tensor.movedim(batch_dim, ndim - 1).reshape(-1, size, *rest)
 
 
 def from_rows(rows: Tensor, shape: Sequence[int], batch_dim: int | None) -> Tensor:

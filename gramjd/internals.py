@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._C import _functorch
@@ -16,6 +19,50 @@ def depends_on_innermost_transform(tensor: Tensor) -> bool:
     """Inside ``grad`` or ``vjp``: was ``tensor`` computed from what is being differentiated?"""
     level = _functorch.peek_interpreter_stack().level()
     return _functorch.maybe_get_level(tensor) == level and tensor.requires_grad
+
+
+def innermost_level() -> int:
+    """The number of the innermost transform in progress."""
+    level: int = _functorch.peek_interpreter_stack().level()
+    return level
+
+
+def vmaps_in_progress() -> int:
+    """How many levels of ``vmap`` are in progress?"""
+    stack = _functorch.get_interpreter_stack() or []
+    return sum(interpreter.key() == _functorch.TransformType.Vmap for interpreter in stack)
+
+
+def below_transform(tensor: Tensor, level: int) -> Tensor:
+    """``tensor`` as it is outside the ``grad`` or ``vjp`` of this level: detached from it alone."""
+    below: Tensor = _functorch._unwrap_for_grad(tensor, level)
+    return below
+
+
+def belongs_to(tensor: Tensor, level: int) -> bool:
+    """Is it wrapped at this level: batched by the ``vmap`` that the level is?"""
+    return bool(_functorch.maybe_get_level(tensor) == level)
+
+
+def tap(tensor: Tensor) -> tuple[Any, Tensor]:
+    """What ``torch.autograd.grad`` takes for the tensor as it is now, and the tensor to go on with.
+
+    Later writes into the latter do not change what the former stands for.
+    """
+    get_edge = getattr(torch.autograd.graph, "get_gradient_edge", None)
+    if get_edge is None:  # torch 2.1
+        return tensor, tensor.clone()
+    return get_edge(tensor), tensor
+
+
+def unfused_attention() -> AbstractContextManager[Any]:
+    """A context in which attention is made of ordinary ops."""
+    try:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+    except ImportError:  # torch 2.1
+        context: Any = torch.backends.cuda.sdp_kernel(enable_flash=False, enable_mem_efficient=False)
+        return context
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def is_compiling() -> bool:

@@ -8,135 +8,196 @@ from typing import Any
 from torch import Tensor
 
 from gramjd import pytree
+from gramjd.arguments import Arguments, InDims
 from gramjd.capture import capture
 from gramjd.jacobian import Jacobian, Output
 from gramjd.pytree import PyTree
 
-InDims = int | None | Sequence[PyTree]
+Argnums = int | tuple[int, ...]
 
 
 def jacobian(
-    func: Callable[..., PyTree],
-    argnums: int = 0,
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
     in_dims: InDims = 0,
     *,
+    has_aux: bool = False,
     randomness: str = "error",
     chunk_size: int | None = None,
-) -> Callable[..., Jacobian]:
+) -> Callable[..., Any]:
     """Transform a per-sample function into one that returns its lazy Jacobian over a batch.
 
+    ``func`` runs once. All outputs, values and derivatives can be differentiated and mapped further by
+    the transforms of ``torch.func``.
+
     Args:
-        func: a pure function of one sample, ``func(params, *sample) -> output``; parameters are any
-            PyTree of tensors, the output any PyTree of tensors.
-        argnums: position of the argument to differentiate with respect to. It is shared by all
-            samples.
-        in_dims: as in ``torch.func.vmap``, for the other arguments, in their order: which dimension
-            of each is the batch; ``None`` for an argument that all samples share. A single number
-            holds for all of them. ``None`` alone: there is no batch, and ``func`` is called once.
+        func: a pure function of one sample, ``func(params, *sample) -> output``; the arguments to
+            differentiate with respect to are any PyTrees of real tensors, the output any PyTree of
+            real tensors.
+        argnums: position of the argument to differentiate with respect to, or a tuple of several,
+            whose Jacobian is then with respect to the tuple. All samples share them.
+        in_dims: which dimension of each argument is the batch, as in ``torch.func.vmap``: one entry
+            for each positional argument, ``None`` for what all samples share, such as those that
+            ``argnums`` names. An ``int`` stands for all arguments but these. ``None`` alone: there is
+            no batch, and the function is called as it is. Keyword arguments are batched along
+            dimension 0 wherever there is a batch.
+        has_aux: ``func`` returns ``(output, aux)``; the result is then ``(jacobian, aux)``. Tensors
+            in ``aux`` come back as a batch; what else there is, as in the function's last call.
         randomness, chunk_size: as in ``torch.func.vmap``.
 
     Returns:
         A function of ``func``'s arguments, batched as ``in_dims`` says, that returns a
-        :class:`~gramjd.jacobian.Jacobian`. An output of shape ``S`` per sample counts as an output
-        ``[B, *S]`` there.
+        :class:`~gramjd.Jacobian`. An output of shape ``S`` per sample counts as an output ``[B, *S]``
+        there.
 
     Raises:
-        TypeError: parameters or outputs hold something other than tensors.
-        ValueError: batch sizes differ, or no argument is batched.
+        TypeError: parameters or outputs hold something other than real tensors, or a tensor subclass.
+        ValueError: batch sizes differ, no argument is batched, or a differentiated one is.
+        NotImplementedError: the function writes into a parameter in place.
+
+    Example:
+        >>> J = gramjd.jacobian(per_sample_loss)(params, inputs, targets)
+        >>> weights = gramjd.weighting.upgrad(J.gramian())
+        >>> gradient = J.vjp(weights)
     """
+    lazy = jacobian_and_value(
+        func, argnums, in_dims, has_aux=has_aux, randomness=randomness, chunk_size=chunk_size
+    )
 
-    def transformed(*args: Any) -> Jacobian:
-        params, params_spec = pytree.tensor_leaves(args[argnums], f"Argument {argnums}")
-        others = [*args[:argnums], *args[argnums + 1 :]]
-        leaves, spec = pytree.flatten(others)
-        dims = [None] * len(leaves) if in_dims is None else _batch_dims(others, in_dims)
-        where = [i for i, dim in enumerate(dims) if dim is not None]
-        if in_dims is not None:
-            _batch_size([leaves[i] for i in where], [dims[i] for i in where])
-        out_spec = None
+    def transformed(*args: Any, **kwargs: Any) -> Any:
+        found, value = lazy(*args, **kwargs)
+        return (found, value[1]) if has_aux else found
 
-        def function(parameters: Sequence[Tensor], batch: Sequence[Tensor]) -> list[Tensor]:
-            nonlocal out_spec
-            inside = list(leaves)
-            for i, value in zip(where, batch, strict=True):
-                inside[i] = value
-            full = list(pytree.unflatten(spec, inside))
-            full.insert(argnums, pytree.unflatten(params_spec, list(parameters)))
-            found, out_spec = pytree.tensor_leaves(func(*full), "The function's output")
-            return found
+    return transformed
 
+
+def jacobian_and_value(
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    in_dims: InDims = 0,
+    *,
+    has_aux: bool = False,
+    randomness: str = "error",
+    chunk_size: int | None = None,
+) -> Callable[..., tuple[Jacobian, Any]]:
+    """Like :func:`jacobian`, and return the function's values, too, from the same single run.
+
+    Returns:
+        A function that returns ``(jacobian, value)``, or ``(jacobian, (value, aux))`` if ``has_aux``;
+        values are ``[B, *S]``.
+    """
+    numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+    def transformed(*args: Any, **kwargs: Any) -> tuple[Jacobian, Any]:
+        given = Arguments.of(args, kwargs, numbers, in_dims, single=isinstance(argnums, int))
+        run = _Run(func, given, has_aux)
         found = capture(
-            function,
-            params,
-            [leaves[i].movedim(dims[i], 0) for i in where],
-            unbatched=[x for i, x in enumerate(leaves) if isinstance(x, Tensor) and i not in where],
+            run,
+            given.parameters,
+            given.batch,
+            unbatched=given.unbatched,
             randomness=randomness,
             chunk_size=chunk_size,
             shared=in_dims is None,
         )
-        assert out_spec is not None
         outputs = _outputs(found.outputs, batched=in_dims is not None)
         samples = len(found.outputs[0])
-        return Jacobian(found.blocks, params, params_spec, outputs, out_spec, samples)
+        lazy = Jacobian.of(
+            found.blocks, given.parameters, given.parameters_spec, outputs, run.output_spec, samples
+        )
+        values, aux = found.outputs, found.aux
+        if in_dims is None:
+            values, aux = [x.squeeze(0) for x in values], [x.squeeze(0) for x in aux]
+        value = pytree.unflatten(run.output_spec, values)
+        return lazy, ((value, run.with_tensors(aux)) if has_aux else value)
 
     return transformed
 
 
 def gramian(
-    func: Callable[..., PyTree],
-    argnums: int = 0,
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
     in_dims: InDims = 0,
     *,
+    has_aux: bool = False,
     randomness: str = "error",
     chunk_size: int | None = None,
-) -> Callable[..., PyTree]:
+) -> Callable[..., Any]:
     """Transform a per-sample function into one that returns the Gramian of its Jacobian.
 
     The arguments are those of :func:`jacobian`.
 
     Returns:
         A function that returns ``G = J Jᵀ`` of shape ``[B, *S, *reversed(S), B]`` for a per-sample
-        output of shape ``S``; for a PyTree of outputs, a PyTree of PyTrees.
+        output of shape ``S``; for a PyTree of outputs, a PyTree of PyTrees as of
+        ``torch.func.hessian``; ``(G, aux)`` if ``has_aux``.
     """
-    lazy = jacobian(func, argnums, in_dims, randomness=randomness, chunk_size=chunk_size)
-    return lambda *args: lazy(*args).gramian()
+    lazy = jacobian(func, argnums, in_dims, has_aux=has_aux, randomness=randomness, chunk_size=chunk_size)
+
+    def transformed(*args: Any, **kwargs: Any) -> Any:
+        found = lazy(*args, **kwargs)
+        return (found[0].gramian(), found[1]) if has_aux else found.gramian()
+
+    return transformed
 
 
-def _batch_dims(others: Sequence[PyTree], in_dims: int | Sequence[PyTree]) -> list[int | None]:
-    """The batch dimension of every leaf of the arguments (``None`` for what is no tensor)."""
-    if not isinstance(in_dims, int) and len(in_dims) != len(others):
-        raise ValueError(
-            f"in_dims has {len(in_dims)} entries for {len(others)} arguments besides the "
-            "differentiated one; give one entry for each of these."
-        )
-    each = [in_dims] * len(others) if isinstance(in_dims, int) else in_dims
-    dims: list[int | None] = []
-    for arg, dim in zip(others, each, strict=True):
-        leaves = pytree.leaves(arg)
-        same = [dim] * len(leaves) if dim is None or isinstance(dim, int) else pytree.leaves(dim)
-        if len(same) != len(leaves):
-            raise ValueError(f"in_dims {dim!r} does not match the structure of its argument.")
-        dims += [d if isinstance(x, Tensor) else None for x, d in zip(leaves, same, strict=True)]
-    return dims
+def gramian_and_value(
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    in_dims: InDims = 0,
+    *,
+    has_aux: bool = False,
+    randomness: str = "error",
+    chunk_size: int | None = None,
+) -> Callable[..., tuple[PyTree, Any]]:
+    """Like :func:`gramian`, and return the function's values, too, from the same single run.
+
+    Returns:
+        A function that returns ``(G, value)``, or ``(G, (value, aux))`` if ``has_aux``.
+    """
+    lazy = jacobian_and_value(
+        func, argnums, in_dims, has_aux=has_aux, randomness=randomness, chunk_size=chunk_size
+    )
+
+    def transformed(*args: Any, **kwargs: Any) -> tuple[PyTree, Any]:
+        found, value = lazy(*args, **kwargs)
+        return found.gramian(), value
+
+    return transformed
 
 
-def _batch_size(tensors: Sequence[Tensor], dims: Sequence[int | None]) -> None:
-    """Raise unless all batched tensors have one and the same, positive number of samples."""
-    sizes = set()
-    for tensor, dim in zip(tensors, dims, strict=True):
-        assert dim is not None
-        if not -tensor.ndim <= dim < tensor.ndim:
-            raise ValueError(
-                f"An argument of shape {list(tensor.shape)} has no batch dimension {dim}. Put None in "
-                "in_dims for arguments that all samples share."
-            )
-        sizes.add(tensor.shape[dim])
-    if not sizes:
-        raise ValueError("No argument is batched. Pass in_dims=None if there is no batch.")
-    if len(sizes) > 1:
-        raise ValueError(f"The batched arguments disagree on the number of samples: {sorted(sizes)}.")
-    if 0 in sizes:
-        raise ValueError("The batch is empty: a Gramian needs at least one sample.")
+class _Run:
+    """The function on lists of tensors; remembers the structure of what it returned."""
+
+    def __init__(self, func: Callable[..., Any], given: Arguments, has_aux: bool) -> None:
+        self.func, self.given, self.has_aux = func, given, has_aux
+        self.output_spec: Any = None
+        self._aux: tuple[list[Any], Any] = ([], None)
+
+    def __call__(self, parameters: Sequence[Tensor], batch: Sequence[Tensor]
+                 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+        args, kwargs = self.given.of_sample(parameters, batch)
+        found, aux = self.func(*args, **kwargs), None
+        if self.has_aux:
+            if not (isinstance(found, tuple) and len(found) == 2):
+                raise TypeError("With has_aux=True, the function must return a tuple (output, aux).")
+            found, aux = found
+        outputs, self.output_spec = pytree.tensor_leaves(found, "The function's output")
+        for out in outputs:
+            if not out.is_floating_point():
+                raise TypeError(
+                    f"The function's output must hold real floating-point tensors, not {out.dtype}. "
+                    "Return others through has_aux=True."
+                )
+        leaves, spec = pytree.flatten(aux)
+        self._aux = [pytree.PLACEHOLDER if isinstance(x, Tensor) else x for x in leaves], spec
+        return outputs, [x for x in leaves if isinstance(x, Tensor)]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> PyTree:
+        """The auxiliary output with these tensors in it."""
+        leaves, spec = self._aux
+        rest = iter(tensors)
+        return pytree.unflatten(spec, [next(rest) if x is pytree.PLACEHOLDER else x for x in leaves])
 
 
 def _outputs(values: Sequence[Tensor], batched: bool) -> list[Output]:

@@ -66,11 +66,9 @@ def test_the_ops_cover_everything(name: str) -> None:
     assert_close(engine.compute_gramian(out), dense_gramian(out, module.parameters()))
 
 
-# With several objectives, torch.func.vjp itself is wrong for cdist ("derived") and fails for prelu.
 @pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
-@pytest.mark.parametrize("name", sorted(set(CASES) - {"class token", "in place", "returns nothing"}))
+@pytest.mark.parametrize("name", CASES)
 def test_the_functional_face_agrees(name: str, several: bool) -> None:
-    several = several and name not in ("derived", "prelu")
     module, inputs = make(name)
     module.eval()
     params = {n: p for n, p in module.named_parameters() if p.requires_grad}

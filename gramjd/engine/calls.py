@@ -49,7 +49,7 @@ def call_blocks(
               for t, b in zip(arguments, batched, strict=True) if b]  # fmt: skip
     shared = [t for t, b in zip(arguments, batched, strict=True) if not b]
 
-    def function(params: Sequence[Tensor], batch: Sequence[Tensor]) -> list[Tensor]:
+    def function(params: Sequence[Tensor], batch: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         mine, others = iter(batch), iter(shared)
         tensors = iter([next(mine) if b else next(others) for b in batched])
         leaves = [next(tensors) if leaf is pytree.PLACEHOLDER else leaf for leaf in mark.leaves]
@@ -58,7 +58,7 @@ def call_blocks(
         module = getattr(mark.module, "_orig_mod", mark.module)
         out = torch.func.functional_call(module, _without_prefix(named), args, kwargs)
         live = [t for t, is_live in zip(tensors_of(out), mark.live, strict=True) if is_live]
-        return [live[i] for i in used]
+        return [live[i] for i in used], []
 
     with torch.random.fork_rng(devices=[], enabled=mark.rng_state is not None):
         if mark.rng_state is not None:

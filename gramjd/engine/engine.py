@@ -121,7 +121,7 @@ class Engine:
         by_id = dict(zip(map(id, named.values()), blocks, strict=True))
         _, leaf = pytree.flatten(output)
         shape = Output(0, tuple(output.shape), batch_dim)
-        return Jacobian([by_id[id(p)] for p in parameters], parameters, spec, [shape], leaf, task.samples)
+        return Jacobian.of([by_id[id(p)] for p in parameters], parameters, spec, [shape], leaf, task.samples)
 
     def close(self) -> None:
         """Remove the engine's hooks; the modules are as they were. May be called again."""

@@ -1,0 +1,6 @@
+"""The lazy Jacobian: a linear operator made of blocks."""
+
+from gramjd.jacobian.lazy import Jacobian
+from gramjd.jacobian.outputs import Output
+
+__all__ = ["Jacobian", "Output"]

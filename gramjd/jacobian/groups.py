@@ -1,0 +1,44 @@
+"""Which parameters are meant: groups and choices by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+
+def partition(names: Sequence[str], per: str | Mapping[str, Sequence[str]] | Callable[[str], str]
+              ) -> dict[str, list[int]]:  # fmt: skip
+    """Groups of parameters, as positions in ``names``; each parameter is in exactly one."""
+    if per == "parameter":
+        return {name: [n] for n, name in enumerate(names)}
+    if isinstance(per, str):
+        raise ValueError(f"per must be None, 'parameter', a function or a mapping, not {per!r}.")
+    found: dict[str, list[int]] = {}
+    if callable(per):
+        for n, name in enumerate(names):
+            found.setdefault(per(name), []).append(n)
+        return found
+    found = {group: chosen(names, mine) for group, mine in per.items()}
+    taken = [n for which in found.values() for n in which]
+    twice = sorted({names[n] for n in taken if taken.count(n) > 1})
+    missing = [name for n, name in enumerate(names) if n not in taken]
+    if twice or missing:
+        raise ValueError(
+            f"Groups must hold every parameter once; missing are {missing}, and in several are {twice}."
+        )
+    return found
+
+
+def chosen(names: Sequence[str], wanted: Sequence[str] | Callable[[str], bool]) -> list[int]:
+    """Positions of the wanted names."""
+    if callable(wanted):
+        which = [n for n, name in enumerate(names) if wanted(name)]
+    else:
+        unknown = [name for name in wanted if name not in names]
+        if unknown:
+            raise ValueError(
+                f"There is no parameter {unknown[0]!r} in this Jacobian; there are {list(names)}."
+            )
+        which = [names.index(name) for name in wanted]
+    if not which:
+        raise ValueError(f"No parameter was chosen; there are {list(names)}.")
+    return which

@@ -1,0 +1,336 @@
+"""``Jacobian``: products with a Jacobian that is never stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramjd import pytree
+from gramjd.blocks import Block
+from gramjd.jacobian import groups, operator, parts
+from gramjd.jacobian.outputs import Output, Outputs
+from gramjd.jacobian.parts import Part
+from gramjd.plan import Options
+from gramjd.pytree import PyTree, PyTreeSpec
+
+Per = str | Mapping[str, Sequence[str]] | Callable[[str], str] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Jacobian:
+    """The Jacobian ``J`` of outputs with respect to parameters, in factors; ``J`` is never stored.
+
+    Made by :func:`gramjd.jacobian` and :meth:`gramjd.Engine.jacobian`. As an operator it maps flat
+    parameters to flat outputs (leaves one after the other): ``J @ v``, ``J.T @ w``, and ``J @ J.T``
+    is the Gramian as a matrix.
+
+    Attributes:
+        parameters: what was differentiated with respect to, in a flat list.
+        outputs: shapes of the outputs (with their batch dimension).
+    """
+
+    parts: Sequence[Part]
+    parameters: Sequence[Tensor]
+    parameters_spec: PyTreeSpec
+    outputs: Outputs
+
+    @staticmethod
+    def of(blocks: Sequence[Sequence[Block]], parameters: Sequence[Tensor], parameters_spec: PyTreeSpec,
+           outputs: Sequence[Output], outputs_spec: PyTreeSpec, samples: int) -> Jacobian:  # fmt: skip
+        """The Jacobian of one batch, from the blocks of each parameter."""
+        part = Part(blocks, samples)
+        return Jacobian([part], parameters, parameters_spec, Outputs(outputs, outputs_spec, samples))
+
+    @staticmethod
+    def cat(jacobians: Sequence[Jacobian]) -> Jacobian:
+        """The Jacobian over all samples of several micro-batches, without copying any factor.
+
+        Raises:
+            ValueError: there is none, an output has no batch dimension, or they are of different
+                parameters or of outputs that differ in more than the number of samples.
+        """
+        if not jacobians:
+            raise ValueError("Jacobian.cat needs at least one Jacobian.")
+        first = jacobians[0]
+        if any(out.batch_dim is None for out in first.outputs.each):
+            raise ValueError("Jacobian.cat needs outputs with a batch dimension to concatenate along.")
+        samples = sum(j.outputs.samples for j in jacobians)
+        each = [out.with_samples(samples) for out in first.outputs.each]
+        for j in jacobians:
+            first._check_parameters(j)
+            if j.outputs.spec != first.outputs.spec or any(
+                out.batch_dim is None or out.with_samples(samples) != want
+                for out, want in zip(j.outputs.each, each, strict=True)
+            ):
+                raise ValueError(f"Cannot concatenate {j!r} to {first!r}: their outputs differ in shape.")
+        found = [part for j in jacobians for part in j.parts]
+        return replace(first, parts=found, outputs=Outputs(each, first.outputs.spec, samples))
+
+    @property
+    def samples(self) -> int:
+        """``B``; 1 without a batch dimension."""
+        return self.outputs.samples
+
+    @property
+    def objectives(self) -> int:
+        """Objectives per sample, of all outputs together: ``K``."""
+        return self.outputs.objectives
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(rows, entries of all parameters)``, of the matrix."""
+        return self.outputs.rows, sum(p.numel() for p in self.parameters)
+
+    @property
+    def blocks(self) -> list[list[Block]]:
+        """The blocks of each parameter, of all micro-batches one after the other."""
+        return [[b for part in self.parts for b in part.blocks[n]] for n in range(len(self.parameters))]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the parameters: the keys that lead to each in its PyTree, joined by dots."""
+        return pytree.paths(pytree.unflatten(self.parameters_spec, list(self.parameters)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._like.dtype
+
+    def __repr__(self) -> str:
+        shapes = [list(out.shape) for out in self.outputs.each]
+        shown = shapes[0] if len(shapes) == 1 else shapes
+        rows, entries = self.shape
+        stored = sum(part.memory() for part in self.parts) / 2**20
+        return (
+            f"Jacobian(outputs={shown}, rows={rows}, parameters={len(self.parameters)}, entries={entries}, "
+            f"dtype={self.dtype}, device={self._like.device}, stored={stored:.1f} MiB)"
+        )
+
+    # products
+
+    def gramian(self, per: Per = None, *, memory_budget: int | None = None,
+                accumulate_dtype: torch.dtype | None = None) -> PyTree:  # fmt: skip
+        """The generalized Gramian ``G = J Jᵀ``.
+
+        Args:
+            per: ``None`` for the whole; ``"parameter"`` for the share of each parameter; or groups
+                of parameters, as a function from a parameter's name to its group's, or a mapping
+                from groups to names. The shares add up to the whole.
+            memory_budget: bytes of working memory that contractions may use beside the result.
+            accumulate_dtype: dtype in which half-precision products are added up.
+
+        Returns:
+            For a tensor output, ``[*shape, *reversed(shape)]``, exactly symmetric. For a PyTree of
+            outputs, a PyTree of PyTrees as of ``torch.func.hessian``: entry ``[i][j]`` has shape
+            ``[*shape_i, *reversed(shape_j)]``. With ``per``, a dictionary of these by name.
+
+        Raises:
+            ValueError: groups leave out a parameter, name one twice, or name one that there is not.
+        """
+        options = Options(memory_budget, accumulate_dtype)
+
+        def share(which: Sequence[int]) -> PyTree:
+            total = parts.gramian(self.parts, which, self.objectives, options, self._like)
+            return self.outputs.square(total, self.outputs)
+
+        if per is None:
+            return share(range(len(self.parameters)))
+        return {name: share(which) for name, which in groups.partition(self.names, per).items()}
+
+    def cross(self, other: Jacobian, *, memory_budget: int | None = None,
+              accumulate_dtype: torch.dtype | None = None) -> PyTree:  # fmt: skip
+        """``J₁ J₂ᵀ``, the inner products of the rows of two Jacobians over the same parameters.
+
+        Returns:
+            ``[*shape₁, *reversed(shape₂)]``, a PyTree of PyTrees where outputs are.
+
+        Raises:
+            ValueError: the Jacobians are of different parameters.
+        """
+        self._check_parameters(other)
+        total = parts.cross(
+            self.parts,
+            other.parts,
+            range(len(self.parameters)),
+            (self.objectives, other.objectives),
+            Options(memory_budget, accumulate_dtype),
+            self._like,
+        )
+        return self.outputs.square(total, other.outputs)
+
+    def squared_norms(self, *, memory_budget: int | None = None) -> PyTree:
+        """Squared norm of every row, shaped like the outputs, without the Gramian.
+
+        That is the Gramian's diagonal, for instance for per-sample clipping.
+        """
+        options = Options(memory_budget)
+        return self.outputs.unpack(parts.squared_norms(self.parts, self.objectives, options, self._like))
+
+    def norms(self, *, memory_budget: int | None = None) -> PyTree:
+        """Norm of every row, shaped like the outputs, without the Gramian."""
+        return pytree.map(Tensor.sqrt, self.squared_norms(memory_budget=memory_budget))
+
+    def diagonal(self, *, memory_budget: int | None = None) -> Tensor:
+        """The Gramian of each sample by itself: the diagonal over samples of :meth:`gramian`.
+
+        Returns:
+            ``[B, *S, *reversed(S)]`` for an output of shape ``S`` per sample.
+
+        Raises:
+            ValueError: the output is a PyTree of several tensors.
+        """
+        if len(self.outputs.each) != 1:
+            raise ValueError("diagonal() is of one output tensor; this Jacobian has several.")
+        out, K = self.outputs.each[0], self.objectives
+        rows = parts.diagonal(self.parts, K, Options(memory_budget), self._like)  # [K, B, K]
+        sizes = [n for d, n in enumerate(out.shape) if d != out.batch_dim]
+        square = rows.transpose(0, 1).reshape(self.samples, *sizes, *sizes)
+        order = range(1 + len(sizes), 1 + 2 * len(sizes))
+        return square.permute([*range(1 + len(sizes)), *reversed(order)])
+
+    def vjp(self, w: PyTree) -> PyTree:
+        """``Jᵀ w``, the weighted gradient, without a second backward pass.
+
+        Args:
+            w: weights shaped like the outputs (a PyTree of tensors if they are one), or ``n`` of
+                them at once, with a leading dimension ``n``.
+
+        Returns:
+            A PyTree like the parameters, in their shapes and dtypes, each with a leading ``n`` if the
+            weights have one.
+
+        Raises:
+            ValueError: the weights are not shaped like the outputs.
+        """
+        rows, batched = self.outputs.pack(w, "weights")
+
+        def one(row: Tensor) -> list[Tensor]:
+            return parts.vjp(self.parts, self.parameters, row)
+
+        found = torch.vmap(one)(rows) if batched else one(rows[0])
+        return pytree.unflatten(self.parameters_spec, list(found))
+
+    def jvp(self, v: PyTree) -> PyTree:
+        """``J v``: the change of the outputs along a direction in parameter space.
+
+        Args:
+            v: a PyTree like the parameters.
+
+        Returns:
+            A PyTree shaped like the outputs.
+
+        Raises:
+            ValueError: ``v`` is not shaped like the parameters.
+        """
+        given, spec = pytree.flatten(v)
+        if spec != self.parameters_spec:
+            raise ValueError(f"Expected a direction in the structure {self.parameters_spec}, got {spec}.")
+        for name, p, tangent in zip(self.names, self.parameters, given, strict=True):
+            if tangent.shape != p.shape:
+                raise ValueError(
+                    f"Expected a direction of shape {list(p.shape)} for parameter {name!r}, got "
+                    f"{list(tangent.shape)}."
+                )
+        return self.outputs.unpack(parts.jvp(self.parts, given, self.objectives, self._like))
+
+    def dense(self) -> PyTree:
+        """``J`` itself: for each output, a PyTree like the parameters of ``[*shape, *p.shape]``."""
+        columns = [
+            self.outputs.unpack(parts.dense(self.parts, number, self.objectives, p))
+            for number, p in enumerate(self.parameters)
+        ]
+        leaves = [pytree.leaves(column) for column in columns]
+        rows = [pytree.unflatten(self.parameters_spec, list(mine)) for mine in zip(*leaves, strict=True)]
+        return pytree.unflatten(self.outputs.spec, rows)
+
+    def backward(self, w: Tensor | None = None) -> None:
+        """Add ``Jᵀ w`` to ``.grad`` of the parameters, as ``losses.backward(w)`` would add it.
+
+        No second backward pass runs: the gradients are products of the factors. They go through
+        autograd's own accumulation, so that hooks of the parameters run as usual. Parameters that the
+        Jacobian is not of get nothing: for an engine's, those that are not registered with it.
+
+        Args:
+            w: weights shaped like the output; may be left out for a scalar output.
+
+        Raises:
+            ValueError: the weights are not shaped like the output.
+            RuntimeError: the parameters are not leaf tensors that require gradients.
+        """
+        used = [n for n in range(len(self.parameters)) if any(part.blocks[n] for part in self.parts)]
+        leaves = [self.parameters[n] for n in used]
+        for n, p in zip(used, leaves, strict=True):
+            if not (p.is_leaf and p.requires_grad):
+                raise RuntimeError(
+                    f"Parameter {self.names[n]!r} is not a leaf tensor that requires gradients, so it has "
+                    "no .grad to add to. Use J.vjp(w), which returns the gradients."
+                )
+        if w is None:
+            if self.outputs.rows != 1:
+                raise ValueError("Jacobian.backward needs weights, except for one scalar output.")
+            w = self.outputs.unpack(torch.ones(1, 1, dtype=self.dtype, device=self._like.device))
+        rows, batched = self.outputs.pack(w, "weights")
+        if batched:
+            raise ValueError("Jacobian.backward takes one tensor of weights; see vjp for a batch of them.")
+        with torch.no_grad():
+            found = parts.vjp(self.parts, self.parameters, rows[0])
+        torch.autograd.backward(leaves, [found[n] for n in used])
+
+    # other views of it
+
+    def select(self, names: Sequence[str] | Callable[[str], bool]) -> Jacobian:
+        """The Jacobian with respect to some of the parameters, which become a dictionary by name.
+
+        Args:
+            names: of the parameters to keep, or a function that says whether to keep one.
+
+        Raises:
+            ValueError: there is no parameter of some name, or none is left.
+        """
+        which = groups.chosen(self.names, names)
+        order, spec = pytree.flatten({self.names[n]: n for n in which})
+        found = [Part([part.blocks[n] for n in order], part.samples) for part in self.parts]
+        kept = [self.parameters[n] for n in order]
+        return replace(self, parts=found, parameters=kept, parameters_spec=spec)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Jacobian:
+        """The same Jacobian on another device or in another floating-point dtype."""
+        return replace(
+            self,
+            parts=[part.moved(device, dtype) for part in self.parts],
+            parameters=[p.detach().to(device=device, dtype=dtype) for p in self.parameters],
+        )
+
+    def __matmul__(self, right: Any) -> Tensor:
+        return operator.times(self, right)
+
+    @property
+    def T(self) -> operator.Transposed:
+        """``Jᵀ``: ``J.T @ w`` for flat weights ``[rows]`` or ``[rows, n]``."""
+        return operator.Transposed(self)
+
+    def as_linear_operator(self) -> Any:
+        """``J`` as a ``scipy.sparse.linalg.LinearOperator``; needs scipy.
+
+        ``A @ A.H`` is the Gramian as an operator, for instance for the eigenvalues of a kernel too
+        large to form (``scipy.sparse.linalg.eigsh``).
+        """
+        return operator.as_linear_operator(self)
+
+    @property
+    def _like(self) -> Tensor:
+        """A tensor of the dtype and on the device of the products."""
+        return self.parameters[0]
+
+    def _check_parameters(self, other: Jacobian) -> None:
+        """Raise unless another Jacobian is of parameters in the same structure and shapes."""
+        mine, theirs = ([(n, tuple(p.shape)) for n, p in zip(j.names, j.parameters, strict=True)]
+                        for j in (self, other))  # fmt: skip
+        if mine != theirs:
+            raise ValueError(
+                f"The Jacobians are of different parameters: {dict(mine)} and {dict(theirs)}. Use select() "
+                "to restrict both to the same ones."
+            )

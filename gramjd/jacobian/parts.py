@@ -1,0 +1,156 @@
+"""Products with the blocks of some samples, for rows ``(k, b)`` and parameters in a flat list.
+
+A Jacobian over micro-batches has several parts; each holds, for every parameter, the blocks of its
+own samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from gramjd import plan
+from gramjd.blocks import Block
+from gramjd.plan import Options
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some samples of a Jacobian."""
+
+    blocks: Sequence[Sequence[Block]]  # of each parameter; none if the outputs do not depend on it
+    samples: int
+
+    def moved(self, device: torch.device | str | None, dtype: torch.dtype | None) -> Part:
+        """On another device, and with floating-point numbers of another dtype."""
+        return Part([[_moved(block, device, dtype) for block in mine] for mine in self.blocks], self.samples)
+
+    def memory(self) -> int:
+        """Bytes of the factors, each storage once."""
+        storages = {t.untyped_storage() for mine in self.blocks for b in mine for t in _tensors(b).values()}
+        return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def gramian(parts: Sequence[Part], which: Sequence[int], K: int, options: Options, like: Tensor) -> Tensor:
+    """``Σ J_p J_pᵀ`` over the parameters ``which``, ``[K, B, K, B]``, exactly symmetric."""
+    tiles: list[list[Tensor]] = []
+    for i, part in enumerate(parts):
+        mirrored = [tiles[j][i].permute(2, 3, 0, 1) for j in range(i)]
+        shares = [plan.gramian(part.blocks[p], options) for p in which if part.blocks[p]]
+        own = _sum(shares, (K, part.samples, K, part.samples), like)
+        tiles.append(
+            [*mirrored, own, *(_cross(part, v, which, (K, K), options, like) for v in parts[i + 1 :])]
+        )
+    return _assemble(tiles)
+
+
+def cross(left: Sequence[Part], right: Sequence[Part], which: Sequence[int], objectives: tuple[int, int],
+          options: Options, like: Tensor) -> Tensor:  # fmt: skip
+    """``Σ J_p J'_pᵀ`` for two Jacobians, ``[K₁, B₁, K₂, B₂]``."""
+    return _assemble([[_cross(u, v, which, objectives, options, like) for v in right] for u in left])
+
+
+def squared_norms(parts: Sequence[Part], K: int, options: Options, like: Tensor) -> Tensor:
+    """Squared norms of the rows, ``[K, B]``."""
+    return torch.cat(
+        [
+            _sum([plan.squared_norms(b, options) for b in part.blocks if b], (K, part.samples), like)
+            for part in parts
+        ],
+        1,
+    )
+
+
+def diagonal(parts: Sequence[Part], K: int, options: Options, like: Tensor) -> Tensor:
+    """The Gramian of each sample by itself, ``[K, B, K]``."""
+    found = [
+        _sum(
+            [
+                plan.gramian([b.samples(n, n + 1) for b in blocks], options)
+                for blocks in part.blocks
+                if blocks
+            ],
+            (K, 1, K, 1),
+            like,
+        )
+        for part in parts
+        for n in range(part.samples)
+    ]
+    return torch.cat(found, 1).squeeze(3)
+
+
+def vjp(parts: Sequence[Part], parameters: Sequence[Tensor], w: Tensor) -> list[Tensor]:
+    """``Jᵀ w`` for ``w [K, B]``, of each parameter's shape and dtype."""
+    weights = w.split([part.samples for part in parts], 1)
+    found = []
+    for number, p in enumerate(parameters):
+        shares = [
+            block.vjp(mine.to(p.dtype))
+            for part, mine in zip(parts, weights, strict=True)
+            for block in part.blocks[number]
+        ]
+        found.append(_sum(shares, p.shape, p).to(p.dtype))
+    return found
+
+
+def jvp(parts: Sequence[Part], tangents: Sequence[Tensor], K: int, like: Tensor) -> Tensor:
+    """``J v``, ``[K, B]``: ``block.vjp`` is linear in its weights, so its transpose applies the block."""
+    found = []
+    for part in parts:
+        zero = torch.zeros(K, part.samples, dtype=like.dtype, device=like.device)
+        shares = [
+            torch.func.vjp(block.vjp, zero.to(v.dtype))[1](v)[0]
+            for v, blocks in zip(tangents, part.blocks, strict=True)
+            for block in blocks
+        ]
+        found.append(_sum(shares, (K, part.samples), like))
+    return torch.cat(found, 1)
+
+
+def dense(parts: Sequence[Part], number: int, K: int, parameter: Tensor) -> Tensor:
+    """The rows of one parameter, ``[K, B, *shape]``."""
+    rows = [
+        _sum([b.dense() for b in part.blocks[number]], (K, part.samples, *parameter.shape), parameter)
+        for part in parts
+    ]
+    return torch.cat(rows, 1)
+
+
+def _cross(u: Part, v: Part, which: Sequence[int], objectives: tuple[int, int], options: Options, like: Tensor
+           ) -> Tensor:  # fmt: skip
+    shares = [plan.cross(u.blocks[p], v.blocks[p], options) for p in which if u.blocks[p] and v.blocks[p]]
+    return _sum(shares, (objectives[0], u.samples, objectives[1], v.samples), like)
+
+
+def _sum(shares: Sequence[Tensor], shape: Sequence[int], like: Tensor) -> Tensor:
+    """The sum of some tensors, zero if there is none."""
+    if not shares:
+        return torch.zeros(tuple(shape), dtype=like.dtype, device=like.device)
+    total = shares[0]
+    for share in shares[1:]:
+        total = total + share
+    return total
+
+
+def _assemble(tiles: Sequence[Sequence[Tensor]]) -> Tensor:
+    """``[K₁, b₁, K₂, b₂]`` tiles in rows and columns → ``[K₁, B₁, K₂, B₂]``."""
+    if len(tiles) == len(tiles[0]) == 1:
+        return tiles[0][0]
+    return torch.cat([torch.cat(list(row), 3) for row in tiles], 1)
+
+
+def _tensors(block: Block) -> dict[str, Tensor]:
+    """The factors of a block by name."""
+    values = {field.name: getattr(block, field.name) for field in fields(block)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def _moved(block: Block, device: torch.device | str | None, dtype: torch.dtype | None) -> Block:
+    moved = {
+        name: t.to(device=device, dtype=dtype if t.is_floating_point() else None)
+        for name, t in _tensors(block).items()
+    }
+    return replace(block, **moved)  # type: ignore[arg-type]

@@ -1,0 +1,312 @@
+"""The lazy Jacobian against the dense one, from both faces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_close, assert_symmetric
+from torch import Tensor, nn
+
+import gramjd
+from gramjd import Engine, Jacobian
+
+
+class Model(nn.Module):
+    """A linear map, a table used twice, a convolution, biases, and a parameter without effect."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 4)
+        self.conv = nn.Conv1d(4, 4, 3, padding=1)
+        self.head = nn.Linear(4, 3)
+        self.idle = nn.Parameter(torch.randn(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.conv(self.table(ids).mT).mT.tanh()
+        return self.head(h + self.table.weight[0]).square().mean(1)  # [B, 3]
+
+
+def flat(tree: dict[str, Tensor], start: int = 0) -> Tensor:
+    """The tensors of a tree side by side, in the order of a Jacobian's columns."""
+    return torch.cat([tree[name].flatten(start) for name in sorted(tree)], -1)
+
+
+@pytest.fixture(params=["engine", "transform"])
+def make(request: pytest.FixtureRequest) -> Callable[..., tuple[Jacobian, Tensor]]:
+    """Makes a Jacobian for some ids, and the same densely, ``[B, 3, n]``."""
+    torch.manual_seed(0)
+    model = Model().double()
+    params = dict(model.named_parameters())
+
+    def functional(p: dict[str, Tensor], ids: Tensor) -> Tensor:
+        return torch.func.functional_call(model, p, (ids[None],))[0]
+
+    def from_ids(ids: Tensor) -> tuple[Jacobian, Tensor]:
+        batched = torch.func.vmap(torch.func.jacrev(functional), (None, 0))(params, ids)
+        dense = {name: batched[name].detach() for name in params}
+        if request.param == "engine":
+            dense.pop("idle")
+            engine = Engine(model, batch_dim=0)
+            return engine.jacobian(model(ids)), flat(dense, 2)
+        detached = {n: p.detach() for n, p in params.items()}
+        return gramjd.jacobian(functional)(detached, ids), flat(dense, 2)
+
+    return from_ids
+
+
+def ids(samples: int, positions: int = 5) -> Tensor:
+    return torch.randint(0, 7, (samples, positions))
+
+
+Make = Callable[[Tensor], tuple[Jacobian, Tensor]]
+
+
+def gramian(left: Tensor, right: Tensor) -> Tensor:
+    return torch.einsum("bkn,cln->bklc", left, right)
+
+
+def test_products(make: Make) -> None:
+    J, dense = make(ids(4))
+    n = dense.shape[-1]
+    assert J.shape == (12, n) and J.samples == 4 and J.objectives == 3
+    G = J.gramian()
+    assert_close(G, gramian(dense, dense))
+    assert_symmetric(G)
+    assert_close(J.squared_norms(), dense.square().sum(-1))
+    assert_close(J.norms(), dense.norm(dim=-1))
+    assert_close(J.diagonal(), torch.einsum("bkn,bln->bkl", dense, dense))
+    w, many = torch.randn(4, 3).double(), torch.randn(6, 4, 3).double()
+    assert_close(flat(J.vjp(w)), torch.einsum("bkn,bk->n", dense, w))
+    assert_close(flat(J.vjp(many), 1), torch.einsum("bkn,mbk->mn", dense, many))
+    v = [torch.randn_like(p) for p in J.parameters]
+    tangent = dict(zip(J.names, v, strict=True))
+    assert_close(J.jvp(tangent), dense @ torch.cat([x.flatten() for x in v]))
+    assert_close(flat(J.dense(), 2), dense)
+
+
+def test_as_a_matrix(make: Make) -> None:
+    J, dense = make(ids(4))
+    matrix = dense.flatten(0, 1)
+    v, vs = torch.randn(J.shape[1]).double(), torch.randn(J.shape[1], 2).double()
+    w, ws = torch.randn(12).double(), torch.randn(12, 2).double()
+    assert J.T.shape == matrix.T.shape and J.T.T is J
+    assert_close(J @ v, matrix @ v)
+    assert_close(J @ vs, matrix @ vs)
+    assert_close(J.T @ w, matrix.T @ w)
+    assert_close(J.T @ ws, matrix.T @ ws)
+    assert_close(J @ J.T, matrix @ matrix.T)
+    other, dense2 = make(ids(2, 3))
+    assert_close(J @ other.T, matrix @ dense2.flatten(0, 1).T)
+    with pytest.raises(ValueError, match=r"shape \[12\]"):
+        J.T @ torch.randn(11).double()
+
+
+def test_for_scipy(make: Make) -> None:
+    linalg = pytest.importorskip("scipy.sparse.linalg")
+    J, dense = make(ids(6))
+    matrix = dense.flatten(0, 1)
+    A = J.as_linear_operator()
+    assert A.shape == J.shape and A.dtype == "float64"
+    got = linalg.eigsh(A @ A.H, k=3, return_eigenvectors=False)
+    want = torch.linalg.eigvalsh(matrix @ matrix.T)[-3:]
+    assert_close(torch.as_tensor(got).sort().values, want)
+    eye = torch.eye(J.shape[1]).double()[:, :2].numpy()
+    assert_close(torch.as_tensor(A @ eye), matrix[:, :2])
+    assert_close(torch.as_tensor(A.H @ eye[:18]), matrix.T[:, :2])
+
+
+def test_cross(make: Make) -> None:
+    (J1, d1), (J2, d2) = make(ids(4)), make(ids(2, 3))
+    assert_close(J1.cross(J2), gramian(d1, d2))
+    with pytest.raises(ValueError, match="different parameters"):
+        J1.cross(J2.select(["conv.weight"]))
+
+
+@pytest.mark.parametrize(
+    "per", ["parameter", lambda name: name.split(".")[0], {"a": ["table.weight", "head.bias"], "b": []}]
+)
+def test_parts_add_up_to_the_whole(make: Make, per: Any) -> None:
+    J, _ = make(ids(4))
+    if isinstance(per, dict):
+        per = {**per, "b": [name for name in J.names if name not in per["a"]]}
+    found = J.gramian(per=per)
+    assert_close(sum(found.values()), J.gramian())
+    assert all(torch.equal(G, G.permute(3, 2, 1, 0)) for G in found.values())
+    if per == "parameter":
+        assert list(found) == J.names
+        for name in J.names:
+            assert_close(found[name], J.select([name]).gramian())
+
+
+def test_groups_are_partitions(make: Make) -> None:
+    J, _ = make(ids(2))
+    with pytest.raises(ValueError, match="no parameter 'nothing'"):
+        J.gramian(per={"a": ["nothing"]})
+    with pytest.raises(ValueError, match=r"missing are \['(conv.bias|idle)'"):
+        J.gramian(per={"a": ["table.weight"]})
+    with pytest.raises(ValueError, match=r"in several are \['head.bias'\]"):
+        J.gramian(per={"a": J.names, "b": ["head.bias"]})
+    with pytest.raises(ValueError, match="'parameter'"):
+        J.gramian(per="layer")
+
+
+def test_select(make: Make) -> None:
+    J, _ = make(ids(3))
+    part = J.select(lambda name: name.startswith("conv"))
+    assert sorted(part.names) == ["conv.bias", "conv.weight"]
+    whole = J.dense()
+    rows = torch.cat([whole[name].flatten(2) for name in part.names], -1)
+    assert_close(part.gramian(), gramian(rows, rows))
+    assert part.vjp(torch.ones(3, 3).double()).keys() == {"conv.bias", "conv.weight"}
+    with pytest.raises(ValueError, match="No parameter was chosen"):
+        J.select([])
+
+
+def test_cat_of_micro_batches(make: Make) -> None:
+    """Batches of other sizes and lengths together, as if they had been one."""
+    batches = [ids(2), ids(3, 4), ids(1)]
+    made = [make(batch) for batch in batches]
+    J = Jacobian.cat([jac for jac, _ in made])
+    dense = torch.cat([d for _, d in made])
+    assert J.shape == (18, dense.shape[-1])
+    assert_close(J.gramian(), gramian(dense, dense))
+    assert_symmetric(J.gramian())
+    assert_close(J.squared_norms(), dense.square().sum(-1))
+    assert_close(J.diagonal(), torch.einsum("bkn,bln->bkl", dense, dense))
+    w = torch.randn(6, 3).double()
+    assert_close(flat(J.vjp(w)), torch.einsum("bkn,bk->n", dense, w))
+    v = torch.randn(J.shape[1]).double()
+    assert_close((J @ v).view(6, 3), dense @ v)
+    assert_close(J.cross(made[1][0]), gramian(dense, dense[2:5]))
+    assert_close(flat(J.dense(), 2), dense)
+
+
+def test_cat_needs_like_with_like(make: Make) -> None:
+    J, _ = make(ids(2))
+    with pytest.raises(ValueError, match="at least one"):
+        Jacobian.cat([])
+    with pytest.raises(ValueError, match="different parameters"):
+        Jacobian.cat([J, J.select(["conv.bias"])])
+    whole = gramjd.jacobian(lambda p: p.square(), in_dims=None)(torch.ones(2))
+    with pytest.raises(ValueError, match="batch dimension"):
+        Jacobian.cat([whole, whole])
+
+
+def test_to(make: Make) -> None:
+    J, _ = make(ids(3))
+    half = J.to(dtype=torch.float32)
+    assert half.gramian().dtype == torch.float32 and half.dtype == torch.float32
+    assert_close(half.gramian().double(), J.gramian(), 1e-5)
+    assert J.to("cpu").gramian().equal(J.gramian())
+    assert J.to("meta").gramian().device.type == "meta"
+
+
+def test_accumulate_dtype(make: Make) -> None:
+    J, _ = make(ids(3))
+    wide = J.to(dtype=torch.float32).gramian(accumulate_dtype=torch.float64)
+    assert wide.dtype == torch.float64
+    assert_close(wide, J.gramian(), 1e-5)
+    assert_close(J.gramian(memory_budget=2**20), J.gramian())
+
+
+def test_repr(make: Make) -> None:
+    J, _ = make(ids(3))
+    assert repr(J).startswith(f"Jacobian(outputs=[3, 3], rows=9, parameters={len(J.parameters)}, entries=")
+    assert "dtype=torch.float64, device=cpu, stored=0.0 MiB" in repr(J)
+
+
+@pytest.mark.parametrize("batch_dim", [0, 1, None])
+def test_backward_is_autograd_s(batch_dim: int | None) -> None:
+    torch.manual_seed(0)
+    model, x = Model().double(), ids(4)
+    engine = Engine(model, batch_dim=batch_dim)
+    seen: list[Tensor] = []
+    model.head.weight.register_hook(seen.append)
+    w = torch.randn(4, 3).double()
+    losses, weights = (model(x), w) if batch_dim != 1 else (model(x).T, w.T)
+    J = engine.jacobian(losses)
+    seen.clear()  # the engine's own check of its blocks asks autograd for the gradient, too
+    for times in (1, 2):  # the second time adds to what is there
+        J.backward(weights)
+        got = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        assert "idle" not in got and len(seen) == times
+    model.zero_grad(set_to_none=True)
+    for _ in range(2):
+        losses.backward(weights, retain_graph=True)
+    for name, grad in got.items():
+        assert_close(grad, model.get_parameter(name).grad)
+
+
+def test_backward_leaves_other_parameters_alone() -> None:
+    model, x = Model().double(), ids(4)
+    engine = Engine(model.conv, batch_dim=0)
+    J = engine.jacobian(model(x))
+    J.backward(torch.ones(4, 3).double())
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == {"conv.weight", "conv.bias"}
+
+
+def test_backward_of_a_scalar_and_errors() -> None:
+    model, x = Model().double(), ids(4)
+    engine = Engine(model, batch_dim=None)
+    loss = model(x).sum()
+    J = engine.jacobian(loss)
+    J.backward()
+    got = model.conv.weight.grad
+    (want,) = torch.autograd.grad(loss, [model.conv.weight])
+    assert_close(got, want)
+    engine = Engine(model, batch_dim=0)
+    J = engine.jacobian(model(x))
+    with pytest.raises(ValueError, match="needs weights"):
+        J.backward()
+    with pytest.raises(ValueError, match=r"shape \[4, 3\]"):
+        J.backward(torch.ones(4).double())
+    with pytest.raises(ValueError, match="one tensor of weights"):
+        J.backward(torch.ones(2, 4, 3).double())
+    functional = gramjd.jacobian(lambda p, x: (p * x).sum())(torch.ones(2), torch.ones(3, 2))
+    with pytest.raises(RuntimeError, match=r"Use J\.vjp"):
+        functional.backward(torch.ones(3))
+
+
+def test_outputs_in_a_pytree() -> None:
+    p, x = {"a": torch.randn(3).double(), "b": torch.randn(2, 3).double()}, torch.randn(4, 3).double()
+
+    def f(p: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+        return {"one": (p["a"] * x).sin().sum(), "two": F.linear(x, p["b"])}
+
+    J = gramjd.jacobian(f)(p, x)
+    dense = torch.vmap(torch.func.jacrev(f), (None, 0))(p, x)
+    one = torch.cat([dense["one"][k].flatten(1) for k in p], -1)
+    two = torch.cat([dense["two"][k].flatten(2) for k in p], -1)
+    G = J.gramian()
+    assert_close(G["one"]["two"], torch.einsum("bn,ckn->bkc", one, two))
+    assert_close(G["two"]["two"], gramian(two, two))
+    w = {"one": torch.randn(4).double(), "two": torch.randn(4, 2).double()}
+    want = torch.einsum("bn,b->n", one, w["one"]) + torch.einsum("bkn,bk->n", two, w["two"])
+    assert_close(flat(J.vjp(w)), want)
+    matrix = torch.cat([one, two.flatten(0, 1)])
+    assert_close(J @ J.T, matrix @ matrix.T)
+    v = torch.randn(9).double()
+    assert_close(J @ v, matrix @ v)
+    assert_close(J.T @ torch.cat([w["one"], w["two"].flatten()]), want)
+    with pytest.raises(ValueError, match="structure"):
+        J.vjp(torch.ones(4))
+    with pytest.raises(ValueError, match="one output tensor"):
+        J.diagonal()
+    with pytest.raises(ValueError, match="structure"):
+        J.jvp(torch.ones(3))
+    with pytest.raises(ValueError, match=r"shape \[3\] for parameter 'a'"):
+        J.jvp({"a": torch.ones(2), "b": torch.ones(2, 3)})
+
+
+def test_tied_entries_stay_apart() -> None:
+    """As in torch.func.grad, the same tensor twice in the parameters is two parameters."""
+    p, x = torch.randn(3, 3).double(), torch.randn(4, 3).double()
+    J = gramjd.jacobian(lambda ps, x: F.linear(F.linear(x, ps[0]).tanh(), ps[1]).sum())([p, p], x)
+    first, second = J.vjp(torch.ones(4).double())
+    assert not torch.allclose(first, second)
+    part = J.select(["1"])
+    assert_close(part.vjp(torch.ones(4).double())["1"], second)
