@@ -31,6 +31,7 @@ from gramjd.internals import (
     belongs_to,
     below_transform,
     depends_on_innermost_transform,
+    differentiated_outside,
     innermost_level,
     tap,
     unfused_attention,
@@ -224,8 +225,12 @@ def _pull(outputs: Sequence[Tensor], inputs: Sequence[Any], cotangents: Sequence
         return []
     ends = [outputs[n] for n in live]
 
+    graph = any(differentiated_outside(out) for out in ends)
+
     def grad(*cs: Tensor) -> list[Tensor]:
-        found = torch.autograd.grad(ends, inputs, cs, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(
+            ends, inputs, cs, retain_graph=True, create_graph=graph, allow_unused=True
+        )
         trace.reached = [g is not None for g in found]
         return [g for g in found if g is not None]
 

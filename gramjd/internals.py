@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
 
 def inside_transform() -> bool:
@@ -29,14 +30,38 @@ def innermost_level() -> int:
 
 def vmaps_in_progress() -> int:
     """How many levels of ``vmap`` are in progress?"""
-    stack = _functorch.get_interpreter_stack() or []
-    return sum(interpreter.key() == _functorch.TransformType.Vmap for interpreter in stack)
+    return sum(transform.key() == _functorch.TransformType.Vmap for transform in _transforms())
+
+
+def _transforms() -> list[Any]:
+    """The transforms in progress, the outermost first."""
+    if hasattr(_functorch, "get_interpreter_stack"):
+        return _functorch.get_interpreter_stack() or []
+    innermost: Any = _functorch.peek_interpreter_stack()  # all that torch 2.1 shows
+    if innermost is None:
+        return []
+    with temporarily_pop_interpreter_stack():
+        return [*_transforms(), innermost]
 
 
 def below_transform(tensor: Tensor, level: int) -> Tensor:
     """``tensor`` as it is outside the ``grad`` or ``vjp`` of this level: detached from it alone."""
     below: Tensor = _functorch._unwrap_for_grad(tensor, level)
     return below
+
+
+def differentiated_outside(tensor: Tensor) -> bool:
+    """Inside ``grad`` or ``vjp``: may anything outside of it differentiate ``tensor`` once more?"""
+    transforms = _transforms()
+    if any(transform.key() == _functorch.TransformType.Jvp for transform in transforms):
+        return True
+    level = transforms[-1].level()
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        own = _functorch.maybe_get_level(tensor) == level
+        if not own and _functorch.is_gradtrackingtensor(tensor) and tensor.requires_grad:
+            return True
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
 
 
 def belongs_to(tensor: Tensor, level: int) -> bool:
