@@ -316,6 +316,7 @@ class Subclass(torch.Tensor):
     pass
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")  # torch 2.1
 def test_tensor_subclasses_are_refused() -> None:
     p, x = torch.randn(3), torch.randn(4, 3)
     func: Any = lambda p, x: (p * x).sum()  # noqa: E731

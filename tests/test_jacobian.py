@@ -27,7 +27,7 @@ class Model(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         h = self.conv(self.table(ids).mT).mT.tanh()
-        return self.head(h + self.table.weight[0]).square().mean(1)  # [B, 3]
+        return self.head(h + self.table.weight.select(0, 0)).square().mean(1)  # [B, 3]
 
 
 def flat(tree: dict[str, Tensor], start: int = 0) -> Tensor:
