@@ -20,7 +20,7 @@ _PLANS: dict[tuple[type, type], Sequence[Plan]] = {
     (Conv, Conv): (
         Plan("pairwise", pairwise.pairwise_cost, pairwise.unfolded_pairwise),
         *(method.plan() for method in conv.METHODS),
-        _ROWS,
+        Plan("rows", lambda u, v: None if conv.alike(u, v) else rows_cost(u, v), rows),
     ),
     (Lookup, Lookup): (
         Plan("pairwise", lookup.pairwise_cost, lookup.pairwise),

@@ -17,7 +17,7 @@ from gramjd.plan.cost import SMALL, Cost, Plan, half
 from gramjd.plan.options import Limits
 from gramjd.plan.pairwise import Sizes
 from gramjd.plan.rows import matrix
-from gramjd.plan.tiles import LEAF, added, canonical, over_samples, product, ranges
+from gramjd.plan.tiles import added, canonical, over_samples, product, ranges
 
 CACHED = 2**21  # elements of the rows that are built at once
 
@@ -91,12 +91,12 @@ class Method:
 
     def cost_of(self, u: Conv, v: Conv) -> Cost | None:
         """Of building the rows, and of multiplying them."""
-        x, y, same = Sizes.of(u), Sizes.of(v), u is v
-        if (x.G, x.p, x.q) != (y.G, y.p, y.q):
+        if not alike(u, v):
             return None
+        x, y, same = Sizes.of(u), Sizes.of(v), u is v
         n1, n2, P, taps = x.K * x.B, y.K * y.B, prod(u.shape), prod(u.kernel)
         costs = [self.cost(u, x, taps), *([] if same else [self.cost(v, y, taps)])]
-        products = half(same, n1 * n2 * P, n1, LEAF) + sum(cost.multiply_adds for cost in costs)
+        products = half(same, n1 * n2 * P, n1) + sum(cost.multiply_adds for cost in costs)
         built = P * (n1 + (0 if same else n2))
         moved = sum(cost.moved for cost in costs) + built
         calls = sum(cost.calls for cost in costs) + 2 * (taps if self.by_taps else 1)
@@ -106,7 +106,8 @@ class Method:
         """Rows of some features of the points at a time, multiplied and added up."""
         same, (G, p), q = u is v, u.points.shape[3:5], prod(u.shape[1:])
         n = u.rows[0] * u.rows[1] + (0 if same else v.rows[0] * v.rows[1])
-        most, step = max(u.rows[1], v.rows[1]), limits.cached(CACHED) // (n * G * q)
+        most, unfolded = max(u.rows[1], v.rows[1]), self.workspace(u) * u.rows[1]
+        step = limits.cached(max(CACHED, 2 * unfolded)) // (n * G * q)  # unfolds anew for each slab
         if n * G * q > limits.elements and most > 1:
             fewer = max(1, most * limits.elements // (2 * n * G * q))
             return over_samples(u, v, min(-(-most // 2), fewer), lambda x, y: self.run(x, y, limits))
@@ -125,6 +126,11 @@ class Method:
         return matrix(block, few, self.workspace(block), lambda b: self.build(b.to(limits.dtype), *at))
 
 
+def alike(u: Conv, v: Conv) -> bool:
+    """Are the groups of both the same?"""
+    return u.points.shape[3:5] == v.points.shape[3:5] and u.shape == v.shape
+
+
 def _windows(block: Conv) -> int:
     """Elements of the windows at one tap, of one sample."""
     return len(block.windows) * block.T * block.points.shape[3] * block.windows.shape[4]
@@ -132,7 +138,7 @@ def _windows(block: Conv) -> int:
 
 def _unfolded_cost(block: Conv, s: Sizes, taps: int) -> Cost:
     products = s.K * s.B * s.T * prod(block.shape) + SMALL * s.B * s.G
-    return Cost(products, s.rights * s.T * s.G * s.q if taps > 1 else 0, 6)
+    return Cost(products, s.rights * s.T * s.G * s.q * 3 // 2 if taps > 1 else 0, 6)
 
 
 def _tapped_cost(block: Conv, s: Sizes, taps: int) -> Cost:
@@ -145,7 +151,11 @@ def _depthwise_cost(block: Conv, s: Sizes, taps: int) -> Cost:
 
 
 def _grouped_cost(block: Conv, s: Sizes, taps: int) -> Cost:
-    return Cost(s.K * s.B * s.T * prod(block.shape), 2 * s.K * s.B * prod(block.shape), 10)
+    p, q = s.p * len(block.points), s.q * len(block.windows) // taps  # channels of the convolution
+    if p * q == 1:  # has kernels of its own
+        return Cost(2 * s.B * s.T * s.G * taps, s.B * s.G * (taps + 2 * s.T), 10)
+    products = s.B * s.T * s.G * taps * (-(-p // 16) * 16) * (-(-q // 16) * 16)
+    return Cost(products * 8 // 5, 4 * s.K * s.B * prod(block.shape), 10)
 
 
 METHODS = (

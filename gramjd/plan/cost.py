@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from gramjd.plan.options import Limits
+from gramjd.plan.tiles import HALVES, LEAF
 
 # Calibrated by benchmarks/plans.py; see benchmarks/NOTES.md, "Plans".
 MOVE = 40  # multiply-adds that take as long as writing and reading an element
@@ -40,7 +41,7 @@ class Plan:
     run: Callable[[Any, Any, Limits], Tensor]  # [K₁, B₁, K₂, B₂], exactly symmetric if u is v
 
 
-def half(same: bool, products: int, rows: int, leaf: int) -> int:
+def half(same: bool, products: int, rows: int) -> int:
     """Multiply-adds of a product of which the half is enough if the rows are the ``same``."""
-    count = min(8, rows // leaf)
+    count = min(HALVES, rows // LEAF)
     return products * (count + 1) // (2 * count) if same and count > 1 else products

@@ -20,7 +20,7 @@ def joint_cost(u: Outer, v: Outer) -> Cost | None:
     n1, n2 = K1 * B1, K2 * B2
     products = G * (T1 * T2 * i + T1 * T2 * n2 * o + n1 * n2 * T1 * o)
     moved = G * (T1 * T2 + T1 * o * (n1 + n2) + T2 * o * n2)
-    return Cost(products, moved, 10, moved)
+    return Cost(products, moved, 5, moved)
 
 
 def joint(u: Outer, v: Outer, limits: Limits) -> Tensor:

@@ -12,7 +12,7 @@ from gramjd.blocks.lookup import scattered
 from gramjd.blocks.outer import shared
 from gramjd.plan.cost import Cost, half
 from gramjd.plan.options import Limits
-from gramjd.plan.tiles import LEAF, added, canonical, over_positions, over_samples, product, ranges
+from gramjd.plan.tiles import added, canonical, over_positions, over_samples, product, ranges
 
 CACHED = 2**20  # elements of a tile
 
@@ -20,7 +20,7 @@ CACHED = 2**20  # elements of a tile
 def pairwise_cost(u: Lookup, v: Lookup) -> Cost:
     """``(n T)²·d``."""
     (K1, B1, T1, d), (K2, B2, T2) = u.c.shape, v.c.shape[:3]
-    pairs = half(u is v, K1 * B1 * T1 * K2 * B2 * T2, B1, 1)
+    pairs = half(u is v, K1 * B1 * T1 * K2 * B2 * T2, K1 * B1 * T1)
     return Cost(pairs * (d + 1), 3 * pairs, 8 * (1 + 2 * pairs // CACHED), 3 * pairs)
 
 
@@ -48,8 +48,8 @@ def distinct_cost(u: Lookup, v: Lookup) -> Cost:
     D, n1, n2 = _entries(u, v), K1 * B1, K2 * B2
     built = n1 if u is v else n1 + n2
     found = B1 * T1 + (0 if u is v else B2 * T2)
-    products = half(u is v, n1 * n2 * D * d, n1, LEAF)
-    return Cost(products, 2 * built * D * d + 10 * found, 20, built * D * d)
+    products = half(u is v, n1 * n2 * D * d, n1)
+    return Cost(products, 3 * built * D * d + 10 * found, 20, built * D * d)
 
 
 def distinct(u: Lookup, v: Lookup, limits: Limits) -> Tensor:
@@ -126,7 +126,7 @@ def _picked(x: Lookup, y: Outer, dtype: torch.dtype) -> Tensor:
 def gathered_cost(u: Lookup, v: Dense) -> Cost:
     """``n₁ T₁ · n₂ · d``."""
     (K1, B1, T1, d), n2 = u.c.shape, v.rows[0] * v.rows[1]
-    return Cost(K1 * B1 * T1 * n2 * d, 2 * B1 * T1 * n2 * d, 6 * B1, T1 * n2 * d)
+    return Cost(K1 * B1 * T1 * n2 * d, 2 * B1 * T1 * n2 * d, 3 * B1, T1 * n2 * d)
 
 
 def gathered(u: Lookup, v: Dense, limits: Limits) -> Tensor:

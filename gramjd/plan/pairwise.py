@@ -12,7 +12,7 @@ from gramjd.blocks import Conv, Outer
 from gramjd.blocks.outer import shared
 from gramjd.plan.cost import Cost, half
 from gramjd.plan.options import Limits
-from gramjd.plan.tiles import LEAF, over_positions, over_samples
+from gramjd.plan.tiles import HALVES, LEAF, over_positions, over_samples
 
 CACHED = 2**20  # elements of a tile
 
@@ -46,9 +46,9 @@ def pairwise_cost(u: Outer | Conv, v: Outer | Conv) -> Cost | None:
         return None
     pairs, n = x.G * x.T * y.T, x.K * x.B * x.T
     left, right, both = x.lefts * y.lefts, x.rights * y.rights, x.K * x.B * y.K * y.B
-    products = half(same, pairs * (left * x.p + right * x.q + both), n, LEAF)
+    products = half(same, pairs * (left * x.p + right * x.q + both), n)
     entries = pairs * (left + right + both)
-    moved = half(same, entries, n, LEAF)
+    moved = half(same, entries, n)
     if isinstance(u, Conv):  # unfolded once for each row of tiles
         moved += x.T * x.G * (x.lefts * x.p + x.rights * x.q) * (1 + moved // CACHED)
     return Cost(products, moved, 10 * (1 + moved // CACHED), entries)
@@ -87,19 +87,24 @@ def _step(rows: tuple[int, int], T: int, side: int, same: bool) -> int:
     """Samples of a tile: ``side`` positions, and tiles enough to leave out half of them."""
     K, B = rows
     step = max(1, side // T)
-    return min(step, max(-(-LEAF // (K * T)), -(-B // 8))) if same else step
+    return min(step, max(-(-LEAF // (K * T)), -(-B // HALVES))) if same else step
 
 
 def _tile(x: Outer, y: Outer, dtype: torch.dtype) -> Tensor:
     left, right = (_products(p, q, dtype) for p, q in zip(x.factors, y.factors, strict=True))
-    both = left * right  # [G, K₁, b, T₁, K₂, b', T₂]
-    for dim in (6, 3, 0):
-        both = both.sum(dim) if both.shape[dim] > 1 else both.squeeze(dim)
+    both = left * right  # [G, K₁, b, T₁, T₂, K₂, b']
+    both = both.sum((3, 4)) if both.shape[3] * both.shape[4] > 1 else both.flatten(2, 4)
+    both = both.sum(0) if len(both) > 1 else both[0]
     return both.expand(*x.rows, *y.rows)
 
 
 def _products(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """Inner products of features, ``[G, K₁ or 1, b or 1, T₁, K₂ or 1, b' or 1, T₂]``."""
+    """Inner products of features, ``[G, K₁ or 1, b or 1, T₁, T₂, K₂ or 1, b' or 1]``."""
     x, y = (shared(z, 1).to(dtype) for z in (x, y))
-    left, right = (z.permute(3, 0, 1, 2, 4).reshape(z.shape[3], -1, z.shape[4]) for z in (x, y))
-    return (left @ right.mT).view(x.shape[3], *x.shape[:3], *y.shape[:3])
+    left = x.permute(3, 0, 1, 2, 4)  # [G, ., b, T₁, features]
+    if y.shape[2] > y.shape[0] * y.shape[1]:  # the longer stretch last: sums are over T₁ and T₂
+        right = y.permute(3, 0, 1, 2, 4)
+        found = left.flatten(1, 3) @ right.flatten(1, 3).mT
+        return found.view(*left.shape[:4], *right.shape[1:4]).permute(0, 1, 2, 3, 6, 4, 5)
+    right = y.permute(3, 2, 0, 1, 4)
+    return (left.flatten(1, 3) @ right.flatten(1, 3).mT).view(*left.shape[:4], *right.shape[1:4])

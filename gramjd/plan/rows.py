@@ -13,7 +13,7 @@ from gramjd.blocks import Block, Conv, Dense, Lookup, Outer
 from gramjd.plan.cost import Cost, half
 from gramjd.plan.options import Limits
 from gramjd.plan.pairwise import Sizes
-from gramjd.plan.tiles import LEAF, added, canonical, over_samples, product, ranges
+from gramjd.plan.tiles import added, canonical, over_samples, product, ranges
 
 CACHED = 2**21  # elements of the rows that are built at once
 
@@ -26,7 +26,7 @@ def rows_cost(u: Block, v: Block) -> Cost:
     moved = sum(building_cost(block)[1] for block in blocks)
     n1, n2 = K1 * B1, K2 * B2
     slabs = 1 + sum(block.rows[0] * block.rows[1] for block in blocks) * P // CACHED
-    products = half(same, n1 * n2 * P, n1, LEAF)
+    products = half(same, n1 * n2 * P, n1)
     return Cost(built + products, moved, 8 * slabs, (n1 + (0 if same else n2)) * P)
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from gramjd.gramians import symmetrize
 
-LEAF = 128  # rows of a tile below which halving a symmetric product no longer pays
+HALVES = 4  # tiles along each side of a symmetric product
+LEAF = 256  # rows of a tile below which halving a symmetric product no longer pays
 
 
 def ranges(total: int, step: int) -> list[tuple[int, int]]:
@@ -55,7 +56,7 @@ def _cat(tiles: list[list[Tensor]]) -> Tensor:
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """``left @ rightᵀ`` of matrices of rows; half of it, if ``left is right``."""
-    count = min(8, len(left) // LEAF) if left is right else 1
+    count = min(HALVES, len(left) // LEAF) if left is right else 1
     if count < 2:
         return left @ right.mT
     pieces = [left[start:stop] for start, stop in ranges(len(left), -(-len(left) // count))]
