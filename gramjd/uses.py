@@ -12,7 +12,7 @@ produced it, one after the other, as objectives that share their inputs (``B = 1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,11 +81,16 @@ class Use:
     tracked: Sequence[Tensor]  # the tensors of its slots
 
     @staticmethod
-    def of(record: Record, saved: Sequence[Any], cs: Sequence[Tensor | None], tracked: Sequence[Tensor]
-           ) -> Use:  # fmt: skip
-        """A use from the canonical values of the leaves that its record names in ``saved``."""
+    def of(record: Record, saved: Sequence[Any], cs: Sequence[Tensor | None], tracked: Sequence[Tensor],
+           split: Mapping[int, Tensor] | None = None) -> Use:  # fmt: skip
+        """A use from the canonical values of the leaves that its record names in ``saved``.
+
+        ``split`` are those of slots, by leaf, that have samples: derived tensors of the batch's size.
+        """
         leaves = [None if leaf is pytree.PLACEHOLDER else leaf for leaf in record.leaves]
         for i, value in zip(record.saved, saved, strict=True):
+            leaves[i] = value
+        for i, value in (split or {}).items():
             leaves[i] = value
         return Use(record, leaves, cs, tracked)
 
@@ -99,7 +104,8 @@ class Use:
         leaves = [_as_computed(leaf, self.cs, tensor) for leaf in self.leaves]
         samples = next(c.shape[1] for c in self.cs if c is not None)
         for other, value in zip(self.record.slots, self.tracked, strict=True):
-            leaves[other.index] = value.expand(samples, *value.shape)
+            if leaves[other.index] is None:
+                leaves[other.index] = value.expand(samples, *value.shape)
         leaves[slot.index] = tensor
         call = self.record.call
         cs = [c if c is None else c.to(tensor.dtype) for c in self.cs]
@@ -148,7 +154,7 @@ def describe(op: Any, args: Sequence[Any], kwargs: dict[str, Any], sources: dict
     entries = tuple([call.entry(slot.name) if slot.name is not None else None for slot in slots])
     if others and None not in entries:
         needs = [entry.needs for entry in entries if entry]
-        others = [i for i in others if any([names[i] in needed for needed in needs])]
+        others = [i for i in others if any(names[i] in needed for needed in needs)]
     values = tuple(static) if spec is None else pytree.unflatten(spec, static)
     template = Call(call.op, call.names, values, call.positional)
     return Record(template, tuple(static), tuple(slots), entries, derived, tuple(others)), leaves

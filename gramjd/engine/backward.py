@@ -72,6 +72,12 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -> l
         raise
 
 
+def grouped(flat: Sequence[Tensor | None], counts: Sequence[int]) -> list[list[Tensor | None]]:
+    """A list for each node from one list for all."""
+    rest = iter(flat)
+    return [[next(rest) for _ in range(count)] for count in counts]
+
+
 def _is_freed(error: RuntimeError) -> bool:
     return "backward through the graph a second time" in str(error)
 

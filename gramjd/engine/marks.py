@@ -19,17 +19,30 @@ _NUMBERS = itertools.count()  # of marks, in the order of the forward
 
 
 @dataclass(frozen=True)
+class Replay:
+    """What the replay of a fused op needs besides its arguments."""
+
+    rng_state: Tensor | None  # of the CPU before the op, if it drew random numbers
+    sizes: tuple[tuple[int, ...], ...]  # of its arguments, which tell how many steps there are
+
+
+@dataclass(frozen=True)
 class OpMark:
-    """A use; the node saves the values that its rules read, then the tensors of its slots."""
+    """A use; the node saves the values that its rules read, the tensors of its slots.
+
+    That of an op that will be replayed saves its (live) outputs, too.
+    """
 
     number: int
     record: Record
     live: tuple[bool, ...]  # which outputs require gradients, and so have a tap
+    replay: Replay | None = None
 
     @property
     def signature(self) -> Hashable:
         """The same for the same op with parameters in the same places."""
-        return ("op", self.record.call.op, tuple(slot.index for slot in self.record.slots))
+        slots = tuple(slot.index for slot in self.record.slots)
+        return ("op", self.record.call.op, slots, self.replay and self.replay.sizes)
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,24 @@ class CallMark:
     def signature(self) -> Hashable:
         """The same for calls of the same module."""
         return ("call", id(self.module), self.names)
+
+
+def mark_fused(record: Record, leaves: Sequence[Any], out: Any, rng_state: Tensor) -> Any:
+    """The output of an op that has only an expansion, with a node to replay it from behind it.
+
+    Args:
+        record: of the call.
+        leaves: of its arguments.
+        out: what it returned.
+        rng_state: of the CPU before the call.
+    """
+    outs = tensors_of(out)
+    live = [t for t in outs if t.requires_grad]
+    saved = [leaves[i] for i in record.saved] + [leaves[slot.index] for slot in record.slots]
+    state = None if torch.equal(rng_state, torch.get_rng_state()) else rng_state
+    replay = Replay(state, tuple([tuple(t.shape) for t in saved]))
+    mark = OpMark(next(_NUMBERS), record, tuple([t.requires_grad for t in outs]), replay)
+    return _replace_live(out, attach(mark, [*saved, *live], live))
 
 
 def mark_op(record: Record, leaves: Sequence[Any], out: Any, inplace: bool) -> Any:

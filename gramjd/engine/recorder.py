@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramjd.engine.marks import mark_call, mark_op
+from gramjd.engine.marks import mark_call, mark_fused, mark_op
 from gramjd.internals import innermost_mode, inside_transform, is_compiling, saved_tensors_are_hooked
-from gramjd.rules import tensors_of
+from gramjd.rules import is_fused, tensors_of
 from gramjd.tracker import Tracker, is_inplace
 from gramjd.uses import Record, describe
 
@@ -34,6 +34,8 @@ class Recorder(Tracker):
         self.seen: set[int] = set()
 
     def record(self, op: Any, args: Any, kwargs: dict[str, Any], derived: bool) -> tuple[Any, Record | None]:
+        fused = is_fused(op)
+        rng_state = torch.get_rng_state() if fused else None
         out = op(*args, **kwargs)
         live = out.requires_grad if isinstance(out, Tensor) else any(t.requires_grad for t in tensors_of(out))
         if not live or saved_tensors_are_hooked():
@@ -44,6 +46,8 @@ class Recorder(Tracker):
         if inplace and (None in record.entries or out is not args[0] or out._is_view()):
             return out, None  # cannot be called again, or is a view: left to a slower way
         self.seen.update([id(slot.source) for slot in record.slots])
+        if rng_state is not None:
+            return mark_fused(record, leaves, out, rng_state), record
         return mark_op(record, leaves, out, inplace), record
 
     def switch_off(self) -> None:

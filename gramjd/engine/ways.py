@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +16,10 @@ from gramjd.engine.calls import call_blocks
 from gramjd.engine.graph import Graph
 from gramjd.engine.layouts import ZERO, Layout, canonical, measure, tolerance
 from gramjd.engine.marks import CallMark, OpMark
+from gramjd.engine.replay import Replayed, replay
 from gramjd.errors import CheckFailedError, NotSeparableError
 from gramjd.rules.registry import any_entry
-from gramjd.uses import Record, Source, Use, blocks_of, names_of_leaves, roots
+from gramjd.uses import Derived, Record, Source, Use, blocks_of, names_of_leaves, roots
 
 WAYS = ("ops", "functional", "rows")
 
@@ -47,6 +49,7 @@ class Task:
     plan: Plan
     cotangents: list[Cotangents] = field(default_factory=list)  # of each node
     layouts: list[Layouts] = field(default_factory=list)
+    replays: list[Replayed] = field(default_factory=list)  # kept alive
 
     @property
     def samples(self) -> int:
@@ -74,6 +77,7 @@ def solve(task: Task, ways: Sequence[str], check: bool) -> list[list[Block]]:
     replayed = any(isinstance(node.record, CallMark) for node in task.graph.nodes)
     checking = check and (replayed or not task.plan.checked)  # replays run the user's code anew
     probe = _differentiate(task, checking)
+    _expand(task, probe)
     lasting = _measure(task, probe)
     found: Found = {}
     for way in ways:
@@ -129,14 +133,43 @@ def _differentiate(task: Task, checking: bool) -> Probe:
     with backward.tapped(nodes) as taps:
         flat = [tap for mine in taps for tap in mine]
         counts = [len(mine) for mine in taps]
-        task.cotangents = _grouped(backward.gradients(task.output, flat, cotangents), counts)
+        task.cotangents = backward.grouped(backward.gradients(task.output, flat, cotangents), counts)
         if not checking and not measuring:
             return Probe(v, [], {})
         named = task.parameters if checking else {}
         weights = gramians.from_rows(v, task.output.shape, task.batch_dim)
         probed = backward.gradients(task.output, [*flat, *named.values()], weights.unsqueeze(0))
     gradients = dict(zip(named, probed[len(flat) :], strict=True))
-    return Probe(v, _grouped(probed[: len(flat)], counts), gradients)
+    return Probe(v, backward.grouped(probed[: len(flat)], counts), gradients)
+
+
+def _expand(task: Task, probe: Probe) -> None:
+    """Put the nodes of its replay in the place of every fused op."""
+    if not any(_is_fused(node) for node in task.graph.nodes):
+        return
+    nodes: list[Any] = []
+    cotangents: list[Cotangents] = []
+    probed: list[Cotangents] = []
+    for index, (node, cs) in enumerate(zip(task.graph.nodes, task.cotangents, strict=True)):
+        given = probe.cotangents[index] if probe.cotangents else None
+        found = Replayed([node], [cs], [given or []])
+        if _is_fused(node) and any(c is not None for c in cs):
+            try:
+                found = replay(node, cs, given)
+            except (ValueError, RuntimeError) as error:  # a slower way is left
+                for slot in node.record.record.slots:
+                    for root in roots(slot.source):
+                        task.plan.causes.setdefault(root, str(error))
+        nodes += found.nodes
+        cotangents += found.cotangents
+        probed += found.probed
+        task.replays.append(found)
+    task.graph, task.cotangents = replace(task.graph, nodes=nodes), cotangents
+    probe.cotangents = probed if probe.cotangents else []
+
+
+def _is_fused(node: Any) -> bool:
+    return isinstance(node.record, OpMark) and node.record.replay is not None
 
 
 def _measure(task: Task, probe: Probe) -> bool:
@@ -181,12 +214,16 @@ def _ops(task: Task, parameters: dict[str, Tensor]) -> Found:
         for root in roots(source):
             task.plan.causes.setdefault(root, str(cause))
 
-    uses = []
+    uses: list[Use] = []
+    split: set[Record] = set()  # of derived tensors that have samples
     for index, node in enumerate(task.graph.nodes):
         if isinstance(node.record, OpMark):
-            use = _use(task, index, fail)
-            if use is not None:
-                uses.append(use)
+            use = _use(task, index, split, fail)
+            if use is None:
+                continue
+            uses.append(use)
+            if use.record.derived and use.cs[0] is not None and task.batch_dim is not None:
+                split.add(use.record)
     blocks = blocks_of(uses, list(parameters.values()), fail)
     marks = [node.record for node in task.graph.nodes if isinstance(node.record, OpMark)]
     seen = {root for mark in marks for slot in mark.record.slots for root in roots(slot.source)}
@@ -197,9 +234,14 @@ def _ops(task: Task, parameters: dict[str, Tensor]) -> Found:
     }
 
 
-def _use(task: Task, index: int, fail: Callable[[Source, object], None]) -> Use | None:
+def _use(task: Task, index: int, split: Container[Record], fail: Callable[[Source, object], None]
+         ) -> Use | None:  # fmt: skip
     """The use of a node in canonical layout; None, and ``fail`` called, where it has none."""
     node, mark = task.graph.nodes[index], task.graph.nodes[index].record
+    if mark.replay is not None and any(c is not None for c in task.cotangents[index]):
+        for slot in mark.record.slots:
+            fail(slot.source, "its fused op could not be replayed")
+        return None
     record, saved = mark.record, [t.detach() for t in node.saved_tensors]
     slots = saved[len(record.saved) :]
     live = iter(task.canonical(index))
@@ -218,23 +260,26 @@ def _use(task: Task, index: int, fail: Callable[[Source, object], None]) -> Use 
     if task.batch_dim is None:
         return Use.of(record, [t.unsqueeze(0) for t in values], cs, slots)
     output = next(c for c in task.cotangents[index] if c is not None).shape[1:]
+    where = _where(record, saved, output, layout.dim)
+    derived = [slot.source.record if isinstance(slot.source, Derived) else None for slot in record.slots]
+    wanted = [*range(len(values)), *(len(values) + n for n, source in enumerate(derived) if source in split)]
     try:
-        values = [
-            canonical(t, dim, layout, output[layout.dim], task.samples)
-            for t, dim in zip(values, _where(record, saved, output, layout.dim), strict=True)
-        ]
+        found = [canonical(saved[n], where[n], layout, output[layout.dim], task.samples) for n in wanted]
     except ValueError as error:
         for slot in record.slots:
             fail(slot.source, error)
         return None
-    return Use.of(record, values, cs, slots)
+    places = [record.slots[n - len(values)].index for n in wanted[len(values) :]]
+    return Use.of(
+        record, found[: len(values)], cs, slots, dict(zip(places, found[len(values) :], strict=True))
+    )
 
 
 def _where(record: Record, saved: Sequence[Tensor], output: Sequence[int], dim: int) -> list[int | None]:
-    """The dimensions of a call's saved arguments that meet dimension ``dim`` of its output."""
+    """The dimensions of a call's saved arguments and slots that meet dimension ``dim`` of its output."""
     entry = next((entry for entry in record.entries if entry is not None), None) or any_entry(record.call.op)
     if entry is None:  # as of most ops: the last dimensions meet
-        dims = [dim - len(output) + t.ndim for t in saved[: len(record.saved)]]
+        dims = [dim - len(output) + t.ndim for t in saved]
         return [dim if dim >= 0 else None for dim in dims]
     leaves = list(record.leaves)
     tensors = [*record.saved, *(slot.index for slot in record.slots)]
@@ -243,7 +288,7 @@ def _where(record: Record, saved: Sequence[Tensor], output: Sequence[int], dim: 
     names = names_of_leaves(record.call)
     arguments = {name: leaf for name, leaf in zip(names, leaves, strict=True) if name is not None}
     arguments["output"] = output
-    return [entry.meets(arguments, str(names[index]), dim) for index in record.saved]
+    return [entry.meets(arguments, str(names[i]), dim) for i in tensors]
 
 
 def _functional(task: Task, parameters: dict[str, Tensor]) -> Found:
@@ -309,12 +354,6 @@ def _random_weights(objectives: int, samples: int, like: Tensor) -> Tensor:
     uniform = torch.rand(2, objectives, samples, generator=generator, dtype=torch.float64)
     signs = 1 - 2 * (uniform[1] < 0.5).double()
     return ((0.5 + uniform[0]) * signs).to(like.device, like.dtype)
-
-
-def _grouped(flat: Sequence[Tensor | None], counts: Sequence[int]) -> list[Cotangents]:
-    """A list for each node from one list for all."""
-    rest = iter(flat)
-    return [[next(rest) for _ in range(count)] for count in counts]
 
 
 def _name(op: object) -> str:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from gramjd.rules.registry import Op
+from gramjd.rules.registry import Op, rules_of
 
 E = TypeVar("E", bound=Callable[..., Any])
 
@@ -40,6 +40,11 @@ def expansion_of(op: Op) -> Callable[..., Any] | None:
         return _EXPANSIONS.get(op)
     except TypeError:  # an unhashable callable has none
         return None
+
+
+def is_fused(op: Op) -> bool:
+    """Has an op an expansion, but no rule?"""
+    return expansion_of(op) is not None and rules_of(op) is None
 
 
 def expanded() -> list[Op]:

@@ -156,6 +156,10 @@ class Call:
         covers = entry and (entry.when is None or entry.when(dict(zip(self.names, self.values))))  # noqa: B905
         return entry if covers else None
 
+    def with_op(self, op: Op) -> Call:
+        """The same call of another op with the same arguments."""
+        return Call(op, self.names, self.values, self.positional)
+
     def __call__(self, values: Sequence[Any]) -> Any:
         """Call the op with these values in place of its own."""
         named = zip(map(str, self.names[self.positional :]), values[self.positional :], strict=True)

@@ -1,0 +1,84 @@
+"""Fused ops that no rule sees inside: their uses come from a replay of what they are made of."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramjd import pytree
+from gramjd.engine import backward
+from gramjd.engine.graph import walk
+from gramjd.engine.layouts import tolerance
+from gramjd.engine.marks import OpMark
+from gramjd.engine.recorder import Recorder
+from gramjd.rules import expansion_of, tensors_of
+
+Cotangents = list[Tensor | None]  # of the outputs of a node, [K, *y]
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """The nodes of a replay, in order, with the cotangents of each that follow from the op's own."""
+
+    nodes: list[Any]
+    cotangents: list[Cotangents]
+    probed: list[Cotangents]
+    graph: Tensor | None = None  # whose life is that of the nodes
+
+
+def replay(node: Any, cotangents: Cotangents, probed: Cotangents | None) -> Replayed:
+    """Run the expansion of a node's op on the arguments that it received, under a recorder.
+
+    Raises:
+        ValueError: the outputs differ from those of the op.
+    """
+    mark: OpMark = node.record
+    record, saved = mark.record, [t.detach() for t in node.saved_tensors]
+    assert mark.replay is not None
+    outs = sum(mark.live)
+    recorded = saved[len(saved) - outs :]
+    recorder, leaves = Recorder(sys._getframe()), list(record.leaves)
+    for index, value in zip(record.saved, saved, strict=False):
+        leaves[index] = value
+    for slot, value in zip(record.slots, saved[len(record.saved) :], strict=False):
+        leaves[slot.index] = value.requires_grad_()
+        recorder.add([value], [])
+        recorder.sources[id(value)] = slot.source
+    values = pytree.unflatten(pytree.flatten(record.call.values)[1], leaves)
+    expansion = expansion_of(record.call.op)
+    assert expansion is not None
+    with torch.random.fork_rng(devices=[], enabled=mark.replay.rng_state is not None), torch.enable_grad():
+        if mark.replay.rng_state is not None:
+            torch.set_rng_state(mark.replay.rng_state)
+        with recorder:
+            out = record.call.with_op(expansion)(values)
+    live = [t for t, is_live in zip(tensors_of(out), mark.live, strict=True) if is_live]
+    for got, want in zip(live, recorded, strict=True):
+        if got.shape != want.shape or (got - want).norm() > tolerance(want.dtype) * want.norm():
+            raise ValueError(f"a replay of {record.call.op.__name__} step by step gave other outputs")
+    with torch.enable_grad():
+        total = torch.cat([t.flatten() for t in live])
+    nodes = walk(total).nodes
+    with backward.tapped(nodes) as taps:
+        flat, counts = [tap for mine in taps for tap in mine], [len(mine) for mine in taps]
+        found = [
+            backward.grouped(backward.gradients(total, flat, _flat(given, live)), counts)
+            for given in (cotangents, probed)
+            if given is not None
+        ]
+    return Replayed(nodes, found[0], found[-1], total)
+
+
+def _flat(cotangents: Cotangents, outputs: Sequence[Tensor]) -> Tensor:
+    """``[K, entries of all outputs]``."""
+    K = next(len(c) for c in cotangents if c is not None)
+    parts = [
+        t.new_zeros(K, t.numel()) if c is None else c.flatten(1)
+        for c, t in zip(cotangents, outputs, strict=True)
+    ]
+    return torch.cat(parts, 1)

@@ -1,0 +1,175 @@
+"""Recurrent networks against the dense oracle, through both faces: what torch fuses is replayed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from oracle import assert_close, dense_gramian
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import gramjd
+from gramjd import Engine
+from gramjd.blocks import Outer
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"bidirectional": True, "num_layers": 2, "batch_first": True},
+    {"bias": False, "num_layers": 2, "batch_first": True},
+]
+NETWORKS = [(kind, kw) for kind in (nn.RNN, nn.GRU, nn.LSTM) for kw in OPTIONS]
+NETWORKS += [
+    (nn.RNN, {"nonlinearity": "relu"}),
+    (nn.LSTM, {"proj_size": 2, "num_layers": 2, "bidirectional": True}),
+    (nn.LSTM, {"proj_size": 2, "bias": False}),
+]
+CELLS = [nn.RNNCell, nn.GRUCell, nn.LSTMCell]
+
+
+def state_of(network: nn.Module, out: Any) -> Tensor:
+    """Something of the last state of every layer, ``[B]``."""
+    last = torch.cat(out[1], -1) if isinstance(out[1], tuple) else out[1]
+    return last.cos().sum((0, 2))
+
+
+def objectives(network: nn.RNNBase, x: Tensor, hx: Any = None) -> Tensor:
+    """``[B, 2]`` from all outputs and the last state."""
+    out = network(x, hx)
+    time = 1 if network.batch_first else 0
+    scale = torch.linspace(1, 2, out[0].shape[2], dtype=x.dtype)
+    return torch.stack([(out[0] * scale).sin().sum((time, 2)), state_of(network, out)], 1)
+
+
+def draw(network: nn.RNNBase, samples: int, steps: int = 7) -> Tensor:
+    shape = (samples, steps, 3) if network.batch_first else (steps, samples, 3)
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def check(network: nn.Module, loss: Any, *args: Any) -> None:
+    """With a batch dimension and without, measured first and then from what is known."""
+    torch.manual_seed(1)
+    want = dense_gramian(loss(network, *args), network.parameters())
+    for batch_dim in (0, None):
+        engine = Engine(network, batch_dim=batch_dim, ways=["ops"])
+        for _ in range(2):
+            torch.manual_seed(1)
+            got = engine.jacobian(loss(network, *args))
+            assert_close(got.gramian(), want)
+            for blocks, parameter in zip(got.blocks, got.parameters, strict=True):
+                assert parameter.ndim == 1 or {type(block) for block in blocks} == {Outer}
+        engine.close()
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize(("kind", "kw"), NETWORKS)
+def test_networks(kind: type[nn.RNNBase], kw: dict[str, Any]) -> None:
+    network = kind(3, 4, **kw).double()
+    x = draw(network, 5)
+    check(network, objectives, x)
+    want = dense_gramian(objectives(network, x), network.parameters())
+
+    def per_sample(params: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return functional_call(network, params, (sample,))  # type: ignore[no-any-return]
+
+    def loss(params: dict[str, Tensor], sample: Tensor) -> Tensor:
+        batched = sample.unsqueeze(0 if network.batch_first else 1)
+        out = per_sample(params, batched)
+        time = 1 if network.batch_first else 0
+        scale = torch.linspace(1, 2, out[0].shape[2], dtype=x.dtype)
+        return torch.stack([(out[0] * scale).sin().sum((time, 2)), state_of(network, out)], 1)[0]
+
+    params = {name: p.detach() for name, p in network.named_parameters()}
+    in_dims = 0 if network.batch_first else 1
+    assert_close(gramjd.gramian(loss, in_dims=in_dims)(params, x), want)
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+def test_states_in_and_the_size_of_the_batch(kind: type[nn.RNNBase]) -> None:
+    """States that are parameters themselves, layers in a row, and as many steps as samples."""
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.start = kind(3, 4), kind(4, 4), nn.Parameter(torch.randn(1, 1, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.start.expand(1, x.shape[1], 4).contiguous()
+            out, _ = self.first(x, (h, h.sin()) if kind is nn.LSTM else h)
+            out, last = self.second(out.relu(), (h, h) if kind is nn.LSTM else h)
+            return out.sin().sum((0, 2)) + state_of(self.second, (out, last))
+
+    model = Stack().double()
+    for steps, samples in ((4, 4), (6, 3), (6, 2)):
+        x = torch.randn(steps, samples, 3, dtype=torch.float64)
+        want = dense_gramian(model(x), model.parameters())
+        assert_close(Engine(model, batch_dim=0, ways=["ops"]).compute_gramian(model(x)), want)
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_dropout_between_layers(kind: type[nn.RNNBase]) -> None:
+    """The replay draws the numbers of the forward that ran, and leaves the generator alone."""
+    network = kind(3, 4, num_layers=3, dropout=0.5).double()
+    check(network, objectives, draw(network, 5))
+    engine = Engine(network, batch_dim=0)
+    loss = objectives(network, draw(network, 5))
+    torch.rand(3)
+    before = torch.get_rng_state()
+    assert_close(engine.compute_gramian(loss), dense_gramian(loss, network.parameters()))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_packed_sequences(kind: type[nn.RNNBase]) -> None:
+    network = kind(3, 4, num_layers=2, bidirectional=True).double()
+    lengths = [6, 4, 4, 2, 1]
+    packed = nn.utils.rnn.pack_sequence([torch.randn(n, 3, dtype=torch.float64) for n in lengths])
+
+    def loss(network: nn.Module, packed: Any) -> Tensor:
+        out = network(packed)
+        padded, _ = nn.utils.rnn.pad_packed_sequence(out[0])
+        return padded.sin().sum((0, 2)) + state_of(network, out)
+
+    check(network, loss, packed)
+
+
+def test_packed_sequences_that_are_not_sorted_need_an_engine_without_a_batch() -> None:
+    """Packing moves the samples to other places: refused with a batch dimension, exact without."""
+    network = nn.GRU(3, 4).double()
+    sequences = [torch.randn(n, 3, dtype=torch.float64) for n in (2, 5, 3)]
+
+    def loss(network: nn.Module) -> Tensor:
+        out, _ = network(nn.utils.rnn.pack_sequence(sequences, enforce_sorted=False))
+        return nn.utils.rnn.pad_packed_sequence(out)[0].sin().sum((0, 2))
+
+    engine = Engine(network, batch_dim=0)
+    with pytest.raises(gramjd.NotSeparableError, match="batch_dim=None"):
+        engine.compute_gramian(loss(network))
+    engine.close()
+    got = Engine(network, batch_dim=None, ways=["ops"]).compute_gramian(loss(network))
+    assert_close(got, dense_gramian(loss(network), network.parameters()))
+
+
+@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_cells(kind: type[nn.RNNCellBase], bias: bool) -> None:
+    """One cell in a loop of the user's own."""
+
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = kind(3, 4, bias=bias)
+
+        def forward(self, x: Tensor) -> Tensor:
+            state, out = None, []
+            for x_t in x.unbind(1):
+                state = self.cell(x_t, state)
+                out.append(torch.cat(state, 1) if isinstance(state, tuple) else state)
+            return torch.stack(out, 1).sin().sum((1, 2))
+
+    model, x = Loop().double(), torch.randn(5, 4, 3, dtype=torch.float64)
+    check(model, lambda m, x: m(x), x)
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    got = gramjd.gramian(lambda p, x: functional_call(model, p, (x[None],))[0])(params, x)
+    assert_close(got, dense_gramian(model(x), model.parameters()))
