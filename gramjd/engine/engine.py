@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from gramjd import pytree
 from gramjd.engine.graph import Graph, walk
 from gramjd.engine.recorder import AfterHook, BeforeHook, Watcher
-from gramjd.engine.ways import WAYS, Plan, Task, solve
+from gramjd.engine.task import Plan, Task
+from gramjd.engine.ways import WAYS, solve
 from gramjd.errors import NotCoveredError, SlowPathWarning
 from gramjd.jacobian import Jacobian, Output
 

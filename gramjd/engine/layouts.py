@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ ZERO = Layout(-1)  # every layout fits: the cotangents are zero, or there are no
 
 def tolerance(dtype: torch.dtype) -> float:
     """How far two backward passes may differ, relative to the norm of the cotangent."""
-    return min(10 * torch.finfo(dtype).eps ** (2 / 3), 0.1)
+    return min(10 * torch.finfo(dtype).eps ** (2 / 3), 0.02)
 
 
 def candidates(shape: Sequence[int], samples: int) -> Iterator[Layout]:
@@ -52,8 +53,8 @@ def candidates(shape: Sequence[int], samples: int) -> Iterator[Layout]:
                 yield Layout(dim, sample_major=False)
 
 
-def measure(c: Tensor, probed: Tensor, v: Tensor) -> Layout | None:
-    """The layout of a use's output.
+def measure(c: Tensor, probed: Tensor, v: Tensor) -> tuple[Layout | None, float]:
+    """The layout that fits a use's output best, and the relative difference that it leaves.
 
     Args:
         c: cotangents ``[K, *y]`` of the sums of the objectives over the samples.
@@ -61,19 +62,38 @@ def measure(c: Tensor, probed: Tensor, v: Tensor) -> Layout | None:
         v: ``[K, B]``.
 
     Returns:
-        The layout; ``None`` if none fits; ``ZERO`` if every cotangent is zero.
+        The layout, ``None`` if the output has no dimension for the samples, ``ZERO`` if every
+        cotangent is zero.
     """
     K, samples = v.shape
     if not probed.any() and not c.any():
-        return ZERO
+        return ZERO, 0.0
+    best: tuple[Layout | None, float] = (None, inf)
     for layout in candidates(probed.shape, samples):
         rows = layout.cotangents(c, samples)
         weights = v.to(c.dtype).reshape(K, samples, *[1] * (rows.ndim - 2))
         weighted = rows * weights
         error = (weighted.sum(0) - layout.split(probed, layout.dim, samples)).norm()
-        if bool(error <= tolerance(c.dtype) * weighted.norm()):
-            return layout
-    return None
+        off = float(error / weighted.norm())
+        if off < best[1]:
+            best = (layout, off)
+        if off <= tolerance(c.dtype):
+            break
+    return best
+
+
+def follows_samples(c: Tensor, probed: Tensor, v: Tensor, most: int = 4096) -> bool:
+    """Does every entry (of at most so many) belong to some sample, though in no regular layout?
+
+    The arguments are those of :func:`measure`.
+    """
+    c, probed = c.flatten(1), probed.flatten()
+    step = -(-len(probed) // most)
+    c, probed = c[:, ::step], probed[::step]
+    left = torch.full_like(probed, inf)
+    for weights in v.to(c.dtype).unbind(1):
+        left = torch.minimum(left, (weights @ c - probed).abs())
+    return bool((left <= tolerance(c.dtype) * c.abs().max()).all())
 
 
 def canonical(tensor: Tensor, dim: int | None, layout: Layout, size: int, samples: int) -> Tensor:

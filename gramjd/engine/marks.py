@@ -36,6 +36,7 @@ class OpMark:
     number: int
     record: Record
     live: tuple[bool, ...]  # which outputs require gradients, and so have a tap
+    unbatched: bool  # are all arguments the same for all samples?
     replay: Replay | None = None
 
     @property
@@ -78,16 +79,16 @@ def mark_fused(record: Record, leaves: Sequence[Any], out: Any, rng_state: Tenso
     saved = [leaves[i] for i in record.saved] + [leaves[slot.index] for slot in record.slots]
     state = None if torch.equal(rng_state, torch.get_rng_state()) else rng_state
     replay = Replay(state, tuple([tuple(t.shape) for t in saved]))
-    mark = OpMark(next(_NUMBERS), record, tuple([t.requires_grad for t in outs]), replay)
+    mark = OpMark(next(_NUMBERS), record, tuple([t.requires_grad for t in outs]), False, replay)
     return _replace_live(out, attach(mark, [*saved, *live], live))
 
 
-def mark_op(record: Record, leaves: Sequence[Any], out: Any, inplace: bool) -> Any:
+def mark_op(record: Record, leaves: Sequence[Any], out: Any, inplace: bool, unbatched: bool) -> Any:
     """The output of an op with a node for its record behind it."""
     outs = tensors_of(out)
     live = tuple([t.requires_grad for t in outs])
     saved = [leaves[i] for i in record.saved] + [leaves[slot.index] for slot in record.slots]
-    mark = OpMark(next(_NUMBERS), record, live)
+    mark = OpMark(next(_NUMBERS), record, live, unbatched)
     return _replace_live(out, attach(mark, saved, [t for t in outs if t.requires_grad], inplace))
 
 

@@ -48,7 +48,8 @@ class Recorder(Tracker):
         self.seen.update([id(slot.source) for slot in record.slots])
         if rng_state is not None:
             return mark_fused(record, leaves, out, rng_state), record
-        return mark_op(record, leaves, out, inplace), record
+        unbatched = derived or self._classify(leaves)[1]
+        return mark_op(record, leaves, out, inplace, unbatched), record
 
     def switch_off(self) -> None:
         """End the recording."""

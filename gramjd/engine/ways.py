@@ -3,66 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from gramjd import gramians
 from gramjd.blocks import Block, Dense
 from gramjd.engine import backward
 from gramjd.engine.calls import call_blocks
-from gramjd.engine.graph import Graph
-from gramjd.engine.layouts import ZERO, Layout, canonical, measure, tolerance
+from gramjd.engine.layouts import ZERO, canonical
 from gramjd.engine.marks import CallMark, OpMark
-from gramjd.engine.replay import Replayed, replay
+from gramjd.engine.probe import agrees, differentiate, expand, find_layouts
+from gramjd.engine.task import Task
 from gramjd.errors import CheckFailedError, NotSeparableError
 from gramjd.rules.registry import any_entry
 from gramjd.uses import Derived, Record, Source, Use, blocks_of, names_of_leaves, roots
 
 WAYS = ("ops", "functional", "rows")
 
-Layouts = list[Layout | None]  # of the outputs of a node; None: samples are mixed, or it has none
-Cotangents = list[Tensor | None]  # of the outputs of a node, [K, *y]
 Found = dict[int, list[Block]]  # by id of the parameter; parameters not covered are missing
-
-
-@dataclass
-class Plan:
-    """What was measured on the first graph of a signature, and holds for the next ones."""
-
-    layouts: list[Layouts] | None = None  # of each node
-    ways: dict[int, str] = field(default_factory=dict)  # of each parameter, by id
-    causes: dict[int, str] = field(default_factory=dict)  # why it did not go an earlier way
-    checked: bool = False
-
-
-@dataclass
-class Task:
-    """One output to differentiate, with respect to ``parameters``."""
-
-    output: Tensor
-    batch_dim: int | None
-    graph: Graph
-    parameters: dict[str, Tensor]  # by name
-    plan: Plan
-    cotangents: list[Cotangents] = field(default_factory=list)  # of each node
-    layouts: list[Layouts] = field(default_factory=list)
-    replays: list[Replayed] = field(default_factory=list)  # kept alive
-
-    @property
-    def samples(self) -> int:
-        """``B``, 1 without a batch dimension."""
-        return 1 if self.batch_dim is None else self.output.shape[self.batch_dim]
-
-    def canonical(self, node: int) -> Cotangents:
-        """Cotangents of the outputs of a node as ``[K, B, ...]``, where they have a layout."""
-        return [
-            None if c is None or layout is None or layout is ZERO else
-            c.unsqueeze(1) if self.batch_dim is None else layout.cotangents(c, self.samples)
-            for c, layout in zip(self.cotangents[node], self.layouts[node], strict=True)
-        ]  # fmt: skip
 
 
 def solve(task: Task, ways: Sequence[str], check: bool) -> list[list[Block]]:
@@ -76,9 +33,9 @@ def solve(task: Task, ways: Sequence[str], check: bool) -> list[list[Block]]:
     """
     replayed = any(isinstance(node.record, CallMark) for node in task.graph.nodes)
     checking = check and (replayed or not task.plan.checked)  # replays run the user's code anew
-    probe = _differentiate(task, checking)
-    _expand(task, probe)
-    lasting = _measure(task, probe)
+    probe = differentiate(task, checking)
+    expand(task, probe)
+    lasting = find_layouts(task, probe)
     found: Found = {}
     for way in ways:
         left = {name: p for name, p in task.parameters.items() if id(p) not in found}
@@ -87,13 +44,13 @@ def solve(task: Task, ways: Sequence[str], check: bool) -> list[list[Block]]:
         if not planned:
             continue
         if way == "rows":
-            _refuse_mixed(task, ways)
+            _refuse_mixed(task, planned, ways)
         candidates = _WAYS[way](task, planned)
         for name, p in planned.items():
             blocks = candidates.get(id(p))
             if blocks is None:
                 continue
-            if checking and way != "rows" and not _agrees(probe, name, blocks):
+            if checking and way != "rows" and not agrees(probe, name, blocks):
                 task.plan.causes[id(p)] = "its uses that were seen do not add up to autograd's gradient"
                 continue
             found[id(p)] = blocks
@@ -110,99 +67,24 @@ def solve(task: Task, ways: Sequence[str], check: bool) -> list[list[Block]]:
     return [found[id(p)] for p in task.parameters.values()]
 
 
-@dataclass
-class Probe:
-    """Backward of the objectives weighted at random, to compare the blocks with."""
-
-    v: Tensor  # [K, B]
-    cotangents: list[Cotangents]  # [1, *y]
-    gradients: dict[str, Tensor | None]  # [1, *p.shape]
-
-    @property
-    def conclusive(self) -> bool:
-        """Would every gradient that is missing have been missed?"""
-        return all(g is None or bool(g.any()) for g in self.gradients.values())
-
-
-def _differentiate(task: Task, checking: bool) -> Probe:
-    """Run the backward passes: cotangents at every node, and the probe where it is needed."""
-    nodes = task.graph.nodes
-    measuring = task.batch_dim is not None and task.plan.layouts is None and bool(nodes)
-    cotangents = backward.basis(task.output, task.batch_dim)
-    v = _random_weights(len(cotangents), task.samples, task.output)
-    with backward.tapped(nodes) as taps:
-        flat = [tap for mine in taps for tap in mine]
-        counts = [len(mine) for mine in taps]
-        task.cotangents = backward.grouped(backward.gradients(task.output, flat, cotangents), counts)
-        if not checking and not measuring:
-            return Probe(v, [], {})
-        named = task.parameters if checking else {}
-        weights = gramians.from_rows(v, task.output.shape, task.batch_dim)
-        probed = backward.gradients(task.output, [*flat, *named.values()], weights.unsqueeze(0))
-    gradients = dict(zip(named, probed[len(flat) :], strict=True))
-    return Probe(v, backward.grouped(probed[: len(flat)], counts), gradients)
-
-
-def _expand(task: Task, probe: Probe) -> None:
-    """Put the nodes of its replay in the place of every fused op."""
-    if not any(_is_fused(node) for node in task.graph.nodes):
-        return
-    nodes: list[Any] = []
-    cotangents: list[Cotangents] = []
-    probed: list[Cotangents] = []
-    for index, (node, cs) in enumerate(zip(task.graph.nodes, task.cotangents, strict=True)):
-        given = probe.cotangents[index] if probe.cotangents else None
-        found = Replayed([node], [cs], [given or []])
-        if _is_fused(node) and any(c is not None for c in cs):
-            try:
-                found = replay(node, cs, given)
-            except (ValueError, RuntimeError) as error:  # a slower way is left
-                for slot in node.record.record.slots:
-                    for root in roots(slot.source):
-                        task.plan.causes.setdefault(root, str(error))
-        nodes += found.nodes
-        cotangents += found.cotangents
-        probed += found.probed
-        task.replays.append(found)
-    task.graph, task.cotangents = replace(task.graph, nodes=nodes), cotangents
-    probe.cotangents = probed if probe.cotangents else []
-
-
-def _is_fused(node: Any) -> bool:
-    return isinstance(node.record, OpMark) and node.record.replay is not None
-
-
-def _measure(task: Task, probe: Probe) -> bool:
-    """Find the layouts of all nodes; could the same be said of the next graph of this signature?"""
-    if task.batch_dim is None:
-        task.layouts = [[Layout(0)] * len(cs) for cs in task.cotangents]
-        return True
-    if task.plan.layouts is not None:
-        task.layouts = task.plan.layouts
-        return True
-    lasting = task.samples > 1  # a single sample fits everywhere
-    for cs, probed in zip(task.cotangents, probe.cotangents, strict=True):
-        mine: Layouts = []
-        for c, p in zip(cs, probed, strict=True):
-            layout = ZERO if c is None or p is None else measure(c, p[0], probe.v)
-            lasting = lasting and (c is None or layout is not ZERO)
-            mine.append(layout)
-        task.layouts.append(mine)
-    task.plan.layouts = task.layouts if lasting else None
-    return lasting
-
-
-def _refuse_mixed(task: Task, ways: Sequence[str]) -> None:
+def _refuse_mixed(task: Task, planned: dict[str, Tensor], ways: Sequence[str]) -> None:
     """Rows are exact whatever ``batch_dim`` is; but a wrong one is an error, not a slow path."""
     layouts = {layout for mine in task.layouts for layout in mine}
-    if task.samples > 1 and None in layouts and layouts <= {None, ZERO} and len(ways) > 1:
-        raise NotSeparableError(
-            f"Nothing in the graph of the output, of shape {list(task.output.shape)}, treats the "
-            f"{task.samples} entries of its dimension {task.batch_dim} as independent samples: either "
-            "batch_dim is not the batch dimension, or the loss or a layer mixes samples (a mean over "
-            "the batch, batch normalisation in training mode). Correct batch_dim, or use "
-            "Engine(..., batch_dim=None), which is exact for any computation."
-        )
+    mixed = [name for name, p in planned.items() if id(p) in task.plan.mixed]
+    if task.samples == 1 or len(ways) == 1 or not (mixed or (None in layouts and layouts <= {None, ZERO})):
+        return
+    shape, dim = list(task.output.shape), task.batch_dim
+    if not mixed or layouts <= {None, ZERO}:
+        found = f"Nothing in the graph of the output, of shape {shape}, treats"
+    else:
+        cause = task.plan.causes[id(planned[mixed[0]])]
+        found = f"For {mixed[0]!r} {cause}: the graph of the output, of shape {shape}, does not treat"
+    raise NotSeparableError(
+        f"{found} the {task.samples} entries of dimension {dim} as independent samples. Either batch_dim "
+        "is not the batch dimension, or the loss or a layer mixes samples (a mean over the batch, batch "
+        "normalisation in training mode). Correct batch_dim, or use Engine(..., batch_dim=None), which is "
+        "exact for any computation."
+    )
 
 
 def _ops(task: Task, parameters: dict[str, Tensor]) -> Found:
@@ -331,29 +213,6 @@ def _rows(task: Task, parameters: dict[str, Tensor]) -> Found:
 _WAYS: dict[str, Callable[[Task, dict[str, Tensor]], Found]] = {
     "ops": _ops, "functional": _functional, "rows": _rows,
 }  # fmt: skip
-
-
-def _agrees(probe: Probe, name: str, blocks: Sequence[Block]) -> bool:
-    """The check of the total: is ``Jᵀ v`` from the blocks autograd's own?"""
-    wanted = probe.gradients[name]
-    if wanted is None:
-        return not blocks
-    got, bound = torch.zeros_like(wanted[0]), torch.zeros((), device=wanted.device)
-    for block in blocks:
-        v = probe.v.to(wanted.dtype)
-        got, bound = got + block.vjp(v), bound + block.bound(v.abs())
-    # A gradient that is nothing but rounding (an attention's key bias) is noise of the whole's size.
-    largest = max(float(g.norm()) for g in probe.gradients.values() if g is not None)
-    rounding = 64 * torch.finfo(wanted.dtype).eps * (bound + largest)
-    return bool((got - wanted[0]).norm() <= tolerance(wanted.dtype) * wanted.norm() + rounding)
-
-
-def _random_weights(objectives: int, samples: int, like: Tensor) -> Tensor:
-    """Row weights ``[K, B]``, the same on every call, none close to zero."""
-    generator = torch.Generator().manual_seed(0)
-    uniform = torch.rand(2, objectives, samples, generator=generator, dtype=torch.float64)
-    signs = 1 - 2 * (uniform[1] < 0.5).double()
-    return ((0.5 + uniform[0]) * signs).to(like.device, like.dtype)
 
 
 def _name(op: object) -> str:

@@ -1,0 +1,196 @@
+"""Proof that blocks are right: where the samples are, and whether the total is autograd's own.
+
+All of it follows from backward passes of the objectives weighted at random, beside those of the
+objectives themselves. What is equal in exact arithmetic differs by rounding, and by how much depends
+on what computed it (a float32 normalisation inside a float64 model, autocast). So where a difference
+is small but not negligible, the rounding itself is measured, by one more pass with all weights scaled
+by a number that is no power of two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramjd import gramians
+from gramjd.blocks import Block
+from gramjd.engine import backward
+from gramjd.engine.layouts import ZERO, Layout, candidates, follows_samples, measure, tolerance
+from gramjd.engine.marks import OpMark
+from gramjd.engine.replay import Replayed, replay
+from gramjd.engine.task import Cotangents, Task
+from gramjd.uses import roots
+
+_SCALE = 1.37
+_SMALL = 0.2  # relative differences above it are no rounding
+_NOISE = 4  # times the rounding measured that a difference may be
+
+
+@dataclass
+class Pass:
+    """One backward pass of weighted objectives."""
+
+    cotangents: list[Cotangents]  # of each node, [1, *y]
+    gradients: dict[str, Tensor | None]  # of each parameter, [1, *p.shape]
+
+
+@dataclass
+class Probe:
+    """Backward of the objectives weighted at random, to compare with."""
+
+    v: Tensor  # [K, B]
+    run: Callable[[float], Pass]  # with the weights times a number
+
+    @cached_property
+    def first(self) -> Pass:
+        return self.run(1.0)
+
+    @cached_property
+    def again(self) -> Pass:
+        """The same but for rounding."""
+        return self.run(_SCALE)
+
+    @cached_property
+    def rounding(self) -> float:
+        """The largest relative rounding of a gradient (that of one with few entries may be 0 by chance)."""
+        pairs = ((g, self.again.gradients[name]) for name, g in self.first.gradients.items())
+        return max(_rounding(g, again) for g, again in pairs if g is not None and bool(g.any()))
+
+    @property
+    def conclusive(self) -> bool:
+        """Would every gradient that is missing have been missed?"""
+        return all(g is None or bool(g.any()) for g in self.first.gradients.values())
+
+
+def differentiate(task: Task, checking: bool) -> Probe:
+    """Fill in the cotangents at every node; the probe runs when it is first asked."""
+    nodes = task.graph.nodes
+    objectives = backward.basis(task.output, task.batch_dim)
+    v = _random_weights(len(objectives), task.samples, task.output)
+
+    def run(cotangents: Tensor, named: dict[str, Tensor]) -> Pass:
+        with backward.tapped(nodes) as taps:
+            flat = [tap for mine in taps for tap in mine]
+            found = backward.gradients(task.output, [*flat, *named.values()], cotangents)
+        rest = iter(found)
+        grouped = [[next(rest) for _ in mine] for mine in taps]
+        return Pass(grouped, dict(zip(named, rest, strict=True)))
+
+    task.cotangents = run(objectives, {}).cotangents
+    weights = gramians.from_rows(v, task.output.shape, task.batch_dim).unsqueeze(0)
+    return Probe(v, lambda scale: run(scale * weights, task.parameters if checking else {}))
+
+
+def expand(task: Task, probe: Probe) -> None:
+    """Put the nodes of its replay in the place of every fused op."""
+    if not any(_is_fused(node) for node in task.graph.nodes):
+        return
+    nodes: list[Any] = []
+    cotangents: list[Cotangents] = []
+    probed: list[Cotangents] = []
+    measuring = task.batch_dim is not None and task.plan.layouts is None
+    for index, (node, cs) in enumerate(zip(task.graph.nodes, task.cotangents, strict=True)):
+        given = probe.first.cotangents[index] if measuring else None
+        found = Replayed([node], [cs], [given or []])
+        if _is_fused(node) and any(c is not None for c in cs):
+            try:
+                found = replay(node, cs, given)
+            except (ValueError, RuntimeError) as error:  # a slower way is left
+                for slot in node.record.record.slots:
+                    for root in roots(slot.source):
+                        task.plan.causes.setdefault(root, str(error))
+        nodes += found.nodes
+        cotangents += found.cotangents
+        probed += found.probed
+        task.replays.append(found)
+    task.graph, task.cotangents = replace(task.graph, nodes=nodes), cotangents
+    if measuring:
+        probe.first.cotangents = probed
+
+
+def _is_fused(node: Any) -> bool:
+    return isinstance(node.record, OpMark) and node.record.replay is not None
+
+
+def find_layouts(task: Task, probe: Probe) -> bool:
+    """Find the layouts of all nodes; could the same be said of the next graph of this signature?"""
+    if task.batch_dim is None:
+        task.layouts = [[Layout(0)] * len(cs) for cs in task.cotangents]
+        return True
+    if task.plan.layouts is not None:
+        task.layouts = task.plan.layouts
+        return True
+    lasting = task.samples > 1  # a single sample fits everywhere
+    for index, cs in enumerate(task.cotangents):
+        mine = [_layout(task, probe, index, which) for which in range(len(cs))]
+        lasting = lasting and ZERO not in [m for m, c in zip(mine, cs, strict=True) if c is not None]
+        task.layouts.append(mine)
+    task.plan.layouts = task.layouts if lasting else None
+    return lasting
+
+
+def _layout(task: Task, probe: Probe, index: int, which: int) -> Layout | None:
+    """The layout of one output of a node; whether samples are mixed there goes to the plan."""
+    c, first = task.cotangents[index][which], probe.first.cotangents[index][which]
+    if c is None or first is None:
+        return ZERO
+    layout, off = measure(c, first[0], probe.v)
+    if layout is None or off <= tolerance(c.dtype):
+        pass
+    elif (
+        off > _SMALL or task.replays or off > _NOISE * _rounding(first, probe.again.cotangents[index][which])
+    ):  # the rounding inside a replay is not measured
+        layout = None
+    if layout is None and _mixes(task, index, c, first[0], probe.v):
+        slots = task.graph.nodes[index].record.record.slots
+        task.plan.mixed.update(root for slot in slots for root in roots(slot.source))
+    return layout
+
+
+def _mixes(task: Task, index: int, c: Tensor, probed: Tensor, v: Tensor) -> bool:
+    """Does a use without a layout mix samples, or does its output just not belong to any?"""
+    mark = task.graph.nodes[index].record
+    if not isinstance(mark, OpMark) or mark.unbatched:
+        return False
+    broadcast = probed.ndim > 0 and probed.shape[0] == 1  # position_ids [1, T] and their like
+    regular = next(candidates(probed.shape, task.samples), None) is not None
+    return regular and not broadcast and not follows_samples(c, probed, v)
+
+
+def _rounding(first: Tensor, again: Tensor | None) -> float:
+    """The relative difference of two passes that differ by rounding alone."""
+    if again is None:
+        return 0.0
+    return float((again.double() / _SCALE - first.double()).norm() / first.double().norm())
+
+
+def agrees(probe: Probe, name: str, blocks: Sequence[Block]) -> bool:
+    """The check of the total: is ``Jᵀ v`` from the blocks autograd's own?"""
+    gradients = probe.first.gradients
+    wanted = gradients[name]
+    if wanted is None:
+        return not blocks
+    got, bound = torch.zeros_like(wanted[0]), torch.zeros((), device=wanted.device)
+    for block in blocks:
+        v = probe.v.to(wanted.dtype)
+        got, bound = got + block.vjp(v), bound + block.bound(v.abs())
+    # A gradient that is nothing but rounding (an attention's key bias) is noise of the whole's size.
+    largest = max(float(g.norm()) for g in gradients.values() if g is not None)
+    slack = float(64 * torch.finfo(wanted.dtype).eps * (bound + largest))
+    off, size = float((got - wanted[0]).norm()), float(wanted.norm())
+    if off <= tolerance(wanted.dtype) * size + slack:
+        return True
+    return off <= _SMALL * size and off <= _NOISE * size * probe.rounding + slack
+
+
+def _random_weights(objectives: int, samples: int, like: Tensor) -> Tensor:
+    """Row weights ``[K, B]``, the same on every call, none close to zero."""
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.rand(2, objectives, samples, generator=generator, dtype=torch.float64)
+    signs = 1 - 2 * (uniform[1] < 0.5).double()
+    return ((0.5 + uniform[0]) * signs).to(like.device, like.dtype)
