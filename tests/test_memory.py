@@ -2,28 +2,125 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gramjd import Engine, pytree
+from gramjd.blocks import Block, Conv, Dense, Lookup, Outer
+from gramjd.plan import Options
+from gramjd.plan.choice import plans
+from gramjd.plan.options import limits
+
+MiB = 2**20
+OLD = torch.__version__.startswith("2.1.")
 
 
 class Allocations(TorchDispatchMode):
-    """Remembers the storage of the largest tensor that any op returned."""
+    """Follows the bytes of all storages that ops return and that are still alive."""
 
-    largest = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.finalizers: list[weakref.finalize[Any, Any]] = []
+        self.live = self.peak = self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        inputs = [x for x in pytree.leaves((args, kwargs)) if isinstance(x, Tensor)]
-        known = {x.untyped_storage().data_ptr() for x in inputs}  # views allocate nothing
-        for leaf in pytree.leaves(out):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in known:
-                self.largest = max(self.largest, leaf.untyped_storage().nbytes() // leaf.element_size())
+        known = {x.untyped_storage()._cdata for x in _tensors((args, kwargs))}  # views allocate nothing
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in known | self.sizes.keys():
+                self._add(storage)
         return out
+
+    def _add(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self.largest = max(self.largest, size)
+        if OLD:
+            return
+        self.sizes[key] = size
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        self.finalizers.append(weakref.finalize(storage, self._drop, key))
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        for finalizer in self.finalizers:
+            finalizer.detach()
+
+    def _drop(self, key: int) -> None:
+        self.live -= self.sizes.pop(key)
+
+
+def _tensors(tree: object) -> Iterable[Tensor]:
+    return (leaf for leaf in pytree.leaves(tree) if isinstance(leaf, Tensor))
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, dtype=dtype)
+
+
+def outer(K: int, B: int, T: int, i: int, o: int, dtype: torch.dtype = torch.float32) -> Outer:
+    return Outer(randn(K, B, T, 1, o, dtype=dtype), randn(B, T, 1, i, dtype=dtype), (o, i))
+
+
+def lookup(B: int, T: int, V: int, d: int) -> Lookup:
+    return Lookup(randn(1, B, T, d), torch.randint(0, V, (B, T)), (V, d))
+
+
+def conv(B: int, channels: int, size: int) -> Conv:
+    points, windows = randn(1, B, 1, 1, channels, size, size), randn(1, B, 1, 1, channels, size + 2, size + 2)
+    return Conv(points, windows, (channels, channels, 3, 3), (1, 1), (1, 1))
+
+
+def pairs() -> dict[str, tuple[Block, Block]]:
+    """Pairs of which some plan would take far more than 32 MiB at once."""
+    long, many = outer(1, 32, 96, 512, 512), outer(64, 1, 512, 64, 512)
+    half = outer(1, 32, 96, 512, 512, torch.bfloat16)
+    large, small, table = conv(16, 64, 56), conv(32, 128, 8), lookup(16, 96, 50_000, 512)
+    crossed = Outer(long.c, long.a, (512, 512), transposed=True)
+    found: dict[str, tuple[Block, Block]] = {
+        name: (block, block)
+        for name, block in {"outer": long, "many objectives": many, "bfloat16": half, "large conv": large,
+                            "small conv": small, "lookup": table}.items()
+    }  # fmt: skip
+    rows = Dense(randn(4, 16, 512, 512))
+    return found | {
+        "crossed": (long, crossed),
+        "tied": (lookup(8, 64, 20_000, 256), outer(1, 8, 64, 256, 20_000)),
+        "lookup and dense": (lookup(8, 512, 5000, 512), Dense(randn(1, 8, 5000, 512))),
+        "outer and dense": (long, rows),
+        "dense": (rows, rows),
+    }
+
+
+KINDS = [
+    "outer", "many objectives", "bfloat16", "large conv", "small conv", "lookup", "crossed", "tied",
+    "lookup and dense", "outer and dense", "dense",
+]  # fmt: skip
+
+
+@pytest.mark.skipif(OLD, reason="the end of a storage cannot be seen")
+@pytest.mark.parametrize("kind", KINDS)
+def test_budget(kind: str) -> None:
+    u, v = pairs()[kind]
+    options = Options(memory_budget=32 * MiB)
+    tried = 0
+    for way, cost in plans(u, v):
+        if cost.multiply_adds > 2e10 or (tried and cost.time > 10 * plans(u, v)[0][1].time):
+            continue  # no one would wait for it
+        dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+        with Allocations() as allocations:
+            way.run(u, v, limits(options, torch.zeros(()), dtype))
+        assert allocations.peak <= 64 * MiB, (way.name, allocations.peak / MiB)
+        tried += 1
+    assert tried
 
 
 def test_no_tensor_of_batch_times_weight() -> None:
@@ -40,4 +137,36 @@ def test_no_tensor_of_batch_times_weight() -> None:
             gramian = engine.compute_gramian(losses)
         assert gramian.shape == (batch, batch)
         # the check multiplies out one weighted gradient, as large as the weight itself
-        assert allocations.largest <= (width * width if checked else 2 * batch * width)
+        assert allocations.largest <= 4 * (width * width if checked else 2 * batch * width)
+
+
+def test_wide_linear() -> None:
+    """Beyond inputs and cotangents, nothing above 64 MiB."""
+    model = nn.Linear(4096, 4096)
+    engine = Engine(model, batch_dim=0, ways=["ops"])
+    losses = model(torch.randn(64, 4096)).square().mean(1)
+    with Allocations() as allocations:
+        engine.compute_gramian(losses)
+    assert allocations.largest <= 64 * MiB
+
+
+def test_tied_embedding() -> None:
+    """No tensor as large as vocabulary times width times batch, nor a tenth of that."""
+    table = nn.Embedding(50_000, 512)
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = table
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return torch.nn.functional.linear(self.table(ids).tanh(), self.table.weight)
+
+    model, ids = Tied(), torch.randint(0, 50_000, (8, 32))
+    engine = Engine(model, batch_dim=0, ways=["ops"])
+    losses = model(ids).logsumexp(2).mean(1)
+    engine.compute_gramian(losses)  # measured and checked: one weighted gradient
+    losses = model(ids).logsumexp(2).mean(1)
+    with Allocations() as allocations:
+        engine.compute_gramian(losses)
+    assert allocations.largest <= 4 * 50_000 * 512 * 8 // 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -16,7 +17,6 @@ from gramjd.plan.choice import plans, swapped
 from gramjd.plan.options import limits
 
 V, D, K, B = 6, 4, 2, 3
-BUDGETS = [1, 700, None]
 
 
 def randn(*shape: int) -> Tensor:
@@ -56,9 +56,10 @@ def convolutions(K: int = K, B: int = B) -> dict[str, Block]:
 
 
 PAIRS = [
-    pytest.param(kinds, left, right, id=f"{left}-{right}")
-    for kinds in (matrices, convolutions)
+    pytest.param(kinds, left, right, budget, id=f"{left}-{right}-{budget}")
+    for kinds, budgets in ((matrices, [1, 700, None]), (convolutions, [700, None]))
     for left, right in itertools.combinations_with_replacement(kinds(), 2)
+    for budget in budgets
 ]
 
 
@@ -71,8 +72,7 @@ def inner(u: Block, v: Block) -> Tensor:
     return (rows(u) @ rows(v).T).view(*u.rows, *v.rows)
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize(("kinds", "left", "right"), PAIRS)
+@pytest.mark.parametrize(("kinds", "left", "right", "budget"), PAIRS)
 def test_every_plan(kinds: object, left: str, right: str, budget: int | None) -> None:
     u, v = kinds()[left], kinds(3, 5)[right]  # type: ignore[operator]
     others = [(u, v), (v, u), (u, kinds()[right])]  # type: ignore[operator]
@@ -90,8 +90,7 @@ def test_every_plan(kinds: object, left: str, right: str, budget: int | None) ->
                 assert torch.equal(got, got.permute(2, 3, 0, 1)), way.name
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize(("kinds", "left", "right"), PAIRS)
+@pytest.mark.parametrize(("kinds", "left", "right", "budget"), PAIRS)
 def test_sums_of_blocks(kinds: object, left: str, right: str, budget: int | None) -> None:
     found = [kinds()[left], kinds()[right], kinds()[left]]  # type: ignore[operator]
     options, total = Options(memory_budget=budget), rows(*found)
@@ -103,3 +102,104 @@ def test_sums_of_blocks(kinds: object, left: str, right: str, budget: int | None
     assert_close(plan.cross(found, other, options).reshape(K * B, 4), total @ rows(*other).T)
     steps = plan.steps(found, options)
     assert all(step.plan and step.multiply_adds >= 0 and step.bytes >= 0 for step in steps)
+
+
+def _outers(c: Tensor, a: Tensor) -> list[Block]:
+    return [Outer(c.view(2, 2, 3, 1, 2), a.view(2, 3, 1, 4), (2, 4))]
+
+
+def _convs(c: Tensor, a: Tensor) -> list[Block]:
+    return [Conv(c.view(1, 2, 1, 1, 3, 2, 2), a.view(1, 2, 1, 1, 1, 4, 3), (3, 1, 3, 2), (1, 1), (1, 1))]
+
+
+def _tied(c: Tensor, a: Tensor) -> list[Block]:
+    ids = torch.tensor([[0, 4, 4], [1, 0, 4]])
+    table = Lookup(c.view(2, 2, 3, 2), ids, (5, 2))
+    return [
+        table,
+        Outer(a[:20].view(2, 2, 1, 1, 5), c[:4].view(2, 1, 1, 2), (5, 2)),
+        Dense(a[:20].view(1, 2, 5, 2).expand(2, -1, -1, -1)),
+    ]
+
+
+COMPOSED = {"outers": _outers, "convs": _convs, "tied": _tied}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of torch itself, for jvp
+@pytest.mark.parametrize("kind", COMPOSED)
+def test_composes(kind: str) -> None:
+    """With ``vmap``, ``grad``, ``jvp`` and ``torch.compile(fullgraph=True)``."""
+
+    def both(c: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        blocks = COMPOSED[kind](c, a)
+        return plan.gramian(blocks), plan.squared_norms(blocks)
+
+    c, a = randn(3, 24), randn(3, 24)
+    singles = [both(x, y) for x, y in zip(c, a, strict=True)]
+    for got, want in zip(torch.vmap(both)(c, a), zip(*singles, strict=True), strict=True):
+        assert_close(got, torch.stack(want))
+    inputs = (c[0].requires_grad_(), a[0].requires_grad_())
+    assert torch.autograd.gradcheck(both, inputs, check_forward_ad=True)
+    if torch.__version__.startswith("2.1."):
+        return  # its compiler does not know dataclasses
+    compiled = torch.compile(both, fullgraph=True, backend="eager")
+    for got, want in zip(compiled(*inputs), both(*inputs), strict=True):
+        assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_floats_are_accumulated_in_float32(dtype: torch.dtype) -> None:
+    for kinds in (matrices, convolutions):
+        for u in kinds().values():
+            u = _cast(u, dtype)
+            exact = inner(_cast(u, torch.float64), _cast(u, torch.float64))
+            for accumulate, tolerance in ((None, 1e-5), (torch.float64, 1e-10)):
+                got = plan.contract(u, u, Options(accumulate_dtype=accumulate))
+                assert got.dtype == (accumulate or torch.float32)
+                assert_close(got.double(), exact, tolerance)
+
+
+def _cast(block: Block, dtype: torch.dtype) -> Block:
+    tensors = {f.name: getattr(block, f.name) for f in fields(block)}
+    floats = {n: t.to(dtype) for n, t in tensors.items() if isinstance(t, Tensor) and t.is_floating_point()}
+    return replace(block, **floats)
+
+
+def test_float64_on_request_from_float32() -> None:
+    u = Outer(torch.randn(1, 4, 50, 1, 3), torch.randn(4, 50, 1, 3), (3, 3))
+    got = plan.gramian([u], Options(accumulate_dtype=torch.float64))
+    v = Outer(u.c.double(), u.a.double(), u.shape)
+    assert_close(got, inner(v, v))
+
+
+def test_options_refuse_nonsense() -> None:
+    for budget in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="memory_budget"):
+            Options(memory_budget=budget)  # type: ignore[arg-type]
+    for dtype in (torch.int64, torch.complex64, "float32"):
+        with pytest.raises(ValueError, match="accumulate_dtype"):
+            Options(accumulate_dtype=dtype)  # type: ignore[arg-type]
+
+
+def test_what_the_plans_are_for() -> None:
+    """The choices that matter: one position, long sequences, depthwise and shared activations."""
+
+    def chosen(*blocks: Block) -> list[str]:
+        return [step.plan for step in plan.steps(blocks)]
+
+    meta = torch.empty((), device="meta")
+
+    def outer(K: int, B: int, T: int, i: int, o: int) -> Outer:
+        return Outer(meta.new_empty(K, B, T, 1, o), meta.new_empty(B, T, 1, i), (o, i))
+
+    assert chosen(outer(1, 64, 1, 1024, 1024)) == ["pairwise"]
+    assert chosen(outer(1, 16, 64, 256, 256)) == ["rows"]
+    assert chosen(outer(8, 1, 32, 512, 512)) == ["joint"]
+    table = Lookup(meta.new_empty(1, 8, 32, 512), meta.new_empty(8, 32, dtype=torch.int64), (50_000, 512))
+    assert chosen(table, outer(1, 8, 32, 512, 50_000)) == ["pairwise", "picked", "pairwise"]
+    narrow = Conv(meta.new_empty(1, 64, 1, 1, 32, 32, 32), meta.new_empty(1, 64, 1, 1, 3, 34, 34),
+                  (32, 3, 3, 3), (1, 1), (1, 1))  # fmt: skip
+    depthwise = Conv(meta.new_empty(1, 64, 1, 64, 1, 16, 16), meta.new_empty(1, 64, 1, 64, 1, 18, 18),
+                     (64, 1, 3, 3), (1, 1), (1, 1))  # fmt: skip
+    assert chosen(narrow) == ["unfolded"]
+    assert chosen(depthwise) == ["grouped"]
