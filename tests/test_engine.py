@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -368,3 +369,50 @@ def test_the_lazy_jacobian() -> None:
     dense = jacobian.dense()
     rows = torch.cat([dense[name].reshape(15, -1) for name, _ in model.named_parameters()], 1)
     assert_close((rows @ rows.T).reshape(5, 3, 5, 3).permute(0, 1, 3, 2), jacobian.gramian())
+
+
+class Mixing(nn.Module):
+    """Samples are mixed between two layers."""
+
+    def __init__(self, mix: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.mix, self.last = nn.Linear(3, 4), mix, nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.mix(self.first(x)).tanh()).square().sum(1)
+
+
+MIXES: dict[str, Callable[[Tensor], Tensor]] = {
+    "batch norm by hand": lambda h: (h - h.mean(0)) / h.var(0).sqrt(),
+    "attention across the batch": lambda h: (h @ h.T).softmax(1) @ h,
+    "cumulative sum": lambda h: h.cumsum(0),
+}
+
+
+@pytest.mark.parametrize("mix", list(MIXES.values()), ids=list(MIXES))
+def test_mixing_in_the_middle_of_a_model_is_an_error(mix: Callable[[Tensor], Tensor]) -> None:
+    model = Mixing(mix).double()
+    engine, exact = Engine(model, batch_dim=0), Engine(model, batch_dim=None)
+    out = model(torch.randn(5, 3, dtype=torch.float64))
+    with pytest.raises(gramjd.NotSeparableError, match=r"'first.weight' samples are mixed .* linear"):
+        engine.compute_gramian(out)
+    assert_close(exact.compute_gramian(out), dense_gramian(out, model.parameters()))
+
+
+def test_float32_island_in_a_float64_model() -> None:
+    """Its rounding, far above that of float64, is measured; nothing goes the slow way."""
+
+    class Island(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.scale, self.b = nn.Linear(6, 5), nn.Parameter(torch.ones(5)), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x).float()
+            h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)
+            return self.b(self.scale * h.double()).square().sum(1)
+
+    model = Island().double()
+    engine = Engine(model, batch_dim=0)
+    out = model(torch.randn(7, 6, dtype=torch.float64))
+    assert_close(engine.compute_gramian(out), dense_gramian(out, model.parameters()), 1e-6)
