@@ -20,23 +20,10 @@ import torch
 from torch import Tensor
 
 from gramjd import pytree
-from gramjd.blocks import Block, fits, spread, transpose
+from gramjd.blocks import Block, fits, spread
 from gramjd.rules import Call, dense_rows
 from gramjd.rules.registry import Entry, op_name
-
-_PROPERTIES: Any = Tensor  # as an untyped class, for its property getters
-_TRANSPOSES: tuple[Any, ...] = (
-    _PROPERTIES.T.__get__,
-    _PROPERTIES.mT.__get__,
-    Tensor.t,
-    torch.t,
-    Tensor.transpose,
-    torch.transpose,
-    Tensor.permute,
-    torch.permute,
-    torch.swapaxes,
-    Tensor.swapaxes,
-)
+from gramjd.rules.structure import At, pull_back
 
 
 @dataclass(frozen=True)
@@ -185,31 +172,55 @@ def blocks_of(
     rules go to ``failed`` with what the block would have been of, if that is given.
     """
     found: Found = {id(parameter): [] for parameter in parameters}
-    pending: Pending = {use.record: [[] for _ in use.cs] for use in uses if _unresolved(use)}
+    pending: Pending = {use.record: [[] for _ in use.cs] for use in uses if _is_pending(use)}
     for use in reversed(uses):
-        samples = 0  # of the rows received, which are objectives of one sample here
         received = pending.pop(use.record, None)
-        if received is not None:
-            samples = next((block.rows[1] for blocks in received for block in blocks), 0)
-            if not samples:
+        if received is not None and not (any(received) and _is_all(use, received)):
+            if _is_unresolved(use):
                 continue
-            if _is_transposition(use):
-                _deliver(use.record.slots[0].source, map(transpose, received[0]), found, pending)
-                continue
-            use = _as_objectives(use, received)
+            received = None
+        if received is not None and not _is_unresolved(use):
+            use = _without_samples(use)
         for which, slot in enumerate(use.record.slots):
             source = slot.source
             if id(source) in found or (isinstance(source, Derived) and source.record in pending):
                 try:
-                    block = use.block(which)
+                    blocks = [use.block(which)] if received is None else pulled(use, which, received)
                 except Exception as error:
                     if failed is None:
                         raise
                     failed(source, error)
                     continue
-                block = spread(block, samples) if samples else block
-                _deliver(source, [block], found, pending)
+                _deliver(source, blocks, found, pending)
     return [found[id(parameter)] for parameter in parameters]
+
+
+def pulled(use: Use, which: int, received: Sequence[Sequence[Block]]) -> list[Block]:
+    """Blocks of a slot of a derived tensor's call from those that its outputs received.
+
+    Each is pulled back by its structure where that is possible; the others by their rows.
+    """
+    call, slot = use.record.call, use.record.slots[which]
+    leaves = list(use.leaves)
+    for other, value in zip(use.record.slots, use.tracked, strict=True):
+        leaves[other.index] = value
+    values = pytree.unflatten(pytree.flatten(call.values)[1], leaves)
+    args, names = values[: call.positional], map(str, call.names[call.positional :])
+    kwargs = dict(zip(names, values[call.positional :], strict=True))
+    kept: list[Block] = []
+    rest: list[list[Block]] = [[] for _ in received]
+    for output, blocks in enumerate(received):
+        for block in blocks:
+            at = At(output, slot.index, use.tracked[which])
+            found = pull_back(call.op, block, at, args, kwargs)
+            if found is None:
+                rest[output].append(block)
+            else:
+                kept.append(found)
+    if any(rest):
+        samples = next(block.rows[1] for blocks in rest for block in blocks)
+        kept.append(spread(_as_objectives(use, rest).block(which), samples))
+    return kept
 
 
 def roots(source: Source) -> set[int]:
@@ -219,8 +230,28 @@ def roots(source: Source) -> set[int]:
     return set().union(*(roots(slot.source) for slot in source.record.slots))
 
 
-def _unresolved(use: Use) -> bool:
+def _is_unresolved(use: Use) -> bool:
     return all(c is None for c in use.cs)
+
+
+def _is_pending(use: Use) -> bool:
+    """Does a derived tensor wait for what its uses send it? Not if it has samples of its own."""
+    return _is_unresolved(use) or (
+        use.record.derived and next(c.shape[1] for c in use.cs if c is not None) == 1
+    )
+
+
+def _is_all(use: Use, received: Sequence[Sequence[Block]]) -> bool:
+    """Do the blocks that a derived tensor received add up to its cotangents, where these are known?"""
+    for c, blocks in zip(use.cs, received, strict=True):
+        if c is None:
+            continue
+        weights = torch.linspace(1, 2, len(c), dtype=c.dtype, device=c.device)[:, None]
+        got = torch.stack([block.vjp(weights) for block in blocks]).sum(0) if blocks else c.new_zeros(())
+        want = torch.tensordot(weights, c, 2)
+        if (got - want).norm() > 10 * torch.finfo(c.dtype).eps ** (2 / 3) * want.norm():
+            return False
+    return True
 
 
 def _deliver(source: Source, blocks: Iterable[Block], found: Found, pending: Pending) -> None:
@@ -232,6 +263,12 @@ def _deliver(source: Source, blocks: Iterable[Block], found: Found, pending: Pen
         found[id(source)].extend(blocks)
 
 
+def _without_samples(use: Use) -> Use:
+    """A use of one sample with its arguments as the call received them."""
+    leaves = [leaf.squeeze(0) if isinstance(leaf, Tensor) else leaf for leaf in use.leaves]
+    return replace(use, leaves=leaves)
+
+
 def _as_objectives(use: Use, received: Sequence[Sequence[Block]]) -> Use:
     """The use of a derived tensor with the rows it received as ``K·B`` objectives of one sample."""
     cs: list[Tensor | None] = []
@@ -240,11 +277,3 @@ def _as_objectives(use: Use, received: Sequence[Sequence[Block]]) -> Use:
         cs.append(torch.stack(rows).sum(0).flatten(0, 1).unsqueeze(1) if rows else None)
     leaves = [leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf for leaf in use.leaves]
     return Use(use.record, leaves, cs, use.tracked)
-
-
-def _is_transposition(use: Use) -> bool:
-    """Does the call swap the two dimensions of a matrix?"""
-    op, dims = use.record.call.op, [leaf for leaf in use.record.leaves if isinstance(leaf, int)]
-    if op not in _TRANSPOSES or use.tracked[0].ndim != 2:
-        return False
-    return not dims or (dims[0] % 2 != dims[1] % 2 and ("permute" not in op.__name__ or dims[0] % 2 == 1))

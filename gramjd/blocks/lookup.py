@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -15,12 +16,17 @@ class Lookup:
 
     c: Tensor  # [K, B, T, d]
     ids: Tensor  # [B, T]
-    shape: tuple[int, ...]  # [V, d]
+    shape: tuple[int, ...]  # [V, d], or reshaped from that
     origin: str = field(default="", kw_only=True, compare=False)
 
     @property
     def rows(self) -> tuple[int, int]:
         return self.c.shape[0], self.c.shape[1]
+
+    @property
+    def entries(self) -> int:
+        """``V``."""
+        return prod(self.shape) // self.grain
 
     @property
     def grain(self) -> int:
@@ -52,7 +58,7 @@ class Lookup:
         """``[B, K, stop - start]``."""
         c = self.c.to(dtype or self.c.dtype)
         first, size = start // self.grain, (stop - start) // self.grain
-        if (start, stop) == (0, self.shape[0] * self.grain):
+        if (start, stop) == (0, prod(self.shape)):
             return scattered(c, self.ids, size).flatten(2)
         local = self.ids - first
         local = torch.where((local < 0) | (local >= size), size, local)  # one entry for all others
@@ -60,12 +66,13 @@ class Lookup:
 
     def dense(self) -> Tensor:
         """``[K, B, *shape]``."""
-        return scattered(self.c, self.ids, self.shape[0]).transpose(0, 1)
+        return scattered(self.c, self.ids, self.entries).transpose(0, 1).reshape(*self.rows, *self.shape)
 
     def vjp(self, w: Tensor) -> Tensor:
         """``Jᵀ w`` for ``w [K, B]``."""
         c = (self.c * w[:, :, None, None]).sum(0).flatten(0, 1)
-        return c.new_zeros(self.shape).index_add(0, self.ids.flatten(), c)
+        zeros = c.new_zeros(self.entries, self.grain)
+        return zeros.index_add(0, self.ids.flatten(), c).view(self.shape)
 
     def bound(self, w: Tensor) -> Tensor:
         """An upper bound of the norm of ``Jᵀ w`` that no cancellation lowers."""

@@ -69,4 +69,4 @@ def fits(block: Block, shape: Sequence[int]) -> bool:
     if isinstance(block, Conv):
         (G, p), q = block.points.shape[3:5], block.windows.shape[4]
         return (G * p, q) == tuple(shape[:2])
-    return not isinstance(block, Lookup) or block.c.shape[3] == shape[1]
+    return not isinstance(block, Lookup) or prod(shape) % block.grain == 0

@@ -67,7 +67,7 @@ def distinct(u: Lookup, v: Lookup, limits: Limits) -> Tensor:
         return product(rows, rows if u is v else _rows(v, right, D, start, stop, limits.dtype))
 
     total = added(slab(*r) for r in ranges(u.grain, most // max(K1 * B1, K2 * B2)))
-    return canonical(total, u.rows, v.rows, u is v)
+    return canonical(total, u.rows, v.rows)
 
 
 def _rows(block: Lookup, ids: Tensor, size: int, start: int, stop: int, dtype: torch.dtype) -> Tensor:
@@ -77,12 +77,12 @@ def _rows(block: Lookup, ids: Tensor, size: int, start: int, stop: int, dtype: t
 def _entries(u: Lookup, v: Lookup) -> int:
     """An upper bound of the number of entries that two blocks look up."""
     found = shared(u.ids, 0).numel() + (0 if u is v else shared(v.ids, 0).numel())
-    return min(u.shape[0], found)
+    return min(u.entries, found)
 
 
 def _ranks(u: Lookup, v: Lookup, entries: int) -> tuple[Tensor, Tensor]:
     """Ids counted among those that occur; as they are, where the table is short."""
-    if entries == u.shape[0]:
+    if entries == u.entries:
         return u.ids, v.ids
     blocks = (u,) if u is v else (u, v)
     compact = [shared(block.ids, 0) for block in blocks]

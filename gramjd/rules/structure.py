@@ -1,0 +1,385 @@
+"""Structural pull-backs: the block of a tensor that was made from a parameter → that of the parameter.
+
+A weight is often reshaped, transposed, sliced, cast or multiplied by another before it meets the
+batch. Its block stays an ``Outer`` or a ``Lookup``: such ops only rearrange or rescale the factors.
+Where they do not (or for an op that is not here), rows are pulled back instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from gramjd.blocks import Block, Conv, Lookup, Outer
+from gramjd.rules.elementwise import ADDS, DIVS, MULS, SUBS
+from gramjd.rules.linear import MATMULS
+from gramjd.rules.registry import Op
+
+P = TypeVar("P", bound=Callable[..., Block | None])
+Structured = Outer | Lookup
+
+
+@dataclass(frozen=True)
+class At:
+    """Which output of the op the block is of, and which tracked argument it is wanted of."""
+
+    output: int
+    slot: int  # among the leaves of the arguments
+    tensor: Tensor  # the argument
+
+
+_PULLBACKS: dict[Op, Callable[..., Block | None]] = {}
+
+
+def register_pullback(*ops: Op) -> Callable[[P], P]:
+    """Decorator: register ``pull(block, at, *arguments)``, which may return ``None``: no structure.
+
+    ``arguments`` are those of the call; un-batched tensors that no rule of the op needs are ``None``.
+    """
+
+    def register(pull: P) -> P:
+        for op in ops:
+            _PULLBACKS[op] = pull
+        return pull
+
+    return register
+
+
+def pull_back(op: Op, block: Block, at: At, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Block | None:
+    """The block of one argument of an op from that of one of its outputs; ``None``: take rows."""
+    try:
+        pull = _PULLBACKS.get(op)
+    except TypeError:  # an unhashable callable
+        return None
+    if pull is None or not (isinstance(block, (Outer, Lookup)) or _is_copied(block, pull, at)):
+        return None
+    found = pull(block, at, *args, **kwargs)
+    return None if found is None else replace(found, origin=block.origin)
+
+
+def _is_copied(block: Block, pull: Callable[..., Any], at: At) -> bool:
+    """Is it the block of a convolution's kernel that was only cast?"""
+    return isinstance(block, Conv) and pull is same_order and block.shape == at.tensor.shape
+
+
+def pulled_back() -> list[Op]:
+    """Every op with a structural pull-back; the tests go through all of them."""
+    return list(_PULLBACKS)
+
+
+# Factors: every dimension of a block's shape belongs to the groups, to c or to a (to the ids, to c).
+
+
+def _factors(block: Structured) -> list[tuple[str, int]]:
+    """Names and sizes of the factors, in the order of the parameter's entries."""
+    if isinstance(block, Lookup):
+        return [("ids", prod(block.shape) // block.c.shape[-1]), ("c", block.c.shape[-1])]
+    groups, o, i = block.c.shape[3], block.c.shape[4], block.a.shape[3]
+    return [("groups", groups), *([("a", i), ("c", o)] if block.transposed else [("c", o), ("a", i)])]
+
+
+def _owners(block: Structured) -> list[str] | None:
+    """The factor that each dimension of the shape belongs to; ``None`` if one belongs to two."""
+    factors = [(name, size) for name, size in _factors(block) if size > 1] or [("c", 1)]
+    name, left = factors.pop(0)
+    owners = []
+    for size in block.shape:
+        if left == 1 and size > 1:
+            name, left = factors.pop(0)
+        if left % size:
+            return None
+        owners.append(name)  # a dimension of size 1 goes with what is before it
+        left //= size
+    return owners
+
+
+def _along(block: Structured, dim: int, change: Callable[[Tensor, int], Tensor], size: int
+           ) -> Structured | None:  # fmt: skip
+    """``change(factor, dim)`` applied to the dimension of the factor that ``dim`` of the shape is."""
+    owners = _owners(block)
+    if owners is None or owners[dim] not in ("c", "a"):
+        return None
+    name = owners[dim]
+    dims = [d for d, owner in enumerate(owners) if owner == name]
+    factor: Tensor = getattr(block, name)
+    sizes = [block.shape[d] for d in dims]
+    lead = factor.ndim - 1
+    changed = change(factor.reshape(*factor.shape[:-1], *sizes), lead + dims.index(dim)).flatten(lead)
+    shape = (*block.shape[:dim], size, *block.shape[dim + 1 :])
+    return replace(block, **{name: changed}, shape=shape)  # type: ignore[arg-type]
+
+
+def _embedded(block: Structured, dim: int, places: range, size: int) -> Structured | None:
+    """The block of a tensor of which ``places`` of dimension ``dim`` were taken, ``size`` long."""
+    if len(places) == size and places.step == 1:
+        return block
+    if isinstance(block, Lookup):
+        owners = _owners(block)
+        if owners and owners[dim] == "ids" and prod(block.shape[: dim + 1]) == _factors(block)[0][1] and (
+            prod(block.shape[:dim]) == 1
+        ):  # fmt: skip
+            shape = (*block.shape[:dim], size, *block.shape[dim + 1 :])
+            return replace(block, ids=places.start + places.step * block.ids, shape=shape)
+
+    def embed(factor: Tensor, d: int) -> Tensor:
+        index = torch.arange(places.start, places.stop, places.step, device=factor.device)
+        zeros = factor.new_zeros(*factor.shape[:d], size, *factor.shape[d + 1 :])
+        return zeros.index_copy(d, index, factor)
+
+    return _along(block, dim, embed, size)
+
+
+def _permuted(block: Structured, order: Sequence[int], shape: Sequence[int]) -> Structured | None:
+    """The block of ``x`` from that of ``x.permute(order)``; every factor stays in one piece."""
+    owners = _owners(block)
+    if owners is None:
+        return None
+    inverse = [list(order).index(d) for d in range(len(order))]
+    wide = [d for d in inverse if block.shape[d] > 1]  # dimensions of the block in the order of x
+    names = list(dict.fromkeys(owners[d] for d in wide))
+    together = [d for name in names for d in wide if owners[d] == name]
+    before = [name for name, size in _factors(block) if size > 1 and name in names]
+    if together != wide or ("groups" in names and names[0] != "groups"):
+        return None
+    if isinstance(block, Lookup) and names != before:
+        return None
+    found: Structured = block
+    for name in names:
+        dims = [d for d in wide if owners[d] == name]
+        if dims != sorted(dims):
+            if name in ("groups", "ids"):
+                return None
+            factor: Tensor = getattr(block, name)
+            lead = factor.ndim - 1
+            sizes = [block.shape[d] for d in sorted(dims)]
+            moved = factor.reshape(*factor.shape[:-1], *sizes).permute(
+                [*range(lead), *(lead + sorted(dims).index(d) for d in dims)]
+            )
+            found = replace(found, **{name: moved.flatten(lead)})  # type: ignore[arg-type]
+    if isinstance(found, Outer) and names != before:
+        found = replace(found, transposed=not found.transposed)
+    return replace(found, shape=tuple(shape))
+
+
+def _scaled(block: Structured, factor: Tensor | float) -> Structured | None:
+    """The block of ``x`` from that of ``x * factor``, which varies along one dimension at most."""
+    if not isinstance(factor, Tensor) or factor.numel() == 1:
+        one = factor.reshape(()) if isinstance(factor, Tensor) else factor
+        return replace(block, c=block.c * one)
+    sizes = [1] * (len(block.shape) - factor.ndim) + list(factor.shape)
+    wide = [d for d, size in enumerate(sizes) if size > 1]
+    if len(sizes) > len(block.shape) or len(wide) > 1:
+        return None
+    (dim,) = wide
+    values = factor.flatten()
+
+    def scale(x: Tensor, d: int) -> Tensor:
+        return x * values.reshape(-1, *[1] * (x.ndim - d - 1))
+
+    return _along(block, dim, scale, block.shape[dim])
+
+
+SAME_ORDER: list[Op] = [
+    Tensor.view, Tensor.reshape, torch.reshape, Tensor.view_as, Tensor.reshape_as, Tensor.flatten,
+    torch.flatten, Tensor.ravel, torch.ravel, Tensor.unflatten, torch.unflatten, Tensor.squeeze,
+    torch.squeeze, Tensor.unsqueeze, torch.unsqueeze, Tensor.contiguous, Tensor.clone, torch.clone,
+    Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16,
+]  # fmt: skip
+
+
+@register_pullback(*SAME_ORDER)
+def same_order(block: Structured | Conv, at: At, *args: Any, **kwargs: Any) -> Block:
+    """Reshaped, copied or cast: the entries keep their order."""
+    if isinstance(block, Conv):
+        return replace(block, points=block.points.to(at.tensor), windows=block.windows.to(at.tensor))
+    block = replace(block, shape=tuple(at.tensor.shape), c=block.c.to(at.tensor))
+    return replace(block, a=block.a.to(at.tensor)) if isinstance(block, Outer) else block
+
+
+_PROPERTIES: Any = Tensor  # as an untyped class, for its property getters
+REVERSALS: list[Op] = [_PROPERTIES.T.__get__, _PROPERTIES.mT.__get__, Tensor.t, torch.t]
+SWAPS: list[Op] = [Tensor.transpose, torch.transpose, Tensor.swapaxes, torch.swapaxes]
+SWAPS += [Tensor.swapdims, torch.swapdims]
+
+
+@register_pullback(*REVERSALS)
+def reversal(block: Structured, at: At, *args: Any) -> Block | None:
+    """The last two dimensions swapped (``T`` of more than two is deprecated)."""
+    n = at.tensor.ndim
+    return None if n < 2 else _permuted(block, [*range(n - 2), n - 1, n - 2], at.tensor.shape)
+
+
+@register_pullback(*SWAPS)
+def swap(block: Structured, at: At, input: Tensor, dim0: int, dim1: int) -> Block | None:
+    order = list(range(input.ndim))
+    order[dim0], order[dim1] = order[dim1], order[dim0]
+    return _permuted(block, order, input.shape)
+
+
+@register_pullback(Tensor.permute, torch.permute)
+def permute(block: Structured, at: At, input: Tensor, *dims: Any) -> Block | None:
+    order = dims[0] if isinstance(dims[0], (tuple, list)) else dims
+    return _permuted(block, [d % input.ndim for d in order], input.shape)
+
+
+@register_pullback(Tensor.movedim, torch.movedim, Tensor.moveaxis, torch.moveaxis)
+def movedim(block: Structured, at: At, input: Tensor, source: Any, destination: Any) -> Block | None:
+    sources = [source] if isinstance(source, int) else list(source)
+    targets = [destination] if isinstance(destination, int) else list(destination)
+    order_of: list[int | None] = [None] * input.ndim
+    for s, t in zip(sources, targets, strict=True):
+        order_of[t % input.ndim] = s % input.ndim
+    rest = iter(d for d in range(input.ndim) if d not in order_of)
+    return _permuted(block, [next(rest) if d is None else d for d in order_of], input.shape)
+
+
+@register_pullback(Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to)
+def expand(block: Structured, at: At, *args: Any) -> Block | None:
+    """Repeated along some dimensions: summed over them, or, of groups, at more positions."""
+    shape = (*[1] * (len(block.shape) - at.tensor.ndim), *at.tensor.shape)
+    found: Structured | None = block
+    for dim, size in enumerate(shape):
+        if found is None or found.shape[dim] == size:
+            continue
+        owners = _owners(found)
+        if isinstance(found, Outer) and owners and owners[dim] == "groups" and (
+            found.shape[dim] == found.c.shape[3]
+        ):  # fmt: skip
+            c, a = found.c.flatten(2, 3).unsqueeze(3), found.a.flatten(1, 2).unsqueeze(2)
+            found = replace(found, c=c, a=a, shape=(*found.shape[:dim], 1, *found.shape[dim + 1 :]))
+        else:
+            found = _along(found, dim, lambda x, d: x.sum(d, keepdim=True), 1)
+    return None if found is None else replace(found, shape=tuple(at.tensor.shape))
+
+
+@register_pullback(Tensor.narrow, torch.narrow)
+def narrow(block: Structured, at: At, input: Tensor, dim: int, start: int, length: int) -> Block | None:
+    start = int(start) % input.shape[dim] if length else 0
+    return _embedded(block, dim % input.ndim, range(start, start + length), input.shape[dim])
+
+
+@register_pullback(Tensor.select, torch.select)
+def select(block: Structured, at: At, input: Tensor, dim: int, index: int) -> Block | None:
+    return _one_of(block, input, dim % input.ndim, index % input.shape[dim])
+
+
+@register_pullback(Tensor.unbind, torch.unbind)
+def unbind(block: Structured, at: At, input: Tensor, dim: int = 0) -> Block | None:
+    return _one_of(block, input, dim % input.ndim, at.output)
+
+
+def _one_of(block: Structured, input: Tensor, dim: int, index: int) -> Block | None:
+    shape = (*input.shape[:dim], 1, *input.shape[dim + 1 :])
+    return _embedded(replace(block, shape=shape), dim, range(index, index + 1), input.shape[dim])
+
+
+@register_pullback(Tensor.chunk, torch.chunk)
+def chunk(block: Structured, at: At, input: Tensor, chunks: int, dim: int = 0) -> Block | None:
+    return split(block, at, input, -(-input.shape[dim] // chunks), dim)
+
+
+@register_pullback(Tensor.split, torch.split)
+def split(block: Structured, at: At, tensor: Tensor, split_size: Any, dim: int = 0) -> Block | None:
+    size = split_size * at.output if isinstance(split_size, int) else sum(split_size[: at.output])
+    dim %= tensor.ndim
+    return _embedded(block, dim, range(size, size + block.shape[dim]), tensor.shape[dim])
+
+
+@register_pullback(Tensor.__getitem__)
+def getitem(block: Structured, at: At, input: Tensor, index: Any) -> Block | None:
+    """Indexed by numbers, slices, ``None`` and ``...``."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    if not all(x is None or x is Ellipsis or type(x) in (int, slice) for x in items):
+        return None
+    given = sum(x is not None and x is not Ellipsis for x in items)
+    if Ellipsis not in items:
+        items.append(Ellipsis)
+    where = items.index(Ellipsis)
+    items[where : where + 1] = [slice(None)] * (input.ndim - given)
+    sizes = zip((x for x in items if x is not None), input.shape, strict=True)
+    places = [range(x % n, x % n + 1) if isinstance(x, int) else range(n)[x] for x, n in sizes]
+    found: Structured | None = replace(block, shape=tuple(map(len, places)))
+    for dim, (taken, size) in enumerate(zip(places, input.shape, strict=True)):
+        found = found and _embedded(found, dim, taken, size)
+    return found
+
+
+@register_pullback(torch.cat, torch.concat, torch.concatenate)
+def cat(block: Structured, at: At, tensors: Sequence[Tensor], dim: int = 0) -> Block | None:
+    if any(t is None for t in tensors):
+        return None
+    dim %= at.tensor.ndim
+    start = sum(t.shape[dim] for t in tensors[: at.slot])
+    size = at.tensor.shape[dim]
+    if isinstance(block, Lookup):
+        owners = _owners(block)
+        if owners and owners[dim] == "ids" and prod(block.shape[:dim]) == 1 and (
+            block.shape[dim] == _factors(block)[0][1]
+        ):  # fmt: skip
+            mine = (block.ids >= start) & (block.ids < start + size)
+            ids = torch.where(mine, block.ids - start, 0)
+            return replace(block, ids=ids, c=block.c * mine[None, :, :, None], shape=tuple(at.tensor.shape))
+    return _along(block, dim, lambda x, d: x.narrow(d, start, size), size)
+
+
+@register_pullback(torch.stack)
+def stack(block: Structured, at: At, tensors: Sequence[Tensor], dim: int = 0) -> Block | None:
+    dim %= at.tensor.ndim + 1
+    found = _along(block, dim, lambda x, d: x.narrow(d, at.slot, 1), 1)
+    groups = (_owners(block) or [""])[dim] == "groups"
+    if groups and isinstance(block, Outer) and block.shape[dim] == block.c.shape[3]:
+        c, a = block.c[:, :, :, at.slot : at.slot + 1], block.a[:, :, at.slot : at.slot + 1]
+        found = replace(block, c=c, a=a)
+    return None if found is None else replace(found, shape=tuple(at.tensor.shape))
+
+
+@register_pullback(Tensor.__neg__, Tensor.neg, torch.neg)
+def negation(block: Structured, at: At, input: Tensor) -> Block:
+    return replace(block, c=-block.c)
+
+
+@register_pullback(*ADDS)
+def add(block: Structured, at: At, input: Any, other: Any, alpha: float = 1) -> Block | None:
+    """As LoRA adds a product to a weight; a term that is broadcast has rows."""
+    if block.shape != at.tensor.shape:
+        return None
+    return replace(block, c=block.c * alpha) if at.slot == 1 and alpha != 1 else block
+
+
+@register_pullback(*SUBS)
+def sub(block: Structured, at: At, input: Any, other: Any, alpha: float = 1) -> Block | None:
+    if block.shape != at.tensor.shape:
+        return None
+    return replace(block, c=-alpha * block.c) if at.slot == 1 else block
+
+
+@register_pullback(*MULS)
+def mul(block: Structured, at: At, input: Any, other: Any) -> Block | None:
+    return None if block.shape != at.tensor.shape else _scaled(block, input if at.slot == 1 else other)
+
+
+@register_pullback(*DIVS)
+def div(block: Structured, at: At, input: Any, other: Any, rounding_mode: Any = None) -> Block | None:
+    if at.slot == 1 or rounding_mode is not None or block.shape != at.tensor.shape:
+        return None
+    return _scaled(block, 1 / other)
+
+
+@register_pullback(*MATMULS)
+def matmul(block: Structured, at: At, left: Tensor, right: Tensor) -> Block | None:
+    """One matrix times another, as in low-rank updates."""
+    if left.ndim != 2 or right.ndim != 2 or (isinstance(block, Outer) and block.c.shape[3] > 1):
+        return None
+    shape = tuple(at.tensor.shape)
+    if isinstance(block, Lookup):
+        if at.slot == 0:
+            return replace(block, c=block.c @ right.mT, shape=shape)
+        return Outer(block.c.unsqueeze(3), left[block.ids].unsqueeze(2), shape, transposed=True)
+    if (at.slot == 0) == block.transposed:
+        return replace(block, c=block.c @ (right.mT if at.slot == 0 else left), shape=shape)
+    return replace(block, a=block.a @ (right.mT if at.slot == 0 else left), shape=shape)
