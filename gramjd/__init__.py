@@ -10,7 +10,9 @@ from gramjd.errors import (
     NotSeparableError,
     SlowPathWarning,
 )
+from gramjd.functional import functional_loss
 from gramjd.jacobian import Jacobian
+from gramjd.ntk import ntk
 from gramjd.rules import register_rule
 from gramjd.transforms import gramian, gramian_and_value, jacobian, jacobian_and_value
 
@@ -23,10 +25,12 @@ __all__ = [
     "NotCoveredError",
     "NotSeparableError",
     "SlowPathWarning",
+    "functional_loss",
     "gramian",
     "gramian_and_value",
     "jacobian",
     "jacobian_and_value",
+    "ntk",
     "register_rule",
     "weighting",
 ]
