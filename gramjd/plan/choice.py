@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from gramjd.blocks import Block, Conv, Dense, Lookup, Outer
 from gramjd.plan import conv, joint, lookup, pairwise
 from gramjd.plan.cost import Cost, Plan
-from gramjd.plan.rows import rows, rows_cost
+from gramjd.plan.rows import dense_rows, rows, rows_cost
 
 _ROWS = Plan("rows", rows_cost, rows)  # for any pair
 
@@ -27,6 +27,7 @@ _PLANS: dict[tuple[type, type], Sequence[Plan]] = {
         Plan("distinct", lookup.distinct_cost, lookup.distinct),
     ),
     (Lookup, Outer): (Plan("picked", lookup.picked_cost, lookup.picked), _ROWS),
+    (Dense, Dense): (Plan("rows", rows_cost, dense_rows),),
     (Lookup, Dense): (Plan("picked", lookup.gathered_cost, lookup.gathered), _ROWS),
 }
 

@@ -118,7 +118,7 @@ class Method:
             return product(left, left if same else self._rows(v.features(*some), tap, limits))
 
         total = added(slab(some, tap) for some in ranges(p, step) for tap in taps)
-        return canonical(total, u.rows, v.rows, same)
+        return canonical(total, u.rows, v.rows)
 
     def _rows(self, block: Conv, tap: Sequence[int] | None, limits: Limits) -> Tensor:
         at = () if tap is None else (tap,)
@@ -143,7 +143,7 @@ def _unfolded_cost(block: Conv, s: Sizes, taps: int) -> Cost:
 
 def _tapped_cost(block: Conv, s: Sizes, taps: int) -> Cost:
     products = s.K * s.B * s.T * prod(block.shape) + SMALL * s.B * s.G * taps
-    return Cost(products, s.rights * s.T * s.G * s.q, 6 * taps)
+    return Cost(products, s.rights * s.T * s.G * s.q * 3 // 2, 6 * taps)
 
 
 def _depthwise_cost(block: Conv, s: Sizes, taps: int) -> Cost:

@@ -12,7 +12,7 @@ from gramjd.blocks import Conv, Outer
 from gramjd.blocks.outer import shared
 from gramjd.plan.cost import Cost, half
 from gramjd.plan.options import Limits
-from gramjd.plan.tiles import HALVES, LEAF, over_positions, over_samples
+from gramjd.plan.tiles import HALVES, LEAF, over_positions, over_samples, product
 
 CACHED = 2**20  # elements of a tile
 
@@ -57,6 +57,8 @@ def pairwise_cost(u: Outer | Conv, v: Outer | Conv) -> Cost | None:
 def pairwise(u: Outer, v: Outer, limits: Limits) -> Tensor:
     """``Σ_{t,s} (left_t · left_s)(right_t · right_s)``; one of left and right is ``a``, the other ``c``."""
     K1, K2, G, T = u.rows[0], v.rows[0], u.c.shape[3], max(u.c.shape[2], v.c.shape[2])
+    if T == G == 1 and 3 * K1 * u.rows[1] * K2 * v.rows[1] <= limits.elements:
+        return _one_position(u, v, limits.dtype)
     pairs = G * (K1 * K2 + sum(len(x) * len(y) for x, y in zip(u.factors, v.factors, strict=True)))
     side = max(1, isqrt(limits.cached(CACHED) // pairs))  # positions of a tile, along each side
 
@@ -66,6 +68,17 @@ def pairwise(u: Outer, v: Outer, limits: Limits) -> Tensor:
         return _tile(x, y, limits.dtype)
 
     return over_samples(u, v, step, lambda x, y: over_positions(x, y, side, tile))
+
+
+def _one_position(u: Outer, v: Outer, dtype: torch.dtype) -> Tensor:
+    """All rows at once, where the result is the largest tensor anyway."""
+    found = []
+    for x, y in zip(u.factors, v.factors, strict=True):
+        x, y = (shared(z, 1).to(dtype)[:, :, 0, 0] for z in (x, y))
+        left = x.flatten(0, 1)
+        right = left if u is v else y.flatten(0, 1)
+        found.append(product(left, right).view(*x.shape[:2], *y.shape[:2]))
+    return (found[0] * found[1]).expand(*u.rows, *v.rows)
 
 
 def unfolded_pairwise(u: Conv, v: Conv, limits: Limits) -> Tensor:

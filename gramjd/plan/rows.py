@@ -34,7 +34,7 @@ def building_cost(block: Block) -> tuple[int, int]:
     """Multiply-adds and elements moved to build all rows of a block."""
     (K, B), P = block.rows, prod(block.shape)
     if isinstance(block, Dense):
-        return 0, K * B * P if K > 1 else 0
+        return 0, K * B * P if K > 1 else 0  # rows go by samples first
     if isinstance(block, Lookup):
         return 0, 2 * K * B * P + block.c.numel()
     sizes = Sizes.of(block)
@@ -61,7 +61,21 @@ def rows(u: Block, v: Block, limits: Limits) -> Tensor:
         return product(left, left if u is v else build(v, start, stop))
 
     total = added(slab(*r) for r in ranges(P // grain, step))
-    return canonical(total, u.rows, v.rows, u is v)
+    return canonical(total, u.rows, v.rows)
+
+
+def dense_rows(u: Dense, v: Dense, limits: Limits) -> Tensor:
+    """Rows that are there, converted some entries at a time where they must be."""
+    left, right = u.matrix(), v.matrix()
+    copied = {left.dtype, right.dtype} != {limits.dtype}
+    step = limits.elements // (len(left) + len(right)) if copied else left.shape[1]
+
+    def slab(start: int, stop: int) -> Tensor:
+        some = left[:, start:stop].to(limits.dtype)
+        return product(some, some if u is v else right[:, start:stop].to(limits.dtype))
+
+    total = added(slab(*r) for r in ranges(left.shape[1], step))
+    return total.view(*u.rows, *v.rows)
 
 
 def matrix(block: Any, limits: Limits, workspace: int, build: Callable[[Any], Tensor]) -> Tensor:

@@ -55,20 +55,22 @@ def _cat(tiles: list[list[Tensor]]) -> Tensor:
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ rightᵀ`` of matrices of rows; half of it, if ``left is right``."""
-    count = min(HALVES, len(left) // LEAF) if left is right else 1
-    if count < 2:
+    """``left @ rightᵀ`` of matrices of rows; half of it and exactly symmetric, if ``left is right``."""
+    if left is not right:
         return left @ right.mT
+    count = min(HALVES, len(left) // LEAF)
+    if count < 2:
+        return symmetrize(left @ left.mT)
     pieces = [left[start:stop] for start, stop in ranges(len(left), -(-len(left) // count))]
     tiles: list[list[Tensor]] = []
     for i, piece in enumerate(pieces):
         mirrored = [tiles[j][i].mT for j in range(i)]
-        tiles.append(mirrored + [piece @ other.mT for other in pieces[i:]])
+        rest = [piece @ other.mT for other in pieces[i + 1 :]]
+        tiles.append([*mirrored, symmetrize(piece @ piece.mT), *rest])
     return torch.cat([torch.cat(row, 1) for row in tiles])
 
 
-def canonical(square: Tensor, rows1: tuple[int, int], rows2: tuple[int, int], same: bool) -> Tensor:
-    """``[B₁ K₁, B₂ K₂]`` → ``[K₁, B₁, K₂, B₂]``, exactly symmetric if the rows are the same."""
-    square = symmetrize(square) if same else square
+def canonical(square: Tensor, rows1: tuple[int, int], rows2: tuple[int, int]) -> Tensor:
+    """``[B₁ K₁, B₂ K₂]`` → ``[K₁, B₁, K₂, B₂]``."""
     (K1, B1), (K2, B2) = rows1, rows2
     return square.view(B1, K1, B2, K2).permute(1, 0, 3, 2)
