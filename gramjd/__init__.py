@@ -10,6 +10,8 @@ from gramjd.errors import (
     NotSeparableError,
     SlowPathWarning,
 )
+from gramjd.explain import explain
+from gramjd.explanation import Explanation
 from gramjd.functional import functional_loss
 from gramjd.jacobian import Jacobian
 from gramjd.ntk import ntk
@@ -19,12 +21,14 @@ from gramjd.transforms import gramian, gramian_and_value, jacobian, jacobian_and
 __all__ = [
     "CheckFailedError",
     "Engine",
+    "Explanation",
     "GramjdError",
     "Jacobian",
     "NoGraphError",
     "NotCoveredError",
     "NotSeparableError",
     "SlowPathWarning",
+    "explain",
     "functional_loss",
     "gramian",
     "gramian_and_value",

@@ -212,7 +212,7 @@ def capture(
     blocks = blocks_of(uses, raw)
     for mine, row in zip(blocks, rows, strict=True):
         if row is not None:
-            mine.append(Dense(row, origin="autograd"))
+            mine.append(Dense(row, origin="autograd (no rule covers an op that used it)"))
     return Captured(values, aux, blocks)
 
 

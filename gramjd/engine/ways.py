@@ -205,8 +205,12 @@ def _functional(task: Task, parameters: dict[str, Tensor]) -> Found:
 def _rows(task: Task, parameters: dict[str, Tensor]) -> Found:
     """Way 3: one row after the other by ordinary autograd."""
     rows = backward.row_gradients(task.output, list(parameters.values()), task.batch_dim)
+    causes = [
+        task.plan.causes.get(id(p), "it was not used in a registered module") for p in parameters.values()
+    ]
     return {
-        id(p): [] if row is None else [Dense(row)] for p, row in zip(parameters.values(), rows, strict=True)
+        id(p): [] if row is None else [Dense(row, origin=f"one row at a time ({cause})")]
+        for p, row, cause in zip(parameters.values(), rows, causes, strict=True)
     }
 
 

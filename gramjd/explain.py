@@ -1,0 +1,52 @@
+"""``explain``: what the Gramian of a model will cost and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from gramjd.engine import Engine
+from gramjd.explanation import Explanation, explanation
+from gramjd.jacobian import Jacobian
+
+
+def explain(target: Jacobian | nn.Module, *args: Any, batch_dim: int | None = 0,
+            loss: Callable[[Any], Tensor] | None = None, **kwargs: Any) -> Explanation:  # fmt: skip
+    """Every use of every parameter: its op, its block, and the plan, operations and memory it takes.
+
+    Args:
+        target: a Jacobian, of :func:`gramjd.jacobian` or :meth:`gramjd.Engine.jacobian`; or a module.
+        args, kwargs: of the module, which is called once, under an engine of its own.
+        batch_dim: of the module's output (or of the loss), as for :class:`gramjd.Engine`.
+        loss: makes a tensor of objectives of the module's output; the output itself by default.
+
+    Returns:
+        An :class:`Explanation`: iterate over it, or print it.
+
+    Raises:
+        TypeError: ``target`` is something else, or a module's output is no tensor and ``loss`` is
+            not given.
+    """
+    if isinstance(target, Jacobian):
+        if args or kwargs or loss is not None:
+            raise TypeError("A Jacobian is explained as it is: pass no other arguments.")
+        return explanation(target)
+    if not isinstance(target, nn.Module):
+        raise TypeError(
+            f"explain takes a Jacobian or a module with its arguments, not a {type(target).__name__}. For "
+            "a function, pass gramjd.jacobian(function)(params, ...)."
+        )
+    engine = Engine(target, batch_dim=batch_dim)
+    try:
+        output = target(*args, **kwargs)
+        losses = output if loss is None else loss(output)
+        if not isinstance(losses, Tensor):
+            raise TypeError(
+                f"The module returned a {type(losses).__name__}, not a tensor: say what to differentiate "
+                "with loss=, a function of the output that returns a tensor of objectives."
+            )
+        return explanation(engine.jacobian(losses))
+    finally:
+        engine.close()

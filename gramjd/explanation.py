@@ -1,0 +1,112 @@
+"""What a Gramian will cost and why: every block, the op that it comes from, and its plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gramjd import plan
+from gramjd.blocks import Block, Conv, Dense, Lookup, Outer
+from gramjd.jacobian import Jacobian
+
+
+@dataclass(frozen=True)
+class Row:
+    """A pair of blocks of one parameter (mostly a block and itself), as it will be contracted."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    op: str  # that used the parameter
+    block: str  # its type and sizes
+    plan: str
+    multiply_adds: int
+    bytes: int  # of working memory
+    reason: str  # why a parameter of several dimensions has a ``Dense`` block; empty otherwise
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """What a table shows of it."""
+        numbers = _short(self.multiply_adds), _short(self.bytes)
+        return self.parameter, str(list(self.shape)), self.op, self.block, self.plan, *numbers, self.reason
+
+
+_TITLES = ("parameter", "shape", "op", "block", "plan", "multiply-adds", "bytes", "why dense")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Rows to iterate over; ``str()`` of it is a table with totals."""
+
+    rows: Sequence[Row]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of all rows together."""
+        return sum(row.multiply_adds for row in self.rows)
+
+    @property
+    def bytes(self) -> int:
+        """Of working memory, at most: parameters are contracted one after the other."""
+        return max((row.bytes for row in self.rows), default=0)
+
+    def __str__(self) -> str:
+        total = ("total", "", "", "", "", _short(self.multiply_adds), f"max {_short(self.bytes)}", "")
+        table = [_TITLES, *(row.cells for row in self.rows), total]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
+        return "\n".join(lines)
+
+
+def explanation(jacobian: Jacobian) -> Explanation:
+    """Every pair of blocks that the Gramian of a Jacobian is made of."""
+    rows: list[Row] = []
+    for part in jacobian.parts:
+        for name, parameter, blocks in zip(jacobian.names, jacobian.parameters, part.blocks, strict=True):
+            rows += [_row(name, parameter, step) for step in (plan.steps(blocks) if blocks else ())]
+    return Explanation(rows)
+
+
+def _row(name: str, parameter: Tensor, step: plan.Step) -> Row:
+    blocks = [step.u] if step.u is step.v else [step.u, step.v]
+    ops = " × ".join(block.origin.partition(" (")[0] for block in blocks)
+    shown = " × ".join(map(_shown, blocks))
+    reasons = dict.fromkeys(_reason(block) for block in blocks if isinstance(block, Dense))
+    reason = "; ".join(reasons) if parameter.ndim > 1 else ""
+    return Row(name, tuple(parameter.shape), ops, shown, step.plan, step.multiply_adds, step.bytes, reason)
+
+
+def _shown(block: Block) -> str:
+    """Type and sizes, in the letters of :mod:`gramjd.blocks`."""
+    K, B = block.rows
+    sizes = {"K": K, "B": B}
+    if isinstance(block, Outer):
+        sizes |= {"T": block.c.shape[2], "G": block.c.shape[3], "o": block.c.shape[4], "i": block.a.shape[3]}
+    elif isinstance(block, Lookup):
+        sizes |= {"T": block.c.shape[2], "V": block.entries, "d": block.grain}
+    elif isinstance(block, Conv):
+        (G, p), q = block.points.shape[3:5], block.windows.shape[4]
+        sizes |= {"T": block.T, "G": G, "p": p, "q": q}
+    shown = [f"{letter}={size}" for letter, size in sizes.items() if letter != "G" or size > 1]
+    return f"{type(block).__name__}({', '.join(shown)})"
+
+
+def _reason(block: Dense) -> str:
+    """Why the rows of a parameter are kept whole."""
+    _, given, cause = block.origin.partition(" (")
+    return cause.rstrip(")") if given else f"{block.origin} takes it entry by entry: no smaller form"
+
+
+def _short(number: int) -> str:
+    """Three digits and a prefix."""
+    power = 0
+    while number >= 1000 ** (power + 1) and power < 4:
+        power += 1
+    return f"{number / 1000**power:.3g} {' kMGT'[power]}".rstrip()
