@@ -154,3 +154,10 @@ def test_errors_and_nothing_left_behind() -> None:
     jac = gramjd.jacobian(lambda w, x: (w * x).sum())(torch.randn(3), torch.randn(2, 3))
     with pytest.raises(TypeError, match="as it is"):
         explain(jac, torch.randn(2))
+
+
+def test_engine_explains_its_output() -> None:
+    model = nn.Linear(3, 2)
+    engine = gramjd.Engine(model, batch_dim=0)
+    found = engine.explain(model(torch.randn(4, 3)).sum(1))
+    assert [(row.parameter, row.op) for row in found] == [("bias", "linear"), ("weight", "linear")]

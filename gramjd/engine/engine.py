@@ -16,6 +16,7 @@ from gramjd.engine.recorder import AfterHook, BeforeHook, Watcher
 from gramjd.engine.task import Plan, Task
 from gramjd.engine.ways import WAYS, solve
 from gramjd.errors import NotCoveredError, SlowPathWarning
+from gramjd.explanation import Explanation, explanation
 from gramjd.jacobian import Jacobian, Output
 
 _PLANS = 64  # signatures that an engine remembers
@@ -123,6 +124,14 @@ class Engine:
         _, leaf = pytree.flatten(output)
         shape = Output(0, tuple(output.shape), batch_dim)
         return Jacobian.of([by_id[id(p)] for p in parameters], parameters, spec, [shape], leaf, task.samples)
+
+    def explain(self, output: Tensor, /) -> Explanation:
+        """What the Gramian of an output is made of: every use of every parameter, its op and its plan.
+
+        Parameters whose Jacobian is computed row by row say why. The arguments and errors are those
+        of :meth:`compute_gramian`.
+        """
+        return explanation(self.jacobian(output))
 
     def close(self) -> None:
         """Remove the engine's hooks; the modules are as they were. May be called again."""
