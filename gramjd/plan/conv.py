@@ -91,7 +91,7 @@ class Method:
 
     def cost_of(self, u: Conv, v: Conv) -> Cost | None:
         """Of building the rows, and of multiplying them."""
-        if not alike(u, v):
+        if not alike(u, v) or (self.build is grouped and _rounded(u)):
             return None
         x, y, same = Sizes.of(u), Sizes.of(v), u is v
         n1, n2, P, taps = x.K * x.B, y.K * y.B, prod(u.shape), prod(u.kernel)
@@ -129,6 +129,11 @@ class Method:
 def alike(u: Conv, v: Conv) -> bool:
     """Are the groups of both the same?"""
     return u.points.shape[3:5] == v.points.shape[3:5] and u.shape == v.shape
+
+
+def _rounded(block: Conv) -> bool:
+    """Would cuDNN round factors to TF32? It does by default, unlike matrix products."""
+    return block.points.is_cuda and torch.backends.cudnn.allow_tf32
 
 
 def _windows(block: Conv) -> int:
