@@ -82,6 +82,8 @@ class Tracker(TorchFunctionMode):
                 self.known[id(tensor)] = tensor
         elif not unbatched:
             self._forget(out, func, args)
+        elif record is None and not any(t.requires_grad for t in tensors_of(out)):
+            self._remember(out, func)  # a comparison, an index, detached
         return out
 
     def _classify(self, values: Iterable[Any]) -> tuple[bool, bool]:

@@ -99,6 +99,14 @@ CASES: dict[tuple[object, str], list[Case]] = {
         Case((1, 4), (4,), lambda p, x: p.expand(len(x), -1) * x),
         Case((1, 3, 1), (3, 4), lambda p, x: torch.cat([p.expand(len(x), 3, 2), x], 2).sin()),
     ],
+    (Tensor.broadcast_to, "input"): [Case((1, 4), (4,), lambda p, x: p.broadcast_to(x.shape) * x)],
+    (torch.broadcast_to, "input"): [Case((1, 4), (4,), lambda p, x: torch.broadcast_to(p, x.shape) * x)],
+    (Tensor.expand_as, "input"): [Case((3, 1), (3, 4), lambda p, x: p.expand_as(x).sin() * x)],
+    (Tensor.repeat, "input"): [
+        Case((1, 4), (4,), lambda p, x: p.repeat(len(x), 1) * x),
+        Case((1, 2), (3, 4), lambda p, x: torch.cat([p.repeat(len(x), 3, 2), x], 2).sin()),
+        Case((3, 2), (3, 4), lambda p, x: p.repeat(1, 2) * x),
+    ],
     (Tensor.__rsub__, "input"): [Case((4,), (3, 4), lambda p, x: Tensor.__rsub__(p, x))],
     (Tensor.__rsub__, "other"): [Case((4,), (3, 4), lambda p, x: Tensor.__rsub__(x, p))],
     (Tensor.__rtruediv__, "input"): [

@@ -34,7 +34,7 @@ class Recorder(Tracker):
         self.seen: set[int] = set()
 
     def record(self, op: Any, args: Any, kwargs: dict[str, Any], derived: bool) -> tuple[Any, Record | None]:
-        fused = is_fused(op)
+        fused = is_fused(op) and not derived
         rng_state = torch.get_rng_state() if fused else None
         out = op(*args, **kwargs)
         live = out.requires_grad if isinstance(out, Tensor) else any(t.requires_grad for t in tensors_of(out))

@@ -1,6 +1,6 @@
 """Op rules: for an op with a parameter as one argument, the structured block of that argument."""
 
-from gramjd.rules import conv, einsum, elementwise, embedding, linear, norm, recurrent, shape  # noqa: F401
+from gramjd.rules import bags, conv, einsum, elementwise, embedding, linear, norm, recurrent, shape  # noqa: F401
 from gramjd.rules.expansions import expansion_of, is_fused, register_expansion
 from gramjd.rules.fallback import dense_rows, tensors_of
 from gramjd.rules.registry import Call, register_rule, registered

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -57,3 +58,10 @@ def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None
     """As one linear map of all products; ``vmap`` has no batching rule for the op."""
     out = F.linear((input1.unsqueeze(-1) * input2.unsqueeze(-2)).flatten(-2), weight.flatten(1))
     return out if bias is None else out + bias
+
+
+@register_expansion(torch._weight_norm)
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """``g v / |v|``, the norm over all dimensions but one (over all of them where ``dim`` is -1)."""
+    others = [d for d in range(v.ndim) if dim == -1 or d != dim % v.ndim]
+    return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=True))

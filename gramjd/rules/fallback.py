@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gramjd import pytree
 from gramjd.blocks import Dense
+from gramjd.rules.expansions import expansion_of
 from gramjd.rules.registry import Call
 
 
@@ -22,6 +23,7 @@ def dense_rows(call: Call, index: int, canonical: Sequence[Any], cs: Sequence[Te
         canonical: leaves of the arguments: ``[B, ...]`` for tensors, the leaf ``index`` without B.
         cs: cotangents ``[K, B, ...]`` of the tensors that the op returns (``None``: not used).
     """
+    call = call.with_op(expansion_of(call.op) or call.op)  # vmap may have no batching rule for the op
     _, spec = pytree.flatten(call.values)
     batched = [i for i, x in enumerate(canonical) if isinstance(x, Tensor) and i != index]
     used = [i for i, c in enumerate(cs) if c is not None]

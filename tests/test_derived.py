@@ -1,0 +1,116 @@
+"""Weights that are functions of parameters alone: parametrizations, low-rank updates, mixtures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_close, dense_gramian
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import parametrizations
+
+import gramjd
+from gramjd import Engine
+from gramjd.blocks import Dense, Outer
+
+
+class LoRA(nn.Module):
+    """``W + B @ A``, scaled; ``W`` may be frozen."""
+
+    def __init__(self, frozen: bool) -> None:
+        super().__init__()
+        self.base, self.down, self.up = nn.Linear(4, 5), nn.Parameter(torch.randn(2, 4)), None
+        self.up = nn.Parameter(torch.randn(5, 2))
+        self.base.weight.requires_grad_(not frozen)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.base.weight + self.up @ self.down * 0.5, self.base.bias)
+
+
+class Mixture(nn.Module):
+    """Layers mixed by softmax weights; weights mixed by a gate; a bias table that is looked up once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.scores = (
+            nn.ModuleList(nn.Linear(4, 4) for _ in range(3)),
+            nn.Parameter(torch.randn(3)),
+        )
+        self.table = nn.Parameter(torch.randn(7, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mix = self.scores.softmax(0)
+        h = sum(weight * layer(x) for weight, layer in zip(mix.unbind(), self.layers, strict=True))
+        weight = torch.stack([layer.weight for layer in self.layers]).mul(mix[:, None, None]).sum(0)
+        places = (torch.arange(4)[:, None] - torch.arange(4)) + 3
+        return h @ (weight + F.embedding(places, self.table).squeeze(-1))
+
+
+class FusedQKV(nn.Module):
+    """One weight in three pieces, each for another input, transposed and reshaped into heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(12, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.weight.chunk(3)
+        heads = k.view(2, 2, 4).transpose(0, 1).reshape(4, 4)
+        return x.sin() @ q.T + F.linear(x.cos(), heads) + torch.einsum("bi,oi->bo", x, v)
+
+
+def spectral() -> nn.Module:
+    layer = parametrizations.spectral_norm(nn.Linear(4, 5))
+    return layer.eval()
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
+    "weight norm": (lambda: parametrizations.weight_norm(nn.Linear(4, 5)), False),
+    "weight norm of a convolution": (
+        lambda: nn.Sequential(
+            nn.Unflatten(1, (2, 2)), parametrizations.weight_norm(nn.Conv1d(2, 3, 2)), nn.Flatten()
+        ),
+        False,
+    ),
+    "spectral norm": (spectral, False),
+    "orthogonal": (lambda: parametrizations.orthogonal(nn.Linear(4, 5)), False),
+    "cayley": (lambda: parametrizations.orthogonal(nn.Linear(4, 4), orthogonal_map="cayley"), False),
+    "lora": (lambda: LoRA(True), True),
+    "lora, all trained": (lambda: LoRA(False), True),
+    "mixture": (Mixture, False),
+    "fused qkv": (FusedQKV, True),
+}
+
+
+def losses(out: Tensor) -> Tensor:
+    return torch.stack([out.sin().sum(1), out.square().mean(1)], 1)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's, of householder products
+@pytest.mark.parametrize("name", list(MODELS))
+def test_derived_weights(name: str) -> None:
+    build, structured = MODELS[name]
+    model, x = build().double(), torch.randn(3, 4, dtype=torch.float64)
+    want = dense_gramian(losses(model(x)), model.parameters())
+    for batch_dim in (0, None):
+        engine = Engine(model, batch_dim=batch_dim, ways=["ops"])
+        for _ in range(2):
+            got = engine.jacobian(losses(model(x)))
+            assert_close(got.gramian(), want)
+        for blocks, parameter in zip(got.blocks, got.parameters, strict=True):
+            if structured and parameter.ndim > 1:
+                assert {type(block) for block in blocks} == {Outer}
+        engine.close()
+
+    def f(params: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return losses(functional_call(model, params, (sample[None],)))[0]
+
+    params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    got = gramjd.jacobian(f)(params, x)
+    assert_close(got.gramian(), want)
+    if structured:
+        assert not any(isinstance(b, Dense) for blocks, p in zip(got.blocks, got.parameters, strict=True)
+                       for b in blocks if p.ndim > 1)  # fmt: skip

@@ -1,0 +1,113 @@
+"""Ops that are replayed as others (recurrent ones have a file of their own), against the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_close, dense_gramian
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import gramjd
+from gramjd import Engine
+from gramjd.blocks import Lookup
+from gramjd.rules.expansions import expanded
+from gramjd.rules.registry import op_name
+
+BAGS: list[dict[str, Any]] = [
+    {"mode": "sum"}, {"mode": "mean"}, {"mode": "mean", "padding_idx": 2},
+    {"mode": "sum", "padding_idx": -1}, {"mode": "max"}, {"mode": "max", "padding_idx": 0},
+]  # fmt: skip
+
+
+class Bag(nn.Module):
+    """One bag of ids for each sample, in ``[B, n]`` or in ``[total]`` with offsets."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(7, 4, **options)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.bag(*inputs).tanh()
+
+
+def losses(out: Tensor) -> Tensor:
+    return torch.stack([out.sum(1), out.square().mean(1)], 1)
+
+
+def check(model: nn.Module, *inputs: Any) -> None:
+    want = dense_gramian(losses(model(*inputs)), model.parameters())
+    for batch_dim in (0, None):
+        engine = Engine(model, batch_dim=batch_dim, ways=["ops"])
+        for _ in range(2):
+            got = engine.jacobian(losses(model(*inputs)))
+            assert_close(got.gramian(), want)
+            assert {type(block) for block in got.blocks[0]} == {Lookup}
+        engine.close()
+
+
+def check_transform(model: nn.Module, *inputs: Tensor) -> None:
+    def f(params: dict[str, Tensor], *sample: Tensor) -> Tensor:
+        return losses(functional_call(model, params, tuple(x[None] for x in sample)))[0]
+
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    want = dense_gramian(losses(model(*inputs)), model.parameters())
+    assert_close(gramjd.gramian(f)(params, *inputs), want)
+
+
+@pytest.mark.parametrize("options", BAGS)
+def test_bags_of_equal_length(options: dict[str, Any]) -> None:
+    model, ids = Bag(**options).double(), torch.randint(0, 7, (5, 3))
+    check(model, ids)
+    check_transform(model, ids)
+
+
+@pytest.mark.parametrize("options", BAGS)
+@pytest.mark.parametrize("last", [False, True])
+def test_bags_with_offsets(options: dict[str, Any], last: bool) -> None:
+    """Bags of different lengths, one of them empty."""
+    model = Bag(**options, include_last_offset=last).double()
+    offsets = torch.tensor([0, 4, 4, 5, 9])
+    check(model, torch.randint(0, 7, (9,)), offsets if last else offsets[:-1])
+
+
+def test_weighted_bags() -> None:
+    model, weights = Bag(mode="sum").double(), torch.randn(5, 3, dtype=torch.float64)
+    ids = torch.randint(0, 7, (5, 3))
+    check(model, ids, None, weights)
+    check(model, ids.flatten(), torch.tensor([0, 2, 9]), weights.flatten())
+
+    class Learned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.scores = nn.Parameter(torch.randn(7, 4)), nn.Parameter(torch.randn(3))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            scores = self.scores.expand(ids.shape)
+            return F.embedding_bag(ids, self.table, per_sample_weights=scores, mode="sum")
+
+    learned = Learned().double()
+    want = dense_gramian(losses(learned(ids)), learned.parameters())
+    assert_close(Engine(learned, batch_dim=0, ways=["ops"]).compute_gramian(losses(learned(ids))), want)
+
+
+def test_a_bag_that_renormalises_its_weight_is_exact_row_by_row() -> None:
+    model, ids = Bag(mode="sum", max_norm=1.0).double(), torch.randint(0, 7, (5, 3))
+    engine = Engine(model, batch_dim=0)
+    model(ids)
+    want = dense_gramian(losses(model(ids)), model.parameters())
+    with pytest.warns(gramjd.SlowPathWarning, match="max_norm"):
+        assert_close(engine.compute_gramian(losses(model(ids))), want)
+
+
+def test_every_expansion_has_a_test() -> None:
+    recurrent = [getattr(torch._VF, kind + cell) for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+                 for cell in ("", "_cell")]  # fmt: skip
+    tested: list[Callable[..., Any]] = [*recurrent, F.embedding_bag]
+    tested += [F.bilinear, torch._weight_norm]  # in test_rules and test_derived
+    missing = [op_name(op) for op in expanded() if op not in tested]
+    assert not missing, f"test {missing} and add them here"
