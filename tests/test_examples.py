@@ -34,3 +34,11 @@ def test_train_digits(
         content = (tmp_path / "new" / "folder" / picture).read_bytes()
         assert content.startswith(b"\x89PNG")
         assert len(content) > 10_000
+
+
+def test_custom_rule(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run(monkeypatch, "custom_rule.py")
+    before, after = capsys.readouterr().out.split("With rules:")
+    assert "Outer" not in before and "no rule covers it" in before
+    assert after.count("Outer") == 2
+    assert float(after.split()[-1].rstrip(".")) < 1e-5
