@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from gramjd.rules import registry
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -37,6 +39,7 @@ def test_train_digits(
 
 
 def test_custom_rule(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))  # the example's rules go with it
     run(monkeypatch, "custom_rule.py")
     before, after = capsys.readouterr().out.split("With rules:")
     assert "Outer" not in before and "no rule covers it" in before
