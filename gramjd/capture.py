@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramjd import pytree
+from gramjd.assembly import blocks_of
 from gramjd.blocks import Block, Dense
 from gramjd.internals import (
     belongs_to,
@@ -39,7 +40,7 @@ from gramjd.internals import (
 )
 from gramjd.rules import expansion_of, tensors_of
 from gramjd.tracker import Tracker, is_inplace
-from gramjd.uses import Record, Use, blocks_of, describe
+from gramjd.uses import Record, Use, describe
 
 Function = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Sequence[Tensor]]]
 

@@ -12,18 +12,16 @@ produced it, one after the other, as objectives that share their inputs (``B = 1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gramjd import pytree
-from gramjd.blocks import Block, fits, spread
+from gramjd.blocks import Block, fits
 from gramjd.rules import Call, dense_rows
 from gramjd.rules.registry import Entry, op_name
-from gramjd.rules.structure import At, pull_back
 
 
 @dataclass(frozen=True)
@@ -83,11 +81,9 @@ class Use:
 
     def block(self, which: int) -> Block:
         """The block of slot number ``which``."""
-        slot, entry, tensor = (
-            self.record.slots[which],
-            self.record.entries[which],
-            self.tracked[which],
-        )
+        slot, entry = self.record.slots[which], self.record.entries[which]
+        own = self.leaves[slot.index]  # if it has samples, all are alike
+        tensor = self.tracked[which] if own is None else own[0]
         leaves = [_as_computed(leaf, self.cs, tensor) for leaf in self.leaves]
         samples = next(c.shape[1] for c in self.cs if c is not None)
         for other, value in zip(self.record.slots, self.tracked, strict=True):
@@ -156,124 +152,8 @@ def names_of_leaves(call: Call) -> list[str | int | None]:
     return names
 
 
-Found = dict[int, list[Block]]  # by id of the parameter
-Pending = dict[Record, list[list[Block]]]  # for each output of a derived tensor's call
-
-
-def blocks_of(
-    uses: Sequence[Use],
-    parameters: Sequence[Tensor],
-    failed: Callable[[Source, Exception], None] | None = None,
-) -> list[list[Block]]:
-    """Blocks of every parameter from its uses, which come in the order of the forward.
-
-    The call that derived a tensor is in the list without cotangents (``None``): its rows are what
-    the uses of the tensor send it. Where it does have cotangents, they contain all that. Errors of
-    rules go to ``failed`` with what the block would have been of, if that is given.
-    """
-    found: Found = {id(parameter): [] for parameter in parameters}
-    pending: Pending = {use.record: [[] for _ in use.cs] for use in uses if _is_pending(use)}
-    for use in reversed(uses):
-        received = pending.pop(use.record, None)
-        if received is not None and not (any(received) and _is_all(use, received)):
-            if _is_unresolved(use):
-                continue
-            received = None
-        if received is not None and not _is_unresolved(use):
-            use = _without_samples(use)
-        for which, slot in enumerate(use.record.slots):
-            source = slot.source
-            if id(source) in found or (isinstance(source, Derived) and source.record in pending):
-                try:
-                    blocks = [use.block(which)] if received is None else pulled(use, which, received)
-                except Exception as error:
-                    if failed is None:
-                        raise
-                    failed(source, error)
-                    continue
-                _deliver(source, blocks, found, pending)
-    return [found[id(parameter)] for parameter in parameters]
-
-
-def pulled(use: Use, which: int, received: Sequence[Sequence[Block]]) -> list[Block]:
-    """Blocks of a slot of a derived tensor's call from those that its outputs received.
-
-    Each is pulled back by its structure where that is possible; the others by their rows.
-    """
-    call, slot = use.record.call, use.record.slots[which]
-    leaves = list(use.leaves)
-    for other, value in zip(use.record.slots, use.tracked, strict=True):
-        leaves[other.index] = value
-    values = pytree.unflatten(pytree.flatten(call.values)[1], leaves)
-    args, names = values[: call.positional], map(str, call.names[call.positional :])
-    kwargs = dict(zip(names, values[call.positional :], strict=True))
-    kept: list[Block] = []
-    rest: list[list[Block]] = [[] for _ in received]
-    for output, blocks in enumerate(received):
-        for block in blocks:
-            at = At(output, slot.index, use.tracked[which])
-            found = pull_back(call.op, block, at, args, kwargs)
-            if found is None:
-                rest[output].append(block)
-            else:
-                kept.append(found)
-    if any(rest):
-        samples = next(block.rows[1] for blocks in rest for block in blocks)
-        kept.append(spread(_as_objectives(use, rest).block(which), samples))
-    return kept
-
-
 def roots(source: Source) -> set[int]:
     """Ids of the parameters that a tracked tensor was computed from."""
     if isinstance(source, Tensor):
         return {id(source)}
     return set().union(*(roots(slot.source) for slot in source.record.slots))
-
-
-def _is_unresolved(use: Use) -> bool:
-    return all(c is None for c in use.cs)
-
-
-def _is_pending(use: Use) -> bool:
-    """Does a derived tensor wait for what its uses send it? Not if it has samples of its own."""
-    return _is_unresolved(use) or (
-        use.record.derived and next(c.shape[1] for c in use.cs if c is not None) == 1
-    )
-
-
-def _is_all(use: Use, received: Sequence[Sequence[Block]]) -> bool:
-    """Do the blocks that a derived tensor received add up to its cotangents, where these are known?"""
-    for c, blocks in zip(use.cs, received, strict=True):
-        if c is None:
-            continue
-        weights = torch.linspace(1, 2, len(c), dtype=c.dtype, device=c.device)[:, None]
-        got = torch.stack([block.vjp(weights) for block in blocks]).sum(0) if blocks else c.new_zeros(())
-        want = torch.tensordot(weights, c, 2)
-        if (got - want).norm() > 10 * torch.finfo(c.dtype).eps ** (2 / 3) * want.norm():
-            return False
-    return True
-
-
-def _deliver(source: Source, blocks: Iterable[Block], found: Found, pending: Pending) -> None:
-    """Add blocks to the parameter or to the derived tensor that they are of."""
-    if isinstance(source, Derived):
-        if source.record in pending:
-            pending[source.record][source.output].extend(blocks)
-    elif id(source) in found:
-        found[id(source)].extend(blocks)
-
-
-def _without_samples(use: Use) -> Use:
-    """A use of one sample with its arguments as the call received them."""
-    leaves = [leaf.squeeze(0) if isinstance(leaf, Tensor) else leaf for leaf in use.leaves]
-    return replace(use, leaves=leaves)
-
-
-def _as_objectives(use: Use, received: Sequence[Sequence[Block]]) -> Use:
-    """The use of a derived tensor with the rows it received as ``K·B`` objectives of one sample."""
-    cs: list[Tensor | None] = []
-    for blocks in received:
-        rows = [block.dense() for block in blocks]
-        cs.append(torch.stack(rows).sum(0).flatten(0, 1).unsqueeze(1) if rows else None)
-    leaves = [leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf for leaf in use.leaves]
-    return Use(use.record, leaves, cs, use.tracked)

@@ -230,6 +230,35 @@ def test_structure_is_kept(case: Case) -> None:
         assert_close(gramjd.gramian(per_sample)(model.p.detach(), x), want, case.tolerance)
 
 
+class Repeated(nn.Module):
+    """A weight repeated for every sample, so that ``bmm`` can take it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 5, dtype=torch.float64))
+        self.v = nn.Parameter(torch.randn(1, 5, 4, dtype=torch.float64))
+        self.b = nn.Parameter(torch.randn(1, 1, 4, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.bmm(x, self.w.expand(len(x), 4, 5)).tanh()
+        out = torch.baddbmm(self.b.expand(len(x), 1, 4), h, self.v.expand(len(x), -1, -1))
+        return out + x @ self.w @ self.v.broadcast_to((len(x), 5, 4))
+
+
+@pytest.mark.parametrize("samples", [1, 3, 4, 5])
+def test_weights_repeated_for_every_sample(samples: int) -> None:
+    model, x = Repeated(), torch.randn(samples, 3, 4, dtype=torch.float64)
+    want = dense_gramian(losses(model(x)), model.parameters())
+    for batch_dim in (0, None):
+        engine = Engine(model, batch_dim=batch_dim, ways=["ops"])
+        for _ in range(2):
+            got = engine.jacobian(losses(model(x)))
+            assert_close(got.gramian(), want)
+        kinds = {name: {type(b) for b in blocks} for name, blocks in zip(got.names, got.blocks, strict=True)}
+        assert kinds == {"w": {Outer}, "v": {Outer}, "b": {Dense}}
+        engine.close()
+
+
 def test_every_pullback_has_a_case() -> None:
     missing = [gramjd.rules.registry.op_name(op) for op in pulled_back() if op not in CASES]
     assert not missing, f"add cases for {missing} to CASES"

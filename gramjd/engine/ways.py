@@ -6,6 +6,7 @@ from collections.abc import Callable, Container, Sequence
 
 from torch import Tensor
 
+from gramjd.assembly import blocks_of
 from gramjd.blocks import Block, Dense
 from gramjd.engine import backward
 from gramjd.engine.calls import call_blocks
@@ -15,7 +16,7 @@ from gramjd.engine.probe import agrees, differentiate, expand, find_layouts
 from gramjd.engine.task import Task
 from gramjd.errors import CheckFailedError, NotSeparableError
 from gramjd.rules.registry import any_entry
-from gramjd.uses import Derived, Record, Source, Use, blocks_of, names_of_leaves, roots
+from gramjd.uses import Derived, Record, Source, Use, names_of_leaves, roots
 
 WAYS = ("ops", "functional", "rows")
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from gramjd.blocks import Block, Conv, Lookup, Outer
 from gramjd.rules.elementwise import ADDS, DIVS, MULS, SUBS
-from gramjd.rules.linear import MATMULS
+from gramjd.rules.factors import Structured, along, embedded, factors, owners, permuted, scaled
+from gramjd.rules.linear import BADDBMMS, BMMS, MATMULS
 from gramjd.rules.registry import Op
 
 P = TypeVar("P", bound=Callable[..., Block | None])
-Structured = Outer | Lookup
 
 
 @dataclass(frozen=True)
@@ -72,118 +72,6 @@ def pulled_back() -> list[Op]:
     return list(_PULLBACKS)
 
 
-# Factors: every dimension of a block's shape belongs to the groups, to c or to a (to the ids, to c).
-
-
-def _factors(block: Structured) -> list[tuple[str, int]]:
-    """Names and sizes of the factors, in the order of the parameter's entries."""
-    if isinstance(block, Lookup):
-        return [("ids", prod(block.shape) // block.c.shape[-1]), ("c", block.c.shape[-1])]
-    groups, o, i = block.c.shape[3], block.c.shape[4], block.a.shape[3]
-    return [("groups", groups), *([("a", i), ("c", o)] if block.transposed else [("c", o), ("a", i)])]
-
-
-def _owners(block: Structured) -> list[str] | None:
-    """The factor that each dimension of the shape belongs to; ``None`` if one belongs to two."""
-    factors = [(name, size) for name, size in _factors(block) if size > 1] or [("c", 1)]
-    name, left = factors.pop(0)
-    owners = []
-    for size in block.shape:
-        if left == 1 and size > 1:
-            name, left = factors.pop(0)
-        if left % size:
-            return None
-        owners.append(name)  # a dimension of size 1 goes with what is before it
-        left //= size
-    return owners
-
-
-def _along(block: Structured, dim: int, change: Callable[[Tensor, int], Tensor], size: int
-           ) -> Structured | None:  # fmt: skip
-    """``change(factor, dim)`` applied to the dimension of the factor that ``dim`` of the shape is."""
-    owners = _owners(block)
-    if owners is None or owners[dim] not in ("c", "a"):
-        return None
-    name = owners[dim]
-    dims = [d for d, owner in enumerate(owners) if owner == name]
-    factor: Tensor = getattr(block, name)
-    sizes = [block.shape[d] for d in dims]
-    lead = factor.ndim - 1
-    changed = change(factor.reshape(*factor.shape[:-1], *sizes), lead + dims.index(dim)).flatten(lead)
-    shape = (*block.shape[:dim], size, *block.shape[dim + 1 :])
-    return replace(block, **{name: changed}, shape=shape)  # type: ignore[arg-type]
-
-
-def _embedded(block: Structured, dim: int, places: range, size: int) -> Structured | None:
-    """The block of a tensor of which ``places`` of dimension ``dim`` were taken, ``size`` long."""
-    if len(places) == size and places.step == 1:
-        return block
-    if isinstance(block, Lookup):
-        owners = _owners(block)
-        if owners and owners[dim] == "ids" and prod(block.shape[: dim + 1]) == _factors(block)[0][1] and (
-            prod(block.shape[:dim]) == 1
-        ):  # fmt: skip
-            shape = (*block.shape[:dim], size, *block.shape[dim + 1 :])
-            return replace(block, ids=places.start + places.step * block.ids, shape=shape)
-
-    def embed(factor: Tensor, d: int) -> Tensor:
-        index = torch.arange(places.start, places.stop, places.step, device=factor.device)
-        zeros = factor.new_zeros(*factor.shape[:d], size, *factor.shape[d + 1 :])
-        return zeros.index_copy(d, index, factor)
-
-    return _along(block, dim, embed, size)
-
-
-def _permuted(block: Structured, order: Sequence[int], shape: Sequence[int]) -> Structured | None:
-    """The block of ``x`` from that of ``x.permute(order)``; every factor stays in one piece."""
-    owners = _owners(block)
-    if owners is None:
-        return None
-    inverse = [list(order).index(d) for d in range(len(order))]
-    wide = [d for d in inverse if block.shape[d] > 1]  # dimensions of the block in the order of x
-    names = list(dict.fromkeys(owners[d] for d in wide))
-    together = [d for name in names for d in wide if owners[d] == name]
-    before = [name for name, size in _factors(block) if size > 1 and name in names]
-    if together != wide or ("groups" in names and names[0] != "groups"):
-        return None
-    if isinstance(block, Lookup) and names != before:
-        return None
-    found: Structured = block
-    for name in names:
-        dims = [d for d in wide if owners[d] == name]
-        if dims != sorted(dims):
-            if name in ("groups", "ids"):
-                return None
-            factor: Tensor = getattr(block, name)
-            lead = factor.ndim - 1
-            sizes = [block.shape[d] for d in sorted(dims)]
-            moved = factor.reshape(*factor.shape[:-1], *sizes).permute(
-                [*range(lead), *(lead + sorted(dims).index(d) for d in dims)]
-            )
-            found = replace(found, **{name: moved.flatten(lead)})  # type: ignore[arg-type]
-    if isinstance(found, Outer) and names != before:
-        found = replace(found, transposed=not found.transposed)
-    return replace(found, shape=tuple(shape))
-
-
-def _scaled(block: Structured, factor: Tensor | float) -> Structured | None:
-    """The block of ``x`` from that of ``x * factor``, which varies along one dimension at most."""
-    if not isinstance(factor, Tensor) or factor.numel() == 1:
-        one = factor.reshape(()) if isinstance(factor, Tensor) else factor
-        return replace(block, c=block.c * one)
-    sizes = [1] * (len(block.shape) - factor.ndim) + list(factor.shape)
-    wide = [d for d, size in enumerate(sizes) if size > 1]
-    if len(sizes) > len(block.shape) or len(wide) > 1:
-        return None
-    (dim,) = wide
-    values = factor.flatten()
-
-    def scale(x: Tensor, d: int) -> Tensor:
-        return x * values.reshape(-1, *[1] * (x.ndim - d - 1))
-
-    return _along(block, dim, scale, block.shape[dim])
-
-
 SAME_ORDER: list[Op] = [
     Tensor.view, Tensor.reshape, torch.reshape, Tensor.view_as, Tensor.reshape_as, Tensor.flatten,
     torch.flatten, Tensor.ravel, torch.ravel, Tensor.unflatten, torch.unflatten, Tensor.squeeze,
@@ -211,20 +99,20 @@ SWAPS += [Tensor.swapdims, torch.swapdims]
 def reversal(block: Structured, at: At, *args: Any) -> Block | None:
     """The last two dimensions swapped (``T`` of more than two is deprecated)."""
     n = at.tensor.ndim
-    return None if n < 2 else _permuted(block, [*range(n - 2), n - 1, n - 2], at.tensor.shape)
+    return None if n < 2 else permuted(block, [*range(n - 2), n - 1, n - 2], at.tensor.shape)
 
 
 @register_pullback(*SWAPS)
 def swap(block: Structured, at: At, input: Tensor, dim0: int, dim1: int) -> Block | None:
     order = list(range(input.ndim))
     order[dim0], order[dim1] = order[dim1], order[dim0]
-    return _permuted(block, order, input.shape)
+    return permuted(block, order, input.shape)
 
 
 @register_pullback(Tensor.permute, torch.permute)
 def permute(block: Structured, at: At, input: Tensor, *dims: Any) -> Block | None:
     order = dims[0] if isinstance(dims[0], (tuple, list)) else dims
-    return _permuted(block, [d % input.ndim for d in order], input.shape)
+    return permuted(block, [d % input.ndim for d in order], input.shape)
 
 
 @register_pullback(Tensor.movedim, torch.movedim, Tensor.moveaxis, torch.moveaxis)
@@ -235,10 +123,14 @@ def movedim(block: Structured, at: At, input: Tensor, source: Any, destination: 
     for s, t in zip(sources, targets, strict=True):
         order_of[t % input.ndim] = s % input.ndim
     rest = iter(d for d in range(input.ndim) if d not in order_of)
-    return _permuted(block, [next(rest) if d is None else d for d in order_of], input.shape)
+    return permuted(block, [next(rest) if d is None else d for d in order_of], input.shape)
 
 
-@register_pullback(Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to)
+EXPANDS: tuple[Op, ...] = (Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to)
+LINEAR: tuple[Op, ...] = (*MATMULS, *BMMS, *BADDBMMS)  # what weights are repeated for
+
+
+@register_pullback(*EXPANDS)
 def expand(block: Structured, at: At, *args: Any) -> Block | None:
     """Repeated along some dimensions: summed over them, or, of groups, at more positions."""
     shape = (*[1] * (len(block.shape) - at.tensor.ndim), *at.tensor.shape)
@@ -246,21 +138,21 @@ def expand(block: Structured, at: At, *args: Any) -> Block | None:
     for dim, size in enumerate(shape):
         if found is None or found.shape[dim] == size:
             continue
-        owners = _owners(found)
-        if isinstance(found, Outer) and owners and owners[dim] == "groups" and (
+        where = owners(found)
+        if isinstance(found, Outer) and where and where[dim] == "groups" and (
             found.shape[dim] == found.c.shape[3]
         ):  # fmt: skip
             c, a = found.c.flatten(2, 3).unsqueeze(3), found.a.flatten(1, 2).unsqueeze(2)
             found = replace(found, c=c, a=a, shape=(*found.shape[:dim], 1, *found.shape[dim + 1 :]))
         else:
-            found = _along(found, dim, lambda x, d: x.sum(d, keepdim=True), 1)
+            found = along(found, dim, lambda x, d: x.sum(d, keepdim=True), 1)
     return None if found is None else replace(found, shape=tuple(at.tensor.shape))
 
 
 @register_pullback(Tensor.narrow, torch.narrow)
 def narrow(block: Structured, at: At, input: Tensor, dim: int, start: int, length: int) -> Block | None:
     start = int(start) % input.shape[dim] if length else 0
-    return _embedded(block, dim % input.ndim, range(start, start + length), input.shape[dim])
+    return embedded(block, dim % input.ndim, range(start, start + length), input.shape[dim])
 
 
 @register_pullback(Tensor.select, torch.select)
@@ -275,7 +167,7 @@ def unbind(block: Structured, at: At, input: Tensor, dim: int = 0) -> Block | No
 
 def _one_of(block: Structured, input: Tensor, dim: int, index: int) -> Block | None:
     shape = (*input.shape[:dim], 1, *input.shape[dim + 1 :])
-    return _embedded(replace(block, shape=shape), dim, range(index, index + 1), input.shape[dim])
+    return embedded(replace(block, shape=shape), dim, range(index, index + 1), input.shape[dim])
 
 
 @register_pullback(Tensor.chunk, torch.chunk)
@@ -287,7 +179,7 @@ def chunk(block: Structured, at: At, input: Tensor, chunks: int, dim: int = 0) -
 def split(block: Structured, at: At, tensor: Tensor, split_size: Any, dim: int = 0) -> Block | None:
     size = split_size * at.output if isinstance(split_size, int) else sum(split_size[: at.output])
     dim %= tensor.ndim
-    return _embedded(block, dim, range(size, size + block.shape[dim]), tensor.shape[dim])
+    return embedded(block, dim, range(size, size + block.shape[dim]), tensor.shape[dim])
 
 
 @register_pullback(Tensor.__getitem__)
@@ -305,7 +197,7 @@ def getitem(block: Structured, at: At, input: Tensor, index: Any) -> Block | Non
     places = [range(x % n, x % n + 1) if isinstance(x, int) else range(n)[x] for x, n in sizes]
     found: Structured | None = replace(block, shape=tuple(map(len, places)))
     for dim, (taken, size) in enumerate(zip(places, input.shape, strict=True)):
-        found = found and _embedded(found, dim, taken, size)
+        found = found and embedded(found, dim, taken, size)
     return found
 
 
@@ -317,21 +209,21 @@ def cat(block: Structured, at: At, tensors: Sequence[Tensor], dim: int = 0) -> B
     start = sum(t.shape[dim] for t in tensors[: at.slot])
     size = at.tensor.shape[dim]
     if isinstance(block, Lookup):
-        owners = _owners(block)
-        if owners and owners[dim] == "ids" and prod(block.shape[:dim]) == 1 and (
-            block.shape[dim] == _factors(block)[0][1]
+        where = owners(block)
+        if where and where[dim] == "ids" and prod(block.shape[:dim]) == 1 and (
+            block.shape[dim] == factors(block)[0][1]
         ):  # fmt: skip
             mine = (block.ids >= start) & (block.ids < start + size)
             ids = torch.where(mine, block.ids - start, 0)
             return replace(block, ids=ids, c=block.c * mine[None, :, :, None], shape=tuple(at.tensor.shape))
-    return _along(block, dim, lambda x, d: x.narrow(d, start, size), size)
+    return along(block, dim, lambda x, d: x.narrow(d, start, size), size)
 
 
 @register_pullback(torch.stack)
 def stack(block: Structured, at: At, tensors: Sequence[Tensor], dim: int = 0) -> Block | None:
     dim %= at.tensor.ndim + 1
-    found = _along(block, dim, lambda x, d: x.narrow(d, at.slot, 1), 1)
-    groups = (_owners(block) or [""])[dim] == "groups"
+    found = along(block, dim, lambda x, d: x.narrow(d, at.slot, 1), 1)
+    groups = (owners(block) or [""])[dim] == "groups"
     if groups and isinstance(block, Outer) and block.shape[dim] == block.c.shape[3]:
         c, a = block.c[:, :, :, at.slot : at.slot + 1], block.a[:, :, at.slot : at.slot + 1]
         found = replace(block, c=c, a=a)
@@ -360,14 +252,14 @@ def sub(block: Structured, at: At, input: Any, other: Any, alpha: float = 1) -> 
 
 @register_pullback(*MULS)
 def mul(block: Structured, at: At, input: Any, other: Any) -> Block | None:
-    return None if block.shape != at.tensor.shape else _scaled(block, input if at.slot == 1 else other)
+    return None if block.shape != at.tensor.shape else scaled(block, input if at.slot == 1 else other)
 
 
 @register_pullback(*DIVS)
 def div(block: Structured, at: At, input: Any, other: Any, rounding_mode: Any = None) -> Block | None:
     if at.slot == 1 or rounding_mode is not None or block.shape != at.tensor.shape:
         return None
-    return _scaled(block, 1 / other)
+    return scaled(block, 1 / other)
 
 
 @register_pullback(*MATMULS)
