@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -12,13 +13,27 @@ from torch import Tensor
 
 from gramjd import pytree
 from gramjd.engine import backward
-from gramjd.engine.graph import walk
 from gramjd.engine.layouts import tolerance
 from gramjd.engine.marks import OpMark
 from gramjd.engine.recorder import Recorder
 from gramjd.rules import expansion_of, tensors_of
+from gramjd.uses import Record
 
 Cotangents = list[Tensor | None]  # of the outputs of a node, [K, *y]
+
+
+class _Collector(Recorder):
+    """A recorder that keeps its nodes in a list: there is no need to walk the graph for them."""
+
+    def __init__(self, frame: FrameType) -> None:
+        super().__init__(frame)
+        self.nodes: list[Any] = []
+
+    def record(self, op: Any, args: Any, kwargs: dict[str, Any], derived: bool) -> tuple[Any, Record | None]:
+        out, record = super().record(op, args, kwargs, derived)
+        if record is not None:
+            self.nodes.append(next(t.grad_fn for t in tensors_of(out) if t.requires_grad))
+        return out, record
 
 
 @dataclass(frozen=True)
@@ -42,7 +57,7 @@ def replay(node: Any, cotangents: Cotangents, probed: Cotangents | None) -> Repl
     assert mark.replay is not None
     outs = sum(mark.live)
     recorded = saved[len(saved) - outs :]
-    recorder, leaves = Recorder(sys._getframe()), list(record.leaves)
+    recorder, leaves = _Collector(sys._getframe()), list(record.leaves)
     for index, value in zip(record.saved, saved, strict=False):
         leaves[index] = value
     for slot, value in zip(record.slots, saved[len(record.saved) :], strict=False):
@@ -63,7 +78,7 @@ def replay(node: Any, cotangents: Cotangents, probed: Cotangents | None) -> Repl
             raise ValueError(f"a replay of {record.call.op.__name__} step by step gave other outputs")
     with torch.enable_grad():
         total = torch.cat([t.flatten() for t in live])
-    nodes = walk(total).nodes
+    nodes = recorder.nodes
     with backward.tapped(nodes) as taps:
         flat, counts = [tap for mine in taps for tap in mine], [len(mine) for mine in taps]
         found = [
