@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gramjd import pytree
 from gramjd.blocks import Block, spread
+from gramjd.rounding import tolerance
 from gramjd.rules.structure import EXPANDS, LINEAR, At, pull_back
 from gramjd.uses import Derived, Record, Source, Use
 
@@ -88,7 +89,7 @@ def _is_all(use: Use, received: Sequence[Sequence[Block]]) -> bool:
         weights = torch.linspace(1, 2, K * B, dtype=c.dtype, device=c.device).view(K, B)
         got = torch.stack([block.vjp(weights) for block in blocks]).sum(0) if blocks else c.new_zeros(())
         want = torch.tensordot(weights, c, 2)
-        if (got - want).norm() > 10 * torch.finfo(c.dtype).eps ** (2 / 3) * want.norm():
+        if (got - want).norm() > tolerance(c.dtype) * want.norm():
             return False
     return True
 

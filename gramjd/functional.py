@@ -31,6 +31,7 @@ def functional_loss(
         alone.
 
     Raises:
+        TypeError: the model is no module.
         ValueError: the model has no trainable parameter; or a loss kept its batch dimension, but
             not at size 1.
 
@@ -38,6 +39,8 @@ def functional_loss(
         >>> function, parameters = gramjd.functional_loss(model, nn.CrossEntropyLoss(reduction="none"))
         >>> J, losses = gramjd.jacobian_and_value(function)(parameters, inputs, labels)
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"functional_loss takes a module, not a {type(model).__name__}.")
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError(f"{type(model).__name__} has no parameter that requires gradients.")

@@ -416,3 +416,24 @@ def test_float32_island_in_a_float64_model() -> None:
     engine = Engine(model, batch_dim=0)
     out = model(torch.randn(7, 6, dtype=torch.float64))
     assert_close(engine.compute_gramian(out), dense_gramian(out, model.parameters()), 1e-6)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.05, 0.01, 1e-3])
+def test_a_gradient_of_mere_rounding_excuses_no_other(share: float) -> None:
+    """A key bias has no gradient but rounding; a small use outside every module is found all the same."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.out = (nn.Linear(6, 6) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores = (self.q(x) @ self.k(x).mT).softmax(-1)
+            return self.out(scores @ self.v(x)).square().mean((1, 2))
+
+    model, x = Attention().double(), torch.randn(5, 4, 6, dtype=torch.float64)
+    engine = Engine(model, batch_dim=0)
+    losses = model(x) + share * (x.mean(1) @ model.out.weight.T).sum(1)
+    with pytest.warns(gramjd.SlowPathWarning, match="'out.weight' is computed"):
+        gramian = engine.compute_gramian(losses)
+    assert_close(gramian, dense_gramian(losses, model.parameters()))

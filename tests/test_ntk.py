@@ -119,6 +119,8 @@ def test_functional_loss() -> None:
 
 
 def test_functional_loss_refuses() -> None:
+    with pytest.raises(TypeError, match="takes a module, not a int"):
+        gramjd.functional_loss(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="ReLU has no parameter"):
         gramjd.functional_loss(nn.ReLU())
     function, parameters = gramjd.functional_loss(fcn(), lambda out: out.flatten())

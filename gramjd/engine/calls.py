@@ -15,8 +15,9 @@ from torch import Tensor
 from gramjd import pytree
 from gramjd.blocks import Block
 from gramjd.capture import capture
-from gramjd.engine.layouts import Layout, tolerance
+from gramjd.engine.layouts import Layout
 from gramjd.engine.marks import CallMark
+from gramjd.rounding import tolerance
 from gramjd.rules import tensors_of
 
 

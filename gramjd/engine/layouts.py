@@ -14,6 +14,8 @@ from math import inf
 import torch
 from torch import Tensor
 
+from gramjd.rounding import tolerance
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -34,11 +36,6 @@ class Layout:
 
 
 ZERO = Layout(-1)  # every layout fits: the cotangents are zero, or there are none
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """How far two backward passes may differ, relative to the norm of the cotangent."""
-    return min(10 * torch.finfo(dtype).eps ** (2 / 3), 0.02)
 
 
 def candidates(shape: Sequence[int], samples: int) -> Iterator[Layout]:

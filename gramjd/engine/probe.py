@@ -10,9 +10,8 @@ by a number that is no power of two.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +19,11 @@ from torch import Tensor
 from gramjd import gramians
 from gramjd.blocks import Block
 from gramjd.engine import backward
-from gramjd.engine.layouts import ZERO, Layout, candidates, follows_samples, measure, tolerance
+from gramjd.engine.layouts import ZERO, Layout, candidates, follows_samples, measure
 from gramjd.engine.marks import OpMark
-from gramjd.engine.replay import Replayed, replay
-from gramjd.engine.task import Cotangents, Task
+from gramjd.engine.replay import Cotangents
+from gramjd.engine.task import Task
+from gramjd.rounding import tolerance
 from gramjd.uses import roots
 
 _SCALE = 1.37
@@ -57,9 +57,14 @@ class Probe:
 
     @cached_property
     def rounding(self) -> float:
-        """The largest relative rounding of a gradient (that of one with few entries may be 0 by chance)."""
-        pairs = ((g, self.again.gradients[name]) for name, g in self.first.gradients.items())
-        return max(_rounding(g, again) for g, again in pairs if g is not None and bool(g.any()))
+        """The rounding of all gradients together, relative to their norm.
+
+        Not the largest one: a gradient that is nothing but rounding would excuse any other.
+        """
+        found = [(g, self.again.gradients[name]) for name, g in self.first.gradients.items()]
+        pairs = [(g.double(), again.double()) for g, again in found if g is not None and again is not None]
+        off = sum(float((again / _SCALE - g).square().sum()) for g, again in pairs)
+        return float((off / sum(float(g.square().sum()) for g, _ in pairs)) ** 0.5)
 
     @property
     def conclusive(self) -> bool:
@@ -86,37 +91,6 @@ def differentiate(task: Task, checking: bool) -> Probe:
     return Probe(v, lambda scale: run(scale * weights, task.parameters if checking else {}))
 
 
-def expand(task: Task, probe: Probe) -> None:
-    """Put the nodes of its replay in the place of every fused op."""
-    if not any(_is_fused(node) for node in task.graph.nodes):
-        return
-    nodes: list[Any] = []
-    cotangents: list[Cotangents] = []
-    probed: list[Cotangents] = []
-    measuring = task.batch_dim is not None and task.plan.layouts is None
-    for index, (node, cs) in enumerate(zip(task.graph.nodes, task.cotangents, strict=True)):
-        given = probe.first.cotangents[index] if measuring else None
-        found = Replayed([node], [cs], [given or []])
-        if _is_fused(node) and any(c is not None for c in cs):
-            try:
-                found = replay(node, cs, given)
-            except (ValueError, RuntimeError) as error:  # a slower way is left
-                for slot in node.record.record.slots:
-                    for root in roots(slot.source):
-                        task.plan.causes.setdefault(root, str(error))
-        nodes += found.nodes
-        cotangents += found.cotangents
-        probed += found.probed
-        task.replays.append(found)
-    task.graph, task.cotangents = replace(task.graph, nodes=nodes), cotangents
-    if measuring:
-        probe.first.cotangents = probed
-
-
-def _is_fused(node: Any) -> bool:
-    return isinstance(node.record, OpMark) and node.record.replay is not None
-
-
 def find_layouts(task: Task, probe: Probe) -> bool:
     """Find the layouts of all nodes; could the same be said of the next graph of this signature?"""
     if task.batch_dim is None:
@@ -140,12 +114,11 @@ def _layout(task: Task, probe: Probe, index: int, which: int) -> Layout | None:
     if c is None or first is None:
         return ZERO
     layout, off = measure(c, first[0], probe.v)
-    if layout is None or off <= tolerance(c.dtype):
-        pass
-    elif (
-        off > _SMALL or task.replays or off > _NOISE * _rounding(first, probe.again.cotangents[index][which])
-    ):  # the rounding inside a replay is not measured
-        layout = None
+    if off > tolerance(c.dtype):
+        # the rounding inside a replay is not measured
+        known = off <= _SMALL and not task.replays
+        if not known or off > _NOISE * _rounding(first, probe.again.cotangents[index][which]):
+            layout = None
     if layout is None and _mixes(task, index, c, first[0], probe.v):
         slots = task.graph.nodes[index].record.record.slots
         task.plan.mixed.update(root for slot in slots for root in roots(slot.source))
@@ -185,7 +158,11 @@ def agrees(probe: Probe, name: str, blocks: Sequence[Block]) -> bool:
     off, size = float((got - wanted[0]).norm()), float(wanted.norm())
     if off <= tolerance(wanted.dtype) * size + slack:
         return True
-    return off <= _SMALL * size and off <= _NOISE * size * probe.rounding + slack
+    if off > _SMALL * size:
+        return False
+    # its own may be small by chance where it has few entries
+    rounding = max(_rounding(wanted, probe.again.gradients[name]), probe.rounding)
+    return off <= _NOISE * rounding * size + slack
 
 
 def _random_weights(objectives: int, samples: int, like: Tensor) -> Tensor:

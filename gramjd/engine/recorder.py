@@ -1,6 +1,6 @@
 """Recording the forward that the user runs: which ops received a parameter.
 
-Forward hooks switch a :class:`~gramjd.uses.Tracker` on for the outermost call of a registered module.
+Forward hooks switch a :class:`~gramjd.tracker.Tracker` on for the outermost call of a registered module.
 Engines that see the same forward share one tracker. It lives in this thread, during a forward only.
 """
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from gramjd import pytree
 from gramjd.engine import backward
-from gramjd.engine.layouts import tolerance
 from gramjd.engine.marks import OpMark
 from gramjd.engine.recorder import Recorder
+from gramjd.rounding import tolerance
 from gramjd.rules import expansion_of, tensors_of
 from gramjd.uses import Record
 

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from gramjd.engine.graph import Graph
 from gramjd.engine.layouts import ZERO, Layout
-from gramjd.engine.replay import Replayed
+from gramjd.engine.replay import Cotangents, Replayed
 
 Layouts = Sequence[Layout | None]  # of the outputs of a node; None: samples are mixed, or it has none
-Cotangents = list[Tensor | None]  # of the outputs of a node, [K, *y]
 
 
 @dataclass

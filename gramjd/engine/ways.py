@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -12,7 +14,8 @@ from gramjd.engine import backward
 from gramjd.engine.calls import call_blocks
 from gramjd.engine.layouts import ZERO, canonical
 from gramjd.engine.marks import CallMark, OpMark
-from gramjd.engine.probe import agrees, differentiate, expand, find_layouts
+from gramjd.engine.probe import Probe, agrees, differentiate, find_layouts
+from gramjd.engine.replay import Cotangents, Replayed, replay
 from gramjd.engine.task import Task
 from gramjd.errors import CheckFailedError, NotSeparableError
 from gramjd.rules.registry import any_entry
@@ -29,13 +32,13 @@ def solve(task: Task, ways: Sequence[str], check: bool) -> list[list[Block]]:
     Measures and checks what the task's plan does not know yet, and writes it there.
 
     Raises:
-        NotSeparableError: the samples are mixed everywhere.
+        NotSeparableError: the samples are mixed.
         CheckFailedError: no way is left for a parameter.
     """
     replayed = any(isinstance(node.record, CallMark) for node in task.graph.nodes)
     checking = check and (replayed or not task.plan.checked)  # replays run the user's code anew
     probe = differentiate(task, checking)
-    expand(task, probe)
+    _expand(task, probe)
     lasting = find_layouts(task, probe)
     found: Found = {}
     for way in ways:
@@ -68,6 +71,37 @@ def solve(task: Task, ways: Sequence[str], check: bool) -> list[list[Block]]:
     return [found[id(p)] for p in task.parameters.values()]
 
 
+def _expand(task: Task, probe: Probe) -> None:
+    """Put the nodes of its replay in the place of every fused op."""
+    if not any(_is_fused(node) for node in task.graph.nodes):
+        return
+    nodes: list[Any] = []
+    cotangents: list[Cotangents] = []
+    probed: list[Cotangents] = []
+    measuring = task.batch_dim is not None and task.plan.layouts is None
+    for index, (node, cs) in enumerate(zip(task.graph.nodes, task.cotangents, strict=True)):
+        given = probe.first.cotangents[index] if measuring else None
+        found = Replayed([node], [cs], [given or []])
+        if _is_fused(node) and any(c is not None for c in cs):
+            try:
+                found = replay(node, cs, given)
+            except (ValueError, RuntimeError) as error:  # a slower way is left
+                for slot in node.record.record.slots:
+                    for root in roots(slot.source):
+                        task.plan.causes.setdefault(root, str(error))
+        nodes += found.nodes
+        cotangents += found.cotangents
+        probed += found.probed
+        task.replays.append(found)
+    task.graph, task.cotangents = replace(task.graph, nodes=nodes), cotangents
+    if measuring:
+        probe.first.cotangents = probed
+
+
+def _is_fused(node: Any) -> bool:
+    return isinstance(node.record, OpMark) and node.record.replay is not None
+
+
 def _refuse_mixed(task: Task, planned: dict[str, Tensor], ways: Sequence[str]) -> None:
     """Rows are exact whatever ``batch_dim`` is; but a wrong one is an error, not a slow path."""
     layouts = {layout for mine in task.layouts for layout in mine}
@@ -78,7 +112,7 @@ def _refuse_mixed(task: Task, planned: dict[str, Tensor], ways: Sequence[str]) -
     if not mixed or layouts <= {None, ZERO}:
         found = f"Nothing in the graph of the output, of shape {shape}, treats"
     else:
-        cause = task.plan.causes[id(planned[mixed[0]])]
+        cause = task.plan.causes.get(id(planned[mixed[0]]), "samples are mixed")
         found = f"For {mixed[0]!r} {cause}: the graph of the output, of shape {shape}, does not treat"
     raise NotSeparableError(
         f"{found} the {task.samples} entries of dimension {dim} as independent samples. Either batch_dim "
@@ -137,7 +171,9 @@ def _use(task: Task, index: int, split: Container[Record], fail: Callable[[Sourc
         if record.derived:  # no sample's own: its rows come from where the tensor meets the batch
             return Use.of(record, saved[: len(record.saved)], [None] * len(cs), slots)
         for slot in record.slots:
-            fail(slot.source, f"samples are mixed at its use by {_name(record.call.op)}")
+            mixed = roots(slot.source) & task.plan.mixed
+            what = "samples are mixed at its use by {}" if mixed else "its use by {} is of no one sample"
+            fail(slot.source, what.format(_name(record.call.op)))
         return None
     values = saved[: len(record.saved)]
     if task.batch_dim is None:
