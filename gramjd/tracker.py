@@ -67,7 +67,7 @@ class Tracker(TorchFunctionMode):
         if not tracked:
             out = func(*args, **kwargs)
             if unbatched:
-                self._remember(out, func)
+                self._remember(out)
             elif isinstance(out, Tensor) or func is Tensor.__setitem__:
                 self._forget(out, func, args)
             return out
@@ -83,7 +83,7 @@ class Tracker(TorchFunctionMode):
         elif not unbatched:
             self._forget(out, func, args)
         elif record is None and not any(t.requires_grad for t in tensors_of(out)):
-            self._remember(out, func)  # a comparison, an index, detached
+            self._remember(out)  # a comparison, an index, detached
         return out
 
     def _classify(self, values: Iterable[Any]) -> tuple[bool, bool]:
@@ -100,10 +100,10 @@ class Tracker(TorchFunctionMode):
                 tracked, unbatched = tracked or inner[0], unbatched and inner[1]
         return tracked, unbatched
 
-    def _remember(self, out: Any, func: Any) -> None:
+    def _remember(self, out: Any) -> None:
         """The results of ops on un-batched tensors alone are un-batched."""
         for tensor in [out] if isinstance(out, Tensor) else out if isinstance(out, (list, tuple)) else ():
-            if isinstance(tensor, Tensor) and not _is_random(func):
+            if isinstance(tensor, Tensor):
                 self.known[id(tensor)] = tensor
 
     def _forget(self, out: Any, func: Any, args: Any) -> None:

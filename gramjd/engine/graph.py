@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gramjd.engine.nodes import NODE_TYPE
-from gramjd.errors import NoGraphError
+from gramjd.errors import NoGraphError, NotCoveredError
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,13 @@ class Graph:
 
 # Numbers that say where an op takes its entries from, and do not follow the size of the batch.
 _PLACES = tuple(f"_saved_{name}" for name in ("dim", "dims", "dim0", "dim1", "start", "step", "shifts"))
+
+
+_REENTRANT = (
+    "The output was computed through a reentrant checkpoint, which hides its parameters from "
+    "autograd.grad. Pass use_reentrant=False to torch.utils.checkpoint.checkpoint (for Hugging Face "
+    'models, gradient_checkpointing_kwargs={"use_reentrant": False}).'
+)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -55,6 +62,7 @@ def walk(output: Tensor) -> Graph:
 
     Raises:
         NoGraphError: ``output`` has no graph.
+        NotCoveredError: a part of it is hidden in a reentrant checkpoint.
     """
     if output.grad_fn is None:
         raise NoGraphError(
@@ -77,6 +85,8 @@ def walk(output: Tensor) -> Graph:
         elif hasattr(node, "variable"):
             leaves[id(node.variable)] = node.variable
             edges.append(id(node.variable) if isinstance(node.variable, torch.nn.Parameter) else 0)
+        elif kind.__name__ == "CheckpointFunctionBackward":
+            raise NotCoveredError(_REENTRANT)
         steady = steady and not _reorders(node, kind)
         edges += [_hashable(getattr(node, name)) for name in _places(kind)]
         for child, number in node.next_functions:

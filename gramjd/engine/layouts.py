@@ -8,7 +8,8 @@ does not belong to any one sample, fits no layout.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from math import inf
 
 import torch
@@ -33,6 +34,36 @@ class Layout:
     def cotangents(self, c: Tensor, samples: int) -> Tensor:
         """``[K, *y]`` → ``[K, B, *y]`` with ``n`` left of the batch dimension."""
         return self.split(c, self.dim + 1, samples).transpose(0, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Scattered(Layout):
+    """Every entry of dimension ``dim`` belongs to a sample of its own: tokens routed to an expert, nodes
+    of graphs, packed sequences. As many places for each sample as the largest has, the rest zero."""
+
+    owners: Tensor = field(default_factory=lambda: torch.zeros(0))  # [N]; B for entries of none
+    samples: int = 1  # B
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """Which entry is in each place of each sample, and is there any: ``[B, n]``."""
+        counts = self.owners.bincount(minlength=self.samples)
+        n = int(counts[: self.samples].max())
+        order, at = self.owners.argsort(stable=True), torch.arange(n, device=self.owners.device)
+        filled = at < counts[: self.samples, None]
+        starts = (counts.cumsum(0) - counts)[: self.samples, None]
+        return order[(starts + at) * filled], filled
+
+    def split(self, tensor: Tensor, dim: int, samples: int) -> Tensor:
+        """Empty places repeat some entry of the tensor."""
+        return tensor.movedim(dim, 0)[self._places[0]].movedim(1, dim + 1)
+
+    def cotangents(self, c: Tensor, samples: int) -> Tensor:
+        found = self.split(c, self.dim + 1, samples)  # [B, K, ..., n, ...]
+        filled = self._places[1]
+        shape = [samples, *[1] * (found.ndim - 1)]
+        shape[self.dim + 2] = filled.shape[1]
+        return (found * filled.view(shape)).transpose(0, 1)
 
 
 ZERO = Layout(-1)  # every layout fits: the cotangents are zero, or there are none
@@ -77,6 +108,29 @@ def measure(c: Tensor, probed: Tensor, v: Tensor) -> tuple[Layout | None, float]
         if off <= tolerance(c.dtype):
             break
     return best
+
+
+def owned(c: Tensor, probed: Tensor, v: Tensor) -> Layout | None:
+    """The layout in which every entry of one dimension has its own sample, if one fits.
+
+    The weights of two samples may be close: whether the owners are right is for the total to say,
+    with other weights. The arguments are those of :func:`measure`.
+    """
+    if probed.ndim == 0:
+        return None
+    samples, v, slack = v.shape[1], v.double(), 64 * torch.finfo(c.dtype).eps
+    for dim in range(max(1, probed.ndim - 1)):  # the last one holds features
+        rows = c.unsqueeze(-1).movedim(dim + 1, 1).flatten(2).double()  # [K, N, m]
+        wanted = probed.unsqueeze(-1).movedim(dim, 0).flatten(1).double()  # [N, m]
+        products, squares = torch.einsum("knm,nm->kn", rows, wanted), torch.einsum("knm,lnm->kln", rows, rows)
+        distances = torch.einsum("kb,lb,kln->nb", v, v, squares) - 2 * products.T @ v
+        owners = distances.argmin(1)
+        weighted = torch.einsum("knm,kn->nm", rows, v[:, owners])
+        off, size = (weighted - wanted).norm(dim=1), weighted.norm(dim=1)
+        if bool((off <= tolerance(c.dtype) * size + slack * size.max()).all()):
+            owners = torch.where(rows.ne(0).any(2).any(0), owners, samples)
+            return Scattered(dim, owners=owners, samples=samples)
+    return None
 
 
 def follows_samples(c: Tensor, probed: Tensor, v: Tensor, most: int = 4096) -> bool:

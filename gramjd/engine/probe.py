@@ -19,7 +19,7 @@ from torch import Tensor
 from gramjd import gramians
 from gramjd.blocks import Block
 from gramjd.engine import backward
-from gramjd.engine.layouts import ZERO, Layout, candidates, follows_samples, measure
+from gramjd.engine.layouts import ZERO, Layout, Scattered, follows_samples, measure, owned
 from gramjd.engine.marks import OpMark
 from gramjd.engine.replay import Cotangents
 from gramjd.engine.task import Task
@@ -44,16 +44,23 @@ class Probe:
     """Backward of the objectives weighted at random, to compare with."""
 
     v: Tensor  # [K, B]
-    run: Callable[[float], Pass]  # with the weights times a number
+    others: Tensor  # weights like them
+    run: Callable[[Tensor], Pass]  # with the weights given
+    scattered: bool = False  # did a sample's entries show by its weight alone?
 
     @cached_property
     def first(self) -> Pass:
-        return self.run(1.0)
+        return self.run(self.v)
 
     @cached_property
     def again(self) -> Pass:
         """The same but for rounding."""
-        return self.run(_SCALE)
+        return self.run(_SCALE * self.v)
+
+    @cached_property
+    def total(self) -> tuple[Tensor, Pass]:
+        """What the total is compared with: weights that no layout was found by, if these told too much."""
+        return (self.others, self.run(self.others)) if self.scattered else (self.v, self.first)
 
     @cached_property
     def rounding(self) -> float:
@@ -76,7 +83,7 @@ def differentiate(task: Task, checking: bool) -> Probe:
     """Fill in the cotangents at every node; the probe runs when it is first asked."""
     nodes = task.graph.nodes
     objectives = backward.basis(task.output, task.batch_dim)
-    v = _random_weights(len(objectives), task.samples, task.output)
+    v, others = (_random_weights(len(objectives), task.samples, task.output, seed) for seed in (0, 1))
 
     def run(cotangents: Tensor, named: dict[str, Tensor]) -> Pass:
         with backward.tapped(nodes) as taps:
@@ -87,8 +94,12 @@ def differentiate(task: Task, checking: bool) -> Probe:
         return Pass(grouped, dict(zip(named, rest, strict=True)))
 
     task.cotangents = run(objectives, {}).cotangents
-    weights = gramians.from_rows(v, task.output.shape, task.batch_dim).unsqueeze(0)
-    return Probe(v, lambda scale: run(scale * weights, task.parameters if checking else {}))
+
+    def weighted(weights: Tensor) -> Pass:
+        rows = gramians.from_rows(weights, task.output.shape, task.batch_dim).unsqueeze(0)
+        return run(rows, task.parameters if checking else {})
+
+    return Probe(v, others, weighted)
 
 
 def find_layouts(task: Task, probe: Probe) -> bool:
@@ -104,6 +115,8 @@ def find_layouts(task: Task, probe: Probe) -> bool:
         mine = [_layout(task, probe, index, which) for which in range(len(cs))]
         lasting = lasting and ZERO not in [m for m, c in zip(mine, cs, strict=True) if c is not None]
         task.layouts.append(mine)
+    probe.scattered = any(isinstance(layout, Scattered) for mine in task.layouts for layout in mine)
+    lasting = lasting and not probe.scattered  # the next batch may be scattered otherwise
     task.plan.layouts = task.layouts if lasting else None
     return lasting
 
@@ -118,40 +131,46 @@ def _layout(task: Task, probe: Probe, index: int, which: int) -> Layout | None:
         # the rounding inside a replay is not measured
         known = off <= _SMALL and not task.replays
         if not known or off > _NOISE * _rounding(first, probe.again.cotangents[index][which]):
-            layout = None
+            layout = None if _is_unbatched(task, index) else owned(c, first[0], probe.v)
     if layout is None and _mixes(task, index, c, first[0], probe.v):
         slots = task.graph.nodes[index].record.record.slots
         task.plan.mixed.update(root for slot in slots for root in roots(slot.source))
     return layout
 
 
+def _is_unbatched(task: Task, index: int) -> bool:
+    """Are all arguments of a use the same for all samples?"""
+    mark = task.graph.nodes[index].record
+    return isinstance(mark, OpMark) and mark.unbatched
+
+
 def _mixes(task: Task, index: int, c: Tensor, probed: Tensor, v: Tensor) -> bool:
     """Does a use without a layout mix samples, or does its output just not belong to any?"""
-    mark = task.graph.nodes[index].record
-    if not isinstance(mark, OpMark) or mark.unbatched:
+    if _is_unbatched(task, index) or not isinstance(task.graph.nodes[index].record, OpMark):
         return False
     broadcast = probed.ndim > 0 and probed.shape[0] == 1  # position_ids [1, T] and their like
-    regular = next(candidates(probed.shape, task.samples), None) is not None
+    regular = task.samples in (probed.shape[:-1] or probed.shape)  # [B·n] may as well be of no sample
     return regular and not broadcast and not follows_samples(c, probed, v)
 
 
-def _rounding(first: Tensor, again: Tensor | None) -> float:
+def _rounding(first: Tensor | None, again: Tensor | None) -> float:
     """The relative difference of two passes that differ by rounding alone."""
-    if again is None:
+    if first is None or again is None:
         return 0.0
     return float((again.double() / _SCALE - first.double()).norm() / first.double().norm())
 
 
 def agrees(probe: Probe, name: str, blocks: Sequence[Block]) -> bool:
     """The check of the total: is ``Jᵀ v`` from the blocks autograd's own?"""
-    gradients = probe.first.gradients
+    v, weighted = probe.total
+    gradients = weighted.gradients
     wanted = gradients[name]
     if wanted is None:
         return not blocks
     got, bound = torch.zeros_like(wanted[0]), torch.zeros((), device=wanted.device)
     for block in blocks:
-        v = probe.v.to(wanted.dtype)
-        got, bound = got + block.vjp(v), bound + block.bound(v.abs())
+        weights = v.to(wanted.dtype)
+        got, bound = got + block.vjp(weights), bound + block.bound(weights.abs())
     # A gradient that is nothing but rounding (an attention's key bias) is noise of the whole's size.
     largest = max(float(g.norm()) for g in gradients.values() if g is not None)
     slack = float(64 * torch.finfo(wanted.dtype).eps * (bound + largest))
@@ -161,13 +180,14 @@ def agrees(probe: Probe, name: str, blocks: Sequence[Block]) -> bool:
     if off > _SMALL * size:
         return False
     # its own may be small by chance where it has few entries
-    rounding = max(_rounding(wanted, probe.again.gradients[name]), probe.rounding)
+    alone = probe.first.gradients[name], probe.again.gradients[name]
+    rounding = max(_rounding(*alone), probe.rounding)
     return off <= _NOISE * rounding * size + slack
 
 
-def _random_weights(objectives: int, samples: int, like: Tensor) -> Tensor:
+def _random_weights(objectives: int, samples: int, like: Tensor, seed: int) -> Tensor:
     """Row weights ``[K, B]``, the same on every call, none close to zero."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(2, objectives, samples, generator=generator, dtype=torch.float64)
     signs = 1 - 2 * (uniform[1] < 0.5).double()
     return ((0.5 + uniform[0]) * signs).to(like.device, like.dtype)

@@ -30,6 +30,7 @@ class Recorder(Tracker):
     def __init__(self, frame: FrameType) -> None:
         super().__init__(())
         self.frame: FrameType | None = frame  # of the module call that switched it on
+        self.opaque: FrameType | None = None  # of a call whose inside is out of sight
         self.watchers: set[int] = set()  # ids of those whose parameters it tracks
         self.seen: set[int] = set()
 
@@ -50,6 +51,19 @@ class Recorder(Tracker):
             return mark_fused(record, leaves, out, rng_state), record
         unbatched = derived or self._classify(leaves)[1]
         return mark_op(record, leaves, out, inplace, unbatched), record
+
+    def pause(self, frame: FrameType) -> None:
+        """Let the ops of an opaque call alone: what compiles it would trace the recording, too."""
+        self.opaque, self.active = frame, innermost_mode() is not self
+        if not self.active:
+            self.__exit__(None, None, None)
+
+    def resume(self) -> None:
+        """The opaque call is over."""
+        self.opaque = None
+        if not self.active:
+            self.active = True
+            self.__enter__()
 
     def switch_off(self) -> None:
         """End the recording."""
@@ -96,7 +110,11 @@ class Watcher:
             if id(self) not in recorder.watchers:
                 recorder.watchers.add(id(self))
                 recorder.add(*self.held())
-            if outermost:  # last: it would see all that is asked of the parameters above
+            if recorder.opaque is not None:
+                return
+            if _is_opaque(module):
+                recorder.pause(frame)
+            elif outermost:  # last: it would see all that is asked of the parameters above
                 recorder.__enter__()
         elif "functional" in self.ways and getattr(self.outermost, "frame", None) is None:
             self.outermost.frame, self.outermost.rng_state = frame, torch.get_rng_state()
@@ -106,7 +124,7 @@ class Watcher:
         if "ops" not in self.ways:
             return self._after_unrecorded(module, args, kwargs, out, frame)
         recorder = active_recorder()
-        if recorder is None:
+        if recorder is None or recorder.opaque not in (None, frame, frame.f_back):
             return None
         ours = recorder.frame in (frame, frame.f_back)  # the latter where the forward raised
         own = module.named_parameters() if _is_opaque(module) else module._parameters.items()
@@ -117,6 +135,11 @@ class Watcher:
         ]
         if ours:
             recorder.switch_off()
+        elif recorder.opaque is not None:
+            recorder.resume()
+        elif unseen:  # a parameter that is returned as it is may be seen later
+            returned = {id(t) for t in tensors_of(out)}
+            unseen = [name for name in unseen if id(module.get_parameter(name)) not in returned]
         if not unseen or out is None or saved_tensors_are_hooked():
             return None
         return mark_call(module, args, kwargs, out, unseen)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from gramjd.assembly import blocks_of
 from gramjd.blocks import Block, Dense
 from gramjd.engine import backward
 from gramjd.engine.calls import call_blocks
-from gramjd.engine.layouts import ZERO, canonical
+from gramjd.engine.layouts import ZERO, Layout, canonical
 from gramjd.engine.marks import CallMark, OpMark
 from gramjd.engine.probe import Probe, agrees, differentiate, find_layouts
 from gramjd.engine.replay import Cotangents, Replayed, replay
@@ -117,8 +117,8 @@ def _refuse_mixed(task: Task, planned: dict[str, Tensor], ways: Sequence[str]) -
     raise NotSeparableError(
         f"{found} the {task.samples} entries of dimension {dim} as independent samples. Either batch_dim "
         "is not the batch dimension, or the loss or a layer mixes samples (a mean over the batch, batch "
-        "normalisation in training mode). Correct batch_dim, or use Engine(..., batch_dim=None), which is "
-        "exact for any computation."
+        "normalisation in training mode), or an input of that size has no batch dimension (give it one of "
+        "size 1: [1, ...]). Correct it, or use Engine(..., batch_dim=None), which is exact for any computation."
     )
 
 
@@ -132,7 +132,7 @@ def _ops(task: Task, parameters: dict[str, Tensor]) -> Found:
             task.plan.causes.setdefault(root, str(cause))
 
     uses: list[Use] = []
-    split: set[Record] = set()  # of derived tensors that have samples
+    split: dict[Record, Layout] = {}  # of derived tensors that have samples
     for index, node in enumerate(task.graph.nodes):
         if isinstance(node.record, OpMark):
             use = _use(task, index, split, fail)
@@ -140,7 +140,8 @@ def _ops(task: Task, parameters: dict[str, Tensor]) -> Found:
                 continue
             uses.append(use)
             if use.record.derived and use.cs[0] is not None and task.batch_dim is not None:
-                split.add(use.record)
+                mine = task.layouts[index]
+                split[use.record] = next(layout for layout in mine if layout not in (None, ZERO))
     blocks = blocks_of(uses, list(parameters.values()), fail)
     marks = [node.record for node in task.graph.nodes if isinstance(node.record, OpMark)]
     seen = {root for mark in marks for slot in mark.record.slots for root in roots(slot.source)}
@@ -151,7 +152,7 @@ def _ops(task: Task, parameters: dict[str, Tensor]) -> Found:
     }
 
 
-def _use(task: Task, index: int, split: Container[Record], fail: Callable[[Source, object], None]
+def _use(task: Task, index: int, split: Mapping[Record, Layout], fail: Callable[[Source, object], None]
          ) -> Use | None:  # fmt: skip
     """The use of a node in canonical layout; None, and ``fail`` called, where it has none."""
     node, mark = task.graph.nodes[index], task.graph.nodes[index].record
@@ -180,18 +181,19 @@ def _use(task: Task, index: int, split: Container[Record], fail: Callable[[Sourc
         return Use.of(record, [t.unsqueeze(0) for t in values], cs, slots)
     output = next(c for c in task.cotangents[index] if c is not None).shape[1:]
     where = _where(record, saved, output, layout.dim)
-    derived = [slot.source.record if isinstance(slot.source, Derived) else None for slot in record.slots]
-    wanted = [*range(len(values)), *(len(values) + n for n, source in enumerate(derived) if source in split)]
     try:
-        found = [canonical(saved[n], where[n], layout, output[layout.dim], task.samples) for n in wanted]
+        found = [canonical(t, at, layout, output[layout.dim], task.samples)
+                 for t, at in zip(values, where, strict=False)]  # fmt: skip
     except ValueError as error:
         for slot in record.slots:
             fail(slot.source, error)
         return None
-    places = [record.slots[n - len(values)].index for n in wanted[len(values) :]]
-    return Use.of(
-        record, found[: len(values)], cs, slots, dict(zip(places, found[len(values) :], strict=True))
-    )
+    own: dict[int, Tensor] = {}  # slots that have samples
+    for slot, tensor in zip(record.slots, slots, strict=True):
+        at = split.get(slot.source.record) if isinstance(slot.source, Derived) else None
+        if at is not None:
+            own[slot.index] = at.split(tensor, at.dim, task.samples)
+    return Use.of(record, found, cs, slots, own)
 
 
 def _where(record: Record, saved: Sequence[Tensor], output: Sequence[int], dim: int) -> list[int | None]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gramjd import pytree
@@ -23,7 +24,8 @@ def dense_rows(call: Call, index: int, canonical: Sequence[Any], cs: Sequence[Te
         canonical: leaves of the arguments: ``[B, ...]`` for tensors, the leaf ``index`` without B.
         cs: cotangents ``[K, B, ...]`` of the tensors that the op returns (``None``: not used).
     """
-    call = call.with_op(expansion_of(call.op) or call.op)  # vmap may have no batching rule for the op
+    # vmap may have no batching rule for the op, and it may write into buffers
+    call = call.with_op(_PURE.get(call.op) or expansion_of(call.op) or call.op)
     _, spec = pytree.flatten(call.values)
     batched = [i for i, x in enumerate(canonical) if isinstance(x, Tensor) and i != index]
     used = [i for i, c in enumerate(cs) if c is not None]
@@ -49,6 +51,25 @@ def dense_rows(call: Call, index: int, canonical: Sequence[Any], cs: Sequence[Te
     rows = torch.vmap(lambda c, args: vjp_fn(args)(c)[0])
     args = [canonical[i] for i in batched]
     return Dense(torch.stack([rows([c[k] for c in cot], args) for k in range(len(cot[0]))]))
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Batch normalisation that leaves the running statistics alone."""
+    if training:
+        running_mean = running_var = None
+    return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+_PURE = {F.batch_norm: _batch_norm}
 
 
 def tensors_of(output: Any) -> list[Tensor]:
