@@ -14,7 +14,7 @@ from gramjd import Engine, SlowPathWarning
 
 
 class Net(nn.Module):
-    """A float64 module of these children, parameters and buffers; ``function(module, *args)`` is its forward."""
+    """A float64 module of children, parameters and buffers; ``function(module, *args)`` is its forward."""
 
     def __init__(self, function: Callable[..., Any], **parts: Any) -> None:
         super().__init__()

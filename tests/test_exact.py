@@ -322,5 +322,5 @@ def test_hidden_states_of_layers_first() -> None:
 
 
 def test_features_first() -> None:
-    check_on(Net(lambda m, x: (m.weight @ x.T + m.bias[:, None]).T, weight=parameter(2, D), bias=parameter(2)),
-             draw(B, D))  # fmt: skip
+    model = Net(lambda m, x: (m.w @ x.T + m.b[:, None]).T, w=parameter(2, D), b=parameter(2))
+    check_on(model, draw(B, D))

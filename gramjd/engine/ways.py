@@ -118,7 +118,8 @@ def _refuse_mixed(task: Task, planned: dict[str, Tensor], ways: Sequence[str]) -
         f"{found} the {task.samples} entries of dimension {dim} as independent samples. Either batch_dim "
         "is not the batch dimension, or the loss or a layer mixes samples (a mean over the batch, batch "
         "normalisation in training mode), or an input of that size has no batch dimension (give it one of "
-        "size 1: [1, ...]). Correct it, or use Engine(..., batch_dim=None), which is exact for any computation."
+        "size 1: [1, ...]). Correct it, or use Engine(..., batch_dim=None), which is "
+        "exact for any computation."
     )
 
 

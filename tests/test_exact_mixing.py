@@ -1,0 +1,89 @@
+"""What mixes samples raises at the first call with a batch dimension, and is exact without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from exactness import Net, check, draw
+from torch import Tensor, nn
+
+import gramjd
+from gramjd import Engine
+
+X, Y = draw(6, 4), draw(6, 4)
+
+
+def per_sample(out: Tensor) -> Tensor:
+    return out.square().sum(1)
+
+
+def normalised(h: Tensor) -> Tensor:
+    return (h - h.mean(0)) / (h.var(0) + 1e-5).sqrt()
+
+
+def attended(h: Tensor) -> Tensor:
+    return (h @ h.T).softmax(1) @ h
+
+
+def info_nce(a: Tensor, b: Tensor) -> Tensor:
+    """``[B]``: every sample against every other, by cosines (Oord et al., arXiv 1807.03748)."""
+    cosines = F.normalize(a, dim=1) @ F.normalize(b, dim=1).T
+    return F.cross_entropy(cosines / 0.1, torch.arange(len(a)), reduction="none")
+
+
+def nt_xent(a: Tensor, b: Tensor) -> Tensor:
+    """``[2B]``: SimCLR's, both views of a sample among the negatives (Chen et al., arXiv 2002.05709)."""
+    views = F.normalize(torch.cat([a, b]), dim=1)
+    scores = (views @ views.T).masked_fill(torch.eye(len(views), dtype=torch.bool), -torch.inf)
+    return F.cross_entropy(scores, torch.arange(len(views)).roll(len(a)), reduction="none")
+
+
+def neighbour_apart(h: Tensor) -> Tensor:
+    return per_sample(h - h.roll(1, 0))
+
+
+def inner(m: Any) -> Tensor:
+    return m.first(X.to(m.scale.dtype))
+
+
+LOSSES: dict[str, Callable[[Any], Tensor]] = {
+    "minus the mean": lambda m: per_sample(m(X)) - per_sample(m(X)).mean(),
+    "divided by the sum": lambda m: per_sample(m(X)) / per_sample(m(X)).sum(),
+    "softmax over the batch": lambda m: per_sample(m(X)).softmax(0),
+    "ranked": lambda m: per_sample(m(X)).sort()[0].diff(append=m.shift.detach()[:1]),
+    "cosine contrastive": lambda m: info_nce(m(X), m(Y)),
+    "contrastive, two views": lambda m: nt_xent(m(X), m(Y)),
+    "a learned batch normalisation": lambda m: per_sample(normalised(inner(m)) * m.scale + m.shift),
+    "batch normalisation inside": lambda m: per_sample(m.last(normalised(inner(m)).tanh())),
+    "attention across the batch": lambda m: per_sample(m.last(attended(inner(m)))),
+    "the batch's mean as a feature": lambda m: per_sample(m.last(inner(m) + inner(m).mean(0))),
+    "a sample and its neighbour": lambda m: neighbour_apart(m(X)),
+    "mixed in another layout": lambda m: per_sample(m.last(normalised(inner(m)).T.contiguous().T)),
+    "convolved along the batch": lambda m: per_sample(m.last(F.avg_pool1d(inner(m).T[None], 3, 1, 1)[0].T)),
+}
+
+
+def model() -> nn.Module:
+    parts = {"first": nn.Linear(4, 5), "last": nn.Linear(5, 3)}
+    scale, shift = nn.Parameter(torch.rand(5) + 1), nn.Parameter(torch.rand(5))
+    return Net(lambda m, x: m.last(m.first(x.to(m.scale.dtype)).tanh()), **parts, scale=scale, shift=shift)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_mixing_losses(name: str, dtype: torch.dtype) -> None:
+    mixing = model().to(dtype)
+    engine = Engine(mixing, batch_dim=0)
+
+    for _ in range(2):  # a refusal is not forgotten
+        with pytest.raises(
+            gramjd.NotSeparableError, match=r"mixes samples.*Engine\(\.\.\., batch_dim=None\)"
+        ):
+            engine.compute_gramian(LOSSES[name](mixing))
+    engine.close()
+    check(mixing, LOSSES[name], batch_dims=[None], rows=["scale", "shift"],
+          tolerance=1e-10 if dtype == torch.float64 else 1e-4)  # fmt: skip
