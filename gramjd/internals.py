@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -90,10 +91,8 @@ def unfused_attention() -> AbstractContextManager[Any]:
     return sdpa_kernel(SDPBackend.MATH)
 
 
-def is_compiling() -> bool:
-    """Is ``torch.compile`` tracing this very code?"""
-    known = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling
-    return bool(known())
+# Is ``torch.compile`` tracing this very code? The function itself: tracing knows what it returns.
+is_compiling: Callable[[], bool] = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling
 
 
 def innermost_mode() -> object:

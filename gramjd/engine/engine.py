@@ -18,6 +18,7 @@ from gramjd.engine.ways import WAYS, solve
 from gramjd.errors import NotCoveredError, SlowPathWarning
 from gramjd.explanation import Explanation, explanation
 from gramjd.jacobian import Jacobian, Output
+from gramjd.rounding import own_precision
 
 _PLANS = 64  # signatures that an engine remembers
 
@@ -102,6 +103,7 @@ class Engine:
         gramian: Tensor = self.jacobian(output).gramian()
         return gramian.to(output.device)
 
+    @own_precision
     def jacobian(self, output: Tensor, /) -> Jacobian:
         """The lazy Jacobian of an output with respect to the parameters, by name.
 
@@ -274,5 +276,5 @@ def _warn_of_rows(task: Task) -> None:
             f"The Jacobian of parameter {slow[0]!r}{more} is computed one row at a time, which is exact "
             f"but slow, because {cause}.",
             SlowPathWarning,
-            stacklevel=4,
+            stacklevel=5,
         )

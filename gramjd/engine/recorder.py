@@ -168,8 +168,10 @@ class BeforeHook:
         return type(self), ()
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if is_compiling():  # first: the rest cannot be traced
+            return
         target = self.target and self.target()
-        if target is not None and not is_compiling():
+        if target is not None:
             target(module, sys._getframe(1))
 
 
@@ -177,8 +179,10 @@ class AfterHook(BeforeHook):
     """A forward hook, likewise; called without ``kwargs`` and output if the forward raised."""
 
     def __call__(self, module: nn.Module, args: Any, *rest: Any) -> Any:
+        if is_compiling():
+            return None
         target = self.target and self.target()
-        if target is None or is_compiling():
+        if target is None:
             return None
         kwargs = rest[0] if len(rest) == 2 else {}
         return target(module, args, kwargs, rest[-1], sys._getframe(1))

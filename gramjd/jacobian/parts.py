@@ -15,6 +15,7 @@ from torch import Tensor
 from gramjd import plan
 from gramjd.blocks import Block
 from gramjd.plan import Options
+from gramjd.rounding import own_precision
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Part:
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
+@own_precision
 def gramian(parts: Sequence[Part], which: Sequence[int], K: int, options: Options, like: Tensor) -> Tensor:
     """``Σ J_p J_pᵀ`` over the parameters ``which``, ``[K, B, K, B]``, exactly symmetric."""
     tiles: list[list[Tensor]] = []
@@ -47,12 +49,14 @@ def gramian(parts: Sequence[Part], which: Sequence[int], K: int, options: Option
     return _assemble(tiles)
 
 
+@own_precision
 def cross(left: Sequence[Part], right: Sequence[Part], which: Sequence[int], objectives: tuple[int, int],
           options: Options, like: Tensor) -> Tensor:  # fmt: skip
     """``Σ J_p J'_pᵀ`` for two Jacobians, ``[K₁, B₁, K₂, B₂]``."""
     return _assemble([[_cross(u, v, which, objectives, options, like) for v in right] for u in left])
 
 
+@own_precision
 def squared_norms(parts: Sequence[Part], K: int, options: Options, like: Tensor) -> Tensor:
     """Squared norms of the rows, ``[K, B]``."""
     return torch.cat(
@@ -64,6 +68,7 @@ def squared_norms(parts: Sequence[Part], K: int, options: Options, like: Tensor)
     )
 
 
+@own_precision
 def diagonal(parts: Sequence[Part], K: int, options: Options, like: Tensor) -> Tensor:
     """The Gramian of each sample by itself, ``[K, B, K]``."""
     found = [
@@ -82,6 +87,7 @@ def diagonal(parts: Sequence[Part], K: int, options: Options, like: Tensor) -> T
     return torch.cat(found, 1).squeeze(3)
 
 
+@own_precision
 def vjp(parts: Sequence[Part], parameters: Sequence[Tensor], w: Tensor) -> list[Tensor]:
     """``Jᵀ w`` for ``w [K, B]``, of each parameter's shape and dtype."""
     weights = w.split([part.samples for part in parts], 1)
@@ -96,6 +102,7 @@ def vjp(parts: Sequence[Part], parameters: Sequence[Tensor], w: Tensor) -> list[
     return found
 
 
+@own_precision
 def jvp(parts: Sequence[Part], tangents: Sequence[Tensor], K: int, like: Tensor) -> Tensor:
     """``J v``, ``[K, B]``: ``block.vjp`` is linear in its weights, so its transpose applies the block."""
     found = []
@@ -110,6 +117,7 @@ def jvp(parts: Sequence[Part], tangents: Sequence[Tensor], K: int, like: Tensor)
     return torch.cat(found, 1)
 
 
+@own_precision
 def dense(parts: Sequence[Part], number: int, K: int, parameter: Tensor) -> Tensor:
     """The rows of one parameter, ``[K, B, *shape]``."""
     rows = [

@@ -1,0 +1,278 @@
+"""Exact without changing the model: how it is wrapped, trained and called."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from exactness import Net, check, draw, parameter
+from oracle import assert_close, dense_gramian
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import gramjd
+from gramjd import Engine
+
+B, D = 6, 4
+OLD = torch.__version__.startswith("2.1.")
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(D, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def losses_on(x: Tensor) -> Callable[[nn.Module], Tensor]:
+    return lambda m: m(x).square().sum(1)
+
+
+# Wrappers.
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_model(backend: str) -> None:
+    """``OptimizedModule``: its call is replayed; nothing of the recording is compiled."""
+    torch._dynamo.reset()
+    check(torch.compile(net(), backend=backend), losses_on(draw(B, D)))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's own
+def test_a_compiled_part() -> None:
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(D, D), torch.compile(net().float(), backend="eager"), nn.Linear(3, 2))
+    check(model.double(), losses_on(draw(B, D)))
+
+
+@pytest.mark.skipif(OLD, reason="Dynamo of torch 2.1 fails on modules that have hooks")
+def test_an_engine_inside_a_compiled_model() -> None:
+    """Hooks inside a compiled call do nothing, and break no graph: rows."""
+    torch._dynamo.reset()
+    model, x = net(), draw(B, D)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    check(model, lambda _: compiled(x).square().sum(1), rows=["weight", "bias"])
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_distributed_data_parallel() -> None:
+    """Registered outside or inside; the gradients of a weighted backward are those without an engine."""
+    model, x = net(), draw(B, D)
+    twin = copy.deepcopy(model)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    check(wrapped, losses_on(x))
+    check(model, lambda _: wrapped(x).square().sum(1))
+    engine = Engine(wrapped, batch_dim=0)
+    out = wrapped(x).square().sum(1)
+    weights = engine.compute_gramian(out).sum(0)
+    out.backward(weights)
+    twin(x).square().sum(1).backward(weights)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_close(p.grad, q.grad)
+
+
+# Derived and frozen weights.
+
+
+class Symmetric(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        return w.triu() + w.triu(1).T
+
+
+class Averaged(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        return (w + w.roll(1, 0)) / 2
+
+
+def test_parametrize() -> None:
+    model = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 3)).double()
+    parametrize.register_parametrization(model[0], "weight", Symmetric())
+    parametrize.register_parametrization(model[2], "weight", Averaged())
+    check(model, losses_on(draw(B, D)))
+
+
+class LoRALinear(nn.Module):
+    """A frozen layer and a trained update of low rank (Hu et al., arXiv 2106.09685)."""
+
+    def __init__(self, base: nn.Linear, rank: int = 2, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.base, self.dropout = base.requires_grad_(False), nn.Dropout(dropout)
+        self.down = nn.Linear(base.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, base.out_features, bias=False)
+        self.scaling = 8 / rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(self.dropout(x))) * self.scaling
+
+
+def test_lora_with_a_frozen_base() -> None:
+    model = net()
+    model[0], model[2] = LoRALinear(model[0]), LoRALinear(model[2])
+    check(model.double(), losses_on(draw(B, D)))
+
+
+def test_requires_grad_toggled_between_steps() -> None:
+    """One engine; what is frozen takes no part, what is thawed takes part again."""
+    model, x = net(), draw(B, D)
+    engine = Engine(model, batch_dim=0, ways=["ops"])
+    for step in range(6):
+        for i, p in enumerate(model.parameters()):
+            p.requires_grad_(step % 3 == 0 or i % 3 == step % 3)
+        out = losses_on(x)(model)
+        assert_close(engine.compute_gramian(out), dense_gramian(out, model.parameters()))
+
+
+# Several forwards, several outputs, several engines.
+
+FORWARDS: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
+    "siamese": lambda m, x, y: (m(x) - m(y)).square().sum(1),
+    "triplets": lambda m, x, y: F.triplet_margin_loss(m(x), m(y), m(x + y), reduction="none"),
+    "a permuted forward": lambda m, x, y: (m(x) - m(y)[torch.tensor([2, 0, 1, 5, 3, 4])]).square().sum(1),
+    "micro-batches": lambda m, x, y: torch.cat([m(part).square().sum(1) for part in x.split(2)]),
+    "uneven micro-batches": lambda m, x, y: torch.cat([m(part).square().sum(1) for part in x.split(4)]),
+    "micro-batches interleaved": lambda m, x, y: torch.stack(
+        [m(x[::2]).square().sum(1), m(x[1::2]).square().sum(1)], 1
+    ).flatten(),
+    "a recurrent use": lambda m, x, y: m(F.pad(m(x), (0, 1))).square().sum(1),
+}
+
+
+@pytest.mark.parametrize("name", list(FORWARDS))
+def test_several_forwards(name: str) -> None:
+    x, y = draw(B, D), draw(B, D)
+    check(net(), lambda m: FORWARDS[name](m, x, y), times=3)
+
+
+def test_several_engines_on_several_models() -> None:
+    """An encoder and a decoder with an engine each, beside one for both."""
+    encoder, decoder, x = nn.Linear(D, 3).double(), nn.Linear(3, D).double(), draw(B, D)
+    engines = [
+        Engine(encoder, batch_dim=0),
+        Engine(decoder, batch_dim=0),
+        Engine(encoder, decoder, batch_dim=0),
+    ]
+    for _ in range(2):
+        out = (decoder(encoder(x).tanh()) - x).square().sum(1)
+        one, two, both = (engine.compute_gramian(out) for engine in engines)
+        assert_close(one, dense_gramian(out, encoder.parameters()))
+        assert_close(two, dense_gramian(out, decoder.parameters()))
+        assert_close(both, one + two)
+
+
+def test_several_outputs_of_one_forward() -> None:
+    """Losses of tasks apart, together, and of some samples only."""
+    model, x = net(), draw(B, D)
+    engine, whole = Engine(model, batch_dim=0), Engine(model, batch_dim=None)
+    h = model(x)
+    for out in (h.square().sum(1), h[:, 0].exp(), h[2:5].sum(1), h):
+        want = dense_gramian(out, model.parameters())
+        assert_close(engine.compute_gramian(out), want)
+        assert_close(whole.compute_gramian(out), want)
+    assert_close(whole.compute_gramian(h.sum()), dense_gramian(h.sum(), model.parameters()))
+
+
+# Losses that contain gradients. The weights enter by autograd's own ops, too, which nobody sees: rows.
+
+HIDDEN = ["weight", "bias"]
+
+
+def slope(m: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``[B]`` outputs and the ``[B, D]`` derivative of each with respect to its input."""
+    x = x.clone().requires_grad_()
+    out = m(x).square().sum(1)
+    return out, torch.autograd.grad(out.sum(), x, create_graph=True)[0]
+
+
+def test_gradient_penalties() -> None:
+    x = draw(B, D)
+
+    def losses(m: nn.Module) -> Tensor:
+        out, gradient = slope(m, x)
+        return out + (gradient.norm(dim=1) - 1) ** 2
+
+    check(net(), losses, rows=HIDDEN)
+
+
+def test_penalties_on_the_gradients_of_parameters() -> None:
+    """They mix samples, as the parameters are everyone's."""
+    x, model = draw(B, D), net()
+
+    def losses(m: nn.Module) -> Tensor:
+        out = m(x).square().sum(1)
+        gradients = torch.autograd.grad(out.mean(), list(m.parameters()), create_graph=True)
+        return out + sum(g.square().sum() for g in gradients)
+
+    engine = Engine(model, batch_dim=0)
+    with pytest.raises(gramjd.NotSeparableError, match="batch_dim=None"):
+        engine.compute_gramian(losses(model))
+    engine.close()
+    check(model, losses, batch_dims=[None], rows=HIDDEN)
+
+
+def test_derivatives_by_torch_func_in_the_loss() -> None:
+    x = draw(B, D)
+
+    def losses(m: nn.Module) -> Tensor:
+        return torch.func.vmap(torch.func.grad(lambda z: m(z).sum()))(x).square().sum(1) + m(x).sum(1)
+
+    check(net(), losses, rows=HIDDEN)
+
+
+# Mixed precision.
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+@pytest.mark.parametrize("inside", [True, False])
+def test_autocast_to_bfloat16(inside: bool, batch_dim: int | None) -> None:
+    """Scaled losses; ``compute_gramian`` in or outside the context; a Gramian of float32."""
+    model = nn.Sequential(nn.Linear(D, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 3))
+    x, scale = torch.randn(B, D), 2.0**16  # where GradScaler starts
+    engine = Engine(model, batch_dim=batch_dim, ways=["ops"])
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model(x)
+            assert hidden.dtype == torch.bfloat16
+            losses = hidden.float().square().sum(1) * scale
+            gramian = engine.compute_gramian(losses) if inside else None
+        gramian = engine.compute_gramian(losses) if gramian is None else gramian
+        assert gramian.dtype == torch.float32
+        want = dense_gramian(losses, model.parameters())
+        assert_close(gramian, want, torch.finfo(torch.bfloat16).eps)
+        assert_close(gramian / scale**2, dense_gramian(losses / scale, model.parameters()), 0.01)
+
+
+def test_a_gradient_scaler_leaves_the_weights_alone() -> None:
+    """A step: scale the losses, weight them by their Gramian, unscale, step."""
+    model, x = net().float(), torch.randn(B, D)
+    twin = copy.deepcopy(model)
+    engine = Engine(model, batch_dim=0)
+    factor = 2.0**16
+    losses = model(x).square().sum(1) * factor
+    weights = engine.compute_gramian(losses).sum(0)
+    weights = weights / weights.norm()  # of no scale
+    losses.backward(weights)
+    twin(x).square().sum(1).backward(weights)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_close(p.grad / factor, q.grad, 1e-5)
+
+
+def test_half_precision_is_accumulated_in_float32() -> None:
+    """Sums of 4096 products of bfloat16: the Gramian keeps what bfloat16 sums would lose."""
+    model = nn.Linear(4096, 1, bias=False).bfloat16()
+    x = torch.ones(2, 4096, dtype=torch.bfloat16)
+    engine = Engine(model, batch_dim=0)
+    gramian = engine.compute_gramian(model(x)[:, 0].float())
+    assert gramian.dtype == torch.float32
+    assert_close(gramian, torch.full((2, 2), 4096.0), 1e-6)
+
+
+def test_a_parameter_that_takes_no_part() -> None:
+    model = Net(lambda m, x: m.used(x), used=nn.Linear(D, 2), unused=parameter(3))
+    check(model, losses_on(draw(B, D)))
