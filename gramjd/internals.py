@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +15,15 @@ from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 def inside_transform() -> bool:
     """Is a transform of ``torch.func`` in progress?"""
     return _functorch.peek_interpreter_stack() is not None
+
+
+@contextmanager
+def outside_transforms() -> Iterator[None]:
+    """A context in which no transform is in progress."""
+    with ExitStack() as stack:
+        while inside_transform():
+            stack.enter_context(temporarily_pop_interpreter_stack())
+        yield
 
 
 def depends_on_innermost_transform(tensor: Tensor) -> bool:
@@ -100,7 +109,26 @@ def innermost_mode() -> object:
     return torch.overrides._get_current_function_mode()
 
 
-def saved_tensors_are_hooked() -> bool:
-    """Is a ``saved_tensors_hooks`` context active (checkpointing, offloading)? Unknown on torch 2.1."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is not None and top(False) is not None
+def saved_tensors_hook() -> object:
+    """What tells the innermost ``saved_tensors_hooks`` context (checkpointing, offloading), if there is one.
+
+    On torch 2.1 only whether there is one.
+    """
+    known: Any = torch._C._autograd
+    if hasattr(known, "_top_saved_tensors_default_hooks"):
+        top = known._top_saved_tensors_default_hooks(False)
+        return None if top is None else top[0]
+    if not known._saved_tensors_hooks_is_enabled():
+        return None
+    try:
+        known._saved_tensors_hooks_disable("")  # raises if there is one
+    except RuntimeError:
+        return True
+    finally:
+        known._saved_tensors_hooks_enable()
+    return None
+
+
+def in_backward() -> bool:
+    """Is autograd running a backward pass in this thread: is what a checkpoint left out computed again?"""
+    return bool(torch._C._current_graph_task_id() != -1)

@@ -186,7 +186,6 @@ def test_autocast(batch_dim: int | None) -> None:
     assert_close(gramian, dense_gramian(out, model.parameters()), torch.finfo(torch.bfloat16).eps)
 
 
-@pytest.mark.skipif(torch.__version__.startswith("2.1."), reason="hooks of saved tensors cannot be seen")
 def test_checkpointing_goes_on_working() -> None:
     class Checkpointed(nn.Module):
         def __init__(self) -> None:

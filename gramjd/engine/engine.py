@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gramjd import pytree
 from gramjd.engine.graph import Graph, walk
+from gramjd.engine.nodes import forget
 from gramjd.engine.recorder import AfterHook, BeforeHook, Watcher
 from gramjd.engine.task import Plan, Task
 from gramjd.engine.ways import WAYS, solve
@@ -118,7 +119,10 @@ class Engine:
             plan = self._plan(graph)
             warned = "rows" in plan.ways.values()
             task = Task(output, batch_dim, graph, named, plan)
-            blocks = solve(task, self._ways, check=self._check != "never")
+            try:
+                blocks = solve(task, self._ways, check=self._check != "never")
+            finally:
+                forget(graph.nodes)
         if not warned and self._ways != ("rows",):
             _warn_of_rows(task)
         parameters, spec = pytree.flatten(named)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gramjd.internals import outside_transforms, saved_tensors_hook
+
 
 class Node(torch.autograd.Function):
     """The identity on the outputs of a use or of a module call."""
@@ -21,6 +23,7 @@ class Node(torch.autograd.Function):
     def forward(ctx: Any, record: Any, saved: Sequence[Tensor], inplace: bool, *tensors: Tensor) -> Any:
         ctx.record = record
         ctx.tapped = False
+        ctx.hooked, ctx.values = saved_tensors_hook() is not None, None
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
         outputs = tensors[: len(tensors) // 2]
@@ -33,6 +36,8 @@ class Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         taps = grads if ctx.tapped else (None,) * len(grads)
+        if ctx.tapped and ctx.hooked and ctx.values is None:
+            ctx.values = ctx.saved_tensors  # outside of a backward pass, each would be computed anew
         return (None, None, None, *grads, *taps)
 
     @staticmethod
@@ -52,8 +57,20 @@ def attach(
         torch.empty_strided(t.shape, (0,) * t.ndim, dtype=t.dtype, device=t.device, requires_grad=True)
         for t in outputs
     ]
-    found = Node.apply(record, saved, inplace, *outputs, *taps)
+    with outside_transforms():  # where a checkpoint is computed again under vmap
+        found = Node.apply(record, saved, inplace, *outputs, *taps)
     return [found] if isinstance(found, Tensor) else list(found)
+
+
+def values_of(node: Any) -> list[Tensor]:
+    """What a node saved, detached."""
+    return [t.detach() for t in (node.saved_tensors if node.values is None else node.values)]
+
+
+def forget(nodes: Sequence[Any]) -> None:
+    """Give up what a backward pass computed again for a checkpoint."""
+    for node in nodes:
+        node.values = None
 
 
 def taps_of(node: Any) -> list[Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gramjd.engine.marks import mark_call, mark_fused, mark_op
-from gramjd.internals import innermost_mode, inside_transform, is_compiling, saved_tensors_are_hooked
+from gramjd.internals import in_backward, innermost_mode, inside_transform, is_compiling, saved_tensors_hook
 from gramjd.rules import is_fused, tensors_of
 from gramjd.tracker import Tracker, is_inplace
 from gramjd.uses import Record, describe
@@ -25,10 +25,16 @@ _THREAD = threading.local()  # .recorder: the one switched on in this thread
 
 
 class Recorder(Tracker):
-    """Puts a node behind the output of every tracked op; remembers which parameters it has seen."""
+    """Puts a node behind the output of every tracked op; remembers which parameters it has seen.
 
-    def __init__(self, frame: FrameType) -> None:
+    What a checkpoint saves must be the same when it is computed again. So a call inside one has a recorder
+    of its own, which knows nothing of what happened outside; ops there, but outside such calls, are let be.
+    """
+
+    def __init__(self, frame: FrameType, outer: Recorder | None = None) -> None:
         super().__init__(())
+        self.outer = outer  # that of the call around the checkpoint
+        self.hook = saved_tensors_hook()  # of the innermost checkpoint around
         self.frame: FrameType | None = frame  # of the module call that switched it on
         self.opaque: FrameType | None = None  # of a call whose inside is out of sight
         self.watchers: set[int] = set()  # ids of those whose parameters it tracks
@@ -39,8 +45,7 @@ class Recorder(Tracker):
         rng_state = torch.get_rng_state() if fused else None
         out = op(*args, **kwargs)
         live = out.requires_grad if isinstance(out, Tensor) else any(t.requires_grad for t in tensors_of(out))
-        if not live or saved_tensors_are_hooked():
-            # under checkpointing, what is saved must be the same when it is computed again
+        if not live or saved_tensors_hook() is not self.hook:
             return out, None
         record, leaves = describe(op, args, kwargs, self.sources, derived)
         inplace = is_inplace(op)
@@ -67,7 +72,9 @@ class Recorder(Tracker):
 
     def switch_off(self) -> None:
         """End the recording."""
-        _THREAD.recorder = None
+        _THREAD.recorder = self.outer
+        if self.outer is not None:
+            self.outer.active = True
         self.frame, self.active = None, False  # an interrupted one may stay behind, below another mode
         if innermost_mode() is self:
             self.__exit__(None, None, None)
@@ -79,7 +86,7 @@ def active_recorder() -> Recorder | None:
     if recorder is None or _is_running(recorder.frame):
         return recorder
     recorder.switch_off()
-    return None
+    return active_recorder()
 
 
 def _is_running(frame: FrameType | None) -> bool:
@@ -100,13 +107,17 @@ class Watcher:
 
     def before(self, module: nn.Module, frame: FrameType) -> None:
         """Start recording, or remember the state that the call starts from."""
-        if not torch.is_grad_enabled() or inside_transform() or saved_tensors_are_hooked():
+        if not torch.is_grad_enabled() or (inside_transform() and not in_backward()):
             return
         if "ops" in self.ways:
             recorder = active_recorder()
-            outermost = recorder is None
-            if recorder is None:
-                recorder = _THREAD.recorder = Recorder(frame)
+            outermost = recorder is None or (
+                recorder.opaque is None and recorder.hook is not saved_tensors_hook()
+            )
+            if recorder is None or outermost:
+                if recorder is not None:
+                    recorder.active = False
+                recorder = _THREAD.recorder = Recorder(frame, recorder)
             if id(self) not in recorder.watchers:
                 recorder.watchers.add(id(self))
                 recorder.add(*self.held())
@@ -116,7 +127,11 @@ class Watcher:
                 recorder.pause(frame)
             elif outermost:  # last: it would see all that is asked of the parameters above
                 recorder.__enter__()
-        elif "functional" in self.ways and getattr(self.outermost, "frame", None) is None:
+        elif (
+            "functional" in self.ways
+            and saved_tensors_hook() is None
+            and getattr(self.outermost, "frame", None) is None
+        ):
             self.outermost.frame, self.outermost.rng_state = frame, torch.get_rng_state()
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, out: Any, frame: FrameType) -> Any:
@@ -125,6 +140,8 @@ class Watcher:
             return self._after_unrecorded(module, args, kwargs, out, frame)
         recorder = active_recorder()
         if recorder is None or recorder.opaque not in (None, frame, frame.f_back):
+            return None
+        if recorder.hook is not saved_tensors_hook():
             return None
         ours = recorder.frame in (frame, frame.f_back)  # the latter where the forward raised
         own = module.named_parameters() if _is_opaque(module) else module._parameters.items()
@@ -140,7 +157,7 @@ class Watcher:
         elif unseen:  # a parameter that is returned as it is may be seen later
             returned = {id(t) for t in tensors_of(out)}
             unseen = [name for name in unseen if id(module.get_parameter(name)) not in returned]
-        if not unseen or out is None or saved_tensors_are_hooked():
+        if not unseen or out is None:
             return None
         return mark_call(module, args, kwargs, out, unseen)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from gramjd import pytree
 from gramjd.engine import backward
 from gramjd.engine.marks import OpMark
+from gramjd.engine.nodes import values_of
 from gramjd.engine.recorder import Recorder
 from gramjd.rounding import tolerance
 from gramjd.rules import expansion_of, tensors_of
@@ -53,7 +54,7 @@ def replay(node: Any, cotangents: Cotangents, probed: Cotangents | None) -> Repl
         ValueError: the outputs differ from those of the op.
     """
     mark: OpMark = node.record
-    record, saved = mark.record, [t.detach() for t in node.saved_tensors]
+    record, saved = mark.record, values_of(node)
     assert mark.replay is not None
     outs = sum(mark.live)
     recorded = saved[len(saved) - outs :]

@@ -14,6 +14,7 @@ from gramjd.engine import backward
 from gramjd.engine.calls import call_blocks
 from gramjd.engine.layouts import ZERO, Layout, canonical
 from gramjd.engine.marks import CallMark, OpMark
+from gramjd.engine.nodes import values_of
 from gramjd.engine.probe import Probe, agrees, differentiate, find_layouts
 from gramjd.engine.replay import Cotangents, Replayed, replay
 from gramjd.engine.task import Task
@@ -161,7 +162,7 @@ def _use(task: Task, index: int, split: Mapping[Record, Layout], fail: Callable[
         for slot in mark.record.slots:
             fail(slot.source, "its fused op could not be replayed")
         return None
-    record, saved = mark.record, [t.detach() for t in node.saved_tensors]
+    record, saved = mark.record, values_of(node)
     slots = saved[len(record.saved) :]
     live = iter(task.canonical(index))
     cs = [next(live) if is_live else None for is_live in mark.live]
@@ -230,7 +231,7 @@ def _functional(task: Task, parameters: dict[str, Tensor]) -> Found:
             if layout is None:
                 raise ValueError("its outputs do not belong to one sample each")
             layout = None if task.batch_dim is None else layout
-            blocks = call_blocks(mark, [t.detach() for t in node.saved_tensors], cs, layout, task.samples)
+            blocks = call_blocks(mark, values_of(node), cs, layout, task.samples)
         except Exception as error:  # whatever the user's module does under vmap: a slower way is left
             failed.update(owners)
             for owner in owners:

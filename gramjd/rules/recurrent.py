@@ -85,7 +85,11 @@ def _layers(step: Step, x: Tensor, hx: State, weights: Sequence[Tensor], bias: b
             last.append(state)
         x = torch.cat(outputs, -1) if bidirectional else outputs[0]
         if dropout and train and layer < layers - 1:
-            x = F.dropout(x, dropout)
+            if alive is None:
+                x = F.dropout(x, dropout)
+            else:  # numbers are drawn for the steps that there are
+                place = _places(alive)
+                x = _spread(F.dropout(x.flatten(0, 1)[place], dropout), place, alive)
     return x, tuple(torch.stack(states) for states in zip(*last, strict=True))
 
 
@@ -104,10 +108,32 @@ def _packed(step: Step, data: Tensor, batch_sizes: Tensor, hx: State, weights: S
     """Packed sequences: ``data [all steps, i]``, of which ``batch_sizes [T]`` belong to each time."""
     sizes = batch_sizes.to(data.device)
     alive = torch.arange(hx[0].shape[1], device=data.device) < sizes[:, None]  # [T, B]
-    place = alive.flatten().nonzero().squeeze(1)
-    x = data.new_zeros(alive.numel(), data.shape[1]).index_copy(0, place, data).unflatten(0, alive.shape)
-    out, last = _layers(step, x, hx, weights, bias, layers, dropout, train, bidirectional, alive[..., None])
+    place = _places(alive)
+    out, last = _layers(
+        step,
+        _spread(data, place, alive),
+        hx,
+        weights,
+        bias,
+        layers,
+        dropout,
+        train,
+        bidirectional,
+        alive[..., None],
+    )
     return out.flatten(0, 1)[place], last
+
+
+def _places(alive: Tensor) -> Tensor:
+    """Which of all ``T·B`` steps there are, one time after the other."""
+    return alive.flatten().nonzero().squeeze(1)
+
+
+def _spread(data: Tensor, place: Tensor, alive: Tensor) -> Tensor:
+    """Packed entries ``[steps, i]`` in their places ``[T, B, i]``, zeros elsewhere."""
+    return (
+        data.new_zeros(alive.numel(), data.shape[1]).index_copy(0, place, data).unflatten(0, alive.shape[:2])
+    )
 
 
 def _is_packed(args: Sequence[Any]) -> bool:
