@@ -45,7 +45,7 @@ class Recorder(Tracker):
         rng_state = torch.get_rng_state() if fused else None
         out = op(*args, **kwargs)
         live = out.requires_grad if isinstance(out, Tensor) else any(t.requires_grad for t in tensors_of(out))
-        if not live or saved_tensors_hook() is not self.hook:
+        if not live or saved_tensors_hook() != self.hook:
             return out, None
         record, leaves = describe(op, args, kwargs, self.sources, derived)
         inplace = is_inplace(op)
@@ -112,7 +112,7 @@ class Watcher:
         if "ops" in self.ways:
             recorder = active_recorder()
             outermost = recorder is None or (
-                recorder.opaque is None and recorder.hook is not saved_tensors_hook()
+                recorder.opaque is None and recorder.hook != saved_tensors_hook()
             )
             if recorder is None or outermost:
                 if recorder is not None:
@@ -141,7 +141,7 @@ class Watcher:
         recorder = active_recorder()
         if recorder is None or recorder.opaque not in (None, frame, frame.f_back):
             return None
-        if recorder.hook is not saved_tensors_hook():
+        if recorder.hook != saved_tensors_hook():
             return None
         ours = recorder.frame in (frame, frame.f_back)  # the latter where the forward raised
         own = module.named_parameters() if _is_opaque(module) else module._parameters.items()
