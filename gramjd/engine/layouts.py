@@ -94,15 +94,15 @@ def measure(c: Tensor, probed: Tensor, v: Tensor) -> tuple[Layout | None, float]
         cotangent is zero.
     """
     K, samples = v.shape
-    if not probed.any() and not c.any():
-        return ZERO, 0.0
+    size = float(probed.norm())
+    if size == 0:
+        return (None, inf) if c.any() else (ZERO, 0.0)
     best: tuple[Layout | None, float] = (None, inf)
     for layout in candidates(probed.shape, samples):
         rows = layout.cotangents(c, samples)
         weights = v.to(c.dtype).reshape(K, samples, *[1] * (rows.ndim - 2))
-        weighted = rows * weights
-        error = (weighted.sum(0) - layout.split(probed, layout.dim, samples)).norm()
-        off = float(error / weighted.norm())
+        weighted = (rows * weights).sum(0) if K > 1 else rows[0] * weights[0]
+        off = float(weighted.sub_(layout.split(probed, layout.dim, samples)).norm()) / size
         if off < best[1]:
             best = (layout, off)
         if off <= tolerance(c.dtype):
