@@ -88,8 +88,22 @@ def resnet() -> nn.Module:
     return transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes))
 
 
+def checkpointed(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    def made() -> nn.Module:
+        model = make()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the name that users know is going
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model
+
+    return made
+
+
 MODELS = {
     "gpt2": Stock(gpt2, masked),
+    "gpt2, checkpointed": Stock(checkpointed(gpt2), masked),
+    "llama, checkpointed": Stock(checkpointed(llama), masked),
+    "bert, checkpointed": Stock(checkpointed(bert), masked),
     "llama": Stock(llama, masked),
     "bert": Stock(bert, masked),
     # The bias table enters fused attention itself, whose dropout cannot be drawn a second time.
