@@ -53,6 +53,19 @@ def test_vjp_bound_transpose_spread(kind: str) -> None:
         assert_close(transpose(block).dense(), block.dense().mT)
 
 
+@pytest.mark.parametrize("kind", ["outer", "outer one position", "transposed", "grouped"])
+def test_mismatch(kind: str) -> None:
+    """Estimates the norm of a difference from few vectors; nothing where there is none."""
+    block, w, error = blocks()[kind], randn(K, B), randn(V, D)
+    assert isinstance(block, Outer)
+    gradient = block.vjp(w)
+    assert block.mismatch(w, gradient) <= 1e-12 * gradient.norm()
+    assert_close(block.mismatch(w, gradient + error, vectors=20_000), error.norm(), 0.1)
+    one = torch.zeros(V, D, dtype=torch.float64)
+    one[V - 1, D - 1] = 1e-6  # a single wrong entry
+    assert 1e-7 < block.mismatch(w, gradient + one) < 1e-5
+
+
 @pytest.mark.parametrize("kind", blocks())
 def test_spread(kind: str) -> None:
     """Objectives of one shared sample, told apart again."""

@@ -150,6 +150,12 @@ def test_several_forwards(name: str) -> None:
     check(net(), lambda m: FORWARDS[name](m, x, y), times=3)
 
 
+def test_many_permuted_samples_in_float32() -> None:
+    """Weights of many samples are close to each other; owners are found all the same."""
+    model, x, order = net().float(), torch.randn(256, D), torch.randperm(256)
+    check(model, lambda m: m(x)[order].square().sum(1), batch_dims=[0], tolerance=1e-5)
+
+
 def test_several_engines_on_several_models() -> None:
     """An encoder and a decoder with an engine each, beside one for both."""
     encoder, decoder, x = nn.Linear(D, 3).double(), nn.Linear(3, D).double(), draw(B, D)
