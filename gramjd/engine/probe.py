@@ -132,7 +132,8 @@ def _layout(task: Task, probe: Probe, index: int, which: int) -> Layout | None:
     if c is None or first is None:
         return ZERO
     layout, off = measure(c, first[0], probe.v)
-    if off > tolerance(c.dtype):
+    precision = task.precisions[index] if task.precisions else None
+    if off > tolerance(precision or c.dtype):
         # the rounding inside a replay is not measured
         known = off <= _SMALL and not task.replays
         if not known or off > _NOISE * _rounding(first, probe.again.cotangents[index][which]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from gramjd.engine.graph import Graph
@@ -36,6 +37,7 @@ class Task:
     plan: Plan
     cotangents: list[Cotangents] = field(default_factory=list)  # of each node
     layouts: list[Layouts] = field(default_factory=list)
+    precisions: list[torch.dtype | None] = field(default_factory=list)  # of a node's op, if it is replayed
     replays: list[Replayed] = field(default_factory=list)  # kept alive
 
     @property

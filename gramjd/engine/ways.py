@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gramjd.assembly import blocks_of
@@ -79,6 +80,7 @@ def _expand(task: Task, probe: Probe) -> None:
     nodes: list[Any] = []
     cotangents: list[Cotangents] = []
     probed: list[Cotangents] = []
+    precisions: list[torch.dtype | None] = []
     measuring = task.batch_dim is not None and task.plan.layouts is None
     for index, (node, cs) in enumerate(zip(task.graph.nodes, task.cotangents, strict=True)):
         given = probe.first.cotangents[index] if measuring else None
@@ -93,8 +95,12 @@ def _expand(task: Task, probe: Probe) -> None:
         nodes += found.nodes
         cotangents += found.cotangents
         probed += found.probed
+        # under autocast the op computed with fewer digits than its replay does
+        precision = next(c.dtype for c in cs if c is not None) if found.graph is not None else None
+        precisions += [precision] * len(found.nodes)
         task.replays.append(found)
     task.graph, task.cotangents = replace(task.graph, nodes=nodes), cotangents
+    task.precisions = precisions
     if measuring:
         probe.first.cotangents = probed
 
