@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -170,3 +171,35 @@ def test_tied_embedding() -> None:
     with Allocations() as allocations:
         engine.compute_gramian(losses)
     assert allocations.largest <= 4 * 50_000 * 512 * 8 // 10
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_options_of_engine(copied: bool) -> None:
+    """An engine contracts within its budget and in its dtype; so does a copy of it."""
+    model = nn.Sequential(nn.Linear(6, 256), nn.Linear(256, 256))
+    x = torch.randn(32, 32, 6)
+    largest, found = {}, {}
+    small, default = 64 * 1024, None
+    for budget in [small, default]:
+        engine = Engine(model, batch_dim=0, memory_budget=budget, accumulate_dtype=torch.float64)
+        mine = model
+        if copied:
+            engine, mine = copy.deepcopy((engine, model))
+        losses = mine(x).square().mean((1, 2))
+        engine.compute_gramian(losses)  # the checks are done
+        with Allocations() as allocations:
+            found[budget] = engine.compute_gramian(losses)
+        largest[budget] = allocations.largest
+        engine.close()
+    assert largest[small] <= MiB  # the cotangents; a tile takes 64 KiB
+    assert largest[default] > 8 * MiB  # rows of 32 samples
+    assert found[small].dtype == torch.float64
+    torch.testing.assert_close(found[small], found[default])
+
+
+@pytest.mark.parametrize("option", [{"memory_budget": 0}, {"accumulate_dtype": torch.int64}])
+def test_wrong_options_of_engine(option: dict[str, Any]) -> None:
+    model = nn.Linear(2, 1)
+    with pytest.raises(ValueError, match=next(iter(option))):
+        Engine(model, batch_dim=0, **option)
+    assert not model._forward_hooks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from gramjd.engine.ways import WAYS, solve
 from gramjd.errors import NotCoveredError, SlowPathWarning
 from gramjd.explanation import Explanation, explanation
 from gramjd.jacobian import Jacobian, Output
+from gramjd.plan import Options
 from gramjd.rounding import own_precision
 
 _PLANS = 64  # signatures that an engine remembers
@@ -42,10 +44,15 @@ class Engine:
             depending on their data in other ways, such as multiplying by it; ``"never"``.
         ways: how blocks may be obtained, best first: from the ``"ops"`` of the forward that ran, by
             ``"functional"`` replay of a module call under ``vmap(vjp)``, by autograd's ``"rows"``.
+        memory_budget: bytes of working memory that the contractions of :meth:`compute_gramian` may
+            use beside the result; ``None`` for a default that follows what is free.
+        accumulate_dtype: dtype in which they add up products, and of the Gramian; ``None`` for
+            float32 where the parameters are half or bfloat16, else for the parameters' own.
 
     Raises:
         TypeError: an argument is not a module.
-        ValueError: there is no module, or an option is unknown.
+        ValueError: there is no module, an option is unknown, ``memory_budget`` is not a positive
+            number of bytes, or ``accumulate_dtype`` is not a floating dtype.
 
     Example:
         >>> engine = Engine(model, batch_dim=0)
@@ -60,6 +67,8 @@ class Engine:
         batch_dim: int | str | None = "",
         check: str = "first",
         ways: Sequence[str] = WAYS,
+        memory_budget: int | None = None,
+        accumulate_dtype: torch.dtype | None = None,
     ) -> None:
         found, recurse, batch_dim = _parse(modules, batch_dim)
         if check not in ("first", "always", "never"):
@@ -68,6 +77,7 @@ class Engine:
             raise ValueError(f"ways must be some of {WAYS}, not {ways!r}.")
         self._modules, self._recurse, self._batch_dim = found, recurse, batch_dim
         self._check, self._ways = check, tuple(way for way in WAYS if way in ways)
+        self._options = Options(memory_budget, accumulate_dtype)
         self._plans: dict[Hashable, Plan] = {}
         registry = _Registry(found, recurse)
         self._registry = registry
@@ -101,7 +111,7 @@ class Engine:
             CheckFailedError: none of the allowed ways gives a Gramian that agrees with autograd.
             ValueError: the output is empty or not finite, or has no dimension ``batch_dim``.
         """
-        gramian: Tensor = self.jacobian(output).gramian()
+        gramian: Tensor = self.jacobian(output).gramian(**asdict(self._options))
         return gramian.to(output.device)
 
     @own_precision
@@ -144,7 +154,9 @@ class Engine:
         self._finalizer()
 
     def __reduce__(self) -> Any:
-        return _rebuild, (self._modules, self._recurse, self._batch_dim, self._check, self._ways)
+        given = self._modules if self._recurse else [self._modules]
+        keywords = {"batch_dim": self._batch_dim, "check": self._check, "ways": self._ways}
+        return _rebuild, (given, {**keywords, **asdict(self._options)})
 
     def _plan(self, graph: Graph) -> Plan:
         """What is known of a graph: nothing, where the data may put its samples anywhere."""
@@ -258,11 +270,9 @@ def _parse(modules: Sequence[Any], batch_dim: Any) -> tuple[list[nn.Module], boo
     return list(dict.fromkeys(positional)), recurse, batch_dim
 
 
-def _rebuild(modules: Sequence[nn.Module], recurse: bool, batch_dim: int | None, check: str,
-             ways: Sequence[str]) -> Engine:  # fmt: skip
+def _rebuild(modules: Sequence[Any], keywords: dict[str, Any]) -> Engine:
     """An engine like the one that was copied or unpickled, with hooks of its own."""
-    given = modules if recurse else [modules]
-    return Engine(*given, batch_dim=batch_dim, check=check, ways=ways)
+    return Engine(*modules, **keywords)
 
 
 def _remove(handles: Sequence[Any]) -> None:
