@@ -39,8 +39,8 @@ def ntk(
 
     Returns:
         A function ``kernel(params, x1, x2=None)``: ``[B1, *S, *reversed(S), B2]`` less the axes that
-        the options take away. Without ``x2`` it is that of ``x1`` with itself, exactly symmetric, at
-        half the cost.
+        the options take away. Without ``x2`` it is that of ``x1`` with itself, exactly symmetric,
+        from one pass over the function in place of two.
 
     Raises:
         ValueError: an axis does not exist or is named twice, or the sizes of its two ends differ.
