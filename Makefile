@@ -31,7 +31,7 @@ format: .venv/installed  ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 bench: .venv/installed  ## every benchmark, one after the other
-	set -e; for script in benchmarks/*.py; do $(BIN)/python $$script; done
+	set -e; for name in hook_overhead check_cost plans weighting; do $(BIN)/python -m benchmarks.$$name; done
 
 clean:
 	rm -rf .venv .venv-lowest out .mypy_cache .pytest_cache .ruff_cache

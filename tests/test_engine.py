@@ -175,6 +175,28 @@ def test_rounding_noise_is_no_reason_for_a_slow_way() -> None:
 
 
 @pytest.mark.parametrize("batch_dim", [0, None])
+def test_a_cotangent_of_mere_rounding_is_no_mixing(batch_dim: int | None) -> None:
+    """RWKV's running maximum has no gradient; what autograd gives for it belongs to no sample."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.decay = nn.Linear(3, 8), nn.Parameter(torch.randn(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.layer(x)
+            most = torch.maximum(h.detach() - 1 + self.decay, h)
+            above, below = (h - most).exp(), (-most).exp() + (-h - most).exp()
+            return above / below
+
+    model = Scaled().double()
+    engine = Engine(model, batch_dim=batch_dim, ways=["ops"])
+    for _ in range(3):
+        out = model(torch.randn(4, 3).double()).square().sum(1)
+        assert_close(engine.compute_gramian(out), dense_gramian(out, model.parameters()))
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
 def test_autocast(batch_dim: int | None) -> None:
     """From the recorded ops, and as close to autograd's own as its rows, which it rounds to bfloat16."""
     model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.LayerNorm(5), nn.Linear(5, 2))

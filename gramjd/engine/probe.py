@@ -139,6 +139,8 @@ def _layout(task: Task, probe: Probe, index: int, which: int) -> Layout | None:
         if not known or off > _NOISE * _rounding(first, probe.again.cotangents[index][which]):
             layout = None if _is_unbatched(task, index) else owned(c, first[0], probe.v)
     if layout is None and _mixes(task, index, c, first[0], probe.v):
+        if not task.replays and _rounding(first, probe.again.cotangents[index][which]) > _SMALL:
+            return ZERO  # nothing but rounding: a running maximum, subtracted and added again
         slots = task.graph.nodes[index].record.record.slots
         task.plan.mixed.update(root for slot in slots for root in roots(slot.source))
     return layout
