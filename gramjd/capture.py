@@ -250,7 +250,7 @@ def _basis(outputs: Sequence[Tensor]) -> list[Tensor]:
     sizes = [out.numel() for out in outputs]
     parts = []
     for n, out in enumerate(outputs):
-        eye = torch.eye(sum(sizes), dtype=out.dtype, device=out.device)
+        eye = torch.eye(sum(sizes), device=out.device).to(out.dtype)
         start = sum(sizes[:n])
         parts.append(eye[:, start : start + sizes[n]].reshape(-1, *out.shape))
     return parts

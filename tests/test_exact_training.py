@@ -296,6 +296,18 @@ def test_half_precision_is_accumulated_in_float32() -> None:
     assert_close(gramian, torch.full((2, 2), 4096.0), 1e-6)
 
 
+def test_losses_of_bfloat16() -> None:
+    """By all ways, and by the transforms; torch 2.1 has no identity matrix of bfloat16."""
+    model = nn.Linear(3, 2, bias=False).bfloat16()
+    x = torch.eye(3).bfloat16()  # every product is exact
+    for ways in (["ops"], ["functional"], ["rows"]):
+        for batch_dim in (0, None):
+            out = Engine(model, batch_dim=batch_dim, ways=ways).compute_gramian(model(x)).float()
+            assert_close(out, torch.einsum("ab,cd->acdb", torch.eye(3), torch.eye(2)))
+    function, parameters = gramjd.functional_loss(model)
+    assert_close(gramjd.gramian(function)(parameters, x).float(), out)
+
+
 def test_a_parameter_that_takes_no_part() -> None:
     model = Net(lambda m, x: m.used(x), used=nn.Linear(D, 2), unused=parameter(3))
     check(model, losses_on(draw(B, D)))

@@ -29,7 +29,7 @@ def tapped(nodes: Sequence[Any]) -> Iterator[list[list[Tensor]]]:
 def basis(output: Tensor, batch_dim: int | None) -> Tensor:
     """Cotangents of the objectives summed over samples, ``[K, *output.shape]``."""
     K, B = gramians.rows_first(output, batch_dim).shape
-    eye = torch.eye(K, dtype=output.dtype, device=output.device)[:, None].expand(K, B, K)
+    eye = torch.eye(K, device=output.device).to(output.dtype)[:, None].expand(K, B, K)
     return gramians.from_rows(eye, output.shape, batch_dim).movedim(-1, 0)
 
 
@@ -84,7 +84,7 @@ def _is_freed(error: RuntimeError) -> bool:
 
 def row_gradients(output: Tensor, inputs: Sequence[Tensor], batch_dim: int | None) -> list[Tensor | None]:
     """Way 3: rows ``[K, B, *p.shape]`` of each parameter, one objective of one sample at a time."""
-    eye = torch.eye(output.numel(), dtype=output.dtype, device=output.device)
+    eye = torch.eye(output.numel(), device=output.device).to(output.dtype)
     rows = gradients(output, inputs, eye.view(-1, *output.shape))
     shaped = (row if row is None else row.view(*output.shape, *row.shape[1:]) for row in rows)
     return [row if row is None else _rows_first(row, output.ndim, batch_dim) for row in shaped]

@@ -1,0 +1,94 @@
+"""``python -m gramjd``: what is installed, what a model gets, and whether it is right."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from gramjd.cli.check import CANNOT_RUN, check, explain
+from gramjd.cli.info import info
+from gramjd.cli.load import CONTRACT, CannotRunError, load
+
+CODES = """\
+exit codes: 0 done (check: the Gramian is exact); 1 the Gramian is wrong, or gramjd failed: a bug to report;
+2 the command line or the model is not usable; 3 refused: gramjd said why there is no Gramian"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit code."""
+    args = _parser().parse_args(argv)
+    if args.command == "info":
+        print(info())
+        return 0
+    try:
+        problem = load(args.factory)
+        if args.command == "explain":
+            report = explain(problem, args.batch_dim)
+        else:
+            report = check(
+                problem,
+                args.batch_dim,
+                own_precision=args.own_precision,
+                rows=args.rows,
+                tolerance=args.tolerance,
+                repeats=args.repeats,
+            )
+    except CannotRunError as error:
+        if error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
+        print(f"gramjd: error: {error}", file=sys.stderr)
+        return CANNOT_RUN
+    print(*report.lines, sep="\n")
+    return report.code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m gramjd", description=__doc__, epilog=CODES, formatter_class=argparse.RawTextHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, purpose in {
+        "info": "versions, devices and defaults",
+        "explain": "the blocks, plans and costs of a model of yours",
+        "check": "a model's Gramian against autograd's gradients, and what a step costs",
+    }.items():
+        command = commands.add_parser(
+            name,
+            help=purpose,
+            description=purpose[0].upper() + purpose[1:] + ".",
+            epilog=None if name == "info" else f"{CONTRACT}\n\n{CODES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if name != "info":
+            command.add_argument("factory", metavar="FILE:FACTORY")
+            _option(command, "--batch-dim", 0, _batch_dim, "N|none", "dimension of independent samples")
+    command.add_argument("--own-precision", action="store_true", help="do not judge on a copy in float64")
+    _option(command, "--rows", 64, _positive, "N", "compare at most so many losses")
+    _option(command, "--tolerance", 1e-8, float, "X", "relative error that counts as exact")
+    _option(command, "--repeats", 5, _positive, "N", "times that each step is measured")
+    return parser
+
+
+def _option(command: argparse.ArgumentParser, name: str, default: float, type: Callable[[str], object],
+            metavar: str, purpose: str) -> None:  # fmt: skip
+    purpose = f"{purpose} (default: {default})"
+    command.add_argument(name, default=default, type=type, metavar=metavar, help=purpose)
+
+
+def _batch_dim(text: str) -> int | None:
+    try:
+        return None if text.lower() == "none" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or none, got {text!r}") from None
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

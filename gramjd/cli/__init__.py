@@ -1,0 +1,1 @@
+"""What ``python -m gramjd`` does; nothing else imports it."""

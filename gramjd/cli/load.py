@@ -1,0 +1,150 @@
+"""From ``FILE:FACTORY`` on the command line to a user's model, batch and losses."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramjd import pytree
+
+CONTRACT = """\
+FILE:FACTORY names a function of no arguments in a Python file (or in an importable module) that returns
+(model, batch, losses):
+
+    def factory():
+        model = torch.nn.Linear(5, 3)
+        batch = torch.randn(16, 5), torch.randint(0, 3, (16,))
+
+        def losses(model, batch):  # one loss for each sample, with a graph
+            inputs, labels = batch
+            return torch.nn.functional.cross_entropy(model(inputs), labels, reduction="none")
+
+        return model, batch, losses
+
+The batch is whatever losses() takes. Device, precision and mode (train() or eval()) are the model's own."""
+
+
+class CannotRunError(Exception):
+    """The user's model could not be loaded or called; the message says what to mend."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model and its losses on one batch."""
+
+    model: nn.Module
+    batch: Any
+    function: Callable[[nn.Module, Any], Tensor]
+
+    def losses(self) -> Tensor:
+        """Run the user's forward.
+
+        Raises:
+            CannotRunError: it raised an exception, or did not return a tensor with a graph.
+        """
+        try:
+            found = self.function(self.model, self.batch)
+        except Exception as error:
+            raise CannotRunError(f"losses(model, batch) raised {_brief(error)}") from error
+        if not isinstance(found, Tensor) or not found.requires_grad:
+            got = "a tensor without a graph" if isinstance(found, Tensor) else type(found).__name__
+            raise CannotRunError(
+                f"losses(model, batch) returned {got}; it must return a tensor of losses that were "
+                "computed from the model's trainable parameters."
+            )
+        return found
+
+    def copied(self, dtype: torch.dtype | None = None) -> Problem:
+        """The same on a deep copy of the model, in another precision if one is given.
+
+        Raises:
+            CannotRunError: the model cannot be copied.
+        """
+        try:
+            model = copy.deepcopy(self.model)
+        except Exception as error:
+            raise CannotRunError(
+                f"The model cannot be copied: copy.deepcopy raised {_brief(error)}"
+            ) from error
+        if dtype is None:
+            return Problem(model, self.batch, self.function)
+        batch = pytree.map(
+            lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, self.batch
+        )
+        return Problem(model.to(dtype), batch, self.function)
+
+
+def load(spec: str) -> Problem:
+    """The problem that ``FILE:FACTORY`` makes.
+
+    Raises:
+        CannotRunError: there is no such file, module or function; it raised an exception; or it did
+            not return what :data:`CONTRACT` says.
+    """
+    place, colon, name = spec.rpartition(":")
+    if not colon or not place or not name:
+        raise CannotRunError(f"Expected FILE:FACTORY, for instance model.py:factory, got {spec!r}.")
+    module = _module(place)
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        there = "is not a function" if hasattr(module, name) else "does not exist"
+        functions = [n for n, v in vars(module).items() if callable(v) and v.__module__ == module.__name__]
+        raise CannotRunError(f"{name!r} {there} in {place}; defined there: {', '.join(functions) or 'none'}.")
+    try:
+        found = factory()
+    except Exception as error:
+        raise CannotRunError(f"{spec} raised {_brief(error)}") from error
+    return _problem(spec, found)
+
+
+def _problem(spec: str, found: Any) -> Problem:
+    """What a factory returned, if it is what it should be."""
+    if not isinstance(found, tuple) or len(found) != 3:
+        got = f"{len(found)} values" if isinstance(found, tuple) else type(found).__name__
+        raise CannotRunError(f"{spec} must return (model, batch, losses), got {got}.")
+    model, batch, losses = found
+    if not isinstance(model, nn.Module):
+        raise CannotRunError(f"The model that {spec} returned is a {type(model).__name__}, not a module.")
+    if not callable(losses):
+        raise CannotRunError(
+            f"The losses that {spec} returned are a {type(losses).__name__}; they must be a function "
+            "losses(model, batch) that returns one loss for each sample."
+        )
+    return Problem(model, batch, losses)
+
+
+def _module(place: str) -> ModuleType:
+    """The module of a file or of a dotted name, imported."""
+    path = Path(place)
+    if not path.is_file() and (path.suffix == ".py" or path.name != place):
+        raise CannotRunError(f"There is no file {place!r} (seen from {Path.cwd()}).")
+    try:
+        if not path.is_file():
+            return importlib.import_module(place)
+        sys.path.insert(0, str(path.resolve().parent))  # as for a script: its neighbours can be imported
+        spec = importlib.util.spec_from_file_location(f"gramjd_user_{path.stem}", path)
+        if spec is None or spec.loader is None:
+            raise CannotRunError(f"{place!r} is not a Python file.")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module.__name__] = module  # dataclasses and pickle look for it there
+        spec.loader.exec_module(module)
+        return module
+    except CannotRunError:
+        raise
+    except Exception as error:
+        raise CannotRunError(f"Importing {place!r} raised {_brief(error)}") from error
+
+
+def _brief(error: Exception) -> str:
+    """Type and message on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}."

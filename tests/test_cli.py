@@ -1,0 +1,228 @@
+"""``python -m gramjd`` on files as users write them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from math import nan
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import gramjd
+from gramjd.__main__ import main
+from gramjd.cli.check import check
+from gramjd.cli.cost import peak_bytes
+from gramjd.cli.load import load
+
+FILE = """
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import beside  # a neighbour, as for any script
+
+
+def losses(model, batch):
+    x, y = batch
+    return cross_entropy(model(x), y, reduction="none")
+
+
+def factory(*extra):
+    model = nn.Sequential(nn.Linear(5, 8), *extra, nn.Dropout(0.3), nn.ReLU(), nn.Linear(8, beside.CLASSES))
+    return model, (torch.randn(12, 5), torch.randint(0, 3, (12,))), losses
+
+
+def normalised():
+    return factory(nn.BatchNorm1d(8))
+
+
+def of_tasks():
+    model, batch, losses = factory()
+    return model, batch, lambda model, batch: losses(model, batch).reshape(6, 2).T
+
+
+def half():
+    model, (x, y), losses = factory()
+    return model.bfloat16(), (x.bfloat16(), y), losses
+
+
+def only_float32():
+    model, (x, y), losses = factory()
+    return model, (x, y), lambda model, batch: losses(model, (x, y))
+
+
+def forward_raises():
+    model, batch, _ = factory()
+    return model, batch, lambda model, batch: model.absent(batch)
+
+
+def row_by_row():
+    model, (x, y), _ = factory()
+    return model, x, lambda model, x: (x @ model[0].weight.T).square().sum(1)
+
+
+def detached():
+    model, batch, losses = factory()
+    return model, batch, lambda model, batch: losses(model, batch).detach()
+
+
+def raises():
+    raise LookupError("no data")
+
+
+def returns_two():
+    return factory()[:2]
+
+
+def returns_no_model():
+    return factory, 1, losses
+
+
+def returns_no_function():
+    return nn.Linear(1, 1), 1, torch.ones(3)
+
+
+constant = 3
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    (tmp_path / "beside.py").write_text("CLASSES = 3\n")
+    path = tmp_path / "mine.py"
+    path.write_text(FILE)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield str(path)
+    for name in ("beside", "gramjd_user_mine"):
+        sys.modules.pop(name, None)
+
+
+def test_info_as_a_process() -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "gramjd", "info"], capture_output=True, text=True, check=True
+    )
+    assert gramjd.__version__ in found.stdout and torch.__version__ in found.stdout
+    assert "memory_budget" in found.stdout and not found.stderr
+
+
+def test_explain(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", f"{file}:factory"]) == 0
+    out = capsys.readouterr().out
+    assert "Outer(K=1, B=12, T=1, o=8, i=5)" in out and out.splitlines()[-1].startswith("total")
+
+
+@pytest.mark.parametrize("command", ["explain", "check"])
+def test_a_refusal_is_not_an_error(command: str, file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, f"{file}:normalised"]) == 3
+    assert "refused: NotSeparableError" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("factory", "options"),
+    [
+        ("factory", []),
+        ("factory", ["--rows", "5"]),
+        ("factory", ["--batch-dim", "none", "--repeats", "1"]),
+        ("of_tasks", ["--batch-dim", "1"]),
+        ("normalised", ["--batch-dim", "none"]),
+        ("half", []),
+        ("only_float32", ["--own-precision", "--tolerance", "1e-5"]),
+    ],
+)
+def test_check(factory: str, options: list[str], file: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Exact on a copy in float64, and measured beside an SGD step."""
+    assert main(["check", f"{file}:{factory}", *options]) == 0
+    out, err = capfd.readouterr()
+    assert "exact: in " in out and not err
+    assert ("compared on 5 of them" in out) == ("--rows" in options)
+    (sgd,) = (line.split() for line in out.splitlines() if line.startswith("SGD"))
+    assert float(sgd[1]) > 0 and float(sgd[2]) == 1 and float(sgd[3]) >= 0
+    assert out.count("backward(w)") == 2
+
+
+def test_check_says_what_is_slow(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", f"{file}:row_by_row"]) == 0
+    assert (
+        "note: The Jacobian of parameter '0.weight' is computed one row at a time" in capsys.readouterr().out
+    )
+
+
+def test_check_finds_a_wrong_gramian(
+    file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = gramjd.Engine.compute_gramian
+
+    def wrong(engine: gramjd.Engine, output: Tensor) -> Tensor:
+        return right(engine, output) * (1 + 1e-6)
+
+    monkeypatch.setattr(gramjd.Engine, "compute_gramian", wrong)
+    assert main(["check", f"{file}:factory"]) == 1
+    out = capsys.readouterr().out
+    assert "WRONG" in out and "by 1.0e-06" in out and "SGD" not in out
+    assert main(["check", f"{file}:factory", "--tolerance", "1e-5"]) == 0
+    monkeypatch.setattr(gramjd.Engine, "compute_gramian", lambda engine, output: right(engine, output) * nan)
+    assert main(["check", f"{file}:factory"]) == 1
+
+
+def test_check_leaves_the_model_alone(file: str) -> None:
+    problem = load(f"{file}:normalised")
+    before = {name: tensor.clone() for name, tensor in problem.model.state_dict().items()}
+    assert check(problem, None).code == 0
+    assert all(torch.equal(before[name], tensor) for name, tensor in problem.model.state_dict().items())
+    for module in problem.model.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks
+    assert all(p.grad is None for p in problem.model.parameters())
+
+
+def test_the_peak_of_memory() -> None:
+    """What is held at once, not what is allocated in all."""
+
+    def step() -> None:
+        for _ in range(3):
+            torch.zeros(2**20)
+
+    assert peak_bytes(step, torch.device("cpu")) == 4 * 2**20
+
+
+MISTAKES = {
+    "{file}": "Expected FILE:FACTORY",
+    "{file}:": "Expected FILE:FACTORY",
+    "{file}x.py:factory": "There is no file",
+    "nowhere.of.mine:factory": "No module named 'nowhere'",
+    "{file}:absent": "'absent' does not exist in .*; defined there: losses, factory",
+    "{file}:constant": "'constant' is not a function",
+    "{file}:raises": "raised LookupError: no data",
+    "{file}:returns_two": r"must return \(model, batch, losses\), got 2 values",
+    "{file}:returns_no_model": "is a function, not a module",
+    "{file}:returns_no_function": "they must be a function",
+    "{file}:detached": "a tensor without a graph",
+    "{file}:forward_raises": "raised AttributeError",
+    "{file}:only_float32": "In float64: .* Try --own-precision",
+}
+
+
+@pytest.mark.parametrize("spec", list(MISTAKES))
+def test_mistakes(spec: str, file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", spec.format(file=file)]) == 2
+    out, err = capsys.readouterr()
+    assert not out and re.search("gramjd: error: .*" + MISTAKES[spec], err.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "options", [["--rows", "0"], ["--batch-dim", "first"], ["--repeats", "x"], ["--tolerance", "small"]]
+)
+def test_wrong_options(options: list[str], file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["check", f"{file}:factory", *options])
+    assert options[0] in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "broken.py").write_text("import nothing_of_the_kind\n")
+    assert main(["explain", f"{tmp_path / 'broken.py'}:f"]) == 2
+    assert "raised ModuleNotFoundError" in capsys.readouterr().err
