@@ -1,6 +1,6 @@
 """Gramians of Jacobians without the Jacobians: Jacobian descent for PyTorch."""
 
-from gramjd import weighting
+from gramjd import diagnostics, weighting
 from gramjd.engine import Engine
 from gramjd.errors import (
     CheckFailedError,
@@ -28,6 +28,7 @@ __all__ = [
     "NotCoveredError",
     "NotSeparableError",
     "SlowPathWarning",
+    "diagnostics",
     "explain",
     "functional_loss",
     "gramian",

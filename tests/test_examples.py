@@ -45,3 +45,14 @@ def test_custom_rule(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert "Outer" not in before and "no rule covers it" in before
     assert after.count("Outer") == 2
     assert float(after.split()[-1].rstrip(".")) < 1e-5
+
+
+def test_watch_gradients(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Mislabelled samples have the longest gradients, and every diagnostic has its picture."""
+    pytest.importorskip("matplotlib")
+    run(monkeypatch, "watch_gradients.py", "--steps", "80", "--wrong", "2", "--out", str(tmp_path))
+    longest = capsys.readouterr().out.split("gradients: [")[1].split("]")[0].split(", ")
+    assert {"0", "1"} <= set(longest)
+    assert len(list(tmp_path.glob("*.png"))) == 8

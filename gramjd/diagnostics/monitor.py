@@ -1,0 +1,142 @@
+"""``Monitor``: the diagnostics of a training run, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from gramjd.diagnostics import figures, numbers
+from gramjd.diagnostics.numbers import Labels, Source
+from gramjd.jacobian import Jacobian
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+When = int | Callable[[int], bool] | None
+
+
+class Writer(Protocol):
+    """What a monitor needs of ``torch.utils.tensorboard.SummaryWriter``."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
+
+    def add_figure(self, tag: str, figure: Any, global_step: int) -> None: ...
+
+
+class Monitor:
+    """Logs what the Gramians of a training run say, as numbers and as figures.
+
+    Args:
+        writer: a ``SummaryWriter`` or anything with its ``add_scalar`` and ``add_figure``; ``None``
+            to keep the history alone.
+        scalars: at which steps numbers are taken: every so many, where a function of the step says
+            so, or never (``None``). At other steps a call costs nothing.
+        figures: at which steps figures are drawn; needs matplotlib.
+        prefix: of the tags.
+
+    Attributes:
+        steps: at which numbers were taken.
+        history: these numbers by name: ``conflict_rate``, ``effective_rank``, ``mean_norm``,
+            ``largest_norm``, ``outliers`` (how many) and, where weights were given,
+            ``angle_to_mean`` (degrees), ``raised`` (the share of objectives that the step raises, to
+            first order) and ``least_descent`` (the smallest cosine of a gradient and the step).
+        weights: at these steps, where they were given.
+
+    Raises:
+        ValueError: a number of steps is not positive, or figures are asked for without a writer.
+
+    Example:
+        >>> monitor = Monitor(SummaryWriter(), scalars=10, figures=500)
+        >>> J = engine.jacobian(losses)
+        >>> weights = upgrad(J.gramian())
+        >>> monitor.log(step, J, weights, labels=labels)
+        >>> J.backward(weights)
+    """
+
+    def __init__(self, writer: Writer | None = None, *, scalars: When = 1, figures: When = None,
+                 prefix: str = "gradients/") -> None:  # fmt: skip
+        for name, when in (("scalars", scalars), ("figures", figures)):
+            if isinstance(when, int) and when < 1:
+                raise ValueError(
+                    f"{name} must be a positive number of steps, a function or None; got {when!r}."
+                )
+        if figures is not None and writer is None:
+            raise ValueError("Figures go to a writer: pass one, or figures=None.")
+        self.writer, self.prefix = writer, prefix
+        self._scalars, self._figures = scalars, figures
+        self.steps: list[int] = []
+        self.history: dict[str, list[float]] = {}
+        self.weights: list[Tensor] = []
+
+    def log(self, step: int, source: Source, weights: Tensor | None = None, *, labels: Labels | None = None
+            ) -> None:  # fmt: skip
+        """Take the numbers and draw the figures that are due at a step.
+
+        Args:
+            step: its number.
+            source: the Gramian of the step, or its Jacobian, with which layers are drawn, too.
+            weights: that the step uses, shaped like the objectives. Given always or never.
+            labels: of each objective, for the figures.
+
+        Raises:
+            ValueError: the weights or labels do not fit the objectives; weights came or went.
+        """
+        scalars, drawing = _due(self._scalars, step), _due(self._figures, step)
+        if not scalars and not drawing:
+            return
+        gramian = numbers.matrix(source)
+        if scalars:
+            self._take(step, dict(_numbers(gramian, weights)))
+            if weights is not None:
+                self.weights.append(weights.detach().cpu())
+        if drawing and self.writer is not None:
+            for name, ax in self._drawn(source, gramian, weights, labels):
+                self.writer.add_figure(self.prefix + name, ax.figure, step)
+
+    def _take(self, step: int, found: dict[str, float]) -> None:
+        if self.steps and found.keys() != self.history.keys():
+            raise ValueError(
+                f"At step {step} there is {sorted(found)}, but {sorted(self.history)} before: pass weights "
+                "at every step or at none, and two objectives or more."
+            )
+        self.steps.append(step)
+        for name, value in found.items():
+            self.history.setdefault(name, []).append(value)
+            if self.writer is not None:
+                self.writer.add_scalar(self.prefix + name, value, step)
+
+    def _drawn(self, source: Source, gramian: Tensor, weights: Tensor | None, labels: Labels | None
+               ) -> Iterator[tuple[str, Axes]]:  # fmt: skip
+        yield "similarity", figures.plot_similarity(gramian, labels=labels)
+        yield "norms", figures.plot_norms(gramian, labels=labels)
+        yield "spectrum", figures.plot_spectrum(gramian)
+        kinds = len(gramian) if labels is None else len(numbers.numbered(labels, len(gramian))[0])
+        if isinstance(source, Jacobian) and kinds > 1:
+            yield "layers", figures.plot_layers(source, labels=labels)
+        if weights is not None:
+            yield "descent", figures.plot_descent(gramian, weights)
+        if self.weights and len({len(w) for w in self.weights}) == 1:
+            yield "weights", figures.plot_weights(self.steps, self.weights)
+
+
+def _numbers(gramian: Tensor, weights: Tensor | None) -> Iterator[tuple[str, float]]:
+    norms = numbers.norms(gramian)
+    if len(gramian) > 1:
+        yield "conflict_rate", numbers.conflict_rate(gramian)
+    yield "effective_rank", numbers.effective_rank(gramian)
+    yield "mean_norm", float(norms.mean())
+    yield "largest_norm", float(norms.max())
+    yield "outliers", float(len(numbers.outliers(gramian)))
+    if weights is not None:
+        descent = numbers.descent(gramian, weights)
+        yield "angle_to_mean", numbers.angle(gramian, weights)
+        yield "raised", float((descent < 0).double().mean())
+        yield "least_descent", float(descent.min())
+
+
+def _due(when: When, step: int) -> bool:
+    if when is None:
+        return False
+    return step % when == 0 if isinstance(when, int) else bool(when(step))
