@@ -7,6 +7,7 @@ from gramjd.errors import (
     GramjdError,
     NoGraphError,
     NotCoveredError,
+    NotFiniteError,
     NotSeparableError,
     SlowPathWarning,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "Jacobian",
     "NoGraphError",
     "NotCoveredError",
+    "NotFiniteError",
     "NotSeparableError",
     "SlowPathWarning",
     "diagnostics",

@@ -23,5 +23,9 @@ class CheckFailedError(GramjdError):
     """A Gramian could not be proved equal to autograd's own gradients."""
 
 
+class NotFiniteError(GramjdError, ValueError):
+    """Outputs or their gradients have NaN or infinite entries: they overflowed, for instance."""
+
+
 class SlowPathWarning(UserWarning):
     """Some parameters were differentiated one row at a time: exact, but slow."""

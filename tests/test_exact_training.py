@@ -286,6 +286,29 @@ def test_a_gradient_scaler_leaves_the_weights_alone() -> None:
         assert_close(p.grad / factor, q.grad, 1e-5)
 
 
+@pytest.mark.parametrize("batch_dim", [0, None])
+@pytest.mark.parametrize("first", [True, False])
+def test_gradients_that_overflow(first: bool, batch_dim: int | None) -> None:
+    """A scale too large for float16 raises, at the first call or later, and is not remembered."""
+    model = nn.Sequential(nn.Linear(D, 8), Halved(), nn.Tanh(), nn.Linear(8, 3))
+    x = torch.randn(B, D)
+    engine = Engine(model, batch_dim=batch_dim, ways=["ops"])
+    for scale in (1e8, 1.0, 1e8, 16.0) if first else (1.0, 1e8, 16.0):
+        out = model(x).square().sum(1) * scale
+        if scale > 1e4:
+            with pytest.raises(gramjd.NotFiniteError, match="GradScaler"):
+                engine.compute_gramian(out)
+        else:
+            assert_close(engine.compute_gramian(out), dense_gramian(out, model.parameters()), 1e-5)
+
+
+class Halved(nn.Module):
+    """Whose gradients pass through float16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.half().float()
+
+
 def test_half_precision_is_accumulated_in_float32() -> None:
     """Sums of 4096 products of bfloat16: the Gramian keeps what bfloat16 sums would lose."""
     model = nn.Linear(4096, 1, bias=False).bfloat16()

@@ -16,8 +16,8 @@ from gramjd.engine.graph import Graph, walk
 from gramjd.engine.nodes import forget
 from gramjd.engine.recorder import AfterHook, BeforeHook, Watcher
 from gramjd.engine.task import Plan, Task
-from gramjd.engine.ways import WAYS, solve
-from gramjd.errors import NotCoveredError, SlowPathWarning
+from gramjd.engine.ways import OVERFLOWED, WAYS, solve
+from gramjd.errors import NotCoveredError, NotFiniteError, SlowPathWarning
 from gramjd.explanation import Explanation, explanation
 from gramjd.jacobian import Jacobian, Output
 from gramjd.plan import Options
@@ -109,9 +109,12 @@ class Engine:
             NotCoveredError: no trainable registered parameter takes part in the output.
             NotSeparableError: ``batch_dim`` is not a dimension of independent samples.
             CheckFailedError: none of the allowed ways gives a Gramian that agrees with autograd.
-            ValueError: the output is empty or not finite, or has no dimension ``batch_dim``.
+            NotFiniteError: the output has NaN or infinite entries, or its gradients have.
+            ValueError: the output is empty, or has no dimension ``batch_dim``.
         """
         gramian: Tensor = self.jacobian(output).gramian(**asdict(self._options))
+        if not bool(torch.isfinite(gramian).all()):
+            raise NotFiniteError(OVERFLOWED.format("Gramian"))
         return gramian.to(output.device)
 
     @own_precision
@@ -180,7 +183,7 @@ class Engine:
         if output.numel() == 0:
             raise ValueError(f"The output is empty (shape {list(output.shape)}): there is no objective.")
         if not bool(torch.isfinite(output.detach()).all()):
-            raise ValueError(
+            raise NotFiniteError(
                 f"The output has NaN or infinite entries (shape {list(output.shape)}): their gradients "
                 "are meaningless. Look for overflow, or for a division by zero, in the forward."
             )

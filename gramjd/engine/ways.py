@@ -19,11 +19,16 @@ from gramjd.engine.nodes import values_of
 from gramjd.engine.probe import Probe, agrees, differentiate, find_layouts
 from gramjd.engine.replay import Cotangents, Replayed, replay
 from gramjd.engine.task import Task
-from gramjd.errors import CheckFailedError, NotSeparableError
+from gramjd.errors import CheckFailedError, NotFiniteError, NotSeparableError
 from gramjd.rules.registry import any_entry
 from gramjd.uses import Derived, Record, Source, Use, names_of_leaves, roots
 
 WAYS = ("ops", "functional", "rows")
+OVERFLOWED = (
+    "The {} of the output has NaN or infinite entries: something overflowed in the backward pass, or it "
+    "divides by zero. Under a GradScaler that happens in ordinary training: skip the step and lower the "
+    "scale, scaler.update(scaler.get_scale() / 2)."
+)
 
 Found = dict[int, list[Block]]  # by id of the parameter; parameters not covered are missing
 
@@ -34,12 +39,15 @@ def solve(task: Task, ways: Sequence[str], check: bool) -> list[list[Block]]:
     Measures and checks what the task's plan does not know yet, and writes it there.
 
     Raises:
+        NotFiniteError: gradients have NaN or infinite entries.
         NotSeparableError: the samples are mixed.
         CheckFailedError: no way is left for a parameter.
     """
     replayed = any(isinstance(node.record, CallMark) for node in task.graph.nodes)
     checking = check and (replayed or not task.plan.checked)  # replays run the user's code anew
     probe = differentiate(task, checking)
+    if checking or (task.batch_dim is not None and task.plan.layouts is None):
+        _refuse_overflow(probe)  # or what is measured now would be wrong, and remembered
     _expand(task, probe)
     lasting = find_layouts(task, probe)
     found: Found = {}
@@ -71,6 +79,13 @@ def solve(task: Task, ways: Sequence[str], check: bool) -> list[list[Block]]:
         )
     task.plan.checked = task.plan.checked or (checking and lasting and probe.conclusive)
     return [found[id(p)] for p in task.parameters.values()]
+
+
+def _refuse_overflow(probe: Probe) -> None:
+    """Raise where the probe met NaN or infinity."""
+    found = [c for cs in probe.first.cotangents for c in cs] + list(probe.first.gradients.values())
+    if not all(bool(torch.isfinite(t).all()) for t in found if t is not None):
+        raise NotFiniteError(OVERFLOWED.format("gradient"))
 
 
 def _expand(task: Task, probe: Probe) -> None:

@@ -20,7 +20,16 @@ class Weighting(nn.Module):
 
 
 class StatefulWeighting(Weighting):
-    """A weighting that remembers earlier calls."""
+    """A weighting that remembers earlier calls; its ``state_dict`` holds what, for another to go on."""
+
+    _remembered: tuple[str, ...] = ()  # attributes; those that are tensors later may be None at first
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._remembered}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        for name in self._remembered:
+            setattr(self, name, state[name])
 
     def reset(self) -> None:
         """Forget them."""

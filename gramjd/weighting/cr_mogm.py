@@ -46,6 +46,7 @@ class CRMOGMWeighting(StatefulWeighting):
         initial_weights: the first state.
     """
 
+    _remembered = ("state",)
     state: Tensor | None
 
     def __init__(
@@ -56,7 +57,7 @@ class CRMOGMWeighting(StatefulWeighting):
     ) -> None:
         super().__init__()
         self.weighting, self.alpha, self.initial_weights = weighting, alpha, initial_weights
-        self.register_buffer("state", None)
+        self.register_buffer("state", None, persistent=False)
 
     def forward(self, gramian: Tensor, /) -> Tensor:
         """Weights of the objectives, of their shape."""

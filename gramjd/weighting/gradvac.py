@@ -92,6 +92,7 @@ class GradVacWeighting(StatefulWeighting):
         generator: see :func:`gradvac`.
     """
 
+    _remembered = ("state",)
     state: Tensor | None
 
     def __init__(
@@ -99,7 +100,7 @@ class GradVacWeighting(StatefulWeighting):
     ) -> None:
         super().__init__()
         self.beta, self.eps, self.generator = beta, eps, generator
-        self.register_buffer("state", None)
+        self.register_buffer("state", None, persistent=False)
 
     def forward(self, gramian: Tensor, /) -> Tensor:
         """Weights of the objectives, of their shape."""

@@ -79,6 +79,7 @@ class NashMTLWeighting(StatefulWeighting):
         reg_eps: see :func:`nash_mtl`.
     """
 
+    _remembered = ("weights", "calls")
     weights: Tensor | None
 
     def __init__(
@@ -95,7 +96,7 @@ class NashMTLWeighting(StatefulWeighting):
             raise ValueError("n_tasks, update_weights_every and optim_niter must be positive.")
         self.n_tasks, self.max_norm, self.reg_eps = n_tasks, max_norm, reg_eps
         self.update_weights_every, self.optim_niter = update_weights_every, optim_niter
-        self.register_buffer("weights", None)
+        self.register_buffer("weights", None, persistent=False)
         self.calls = 0
 
     def forward(self, gramian: Tensor, /) -> Tensor:
@@ -110,7 +111,7 @@ class NashMTLWeighting(StatefulWeighting):
             weights = nash_mtl(gramian, 0.0, reg_eps=self.reg_eps)
             self.weights = weights.detach()
         self.calls += 1
-        flat = weights.reshape(matrix.shape[:-1]).to(matrix.dtype)
+        flat = weights.reshape(matrix.shape[:-1]).to(matrix)
         return restore(_limit_norm(flat, matrix, self.max_norm))
 
     def reset(self) -> None:

@@ -1,6 +1,7 @@
 """Shapes, batches, dtypes, scales, degenerate sizes and errors of every weighting."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -194,6 +195,32 @@ def test_states() -> None:
     torch.testing.assert_close(nash(second), w.nash_mtl(second))
     nash.reset()
     torch.testing.assert_close(nash(first), before)
+
+
+STATEFUL: dict[str, Callable[[], w.StatefulWeighting]] = {
+    "CR-MOGM": lambda: w.CRMOGMWeighting(w.MGDAWeighting()),
+    "CR-MOGM of one with a state": lambda: w.CRMOGMWeighting(w.NashMTLWeighting(5, update_weights_every=3)),
+    "GradVac": lambda: w.GradVacWeighting(),
+    "NashMTL": lambda: w.NashMTLWeighting(5, update_weights_every=3),
+}
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # torch 2.1's own saving
+@pytest.mark.parametrize("name", list(STATEFUL))
+@pytest.mark.parametrize("calls", [0, 2])
+def test_states_are_saved_and_loaded(name: str, calls: int, tmp_path: Path) -> None:
+    """One that goes on from a checkpoint gives what the other does."""
+    gramians = [gramian("conflicting", 5), gramian("random", 5), gramian("collinear", 5)]
+    first, second = STATEFUL[name](), STATEFUL[name]()
+    for found in gramians[:calls]:
+        first(found)
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    results = []
+    for weighting in (first, second):
+        torch.manual_seed(1)  # GradVac takes the gradients in a random order
+        results.append([weighting(found) for found in gramians])
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
 def test_rank_one_needs_no_more_than_reg_eps() -> None:
