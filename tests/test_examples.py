@@ -1,10 +1,12 @@
 """Every example runs, quickly, and writes what it says it writes."""
 
+import re
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from gramjd.rules import registry
 
@@ -45,6 +47,70 @@ def test_custom_rule(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert "Outer" not in before and "no rule covers it" in before
     assert after.count("Outer") == 2
     assert float(after.split()[-1].rstrip(".")) < 1e-5
+
+
+def test_multitask_digits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    run(monkeypatch, "multitask_digits.py", "--steps", "250", "--seeds", "1", "--out", str(tmp_path))
+    found = results(capsys.readouterr().out.replace("°", ""))
+    assert found.keys() == {"SGD", "UPGrad", "MGDA", "CAGrad"}
+    for digit, parity, magnitude, *accuracies, _, angle in found.values():
+        assert digit < 2 and parity < 0.6 and magnitude < 0.6  # log of 10 and of 2 at first
+        assert min(accuracies) > 40 and 0 <= angle < 90
+    assert (tmp_path / "multitask.png").stat().st_size > 10_000
+
+
+def test_mixed_precision(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In float16, the first scale overflows, is lowered, and the losses go down."""
+    if not hasattr(torch.amp, "GradScaler"):
+        pytest.skip("torch.amp.GradScaler came with torch 2.3")
+    run(monkeypatch, "mixed_precision.py")
+    run(monkeypatch, "mixed_precision.py", "--dtype", "float16", "--scale", "1e6")
+    bfloat16, float16 = capsys.readouterr().out.splitlines()
+    for line in (bfloat16, float16):
+        first, last = re.findall(r"\d\.\d+", line)
+        assert float(last) < 0.2 < float(first)
+    assert bfloat16.endswith("scale 1") and 0 < int(float16.split()[-1]) < 1e5
+
+
+def test_micro_batches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run(monkeypatch, "micro_batches.py")
+    differences = re.findall(r"difference (\S+)", capsys.readouterr().out)
+    assert len(differences) == 2 and all(float(difference) < 1e-5 for difference in differences)
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # torch 2.1's own saving
+def test_resume(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run(monkeypatch, "resume.py")
+    assert "parameters are equal" in capsys.readouterr().out
+
+
+def test_compiled(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    if not hasattr(torch.library, "custom_op"):
+        pytest.skip("torch.library.custom_op came with torch 2.4")
+    torch._dynamo.reset()
+    run(monkeypatch, "compiled.py", "--backend", "aot_eager")
+    out = capsys.readouterr().out
+    assert float(re.findall(r"apart by (\S+)", out)[0]) < 1e-5
+    assert float(re.findall(r"relative difference (\S+)", out)[0]) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore", "error::gramjd.SlowPathWarning")  # Lightning has many of its own
+def test_train_lightning(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("pytorch_lightning")
+    run(monkeypatch, "train_lightning.py", "--epochs", "3")
+    assert float(re.findall(r"epochs: (\S+)%", capsys.readouterr().out)[0]) > 85
+
+
+def test_finetune_bert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a warning: the padded batches never go row by row."""
+    pytest.importorskip("accelerate")
+    pytest.importorskip("transformers")
+    run(monkeypatch, "finetune_bert.py", "--steps", "100")
+    before, after = re.findall(r"(\d+\.\d)% (?:before|after)", capsys.readouterr().out)
+    assert float(after) > 85 > float(before)
 
 
 def test_watch_gradients(
