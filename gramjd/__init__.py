@@ -16,6 +16,7 @@ from gramjd.explanation import Explanation
 from gramjd.functional import functional_loss
 from gramjd.jacobian import Jacobian
 from gramjd.ntk import ntk
+from gramjd.ntk_dataset import ntk_dataset
 from gramjd.rules import register_rule
 from gramjd.transforms import gramian, gramian_and_value, jacobian, jacobian_and_value
 
@@ -38,6 +39,7 @@ __all__ = [
     "jacobian",
     "jacobian_and_value",
     "ntk",
+    "ntk_dataset",
     "register_rule",
     "weighting",
 ]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from string import ascii_letters
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from gramjd import pytree
+from gramjd.jacobian import Jacobian
 from gramjd.pytree import PyTree
 from gramjd.transforms import jacobian
 
@@ -50,41 +52,63 @@ def ntk(
 
     def kernel(params: PyTree, x1: PyTree, x2: PyTree = None) -> Tensor:
         left = lazy(params, x1)
-        full = left.gramian() if x2 is None else left.cross(lazy(params, x2))
-        if not isinstance(full, Tensor):
-            raise TypeError("The kernel of a function whose output is a PyTree: let it return one tensor.")
-        return _reduce(full, trace_axes, diagonal_axes)
+        axes = Axes.of(output_shape(left), trace_axes, diagonal_axes)
+        return axes.kernel(left, None if x2 is None else lazy(params, x2))
 
     return kernel
 
 
-def _reduce(full: Tensor, trace_axes: Sequence[int], diagonal_axes: Sequence[int]) -> Tensor:
-    """Take traces and diagonals of ``[B1, *S, *reversed(S), B2]``."""
-    n = full.ndim // 2
-    trace, diagonal = [_axis(a, n) for a in trace_axes], [_axis(a, n) for a in diagonal_axes]
-    both = [*trace, *diagonal]
-    if len(set(both)) < len(both):
-        raise ValueError(f"trace_axes {trace_axes} and diagonal_axes {diagonal_axes} name an axis twice.")
-    size = 1
-    for axis in both:
-        if full.shape[axis] != full.shape[-1 - axis]:
-            raise ValueError(
-                f"Axis {axis} has {full.shape[axis]} entries in x1 and {full.shape[-1 - axis]} in x2: there "
-                "is no diagonal."
-            )
-        size *= full.shape[axis] if axis in trace else 1
-    if not both:
-        return full
-    letters: list[Any] = list(ascii_letters[: 2 * n])
-    for axis in both:
-        letters[-1 - axis] = letters[axis]
-    kept = [a for a in range(n) if a not in trace]
-    mirrored = [2 * n - 1 - a for a in reversed(kept) if a not in diagonal]
-    out = [letters[a] for a in (*kept, *mirrored)]
-    return torch.einsum(f"{''.join(letters)}->{''.join(out)}", full) / size
+def output_shape(jac: Jacobian) -> tuple[int, ...]:
+    """``[B, *S]`` of a Jacobian of one tensor."""
+    if jac.outputs.spec != pytree.flatten(jac.parameters[0])[1]:
+        raise TypeError("The kernel of a function whose output is a PyTree: let it return one tensor.")
+    return jac.outputs.each[0].shape
 
 
-def _axis(axis: int, ndim: int) -> int:
-    if not -ndim <= axis < ndim:
-        raise ValueError(f"Axis {axis} is none of the {ndim} axes of the batched output.")
-    return axis % ndim
+@dataclass(frozen=True)
+class Axes:
+    """Which axes of the batched output ``[B, *S]`` are traced, and of which only the diagonal is kept."""
+
+    ndim: int
+    trace: tuple[int, ...]
+    diagonal: tuple[int, ...]
+
+    @staticmethod
+    def of(output: Sequence[int], trace_axes: Sequence[int], diagonal_axes: Sequence[int]) -> Axes:
+        """As a caller named them; negative ones count from the last."""
+        for axis in (*trace_axes, *diagonal_axes):
+            if not -len(output) <= axis < len(output):
+                raise ValueError(f"Axis {axis} is none of the {len(output)} axes of the batched output.")
+        trace, diagonal = (tuple(a % len(output) for a in axes) for axes in (trace_axes, diagonal_axes))
+        if len({*trace, *diagonal}) < len(trace) + len(diagonal):
+            raise ValueError(f"trace_axes {trace_axes} and diagonal_axes {diagonal_axes} name an axis twice.")
+        return Axes(len(output), trace, diagonal)
+
+    @property
+    def order(self) -> list[int]:
+        """Axes ``[*kept, *mirrored]`` of the result among all; the mirror of ``a`` is ``-1 - a``."""
+        kept = [a for a in range(self.ndim) if a not in self.trace]
+        return kept + [2 * self.ndim - 1 - a for a in reversed(kept) if a not in self.diagonal]
+
+    def kernel(self, left: Jacobian, right: Jacobian | None = None) -> Tensor:
+        """``J₁ J₂ᵀ`` less what the options take away; of ``J₁`` with itself, exactly symmetric."""
+        full = left.gramian() if right is None else left.cross(right)
+        if not self.trace and not self.diagonal:
+            return full
+        size, letters = 1, list(ascii_letters[: 2 * self.ndim])
+        for axis in (*self.trace, *self.diagonal):
+            ends = full.shape[axis], full.shape[-1 - axis]
+            if ends[0] != ends[1]:
+                raise ValueError(
+                    f"Axis {axis} has {ends[0]} entries in x1 and {ends[1]} in x2: there is no diagonal."
+                )
+            letters[-1 - axis] = letters[axis]
+            size *= ends[0] if axis in self.trace else 1
+        given, kept = "".join(letters), "".join(letters[a] for a in self.order)
+        found = torch.einsum(f"{given}->{kept}", full) / size
+        return (found + self.mirrored(found)) / 2 if right is None and self.trace else found
+
+    def mirrored(self, kernel: Tensor) -> Tensor:
+        """``K(x1, x2)`` → ``K(x2, x1)``."""
+        mirror = {a: a if a in self.diagonal else 2 * self.ndim - 1 - a for a in self.order}
+        return kernel.permute([self.order.index(mirror[a]) for a in self.order])

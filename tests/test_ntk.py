@@ -2,79 +2,54 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
+from kernels import MODELS, definition, fcn, inputs, less
 from oracle import assert_close, assert_symmetric, dense_gramian
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev
 
 import gramjd
 
-
-def fcn() -> nn.Module:
-    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-
-
-def cnn() -> nn.Module:
-    """An image again, at the end: an output with several axes."""
-    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Conv2d(4, 3, 3)).double()
-
-
-MODELS = {"fcn": (fcn, (5,)), "cnn": (cnn, (2, 6, 5))}
-
-
-def definition(model: nn.Module, x1: Tensor, x2: Tensor) -> Tensor:
-    """``[B1, *S, B2, *S]``, axes in the order of two outputs."""
-    params = {name: p.detach() for name, p in model.named_parameters()}
-    left, right = (jacrev(lambda p: functional_call(model, p, (x,)))(params) for x in (x1, x2))  # noqa: B023
-    shapes = [model(x).shape for x in (x1, x2)]
-    flat = [
-        torch.cat([j[n].reshape(s.numel(), -1) for n in params], 1)
-        for j, s in zip((left, right), shapes, strict=True)
-    ]
-    return (flat[0] @ flat[1].T).reshape(*shapes[0], *shapes[1])
+# every axis of the batched output is kept, traced, or reduced to its diagonal
+OPTIONS = [
+    (
+        name,
+        [a for a, what in enumerate(kinds) if what == "trace"],
+        [a for a, what in enumerate(kinds) if what == "diagonal"],
+    )
+    for name, axes in [("fcn", 2), ("cnn", 4)]
+    for kinds in product(["keep", "trace", "diagonal"], repeat=axes)
+]
 
 
 @pytest.mark.parametrize("same", [True, False])
-@pytest.mark.parametrize("name", list(MODELS))
-def test_ntk(name: str, same: bool) -> None:
-    make, shape = MODELS[name]
-    model, x1 = make(), torch.randn(4, *shape, dtype=torch.float64)
-    x2 = x1 if same else torch.randn(3, *shape, dtype=torch.float64)
+@pytest.mark.parametrize(("name", "trace", "diagonal"), OPTIONS)
+def test_every_option(name: str, trace: list[int], diagonal: list[int], same: bool) -> None:
+    model, x1 = MODELS[name](), inputs(name, 3)
+    x2 = inputs(name, 3 if 0 in trace + diagonal else 2)
     func, params = gramjd.functional_loss(model)
-    got = gramjd.ntk(func)(params, x1) if same else gramjd.ntk(func)(params, x1, x2)
-    want = definition(model, x1, x2)
-    n = want.ndim // 2
-    assert_close(got, want.permute([*range(n), *reversed(range(n, 2 * n))]).detach())
-    if same:
+    kernel = gramjd.ntk(func, trace_axes=trace, diagonal_axes=diagonal)
+    got = kernel(params, x1) if same else kernel(params, x1, x2)
+    assert_close(got, less(definition(model, x1, x1 if same else x2), trace, diagonal))
+    if same and not diagonal:
         assert_symmetric(got)
 
 
-@pytest.mark.parametrize(
-    ("trace", "diagonal"), [((-1,), ()), ((), (0,)), ((1,), (0,)), ((), (1,)), ((1,), (2,)), ((2, 3), (1, 0))]
-)
-def test_traces_and_diagonals(trace: tuple[int, ...], diagonal: tuple[int, ...]) -> None:
-    model, x = cnn(), torch.randn(4, 2, 6, 5, dtype=torch.float64)
-    func, params = gramjd.functional_loss(model)
-    got = gramjd.ntk(func, trace_axes=trace, diagonal_axes=diagonal)(params, x, x.flip(0))
-    want = definition(model, x, x.flip(0)).detach()
-    ndim, done = 4, []
-    traced, kept = [a % ndim for a in trace], [a % ndim for a in diagonal]
-    sides = [list(range(ndim)), list(range(ndim, 2 * ndim))]
-    size = 1
-    for axis in sorted(range(ndim)):  # one axis after the other, by definition
-        where = sides[0][axis], sides[1][axis]
-        if axis in traced or axis in kept:
-            size *= want.shape[where[0]] if axis in traced else 1
-            moved = torch.diagonal(want, dim1=where[0], dim2=where[1])
-            want = moved.sum(-1) if axis in traced else moved.movedim(-1, where[0])
-            taken = where if axis in traced else where[1:]
-            sides = [[a - sum(a > t for t in taken) for a in side] for side in sides]
-            done.append(axis)
-    rights = [sides[1][a] for a in range(ndim) if a not in done]
-    lefts = [a for a in range(want.ndim) if a not in rights]
-    assert_close(got, want.permute([*lefts, *reversed(rights)]) / size)
+def test_negative_axes() -> None:
+    """They count from the last; the order in which axes are named does not matter."""
+    func, params = gramjd.functional_loss(MODELS["cnn"]())
+    x = inputs("cnn", 3)
+    got = gramjd.ntk(func, trace_axes=[-1, 1], diagonal_axes=[-2, 0])(params, x)
+    assert torch.equal(got, gramjd.ntk(func, trace_axes=(1, 3), diagonal_axes=(0, 2))(params, x))
+
+
+def test_traces_are_exactly_symmetric() -> None:
+    """Whatever order sums are taken in."""
+    func, params = gramjd.functional_loss(nn.Linear(7, 101))
+    assert_symmetric(gramjd.ntk(func, trace_axes=[1])(params, torch.randn(19, 7)))
 
 
 def test_axes_that_make_no_sense() -> None:
