@@ -9,6 +9,8 @@ from gramjd.errors import (
     NotCoveredError,
     NotFiniteError,
     NotSeparableError,
+    RankFailedError,
+    RanksDisagreeError,
     SlowPathWarning,
 )
 from gramjd.explain import explain
@@ -30,6 +32,8 @@ __all__ = [
     "NotCoveredError",
     "NotFiniteError",
     "NotSeparableError",
+    "RankFailedError",
+    "RanksDisagreeError",
     "SlowPathWarning",
     "diagnostics",
     "explain",

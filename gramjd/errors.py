@@ -27,5 +27,13 @@ class NotFiniteError(GramjdError, ValueError):
     """Outputs or their gradients have NaN or infinite entries: they overflowed, for instance."""
 
 
+class RanksDisagreeError(GramjdError, ValueError):
+    """The processes of a group have different models or settings."""
+
+
+class RankFailedError(GramjdError):
+    """Another process of the group cannot take part in a computation: the message says why."""
+
+
 class SlowPathWarning(UserWarning):
     """Some parameters were differentiated one row at a time: exact, but slow."""

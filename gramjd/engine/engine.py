@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramjd import pytree
+from gramjd import distributed, pytree
 from gramjd.engine.graph import Graph, walk
 from gramjd.engine.nodes import forget
 from gramjd.engine.recorder import AfterHook, BeforeHook, Watcher
@@ -92,17 +92,23 @@ class Engine:
             ]
         self._finalizer = weakref.finalize(self, _remove, handles)
 
-    def compute_gramian(self, output: Tensor, /) -> Tensor:
+    def compute_gramian(self, output: Tensor, /, *, group: Any = None, rows: str = "all") -> Tensor:
         """The generalized Gramian ``G = J Jᵀ`` of an output with respect to the parameters.
 
         Args:
             output: the tensor to differentiate, of any shape, with a graph. Its graph is kept, so
                 that ``output.backward(weights)`` can follow.
+            group: a ``torch.distributed`` process group, or a ``DeviceMesh`` of one dimension, each
+                rank of which calls this with the output of its own samples, perhaps of none: the
+                Gramian is that of all samples, in order of ranks. For the step that follows see
+                :func:`gramjd.distributed.local_weights`.
+            rows: with a group, ``"all"``, or ``"local"`` for the rows of this rank's samples alone.
 
         Returns:
             ``[*output.shape, *reversed(output.shape)]``, exactly symmetric, detached, on the
             output's device: ``[m, m]`` for losses ``[m]``, the squared norm of the gradient for a
-            scalar.
+            scalar. With a group, the shape is that of the output of all samples, and with
+            ``rows="local"`` the first half of it that of this rank's.
 
         Raises:
             NoGraphError: the output has no graph, or it has been freed.
@@ -111,17 +117,39 @@ class Engine:
             CheckFailedError: none of the allowed ways gives a Gramian that agrees with autograd.
             NotFiniteError: the output has NaN or infinite entries, or its gradients have.
             ValueError: the output is empty, or has no dimension ``batch_dim``.
+            RanksDisagreeError: ranks have different models or settings; all of them raise it.
+            RankFailedError: another rank could not take part; it raises what it failed by.
         """
-        gramian: Tensor = self.jacobian(output).gramian(**asdict(self._options))
+        if group is not None:
+            gramian = self._of_all_ranks(output, group, rows)
+        else:
+            _refuse_empty(output)
+            gramian = self.jacobian(output).gramian(**asdict(self._options))
         if not bool(torch.isfinite(gramian).all()):
             raise NotFiniteError(OVERFLOWED.format("Gramian"))
         return gramian.to(output.device)
+
+    def _of_all_ranks(self, output: Tensor, group: Any, rows: str) -> Tensor:
+        """The Gramian over a process group, of all registered parameters: ranks may use some each."""
+        with distributed.taking_part(group, output):
+            jac = self.jacobian(output)
+            parameters, spec = pytree.flatten(self._registry.named())
+            known = dict(zip(jac.names, jac.blocks, strict=True))
+            names = pytree.paths(pytree.unflatten(spec, parameters))
+            blocks = [known.get(name, []) for name in names]
+            out = jac.outputs
+            jac = Jacobian.of(blocks, parameters, spec, out.each, out.spec, out.samples)
+        settings = {"batch_dim": self._batch_dim, "check": self._check, "ways": self._ways}
+        which = {"": range(len(parameters))}
+        found: Tensor = distributed.gramian(jac, which, self._options, group, rows, settings)[""]
+        return found
 
     @own_precision
     def jacobian(self, output: Tensor, /) -> Jacobian:
         """The lazy Jacobian of an output with respect to the parameters, by name.
 
-        The arguments and errors are those of :meth:`compute_gramian`.
+        The arguments and errors are those of :meth:`compute_gramian`, but for an output without
+        samples, whose Jacobian has no rows.
         """
         batch_dim = self._validate(output)
         with torch.no_grad():
@@ -133,13 +161,13 @@ class Engine:
             warned = "rows" in plan.ways.values()
             task = Task(output, batch_dim, graph, named, plan)
             try:
-                blocks = solve(task, self._ways, check=self._check != "never")
+                blocks = solve(task, self._ways, check=self._check != "never") if task.samples else []
             finally:
                 forget(graph.nodes)
-        if not warned and self._ways != ("rows",):
+        if task.samples and not warned and self._ways != ("rows",):
             _warn_of_rows(task)
         parameters, spec = pytree.flatten(named)
-        by_id = dict(zip(map(id, named.values()), blocks, strict=True))
+        by_id = dict(zip(map(id, named.values()), blocks or [[] for _ in named], strict=True))
         _, leaf = pytree.flatten(output)
         shape = Output(0, tuple(output.shape), batch_dim)
         return Jacobian.of([by_id[id(p)] for p in parameters], parameters, spec, [shape], leaf, task.samples)
@@ -180,8 +208,8 @@ class Engine:
                 f"batch_dim={dim} is not a dimension of an output of shape {list(output.shape)}. Pass "
                 "losses that still have their batch dimension (reduction='none'), or batch_dim=None."
             )
-        if output.numel() == 0:
-            raise ValueError(f"The output is empty (shape {list(output.shape)}): there is no objective.")
+        if dim is None or output.shape[dim] > 0:
+            _refuse_empty(output)
         if not bool(torch.isfinite(output.detach()).all()):
             raise NotFiniteError(
                 f"The output has NaN or infinite entries (shape {list(output.shape)}): their gradients "
@@ -246,6 +274,11 @@ class _Registry:
             return list(self.modules)
         below = (m for module in self.modules for m in module.modules())
         return list(dict.fromkeys(m for m in below if next(m.parameters(), None) is not None))
+
+
+def _refuse_empty(output: Any) -> None:
+    if isinstance(output, Tensor) and output.numel() == 0:
+        raise ValueError(f"The output is empty (shape {list(output.shape)}): there is no objective.")
 
 
 def _parse(modules: Sequence[Any], batch_dim: Any) -> tuple[list[nn.Module], bool, int | None]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramjd import pytree
+from gramjd import distributed, pytree
 from gramjd.blocks import Block
 from gramjd.jacobian import groups, operator, parts
 from gramjd.jacobian.outputs import Output, Outputs
@@ -112,7 +112,8 @@ class Jacobian:
     # products
 
     def gramian(self, per: Per = None, *, memory_budget: int | None = None,
-                accumulate_dtype: torch.dtype | None = None) -> PyTree:  # fmt: skip
+                accumulate_dtype: torch.dtype | None = None, group: Any = None, rows: str = "all"
+                ) -> PyTree:  # fmt: skip
         """The generalized Gramian ``G = J Jᵀ``.
 
         Args:
@@ -121,6 +122,11 @@ class Jacobian:
                 from groups to names. The shares add up to the whole.
             memory_budget: bytes of working memory that contractions may use beside the result.
             accumulate_dtype: dtype in which half-precision products are added up.
+            group: a ``torch.distributed`` process group, or a ``DeviceMesh`` of one dimension, each
+                rank of which calls this with the Jacobian of its own samples: the Gramian is that of
+                all samples, in order of ranks, detached. Ranks may have different numbers of samples,
+                or none (:meth:`without_samples`).
+            rows: with a group, ``"all"``, or ``"local"`` for the rows of this rank's samples alone.
 
         Returns:
             For a tensor output, ``[*shape, *reversed(shape)]``, exactly symmetric. For a PyTree of
@@ -129,16 +135,20 @@ class Jacobian:
 
         Raises:
             ValueError: groups leave out a parameter, name one twice, or name one that there is not.
+            RanksDisagreeError: ranks have different models or settings; all of them raise it.
+            RankFailedError: another rank could not take part; it raises what it failed by.
         """
         options = Options(memory_budget, accumulate_dtype)
+        which = {"": range(len(self.parameters))} if per is None else groups.partition(self.names, per)
+        if group is not None:
+            found = distributed.gramian(self, which, options, group, rows)
+            return found[""] if per is None else found
 
         def share(which: Sequence[int]) -> PyTree:
             total = parts.gramian(self.parts, which, self.objectives, options, self._like)
             return self.outputs.square(total, self.outputs)
 
-        if per is None:
-            return share(range(len(self.parameters)))
-        return {name: share(which) for name, which in groups.partition(self.names, per).items()}
+        return share(which[""]) if per is None else {name: share(mine) for name, mine in which.items()}
 
     def cross(self, other: Jacobian, *, memory_budget: int | None = None,
               accumulate_dtype: torch.dtype | None = None) -> PyTree:  # fmt: skip
@@ -295,6 +305,21 @@ class Jacobian:
         found = [Part([part.blocks[n] for n in order], part.samples) for part in self.parts]
         kept = [self.parameters[n] for n in order]
         return replace(self, parts=found, parameters=kept, parameters_spec=spec)
+
+    def without_samples(self) -> Jacobian:
+        """The Jacobian of no samples, of the same outputs and parameters.
+
+        What a rank that has no samples brings to ``gramian(group=...)``, made from a sample that
+        stands in for them.
+
+        Raises:
+            ValueError: an output has no batch dimension.
+        """
+        if any(out.batch_dim is None for out in self.outputs.each):
+            raise ValueError("without_samples is of outputs that have a batch dimension.")
+        each = [out.with_samples(0) for out in self.outputs.each]
+        empty = Part([[] for _ in self.parameters], 0)
+        return replace(self, parts=[empty], outputs=Outputs(each, self.outputs.spec, 0))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Jacobian:
         """The same Jacobian on another device or in another floating-point dtype."""

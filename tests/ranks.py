@@ -1,0 +1,33 @@
+"""Real processes of a gloo group, which run one function each, and what they return."""
+
+from __future__ import annotations
+
+import importlib
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run(module: str, size: int, folder: Path) -> list[dict[str, Any]]:
+    """What every function ``case_NAME(rank, size)`` of a module returned or raised, by name, of each rank."""
+    mp.spawn(_work, (module, size, str(folder)), nprocs=size)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
+
+
+def _work(rank: int, module: str, size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    cases = vars(importlib.import_module(module))
+    found: dict[str, Any] = {}
+    for name in sorted(name for name in cases if name.startswith("case_")):
+        torch.manual_seed(0)
+        try:
+            found[name.removeprefix("case_")] = cases[name](rank, size)
+        except Exception:
+            found[name.removeprefix("case_")] = traceback.format_exc()
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
