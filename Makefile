@@ -7,7 +7,7 @@ LOWEST_PYTHON ?= $(PYTHON)
 BIN := .venv/bin
 LOWEST_BIN := .venv-lowest/bin
 
-.PHONY: demo test test-slow test-lowest lint format bench clean
+.PHONY: demo test test-slow test-lowest lint format bench docs clean
 
 demo: .venv/installed  ## train on digits: plain SGD beside Jacobian descent
 	$(BIN)/python examples/train_digits.py --out out/digits
@@ -33,12 +33,19 @@ format: .venv/installed  ## let ruff mend what it can
 bench: .venv/installed  ## every benchmark, one after the other
 	set -e; for name in hook_overhead check_cost plans weighting; do $(BIN)/python -m benchmarks.$$name; done
 
+docs: .venv/docs-installed  ## the documentation, into out/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
 clean:
 	rm -rf .venv .venv-lowest out .mypy_cache .pytest_cache .ruff_cache
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	touch $@
+
+.venv/docs-installed: .venv/installed
+	$(BIN)/python -m pip install -c constraints.txt -e ".[docs]"
 	touch $@
 
 # The same versions of everything else, as far as torch 2.1 and numpy 1 leave them alone.

@@ -35,7 +35,7 @@ def functional_loss(
         ValueError: the model has no trainable parameter; or a loss kept its batch dimension, but
             not at size 1.
 
-    Example:
+    Examples:
         >>> function, parameters = gramjd.functional_loss(model, nn.CrossEntropyLoss(reduction="none"))
         >>> J, losses = gramjd.jacobian_and_value(function)(parameters, inputs, labels)
     """

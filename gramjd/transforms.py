@@ -55,7 +55,7 @@ def jacobian(
         ValueError: batch sizes differ, no argument is batched, or a differentiated one is.
         NotImplementedError: the function writes into a parameter in place.
 
-    Example:
+    Examples:
         >>> J = gramjd.jacobian(per_sample_loss)(params, inputs, targets)
         >>> weights = gramjd.weighting.upgrad(J.gramian())
         >>> gradient = J.vjp(weights)

@@ -1,4 +1,4 @@
-"""Pictures of :mod:`gramjd.diagnostics.numbers`, on matplotlib axes.
+"""Pictures of what Gramians say, on matplotlib axes.
 
 Every function draws on the ``ax`` that it is given, or on one of a new figure (``ax.figure``, which
 needs no display), and returns it. Blue agrees, vermillion conflicts: colours of Okabe and Ito, which

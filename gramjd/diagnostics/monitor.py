@@ -47,7 +47,7 @@ class Monitor:
     Raises:
         ValueError: a number of steps is not positive, or figures are asked for without a writer.
 
-    Example:
+    Examples:
         >>> monitor = Monitor(SummaryWriter(), scalars=10, figures=500)
         >>> J = engine.jacobian(losses)
         >>> weights = upgrad(J.gramian())

@@ -54,7 +54,7 @@ class Engine:
         ValueError: there is no module, an option is unknown, ``memory_budget`` is not a positive
             number of bytes, or ``accumulate_dtype`` is not a floating dtype.
 
-    Example:
+    Examples:
         >>> engine = Engine(model, batch_dim=0)
         >>> losses = criterion(model(input), target)  # shape: [m]
         >>> gramian = engine.compute_gramian(losses)  # shape: [m, m]

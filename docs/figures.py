@@ -1,0 +1,86 @@
+"""Draws the figures of the concept pages: ``python docs/figures.py``."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle, Wedge
+
+OUT = Path(__file__).parent / "images" / "concepts"
+BLUE, RED, GREEN, BLACK = "#0072b2", "#d55e00", "#009e73", "#000000"  # Okabe and Ito
+
+
+def arrow(ax: Axes, v: np.ndarray, color: str, name: str, shift: tuple[float, float]) -> None:
+    ax.annotate(
+        "", v, (0, 0), arrowprops={"arrowstyle": "-|>", "color": color, "lw": 2, "shrinkA": 0, "shrinkB": 0}
+    )
+    ax.text(v[0] + shift[0], v[1] + shift[1], name, color=color, ha="center", va="center")
+
+
+def conflict() -> Figure:
+    """Two gradients, the sector of common descent, the mean and UPGrad."""
+    g1, g2 = np.array([2.0, 0.3]), np.array([-1.0, 0.5])
+    # the edges of the sector are orthogonal to a gradient each
+    edge1, edge2 = np.array([-g1[1], g1[0]]), np.array([g2[1], -g2[0]])
+    p1, p2 = (edge2 * (g1 @ edge2) / (edge2 @ edge2), edge1 * (g2 @ edge1) / (edge1 @ edge1))
+    figure = Figure(figsize=(6.2, 3.6), layout="constrained")
+    ax = figure.add_subplot()
+    angles = sorted(np.degrees(np.arctan2(e[1], e[0])) for e in (edge1, edge2))
+    ax.add_patch(Wedge((0, 0), 3, *angles, color=BLUE, alpha=0.12, lw=0))
+    ax.text(0.3, 1.75, "both losses fall", color=BLUE, ha="center")
+    arrow(ax, g1, BLACK, "$g_1$", (0.1, 0.1))
+    arrow(ax, g2, BLACK, "$g_2$", (-0.12, 0.08))
+    arrow(ax, (g1 + g2) / 2, RED, "mean", (0.24, 0.06))
+    arrow(ax, (p1 + p2) / 2, GREEN, "UPGrad", (0.08, 0.1))
+    for g, p in ((g1, p1), (g2, p2)):
+        ax.plot(*zip(g, p, strict=True), color="#999999", ls=":")
+        ax.plot(*p, "o", color="#999999", ms=4)
+    ax.set(xlim=(-1.3, 2.3), ylim=(-0.1, 2), aspect="equal")
+    ax.axis("off")
+    return figure
+
+
+def blocks() -> Figure:
+    """A sample's gradient as a sum of outer products over its positions."""
+    figure = Figure(figsize=(7, 2.4), layout="constrained")
+    ax = figure.add_subplot()
+
+    def box(x: float, y: float, width: float, height: float, color: str, name: str) -> None:
+        ax.add_patch(Rectangle((x, y), width, height, facecolor=color, alpha=0.25, edgecolor=color))
+        ax.text(x + width / 2, y + height / 2, name, ha="center", va="center")
+
+    box(0, 0, 2.4, 2, "#666666", "$J_b$\n$o × i$")
+    ax.text(2.85, 1, "=", ha="center", va="center", fontsize=16)
+    for t, x in enumerate((3.3, 6.9)):
+        box(x, 0, 0.3, 2, RED, "")
+        ax.text(x + 0.15, -0.35, f"$c_{{b{t + 1}}}$", ha="center", color=RED)
+        box(x + 0.55, 1.7, 2.4, 0.3, BLUE, "")
+        ax.text(x + 1.75, 1.35, f"$a_{{b{t + 1}}}$", ha="center", color=BLUE)
+        ax.text(x + 3.25, 1, "+", ha="center", va="center", fontsize=16)
+    ax.text(10.75, 1, "… ($T$ positions)", va="center")
+    ax.set(xlim=(-0.1, 13.2), ylim=(-0.6, 2.1), aspect="equal")
+    ax.axis("off")
+    return figure
+
+
+def plans() -> Figure:
+    """Multiply-adds of the two plans for a linear layer."""
+    B, i, o = 16, 512, 512
+    T = np.logspace(0, 3, 100)
+    figure = Figure(figsize=(5.2, 3.2), layout="constrained")
+    ax = figure.add_subplot()
+    ax.plot(T, (B * T) ** 2 * (i + o), color=BLUE, label="pairwise")
+    ax.plot(T, B * T * i * o + B**2 * i * o, color=RED, label="rows")
+    ax.plot(T, 3 * B * T * i * o, color="#999999", ls="--", label="an SGD step of the layer")
+    ax.set(xscale="log", yscale="log", xlabel="positions T", ylabel="multiply-adds",
+           title=f"Linear({i}, {o}), {B} samples")  # fmt: skip
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False)
+    return figure
+
+
+if __name__ == "__main__":
+    OUT.mkdir(parents=True, exist_ok=True)
+    for draw in (conflict, blocks, plans):
+        draw().savefig(OUT / f"{draw.__name__}.png", dpi=130)

@@ -1,0 +1,41 @@
+"""Turns the roles of our docstrings, ``:class:`~gramjd.Jacobian```, into links of mkdocstrings."""
+
+import re
+from typing import Any
+
+import griffe
+
+ROLE = re.compile(r":(?:class|func|meth|mod|data|attr):`(~?)([\w.]+)`")
+
+
+class Roles(griffe.Extension):
+    """Run on every object after it was read."""
+
+    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        if obj.docstring is not None:
+            obj.docstring.value = ROLE.sub(lambda match: _link(obj, *match.groups()), obj.docstring.value)
+
+
+def _link(obj: griffe.Object, short: str, name: str) -> str:
+    shown = name.rpartition(".")[2] if short else name
+    target = _canonical(obj.package, name) if name.startswith("gramjd.") else _full(obj, name)
+    return f"[`{shown}`][{target}]" if target else f"`{shown}`"
+
+
+def _full(obj: griffe.Object, name: str) -> str:
+    """The path of a name as it is meant where the docstring stands; empty if nothing has it."""
+    holder = obj if obj.is_class else obj.parent
+    if holder is not None and name in holder.members:
+        found = holder.members[name]
+        return found.target_path if isinstance(found, griffe.Alias) else found.path
+    try:
+        return _canonical(obj.package, obj.resolve(name))
+    except griffe.NameResolutionError:
+        return ""
+
+
+def _canonical(package: griffe.Module, path: str) -> str:
+    """Where a public function is defined whose name is a submodule's as well, as ``gramjd.jacobian``."""
+    holder, _, name = path.rpartition(".")
+    module = package["weighting"] if holder == "gramjd.weighting" else package
+    return module.imports.get(name, path) if holder == module.path else path

@@ -1,0 +1,67 @@
+"""The Python snippets of the documentation run, those of a page one after the other.
+
+A page whose first line is ``<!-- needs: NAME -->`` needs that package. Blocks marked ``py`` show other
+libraries' code and do not run.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = [str(page.relative_to(DOCS)) for page in sorted(DOCS.rglob("*.md"))]
+
+
+def blocks(page: str, kind: str) -> dict[int, str]:
+    """Every block of a kind, by the number of the line that opens it."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    found = re.finditer(rf"^```{kind}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return {text.count("\n", 0, block.start()) + 1: block[1] for block in found}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_snippets_run(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for needed in re.findall(r"\A<!-- needs: (\w+) -->", (DOCS / page).read_text(encoding="utf-8")):
+        pytest.importorskip(needed)
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for line, code in blocks(page, "python").items():
+        exec(compile("\n" * line + code, DOCS / page, "exec"), namespace)  # with the page's own line numbers
+
+
+def test_only_other_libraries_are_not_run() -> None:
+    others = "torchjd|opacus|backpack|neural_tangents|jax|vmap"
+    for page in PAGES:
+        for line, code in blocks(page, "py").items():
+            assert re.search(others, code) and "gramjd" not in code, f"{page}:{line}"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = re.findall(
+        r": (\S+\.md)$", (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert sorted(listed) == sorted(PAGES)
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    import gramjd
+
+    reference = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "reference").glob("*.md"))
+    errors = {name for name in gramjd.__all__ if name.endswith(("Error", "Warning"))}  # as one module
+    pictures = (DOCS / "reference" / "diagnostics.md").read_text(encoding="utf-8")
+    for name in {*gramjd.__all__, *gramjd.weighting.__all__} - errors - {"weighting", "diagnostics"}:
+        assert re.search(rf"^::: gramjd\.([\w.]+\.)?{name}$", reference, re.MULTILINE), name
+    for name in gramjd.diagnostics.__all__:
+        assert re.search(rf"\b{name}\b", pictures), name
+
+
+def test_excerpts_of_examples_are_whole() -> None:
+    """They begin at a definition and end before two empty lines."""
+    found = [m for page in PAGES for m in re.findall(r'--8<-- "(.+):(\d+):(\d+)"', (DOCS / page).read_text())]
+    assert found
+    for name, start, stop in found:
+        lines = (DOCS.parent / name).read_text(encoding="utf-8").splitlines()
+        assert re.match(r"class |def |@|    def ", lines[int(start) - 1]), name
+        assert lines[int(stop) - 1] and not lines[int(stop)] and not lines[int(stop) + 1], name
