@@ -19,7 +19,14 @@ class Roles(griffe.Extension):
 def _link(obj: griffe.Object, short: str, name: str) -> str:
     shown = name.rpartition(".")[2] if short else name
     target = _canonical(obj.package, name) if name.startswith("gramjd.") else _full(obj, name)
-    return f"[`{shown}`][{target}]" if target else f"`{shown}`"
+    return f"[`{shown}`][{target}]" if _exists(obj.package, target) else f"`{shown}`"
+
+
+def _exists(package: griffe.Module, path: str) -> bool:
+    try:
+        return bool(path and package[path.removeprefix("gramjd.")])
+    except KeyError:
+        return False
 
 
 def _full(obj: griffe.Object, name: str) -> str:
