@@ -83,4 +83,4 @@ def plans() -> Figure:
 if __name__ == "__main__":
     OUT.mkdir(parents=True, exist_ok=True)
     for draw in (conflict, blocks, plans):
-        draw().savefig(OUT / f"{draw.__name__}.png", dpi=130)
+        draw().savefig(OUT / f"{draw.__name__}.png", dpi=130, bbox_inches="tight")
