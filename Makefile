@@ -7,7 +7,7 @@ LOWEST_PYTHON ?= $(PYTHON)
 BIN := .venv/bin
 LOWEST_BIN := .venv-lowest/bin
 
-.PHONY: demo test test-slow test-lowest lint format bench docs clean
+.PHONY: demo test test-slow fuzz test-lowest lint format bench docs clean
 
 demo: .venv/installed  ## train on digits: plain SGD beside Jacobian descent
 	$(BIN)/python examples/train_digits.py --out out/digits
@@ -17,6 +17,9 @@ test: .venv/installed  ## the tests, without the slow ones
 
 test-slow: .venv/installed  ## the slow tests alone
 	$(BIN)/python -m pytest -m slow
+
+fuzz: .venv/installed  ## random models beyond those of the tests, and what became of them
+	GRAMJD_FUZZ=$(or $(EXAMPLES),20000) $(BIN)/python -m pytest -q tests/test_fuzz.py
 
 test-lowest: .venv-lowest/installed  ## the tests on torch 2.1.0 and numpy 1 (several GB)
 	$(LOWEST_BIN)/python -m pytest -m "not slow"

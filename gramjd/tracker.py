@@ -10,6 +10,7 @@ import types as types_  # `types` is an argument of __torch_function__
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -60,6 +61,8 @@ class Tracker(TorchFunctionMode):
             out = func(*args, **kwargs)
             if not isinstance(out, Tensor):
                 return out
+        if func is torch.einsum and len(args) == 2 and isinstance(args[1], (list, tuple)):
+            args = (args[0], *args[1])  # one way to write it
         tracked, unbatched = self._classify(args)
         if kwargs:
             inner = self._classify(kwargs.values())

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from exactness import Net, check_on, draw, objectives, parameter
+import torch.nn.functional as F
+from exactness import Net, check, check_on, draw, objectives, parameter
 from torch import Tensor, nn
 
 import gramjd
@@ -136,3 +137,39 @@ def test_hidden_states_of_layers_first() -> None:
 def test_features_first() -> None:
     model = Net(lambda m, x: (m.w @ x.T + m.b[:, None]).T, w=parameter(2, D), b=parameter(2))
     check_on(model, draw(B, D))
+
+
+EINSUMS: dict[str, Any] = {
+    "operands in a list": lambda m, x: torch.einsum("bti,io->bto", [x, m.w]),
+    "three operands": lambda m, x: torch.einsum("bti,io,op->btp", x, m.w, m.u),
+    "samples not first": lambda m, x: torch.einsum("bti,io,btk->tbok", x, m.w, x).transpose(0, 1),
+    "numbered dimensions": lambda m, x: torch.einsum(x, [0, 1, 2], m.w, [2, 3], [0, 1, 3]),
+}
+
+
+@pytest.mark.parametrize("name", list(EINSUMS))
+def test_einsums_however_written(name: str) -> None:
+    check_on(Net(EINSUMS[name], w=parameter(5, 6), u=parameter(6, 5)), draw(3, 4, 5))
+
+
+def test_dropout_of_parameters_alone() -> None:
+    """Positions through dropout before they meet the batch: one mask for all samples."""
+    dropped = Net(lambda m, x: x + F.dropout(m.u[:4], 0.5), u=parameter(6, 5))
+    rows = ["u"] if torch.__version__.startswith("2.1.") else []  # which does not show it to modes
+    check_on(dropped, draw(3, 4, 5), rows=rows)
+
+
+def test_what_no_sample_has_a_part_in() -> None:
+    """A model that gives parameters as they are, for the loss to compare with the batch."""
+    target = draw(3, 5)
+    check(Net(lambda m: m.u.tanh(), u=parameter(5)), lambda m: (m() - target).square().sum(1), rows=["u"])
+
+
+def test_no_positions_chosen() -> None:
+    def forward(m: Any, x: Any) -> Any:
+        out = x.clone()
+        chosen = x[..., 0] > 1e3
+        out[chosen] = x[chosen] @ m.w
+        return out + m.b
+
+    check_on(Net(forward, w=parameter(5, 5), b=parameter(5)), draw(3, 4, 5))

@@ -110,11 +110,12 @@ def measure(c: Tensor, probed: Tensor, v: Tensor) -> tuple[Layout | None, float]
     return best
 
 
-def owned(c: Tensor, probed: Tensor, v: Tensor) -> Layout | None:
+def owned(c: Tensor, probed: Tensor, v: Tensor, noise: float = 0.0) -> Layout | None:
     """The layout in which every entry of one dimension has its own sample, if one fits.
 
     The weights of two samples may be close: whether the owners are right is for the total to say,
-    with other weights. The arguments are those of :func:`measure`.
+    with other weights. The arguments are those of :func:`measure`, and the relative rounding of the
+    cotangents, if it was measured.
     """
     if probed.ndim == 0:
         return None
@@ -127,7 +128,7 @@ def owned(c: Tensor, probed: Tensor, v: Tensor) -> Layout | None:
         owners = distances.argmin(1)
         weighted = torch.einsum("knm,kn->nm", rows, v[:, owners])
         off, size = (weighted - wanted).norm(dim=1), weighted.norm(dim=1)
-        if bool((off <= tolerance(c.dtype) * size + slack * size.max()).all()):
+        if bool((off <= max(tolerance(c.dtype), noise) * size + slack * size.max()).all()):
             owners = torch.where(rows.ne(0).any(2).any(0), owners, samples)
             return Scattered(dim, owners=owners, samples=samples)
     return None

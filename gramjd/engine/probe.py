@@ -22,7 +22,7 @@ from gramjd.engine import backward
 from gramjd.engine.layouts import ZERO, Layout, Scattered, follows_samples, measure, owned
 from gramjd.engine.marks import OpMark
 from gramjd.engine.replay import Cotangents
-from gramjd.engine.task import Task
+from gramjd.engine.task import Task, is_fused
 from gramjd.rounding import tolerance
 from gramjd.uses import roots
 
@@ -120,6 +120,7 @@ def find_layouts(task: Task, probe: Probe) -> bool:
         mine = [_layout(task, probe, index, which) for which in range(len(cs))]
         lasting = lasting and ZERO not in [m for m, c in zip(mine, cs, strict=True) if c is not None]
         task.layouts.append(mine)
+    lasting = lasting and not any(map(is_fused, task.graph.nodes))  # the next may be replayed
     probe.scattered = any(isinstance(layout, Scattered) for mine in task.layouts for layout in mine)
     lasting = lasting and not probe.scattered  # the next batch may be scattered otherwise
     task.plan.layouts = task.layouts if lasting else None
@@ -133,28 +134,47 @@ def _layout(task: Task, probe: Probe, index: int, which: int) -> Layout | None:
         return ZERO
     layout, off = measure(c, first[0], probe.v)
     precision = task.precisions[index] if task.precisions else None
-    if off > tolerance(precision or c.dtype):
-        # the rounding inside a replay is not measured
-        known = off <= _SMALL and not task.replays
-        if not known or off > _NOISE * _rounding(first, probe.again.cotangents[index][which]):
-            layout = None if _is_unbatched(task, index) else owned(c, first[0], probe.v)
+    if off > tolerance(precision or c.dtype) and (
+        off > _SMALL or off > _NOISE * _noise(task, probe, index, which)
+    ):
+        layout = None if task.is_unbatched(index) else owned(c, first[0], probe.v)
     if layout is None and _mixes(task, index, c, first[0], probe.v):
-        if not task.replays and _rounding(first, probe.again.cotangents[index][which]) > _SMALL:
+        noise = _noise(task, probe, index, which)
+        if noise > _SMALL:
             return ZERO  # nothing but rounding: a running maximum, subtracted and added again
+        layout = owned(c, first[0], probe.v, _NOISE * noise)
+        if layout is not None:
+            return layout
         slots = task.graph.nodes[index].record.record.slots
         task.plan.mixed.update(root for slot in slots for root in roots(slot.source))
     return layout
 
 
-def _is_unbatched(task: Task, index: int) -> bool:
-    """Are all arguments of a use the same for all samples?"""
-    mark = task.graph.nodes[index].record
-    return isinstance(mark, OpMark) and mark.unbatched
+def _noise(task: Task, probe: Probe, index: int, which: int) -> float:
+    """The rounding of a cotangent, relative to it; 0 inside a replay, where it is not measured."""
+    place = task.places[index] if task.places else index
+    if place is None:
+        return 0.0
+    return _rounding(probe.first.cotangents[index][which], probe.again.cotangents[place][which])
+
+
+def is_noise(task: Task, probe: Probe, index: int) -> bool:
+    """Is all that a node of the forward has for cotangents mere rounding?"""
+    pairs = list(enumerate(zip(task.cotangents[index], probe.first.cotangents[index], strict=True)))
+    return all(
+        c is None
+        or first is None
+        or (
+            measure(c, first[0], probe.v)[1] > tolerance(c.dtype)
+            and _noise(task, probe, index, which) > _SMALL
+        )
+        for which, (c, first) in pairs
+    )
 
 
 def _mixes(task: Task, index: int, c: Tensor, probed: Tensor, v: Tensor) -> bool:
     """Does a use without a layout mix samples, or does its output just not belong to any?"""
-    if _is_unbatched(task, index) or not isinstance(task.graph.nodes[index].record, OpMark):
+    if task.is_unbatched(index) or not isinstance(task.graph.nodes[index].record, OpMark):
         return False
     broadcast = probed.ndim > 0 and probed.shape[0] == 1  # position_ids [1, T] and their like
     regular = task.samples in (probed.shape[:-1] or probed.shape)  # [B·n] may as well be of no sample

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gramjd.engine.marks import mark_call, mark_fused, mark_op
@@ -20,6 +21,8 @@ from gramjd.internals import in_backward, innermost_mode, inside_transform, is_c
 from gramjd.rules import is_fused, tensors_of
 from gramjd.tracker import Tracker, is_inplace
 from gramjd.uses import Record, describe
+
+_DROPOUTS = frozenset({F.dropout, F.dropout1d, F.dropout2d, F.dropout3d})
 
 _THREAD = threading.local()  # .recorder: the one switched on in this thread
 
@@ -39,6 +42,16 @@ class Recorder(Tracker):
         self.opaque: FrameType | None = None  # of a call whose inside is out of sight
         self.watchers: set[int] = set()  # ids of those whose parameters it tracks
         self.seen: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _DROPOUTS and self.active and args and not _writes(args, kwargs):
+            tracked, unbatched = self._classify(args)
+            if tracked and unbatched:  # as a product with its mask, it is derived like any other
+                with torch.no_grad():
+                    mask = func(torch.ones_like(args[0]), *args[1:], **(kwargs or {}))
+                self._remember(mask)
+                func, args, kwargs = torch.mul, (args[0], mask), None
+        return super().__torch_function__(func, types, args, kwargs)
 
     def record(self, op: Any, args: Any, kwargs: dict[str, Any], derived: bool) -> tuple[Any, Record | None]:
         fused = is_fused(op) and not derived
@@ -96,6 +109,11 @@ def _is_running(frame: FrameType | None) -> bool:
     while caller is not None and caller is not frame:
         caller = caller.f_back
     return caller is not None
+
+
+def _writes(args: Any, kwargs: Any) -> bool:
+    """Is a dropout asked to work in place?"""
+    return args[3] if len(args) > 3 else bool(kwargs) and kwargs.get("inplace", False)
 
 
 class Watcher:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gramjd.engine.graph import Graph
 from gramjd.engine.layouts import ZERO, Layout
+from gramjd.engine.marks import OpMark
 from gramjd.engine.replay import Cotangents, Replayed
 
 Layouts = Sequence[Layout | None]  # of the outputs of a node; None: samples are mixed, or it has none
@@ -26,6 +28,11 @@ class Plan:
     checked: bool = False
 
 
+def is_fused(node: Any) -> bool:
+    """Is it of an op whose uses come from a replay?"""
+    return isinstance(node.record, OpMark) and node.record.replay is not None
+
+
 @dataclass
 class Task:
     """One output to differentiate, with respect to ``parameters``."""
@@ -37,13 +44,19 @@ class Task:
     plan: Plan
     cotangents: list[Cotangents] = field(default_factory=list)  # of each node
     layouts: list[Layouts] = field(default_factory=list)
-    precisions: list[torch.dtype | None] = field(default_factory=list)  # of a node's op, if it is replayed
+    precisions: list[torch.dtype | None] = field(default_factory=list)  # of a node's op, if replayed
+    places: list[int | None] = field(default_factory=list)  # of a node in the user's forward, likewise
     replays: list[Replayed] = field(default_factory=list)  # kept alive
 
     @property
     def samples(self) -> int:
         """``B``, 1 without a batch dimension."""
         return 1 if self.batch_dim is None else self.output.shape[self.batch_dim]
+
+    def is_unbatched(self, node: int) -> bool:
+        """Are all arguments of a use the same for all samples?"""
+        mark = self.graph.nodes[node].record
+        return isinstance(mark, OpMark) and mark.unbatched
 
     def canonical(self, node: int) -> Cotangents:
         """Cotangents of the outputs of a node as ``[K, B, ...]``, where they have a layout."""

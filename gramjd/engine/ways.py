@@ -16,9 +16,9 @@ from gramjd.engine.calls import call_blocks
 from gramjd.engine.layouts import ZERO, Layout, canonical
 from gramjd.engine.marks import CallMark, OpMark
 from gramjd.engine.nodes import values_of
-from gramjd.engine.probe import Probe, agrees, differentiate, find_layouts
+from gramjd.engine.probe import Probe, agrees, differentiate, find_layouts, is_noise
 from gramjd.engine.replay import Cotangents, Replayed, replay
-from gramjd.engine.task import Task
+from gramjd.engine.task import Task, is_fused
 from gramjd.errors import CheckFailedError, NotFiniteError, NotSeparableError
 from gramjd.rules.registry import any_entry
 from gramjd.uses import Derived, Record, Source, Use, names_of_leaves, roots
@@ -90,17 +90,20 @@ def _refuse_overflow(probe: Probe) -> None:
 
 def _expand(task: Task, probe: Probe) -> None:
     """Put the nodes of its replay in the place of every fused op."""
-    if not any(_is_fused(node) for node in task.graph.nodes):
+    if not any(is_fused(node) for node in task.graph.nodes):
         return
     nodes: list[Any] = []
     cotangents: list[Cotangents] = []
     probed: list[Cotangents] = []
     precisions: list[torch.dtype | None] = []
+    places: list[int | None] = []
     measuring = task.batch_dim is not None and task.plan.layouts is None
     for index, (node, cs) in enumerate(zip(task.graph.nodes, task.cotangents, strict=True)):
         given = probe.first.cotangents[index] if measuring else None
         found = Replayed([node], [cs], [given or []])
-        if _is_fused(node) and any(c is not None for c in cs):
+        if measuring and is_fused(node) and is_noise(task, probe, index):
+            found = Replayed([node], [[None] * len(cs)], [given or []])
+        elif is_fused(node) and any(c is not None for c in cs):
             try:
                 found = replay(node, cs, given)
             except (ValueError, RuntimeError) as error:  # a slower way is left
@@ -113,20 +116,18 @@ def _expand(task: Task, probe: Probe) -> None:
         # under autocast the op computed with fewer digits than its replay does
         precision = next(c.dtype for c in cs if c is not None) if found.graph is not None else None
         precisions += [precision] * len(found.nodes)
+        places += [index if found.graph is None else None] * len(found.nodes)
         task.replays.append(found)
     task.graph, task.cotangents = replace(task.graph, nodes=nodes), cotangents
-    task.precisions = precisions
+    task.precisions, task.places = precisions, places
     if measuring:
         probe.first.cotangents = probed
 
 
-def _is_fused(node: Any) -> bool:
-    return isinstance(node.record, OpMark) and node.record.replay is not None
-
-
 def _refuse_mixed(task: Task, planned: dict[str, Tensor], ways: Sequence[str]) -> None:
     """Rows are exact whatever ``batch_dim`` is; but a wrong one is an error, not a slow path."""
-    layouts = {layout for mine in task.layouts for layout in mine}
+    layouts = {layout for index, mine in enumerate(task.layouts) for layout in mine
+               if layout is not None or not task.is_unbatched(index)}  # fmt: skip
     mixed = [name for name, p in planned.items() if id(p) in task.plan.mixed]
     if task.samples == 1 or len(ways) == 1 or not (mixed or (None in layouts and layouts <= {None, ZERO})):
         return

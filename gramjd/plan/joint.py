@@ -35,9 +35,9 @@ def joint(u: Outer, v: Outer, limits: Limits) -> Tensor:
         start, stop = positions
         c_v = v.c[..., slice(*some)].to(limits.dtype).permute(3, 2, 0, 1, 4).flatten(2)  # [G, T₂, n₂ o']
         a = u.a[0, start:stop].to(limits.dtype).transpose(0, 1)  # [G, t, i]
-        mixed = (a @ a_v @ c_v).view(G, stop - start, n2, -1).transpose(1, 2).transpose(0, 1)
+        mixed = (a @ a_v @ c_v).view(G, stop - start, n2, some[1] - some[0]).permute(2, 0, 1, 3)
         c = u.c[:, :, start:stop, :, slice(*some)].to(limits.dtype).permute(0, 1, 3, 2, 4)
-        return c.reshape(n1, -1) @ mixed.reshape(n2, -1).mT
+        return c.flatten(2).flatten(0, 1) @ mixed.flatten(1).mT
 
     found = added(tile(p, f) for p in ranges(T1, left) for f in ranges(o, features)).view(K1, B1, K2, B2)
     return (found + found.permute(2, 3, 0, 1)) / 2 if u is v else found

@@ -12,37 +12,40 @@ from torch import Tensor
 from gramjd.blocks import Outer
 from gramjd.rules.registry import register_rule
 
-_PLACES = {"first": 0, "second": 1, "output": 2}
+_Arguments = Mapping[Any, Any]
 
 
-def letters(equation: str, first: int, second: int) -> tuple[str, str, str]:
-    """Subscripts of both operands, which have so many dimensions, and of the output; no ellipsis."""
+def letters(equation: str, *dims: int) -> tuple[str, ...]:
+    """Subscripts of the operands, which have so many dimensions, and of the output; no ellipsis."""
     operands, _, out = equation.replace(" ", "").partition("->")
-    left, right = operands.split(",")
+    given = operands.split(",")
     if "->" not in equation:  # what occurs once, in alphabetical order
-        rest = (left + right).replace(".", "")
+        rest = "".join(given).replace(".", "")
         out = ("..." if "..." in equation else "") + "".join(sorted(x for x in rest if rest.count(x) == 1))
     spare = [chr(x) for x in range(ord("a"), ord("z") + 1) if chr(x) not in equation]
     spare += [chr(x).upper() for x in range(ord("a"), ord("z") + 1) if chr(x).upper() not in equation]
-    counts = [n - len(s) + 3 for s, n in ((left, first), (right, second)) if "..." in s]
-    names = "".join(spare[: max(counts, default=0)])  # broadcasting aligns the last dimensions
-    left = left.replace("...", names[len(names) - first + len(left) - 3 :] if "..." in left else "")
-    right = right.replace("...", names[len(names) - second + len(right) - 3 :] if "..." in right else "")
-    return left, right, out.replace("...", names)
+    counts = [n - len(s) + 3 if "..." in s else 0 for s, n in zip(given, dims, strict=True)]
+    names = "".join(spare[: max(counts)])  # broadcasting aligns the last dimensions
+    found = [s.replace("...", names[len(names) - n :]) for s, n in zip(given, counts, strict=True)]
+    return *found, out.replace("...", names)
 
 
-def _meets(arguments: Mapping[Any, Any], name: str, dim: int) -> int | None:
+def _meets(arguments: _Arguments, name: str, dim: int) -> int | None:
     """The dimension of an operand with the letter of dimension ``dim`` of the output."""
-    sizes = arguments["first"], arguments["second"]
-    found = letters(arguments["equation"], *map(len, sizes))
-    place = found[_PLACES[name]].find(found[2][dim])
+    if not isinstance(arguments["equation"], str):  # operands and lists of numbers by turns
+        return dim if dim < len(arguments[name if name in arguments else int(name)]) else None
+    operands = [key for key in arguments if key not in ("equation", "output")]
+    found = letters(arguments["equation"], *(len(arguments[key]) for key in operands))
+    place = found[list(map(str, operands)).index(name)].find(found[-1][dim])
     return place if place >= 0 else None
 
 
 def _covers(name: str) -> Any:
     """Is the operand a weight whose rows are outer products, each letter of it somewhere else?"""
 
-    def covers(arguments: Mapping[Any, Any]) -> bool:
+    def covers(arguments: _Arguments) -> bool:
+        if len(arguments) != 3 or not isinstance(arguments["equation"], str):
+            return False
         weight, other, out = _parts(arguments["equation"], name, arguments["first"], arguments["second"])
         distinct = all(len(set(part)) == len(part) for part in (weight, other, out))
         sizes = {**_sizes(weight, arguments[name]), **_sizes(other, arguments[_other(name)])}
@@ -54,12 +57,12 @@ def _covers(name: str) -> Any:
 
 
 @register_rule(torch.einsum, wrt="first", needs=["second"], align=_meets, when=_covers("first"))
-def einsum_first(c: Tensor, equation: str, first: Tensor, second: Tensor) -> Outer:
+def einsum_first(c: Tensor, equation: str, first: Tensor, second: Tensor, *others: Any) -> Outer:
     return _outer(c, second, first, *_parts(equation, "first", first, second[0]))
 
 
 @register_rule(torch.einsum, wrt="second", needs=["first"], align=_meets, when=_covers("second"))
-def einsum_second(c: Tensor, equation: str, first: Tensor, second: Tensor) -> Outer:
+def einsum_second(c: Tensor, equation: str, first: Tensor, second: Tensor, *others: Any) -> Outer:
     return _outer(c, first, second, *_parts(equation, "second", first[0], second))
 
 
