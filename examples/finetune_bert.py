@@ -66,7 +66,7 @@ def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def make_model() -> BertForSequenceClassification:
     config = BertConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-                        intermediate_size=64, max_position_embeddings=16, num_labels=2)  # fmt: skip
+                        intermediate_size=64, max_position_embeddings=16)  # fmt: skip
     return BertForSequenceClassification(config)
 
 

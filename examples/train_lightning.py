@@ -4,6 +4,7 @@ Needs `pip install pytorch-lightning`. Prints the accuracy on held-out handwritt
 """
 
 import argparse
+from typing import Any
 
 import pytorch_lightning as lightning
 import torch
@@ -35,7 +36,7 @@ class Digits(lightning.LightningModule):
         x, y = batch
         losses = cross_entropy(self(x), y, reduction="none")  # one loss a sample
         weights = self.weighting(self.engine.compute_gramian(losses))
-        optimizer = self.optimizers()
+        optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         self.manual_backward(losses, weights)  # losses.backward(weights), by Lightning's precision plugin
         optimizer.step()
