@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from string import ascii_letters
 
 import torch
 from torch import Tensor
 
 from gramjd import pytree
-from gramjd.jacobian import Jacobian
+from gramjd.jacobian import Jacobian, Output
+from gramjd.jacobian.outputs import Outputs
+from gramjd.plan import default_budget
 from gramjd.pytree import PyTree
 from gramjd.transforms import jacobian
 
@@ -92,23 +95,55 @@ class Axes:
 
     def kernel(self, left: Jacobian, right: Jacobian | None = None) -> Tensor:
         """``J₁ J₂ᵀ`` less what the options take away; of ``J₁`` with itself, exactly symmetric."""
-        full = left.gramian() if right is None else left.cross(right)
-        if not self.trace and not self.diagonal:
-            return full
-        size, letters = 1, list(ascii_letters[: 2 * self.ndim])
-        for axis in (*self.trace, *self.diagonal):
-            ends = full.shape[axis], full.shape[-1 - axis]
-            if ends[0] != ends[1]:
-                raise ValueError(
-                    f"Axis {axis} has {ends[0]} entries in x1 and {ends[1]} in x2: there is no diagonal."
-                )
-            letters[-1 - axis] = letters[axis]
-            size *= ends[0] if axis in self.trace else 1
-        given, kept = "".join(letters), "".join(letters[a] for a in self.order)
-        found = torch.einsum(f"{given}->{kept}", full) / size
+        mine, other = output_shape(left), output_shape(left if right is None else right)
+        both = (*self.trace, *self.diagonal)
+        for axis in both:
+            if (n := mine[axis]) != (m := other[axis]):
+                raise ValueError(f"Axis {axis} has {n} entries in x1 and {m} in x2: there is no diagonal.")
+        if not both:
+            return left.gramian() if right is None else left.cross(right)
+        names = list(ascii_letters[: 2 * self.ndim])
+        for axis in both:
+            names[-1 - axis] = names[axis]
+        first = [a for a in both if a != 0]
+        rest = [a for a in range(self.ndim) if a not in first]
+        given = [names[a] for a in (*first, *rest, *(-1 - a for a in reversed(rest)))]
+        kept = [names[a] for a in self.order]
+        pieces = _pieces(left, right, first)
+        size = prod(mine[a] for a in self.trace)
+        found = torch.einsum(f"{''.join(given)}->{''.join(kept)}", pieces) / size
         return (found + self.mirrored(found)) / 2 if right is None and self.trace else found
 
     def mirrored(self, kernel: Tensor) -> Tensor:
         """``K(x1, x2)`` → ``K(x2, x1)``."""
         mirror = {a: a if a in self.diagonal else 2 * self.ndim - 1 - a for a in self.order}
         return kernel.permute([self.order.index(mirror[a]) for a in self.order])
+
+
+def _pieces(left: Jacobian, right: Jacobian | None, first: Sequence[int]) -> Tensor:
+    """Kernels of the entries along some axes of the output, each with itself alone.
+
+    ``[*first, B1, *rest, *reversed(rest), B2]``: what lies off the diagonals is never computed.
+    """
+    shape = output_shape(left)[1:]
+    rest = [a for a in range(1, 1 + len(shape)) if a not in first]
+    sizes, others = ([shape[a - 1] for a in axes] for axes in (first, rest))
+    numbers = torch.arange(left.objectives, device=left.parameters[0].device).view(shape)
+    which = numbers.permute([a - 1 for a in (*first, *rest)]).reshape(prod(sizes), -1)
+    budget = max(2**20, default_budget(which.device) // len(which))  # for each of them
+
+    def piece(mine: Tensor) -> Tensor:
+        x = _objectives(left, mine, others)
+        if right is None:
+            return x.gramian(memory_budget=budget)
+        return x.cross(_objectives(right, mine, others), memory_budget=budget)
+
+    found = torch.vmap(piece)(which)
+    return found.reshape(*sizes, *found.shape[1:])
+
+
+def _objectives(jac: Jacobian, which: Tensor, shape: Sequence[int]) -> Jacobian:
+    """The Jacobian of some objectives of each sample, an output of this shape."""
+    output = Output(0, (jac.samples, *shape), 0)
+    outputs = Outputs([output], jac.outputs.spec, jac.samples)
+    return replace(jac, parts=[part.objectives(which) for part in jac.parts], outputs=outputs)

@@ -122,3 +122,30 @@ def test_watch_gradients(
     longest = capsys.readouterr().out.split("gradients: [")[1].split("]")[0].split(", ")
     assert {"0", "1"} <= set(longest)
     assert len(list(tmp_path.glob("*.png"))) == 8
+
+
+def test_functional_training(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run(monkeypatch, "functional_training.py", "--steps", "150")
+    lines = [re.findall(r"\d+\.?\d*", line) for line in capsys.readouterr().out.splitlines()]
+    (_, first, _), *_, (step, last, accuracy) = lines
+    assert step == "149" and float(last) < 0.4 < float(first)
+    assert float(accuracy) > 90
+
+
+def test_ensemble_ntk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The deviation falls with the root of the width."""
+    run(monkeypatch, "ensemble_ntk.py", "--widths", "8", "128", "--members", "50", "--samples", "20")
+    narrow, wide = results(capsys.readouterr().out).values()
+    assert 2 < narrow[0] / wide[0] < 8  # four, up to chance
+
+
+def test_kernel_regression(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    small = ["--samples", "300", "--width", "8", "--epochs", "20", "--batch-size", "128"]
+    for _ in range(2):  # the second time, the kernels are there
+        run(monkeypatch, "kernel_regression.py", *small, "--out", str(tmp_path / "kernels"))
+        found = results(capsys.readouterr().out)
+        assert list(found) == ["kernel before training", "kernel after training", "trained network"]
+        assert all(accuracy > 80 for (accuracy,) in found.values())
+    assert len(list((tmp_path / "kernels").glob("*.npy"))) == 4

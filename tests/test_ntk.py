@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from allocations import Allocations
 from kernels import MODELS, definition, fcn, inputs, less
 from oracle import assert_close, assert_symmetric, dense_gramian
 from torch import Tensor, nn
@@ -36,6 +37,35 @@ def test_every_option(name: str, trace: list[int], diagonal: list[int], same: bo
     assert_close(got, less(definition(model, x1, x1 if same else x2), trace, diagonal))
     if same and not diagonal:
         assert_symmetric(got)
+
+
+@pytest.mark.parametrize("option", ["trace_axes", "diagonal_axes"])
+def test_what_options_save(option: str) -> None:
+    """What lies off the diagonals, all pairs of outputs, is never computed."""
+    func, params = gramjd.functional_loss(nn.Linear(20, 300))
+    kernel, x = gramjd.ntk(func, **{option: [1]}), torch.randn(8, 20)
+    for others in [(), (torch.randn(8, 20),)]:
+        with Allocations() as allocations:
+            kernel(params, x, *others)
+        assert (
+            allocations.largest <= 2 * 4 * 8 * 300 * 300
+        )  # the cotangents, twice; the whole would be 8 times them
+
+
+@pytest.mark.parametrize(("trace", "diagonal"), [((1,), ()), ((2,), (1, 0)), ((), (3,))])
+def test_options_compose(trace: tuple[int, ...], diagonal: tuple[int, ...]) -> None:
+    """Mapped over parameters, and differentiated, as the whole kernel is."""
+    func, params = gramjd.functional_loss(MODELS["cnn"]())
+    x = inputs("cnn", 3)
+    kernel = gramjd.ntk(func, trace_axes=trace, diagonal_axes=diagonal)
+    many = {name: torch.stack([p, 0.5 * p]) for name, p in params.items()}
+    each = [kernel({name: p[n] for name, p in many.items()}, x) for n in range(2)]
+    assert_close(torch.vmap(lambda p: kernel(p, x))(many), torch.stack(each))
+    whole = gramjd.ntk(func)
+    got = torch.func.grad(lambda p: kernel(p, x).square().sum())(params)
+    want = torch.func.grad(lambda p: less(whole(p, x), trace, diagonal).square().sum())(params)
+    for name in params:
+        assert_close(got[name], want[name])
 
 
 def test_negative_axes() -> None:

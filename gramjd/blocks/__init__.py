@@ -13,9 +13,9 @@ Legend of letters, the same in every file:
 The sum of a parameter's blocks is its Jacobian. Blocks never detach: they are plain tensor code and
 compose with ``vmap``, ``grad`` and ``jvp``. Each names the op that it comes from, its ``origin``.
 
-Every block has ``rows`` (K and B), ``dense``, ``vjp``, ``bound``, ``samples`` (the block of some of
-the samples), and ``part``: all rows at some entries of the flat parameter, a multiple of ``grain``
-from a multiple of ``grain`` on, in a dtype.
+Every block has ``rows`` (K and B), ``dense``, ``vjp``, ``bound``, ``samples`` and ``objectives`` (the
+block of some of them), and ``part``: all rows at some entries of the flat parameter, a multiple of
+``grain`` from a multiple of ``grain`` on, in a dtype.
 """
 
 from gramjd.blocks.conv import Conv

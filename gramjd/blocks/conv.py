@@ -62,6 +62,11 @@ class Conv:
     def samples(self, start: int, stop: int) -> Conv:
         return replace(self, points=self.points[:, start:stop], windows=self.windows[:, start:stop])
 
+    def objectives(self, which: Tensor) -> Conv:
+        """The block of some of the objectives."""
+        points, windows = (f[which] if len(f) > 1 else f for f in self.factors)
+        return replace(self, points=points, windows=windows)
+
     @staticmethod
     def join(blocks: Sequence[Conv]) -> Conv:
         """The sum of several blocks of one kind."""

@@ -37,6 +37,10 @@ class Dense:
     def samples(self, start: int, stop: int) -> Dense:
         return replace(self, values=self.values[:, start:stop])
 
+    def objectives(self, which: Tensor) -> Dense:
+        """The block of some of the objectives."""
+        return replace(self, values=self.values[which])
+
     @staticmethod
     def join(blocks: Sequence[Dense]) -> Dense:
         """The sum of several blocks of one kind."""

@@ -40,6 +40,10 @@ class Lookup:
     def samples(self, start: int, stop: int) -> Lookup:
         return replace(self, c=self.c[:, start:stop], ids=self.ids[start:stop])
 
+    def objectives(self, which: Tensor) -> Lookup:
+        """The block of some of the objectives."""
+        return replace(self, c=self.c[which])
+
     def positions(self, start: int, stop: int) -> Lookup:
         """The block of some of the positions."""
         return replace(self, c=self.c[:, :, start:stop], ids=self.ids[:, start:stop])

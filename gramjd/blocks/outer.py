@@ -41,6 +41,10 @@ class Outer:
     def samples(self, start: int, stop: int) -> Outer:
         return replace(self, c=self.c[:, start:stop], a=self.a[start:stop])
 
+    def objectives(self, which: Tensor) -> Outer:
+        """The block of some of the objectives."""
+        return replace(self, c=self.c[which])
+
     def positions(self, start: int, stop: int) -> Outer:
         """The block of some of the positions."""
         return replace(self, c=self.c[:, :, start:stop], a=self.a[:, start:stop])

@@ -29,6 +29,10 @@ class Part:
         """On another device, and with floating-point numbers of another dtype."""
         return Part([[_moved(block, device, dtype) for block in mine] for mine in self.blocks], self.samples)
 
+    def objectives(self, which: Tensor) -> Part:
+        """Of some of the objectives of each sample."""
+        return Part([[block.objectives(which) for block in mine] for mine in self.blocks], self.samples)
+
     def memory(self) -> int:
         """Bytes of the factors, each storage once."""
         storages = {t.untyped_storage() for mine in self.blocks for b in mine for t in _tensors(b).values()}

@@ -20,9 +20,9 @@ from torch import Tensor
 from gramjd.blocks import Block, Dense, Lookup, merge
 from gramjd.plan import diagonals
 from gramjd.plan.choice import plans, swapped
-from gramjd.plan.options import Limits, Options, limits
+from gramjd.plan.options import Limits, Options, default_budget, limits
 
-__all__ = ["Options", "Step", "contract", "cross", "gramian", "squared_norms", "steps"]
+__all__ = ["Options", "Step", "contract", "cross", "default_budget", "gramian", "squared_norms", "steps"]
 
 DEFAULT = Options()
 

@@ -63,7 +63,7 @@ class Limits:
 def limits(options: Options, like: Tensor, *dtypes: torch.dtype) -> Limits:
     """The limits of a contraction of factors on the device of ``like``."""
     dtype = options.accumulated(*dtypes)
-    budget = options.memory_budget or _default_budget(like.device)
+    budget = options.memory_budget or default_budget(like.device)
     return Limits(max(1, budget // dtype.itemsize), dtype)
 
 
@@ -77,7 +77,7 @@ def _free_host_memory() -> int:
 _FREE_AT_START = _free_host_memory()  # read once: the same model gets the same plans, also compiled
 
 
-def _default_budget(device: torch.device) -> int:
+def default_budget(device: torch.device) -> int:
     """A sane budget from the memory that is free."""
     enough = ENOUGH.get(device.type, ENOUGH["cpu"])
     free = _FREE_AT_START
