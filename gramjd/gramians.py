@@ -7,6 +7,7 @@ the first. Inside the library rows are ordered ``(k, b)``: objective of a sample
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 from torch import Tensor
 
@@ -33,8 +34,8 @@ def rows_first(tensor: Tensor, batch_dim: int | None, ndim: int | None = None) -
     rest = tensor.shape[ndim:]
     if batch_dim is None:
         return tensor.reshape(-1, 1, *rest)
-    size = tensor.shape[batch_dim]
-    return tensor.movedim(batch_dim, ndim - 1).reshape(-1, size, *rest)
+    straight = tensor.movedim(batch_dim, ndim - 1)
+    return straight.reshape(prod(straight.shape[: ndim - 1]), tensor.shape[batch_dim], *rest)
 
 
 def from_rows(rows: Tensor, shape: Sequence[int], batch_dim: int | None) -> Tensor:

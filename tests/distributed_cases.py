@@ -9,8 +9,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import gramjd
+from gramjd.distributed import local_weights
+from gramjd.weighting import upgrad
 
 
 class TiedTransformer(nn.Module):
@@ -153,3 +156,115 @@ def case_subgroup(rank: int, size: int) -> Any:
     model, x, y = _local("mlp", rank, size)
     engine = gramjd.Engine(model, batch_dim=0)
     return engine.compute_gramian(losses_of(model, x, y), group=group)
+
+
+def _gradients(model: nn.Module) -> list[Tensor]:
+    found = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    return found
+
+
+def case_step(rank: int, size: int) -> Any:
+    """Gradients by autograd and by the Jacobian, of every model under DDP, in several of its modes."""
+    group = dist.group.WORLD
+    found = {}
+    for name in MODELS:
+        for options in ({}, {"find_unused_parameters": True}, {"static_graph": True}):
+            model, x, y = _local(name, rank, size)
+            wrapped = DistributedDataParallel(model, **options)
+            if "static_graph" in options:
+                losses_of(wrapped, x, y).sum().backward()
+                _gradients(wrapped)
+            engine = gramjd.Engine(wrapped, batch_dim=0)
+            for way in ("autograd", "jacobian"):
+                losses = losses_of(wrapped, x, y)
+                weights = upgrad(engine.compute_gramian(losses, group=group))
+                share = local_weights(weights, losses, group)
+                (losses if way == "autograd" else engine.jacobian(losses)).backward(share)
+                found[(name, way, *options)] = weights, _gradients(wrapped)
+    return found
+
+
+def case_static_graph(rank: int, size: int) -> Any:
+    model, x, y = _local("mlp", rank, size)
+    wrapped = DistributedDataParallel(model, static_graph=True)
+    try:
+        gramjd.Engine(wrapped, batch_dim=0).compute_gramian(losses_of(wrapped, x, y), group=dist.group.WORLD)
+    except gramjd.GramjdError as error:
+        return type(error).__name__, str(error)
+
+
+class TwoHeads(nn.Module):
+    """One head for the samples of even ranks, one for those of odd ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.heads = nn.Linear(4, 5), nn.ModuleList([nn.Linear(5, 3), nn.Linear(5, 3)])
+
+    def forward(self, x: Tensor, rank: int) -> Tensor:
+        return self.heads[rank % 2](self.trunk(x).tanh())
+
+
+def two_heads() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(2)
+    return TwoHeads().double(), torch.randn(8, 4, dtype=torch.float64)
+
+
+def case_unused(rank: int, size: int) -> Any:
+    """Parameters that some ranks do not use."""
+    model, x = two_heads()
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    engine, group, found = gramjd.Engine(wrapped, batch_dim=0), dist.group.WORLD, []
+    for way in ("autograd", "jacobian"):
+        losses = wrapped(x[2 * rank : 2 * rank + 2], rank).square().sum(1)
+        weights = engine.compute_gramian(losses, group=group).sum(0)
+        share = local_weights(weights, losses, group)
+        (losses if way == "autograd" else engine.jacobian(losses)).backward(share)
+        found.append((weights, _gradients(model)))
+    return found
+
+
+def case_disagreement(rank: int, size: int) -> Any:
+    """What every rank raises where the last one has something else than the others, by what that is."""
+    odd, group, found = rank == size - 1, dist.group.WORLD, {}
+
+    def attempt(name: str, engine: gramjd.Engine, losses: Callable[[], Tensor], **options: Any) -> None:
+        try:
+            engine.compute_gramian(losses(), group=group, **options)
+        except Exception as error:
+            found[name] = type(error).__name__, str(error)
+
+    model = nn.Linear(4, 3).double()
+    x = torch.randn(2, 4, dtype=torch.float64)
+
+    def losses() -> Tensor:
+        return model(x).square().sum(1)
+
+    def mixed() -> Tensor:
+        return losses() - losses().mean()
+
+    def overflowing() -> Tensor:
+        return losses() * 1e200
+
+    engine = gramjd.Engine(model, batch_dim=0)
+    attempt("check", gramjd.Engine(model, batch_dim=0, check="always" if odd else "first"), losses)
+    attempt("batch_dim", gramjd.Engine(model, batch_dim=-1 if odd else 0), losses)
+    attempt("rows", engine, losses, rows="local" if odd else "all")
+    attempt("wrong rows", engine, losses, rows="some" if odd else "all")
+    attempt("objectives", engine, lambda: model(x).square() if odd else losses())
+    attempt("mixed", engine, mixed if odd else losses)
+    attempt("overflow", engine, overflowing if odd else losses, rows="local")
+    wider = nn.Linear(4, 5 if odd else 3).double()
+    attempt("shapes", gramjd.Engine(wider, batch_dim=0), lambda: wider(x).square().sum(1))
+    deeper = nn.Sequential(nn.Linear(4, 3), *([nn.Linear(3, 3)] if odd else [])).double()
+    attempt("names", gramjd.Engine(deeper, batch_dim=0), lambda: deeper(x).square().sum(1))
+    other = nn.Linear(4, 3).to(torch.float32 if odd else torch.float64)
+    attempt("dtype", gramjd.Engine(other, batch_dim=0), lambda: other(x.to(other.weight)).square().sum(1))
+    attempt("empty", engine, lambda: model(x[:0]).sum(1))
+    weights = torch.ones(2 * size + odd)
+    try:
+        local_weights(weights, losses(), group)
+    except ValueError as error:
+        found["weights"] = "ValueError", str(error)
+    found["after"] = engine.compute_gramian(losses(), group=group)
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import distributed_cases as cases
@@ -81,3 +82,93 @@ def test_subgroup(results: Results) -> None:
     assert outsider is None
     for got in members:
         close(got, want)
+
+
+@pytest.mark.parametrize("mode", [(), ("find_unused_parameters",), ("static_graph",)], ids=str)
+@pytest.mark.parametrize("way", ["autograd", "jacobian"])
+@pytest.mark.parametrize("name", list(cases.MODELS))
+def test_step(results: Results, name: str, way: str, mode: tuple[str, ...]) -> None:
+    """The gradients under DDP are those of one process with the whole batch."""
+    model, x, y = cases.make(name, sum(cases.sizes_of(len(results))))
+    for found in of(results, "step"):
+        weights, gradients = found[(name, way, *mode)]
+        model.zero_grad()
+        cases.losses_of(model, x, y).backward(weights)
+        for got, p in zip(gradients, model.parameters(), strict=True):
+            close(got, p.grad)
+
+
+def test_static_graph(results: Results) -> None:
+    for name, message in of(results, "static_graph"):
+        assert name in ("NotCoveredError", "RankFailedError")
+        assert "Take the first step without an engine" in message
+
+
+def test_unused_parameters(results: Results) -> None:
+    model, x = cases.two_heads()
+    pieces = [model(x[2 * rank : 2 * rank + 2], rank) for rank in range(len(results))]
+    losses = torch.cat(pieces).square().sum(1)
+    want = dense_gramian(losses, model.parameters()).sum(0)
+    losses.backward(want)
+    for found in of(results, "unused"):
+        for weights, gradients in found:
+            close(weights, want)
+            for got, p in zip(gradients, model.parameters(), strict=True):
+                close(got, p.grad)
+
+
+DISAGREEMENTS = {
+    "check": r"about the check: rank 0 has first, rank \d has always",
+    "batch_dim": r"about the batch_dim: rank 0 has 0, rank \d has -1",
+    "rows": r"about the rows: rank 0 has all, rank \d has local",
+    "objectives": r"about the outputs of one sample: .*shape=\(1,\).*shape=\(1, 3\)",
+    "shapes": r"about the parameters: rank 0 has bias \[3\] torch.float64, rank \d has bias \[5\]",
+    "names": r"on one rank only: \['1.bias \[3\] torch.float64'.*rank 0 has 2 of them, rank \d has 4",
+    "dtype": r"about the parameters: .*torch.float64, rank \d has .*torch.float32",
+}
+
+
+@pytest.mark.parametrize("what", list(DISAGREEMENTS))
+def test_disagreement(results: Results, what: str) -> None:
+    """One error, the same on every rank, and no rank waits for another."""
+    found = [mine[what] for mine in of(results, "disagreement")]
+    assert {name for name, _ in found} == {"RanksDisagreeError"}
+    assert len({message for _, message in found}) == 1
+    assert re.search(DISAGREEMENTS[what], found[0][1])
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "message"),
+    [
+        ("wrong rows", "ValueError", "rows must be 'all' or 'local', not 'some'"),
+        ("mixed", "NotSeparableError", "as independent samples"),
+    ],
+)
+def test_a_rank_that_fails(results: Results, what: str, error: str, message: str) -> None:
+    """Its own error there, and on every other rank one that tells it."""
+    *others, (own, told) = (mine[what] for mine in of(results, "disagreement"))
+    assert own == error
+    assert message in told
+    for name, repeated in others:
+        assert name == "RankFailedError"
+        assert re.search(rf"Rank {len(results) - 1} cannot take part. There: {error}: .*{message}", repeated)
+
+
+def test_errors_on_all_ranks(results: Results) -> None:
+    """Overflow that only some ranks' rows have, no sample anywhere, weights of a wrong shape."""
+    expected = [
+        ("overflow", "NotFiniteError", "NaN or infinite"),
+        ("empty", "ValueError", "No rank has a sample"),
+        ("weights", "ValueError", rf"On rank {len(results) - 1} the weights have shape"),
+    ]
+    for mine in of(results, "disagreement"):
+        for what, error, message in expected:
+            assert mine[what][0] == error
+            assert re.search(message, mine[what][1])
+        assert mine["after"].shape == (2 * len(results), 2 * len(results))
+
+
+def test_without_a_group() -> None:
+    jac = gramjd.jacobian(lambda p, x: (p * x).sum())(torch.ones(3), torch.ones(2, 3))
+    with pytest.raises(ValueError, match="init_process_group first"):
+        jac.gramian(group=object())

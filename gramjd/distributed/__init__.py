@@ -4,6 +4,7 @@ Every rank has the blocks of its own samples. What is between the samples of two
 from factors that travel around a ring, and each rank gets all of it (or its own rows).
 """
 
-from gramjd.distributed.gramian import gramian, taking_part
+from gramjd.distributed.gramian import everywhere, gramian, taking_part
+from gramjd.distributed.step import local_weights
 
-__all__ = ["gramian", "taking_part"]
+__all__ = ["everywhere", "gramian", "local_weights", "taking_part"]

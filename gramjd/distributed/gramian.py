@@ -46,11 +46,13 @@ def gramian(jac: Jacobian, shares: Mapping[str, Sequence[int]], options: Options
     like = jac.parameters[0]
     ranks = Ranks.of(group, like.device)
     with torch.no_grad():
-        with taking_part(group, like):
+        with taking_part(group, like.device):
             _check(jac, rows)
             manifest, tensors = describe(jac.parts)
             mine = Statement(_settings(jac, shares, options, rows) | dict(settings or {}), manifest)
         manifests = [said.manifest for said in agree(ranks, mine) if said.manifest is not None]
+        if not any(manifest.samples_in_all for manifest in manifests):
+            raise ValueError("No rank has a sample: there is no objective.")
         own = Own(jac.parts, tensors, jac.objectives, options, like, _dtype(manifests, options, like))
         found = {}
         for name, which in shares.items():
@@ -60,15 +62,21 @@ def gramian(jac: Jacobian, shares: Mapping[str, Sequence[int]], options: Options
 
 
 @contextmanager
-def taking_part(group: Any, like: Tensor) -> Iterator[None]:
+def taking_part(group: Any, device: torch.device) -> Iterator[None]:
     """A context before the ranks agree: where it raises, the others learn it, and need not wait."""
     try:
         yield
     except Exception as error:
-        ranks = Ranks.of(group, like.device)
+        ranks = Ranks.of(group, device)
         with suppress(RankFailedError):
             agree(ranks, Statement({}, error=f"{type(error).__name__}: {error}"))
         raise
+
+
+def everywhere(group: Any, condition: Tensor) -> Tensor:
+    """Does it hold on all ranks?"""
+    found = Ranks.of(group, condition.device).gather(condition.to(torch.uint8))
+    return torch.stack(found).all()
 
 
 def _check(jac: Jacobian, rows: str) -> None:

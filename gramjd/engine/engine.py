@@ -125,13 +125,16 @@ class Engine:
         else:
             _refuse_empty(output)
             gramian = self.jacobian(output).gramian(**asdict(self._options))
-        if not bool(torch.isfinite(gramian).all()):
+        finite = torch.isfinite(gramian).all()
+        if group is not None and rows == "local":  # where one rank raises, all do
+            finite = distributed.everywhere(group, finite)
+        if not bool(finite):
             raise NotFiniteError(OVERFLOWED.format("Gramian"))
         return gramian.to(output.device)
 
     def _of_all_ranks(self, output: Tensor, group: Any, rows: str) -> Tensor:
         """The Gramian over a process group, of all registered parameters: ranks may use some each."""
-        with distributed.taking_part(group, output):
+        with distributed.taking_part(group, getattr(output, "device", torch.device("cpu"))):
             jac = self.jacobian(output)
             parameters, spec = pytree.flatten(self._registry.named())
             known = dict(zip(jac.names, jac.blocks, strict=True))

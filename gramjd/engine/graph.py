@@ -35,6 +35,13 @@ _REENTRANT = (
 )
 
 
+_STATIC = (
+    "DistributedDataParallel(static_graph=True) learns its graph from the first backward pass, which must "
+    "be an ordinary one. Take the first step without an engine (losses.mean().backward()), or leave "
+    "static_graph=True out."
+)
+
+
 @functools.lru_cache(maxsize=1024)
 def _places(kind: type) -> tuple[str, ...]:
     """The attributes of a type of node that belong to the signature."""
@@ -62,7 +69,8 @@ def walk(output: Tensor) -> Graph:
 
     Raises:
         NoGraphError: ``output`` has no graph.
-        NotCoveredError: a part of it is hidden in a reentrant checkpoint.
+        NotCoveredError: a part of it is hidden in a reentrant checkpoint, or this backward pass is one
+            that ``DistributedDataParallel`` learns a static graph from.
     """
     if output.grad_fn is None:
         raise NoGraphError(
@@ -87,6 +95,8 @@ def walk(output: Tensor) -> Graph:
             edges.append(id(node.variable) if isinstance(node.variable, torch.nn.Parameter) else 0)
         elif kind.__name__ == "CheckpointFunctionBackward":
             raise NotCoveredError(_REENTRANT)
+        elif kind.__name__ == "_DDPSinkBackward" and node.ddp_weakref().static_graph:
+            raise NotCoveredError(_STATIC)
         steady = steady and not _reorders(node, kind)
         edges += [_hashable(getattr(node, name)) for name in _places(kind)]
         for child, number in node.next_functions:

@@ -270,7 +270,10 @@ class Jacobian:
             ValueError: the weights are not shaped like the output.
             RuntimeError: the parameters are not leaf tensors that require gradients.
         """
-        used = [n for n in range(len(self.parameters)) if any(part.blocks[n] for part in self.parts)]
+        no_rows = self.samples == 0  # as autograd: zeros, which the ranks of a process group wait for
+        used = [
+            n for n in range(len(self.parameters)) if no_rows or any(part.blocks[n] for part in self.parts)
+        ]
         leaves = [self.parameters[n] for n in used]
         for n, p in zip(used, leaves, strict=True):
             if not (p.is_leaf and p.requires_grad):

@@ -1,0 +1,55 @@
+"""From the weights of all objectives to those that each rank's backward pass takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from gramjd.distributed.ranks import Ranks
+
+
+def local_weights(weights: Tensor, output: Tensor, group: Any, *, batch_dim: int | None = 0,
+                  averaged: bool = True) -> Tensor:  # fmt: skip
+    """This rank's share of the weights of all ranks' objectives, for its own backward pass.
+
+    With it, ``output.backward(share)`` and ``J.backward(share)`` give every rank of a model under
+    ``DistributedDataParallel`` or ``fully_shard`` the gradients that one process with all samples
+    would have. Those wrappers divide the sum of the ranks' gradients by the number of ranks, and so
+    the share is multiplied by it: here, and nowhere else.
+
+    Args:
+        weights: of all ranks' objectives, in order of ranks, the same on every rank.
+        output: this rank's objectives, of which the shape counts.
+        group: the process group over which gradients are averaged; each rank of it calls this.
+        batch_dim: the dimension of samples; ``None`` where the objectives are sums over ranks, so
+            that each rank's shares of them take all weights.
+        averaged: ``False`` for a training loop that adds up the ranks' gradients by itself.
+
+    Returns:
+        Weights of the shape of ``output``, detached.
+
+    Raises:
+        ValueError: the weights are not shaped like the objectives of all ranks; every rank raises it.
+    """
+    ranks = Ranks.of(group, output.device)
+    shapes: list[tuple[tuple[int, ...], tuple[int, ...]]]
+    shapes = ranks.gather_objects((tuple(weights.shape), tuple(output.shape)))
+    sizes = [_samples(shape, batch_dim) for _, shape in shapes]
+    for rank, (given, shape) in enumerate(shapes):
+        want = list(shape)
+        if batch_dim is not None and shape:
+            want[batch_dim % len(shape)] = sum(sizes)
+        if list(given) != want:
+            raise ValueError(
+                f"On rank {rank} the weights have shape {list(given)}, and all objectives {want} "
+                f"(its own {list(shape)}, batch_dim={batch_dim}). Pass the weights of the whole Gramian."
+            )
+    mine = weights.detach()
+    if batch_dim is not None:
+        mine = mine.narrow(batch_dim, sum(sizes[: ranks.rank]), sizes[ranks.rank])
+    return mine * (ranks.size if averaged else 1)
+
+
+def _samples(shape: tuple[int, ...], batch_dim: int | None) -> int:
+    return 0 if batch_dim is None or not -len(shape) <= batch_dim < len(shape) else shape[batch_dim]
