@@ -142,7 +142,7 @@ def _layout(task: Task, probe: Probe, index: int, which: int) -> Layout | None:
         noise = _noise(task, probe, index, which)
         if noise > _SMALL:
             return ZERO  # nothing but rounding: a running maximum, subtracted and added again
-        layout = owned(c, first[0], probe.v, _NOISE * noise)
+        layout = owned(c, first[0], probe.v, min(_SMALL, _NOISE * noise))
         if layout is not None:
             return layout
         slots = task.graph.nodes[index].record.record.slots
