@@ -105,6 +105,32 @@ def unfused_attention() -> AbstractContextManager[Any]:
     return sdpa_kernel(SDPBackend.MATH)
 
 
+def batched_gradients_level() -> int:
+    """The level at which ``autograd.grad(..., is_grads_batched=True)`` called here batches cotangents."""
+    level: int = torch._C._vmapmode_increment_nesting()
+    torch._C._vmapmode_decrement_nesting()
+    return level
+
+
+@contextmanager
+def outside_batched_gradients() -> Iterator[None]:
+    """A context in a backward pass of batched cotangents in which ops (random ones) are as elsewhere."""
+    levels = torch._C._vmapmode_increment_nesting()  # in a thread of autograd's own they count from 0
+    for _ in range(levels):
+        torch._C._vmapmode_decrement_nesting()
+    try:
+        yield
+    finally:
+        for _ in range(levels - 1):
+            torch._C._vmapmode_increment_nesting()
+
+
+def unbatched(gradient: Tensor, level: int, size: int) -> Tensor:
+    """A cotangent batched at this level → ``[size, ...]``."""
+    found: Tensor = torch._remove_batch_dim(gradient, level, size, 0)
+    return found
+
+
 # Is ``torch.compile`` tracing this very code? The function itself: tracing knows what it returns.
 is_compiling: Callable[[], bool] = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling
 

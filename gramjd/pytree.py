@@ -23,6 +23,9 @@ def flatten(tree: PyTree) -> tuple[list[Any], PyTreeSpec]:
     return optree.tree_flatten(tree, **_OPTIONS)
 
 
+LEAF = flatten(None)[1]  # the structure of a single leaf
+
+
 def unflatten(spec: PyTreeSpec, leaves: list[Any]) -> PyTree:
     """The tree of structure ``spec`` with these ``leaves``."""
     return optree.tree_unflatten(spec, leaves)

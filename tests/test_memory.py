@@ -9,6 +9,7 @@ import pytest
 import torch
 from allocations import OLD, Allocations
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gramjd import Engine
 from gramjd.blocks import Block, Conv, Dense, Lookup, Outer
@@ -127,6 +128,49 @@ def test_tied_embedding() -> None:
     with Allocations() as allocations:
         engine.compute_gramian(losses)
     assert allocations.largest <= 4 * 50_000 * 512 * 8 // 10
+
+
+class Deep(nn.Module):
+    """Many layers of one width, each perhaps under a checkpoint."""
+
+    def __init__(self, depth: int, checkpointed: bool, shared: bool = False) -> None:
+        super().__init__()
+        layers = [nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(1 if shared else depth)]
+        self.layers, self.depth, self.checkpointed = nn.ModuleList(layers), depth, checkpointed
+
+    def forward(self, x: Tensor) -> Tensor:
+        for n in range(self.depth):
+            layer = self.layers[n % len(self.layers)]
+            x = checkpoint(layer, x, use_reentrant=False) if self.checkpointed else layer(x)
+        return x.square().mean(1)
+
+
+def peaks(model: nn.Module, objectives: int) -> tuple[int, int]:
+    """Bytes of the first call of ``compute_gramian``, and of a later one."""
+    engine, x = Engine(model, batch_dim=0, ways=["ops"]), torch.randn(16, 32, 64)
+    found = []
+    for _ in range(2):
+        losses = model(x)[:, :objectives]
+        with Allocations() as allocations:
+            engine.compute_gramian(losses)
+        found.append(allocations.peak)
+    return found[0], found[1]
+
+
+@pytest.mark.skipif(OLD, reason="the end of a storage cannot be seen")
+@pytest.mark.parametrize("objectives", [1, 8])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_cotangents_are_contracted_as_they_come(objectives: int, checkpointed: bool) -> None:
+    """Four times the layers, no more memory; at the first call, one random objective's cotangents more."""
+    cotangent = 16 * 32 * 64 * 4
+    (first, known), (first_deep, known_deep) = (
+        peaks(Deep(depth, checkpointed), objectives) for depth in (4, 16)
+    )
+    assert known_deep <= known + cotangent
+    recomputed = 2 if checkpointed else 0
+    assert first_deep <= first + 12 * (1 + recomputed) * 1.1 * cotangent
+    shared, shared_deep = (peaks(Deep(depth, checkpointed, shared=True), objectives)[1] for depth in (4, 16))
+    assert shared_deep > shared + 12 * objectives * cotangent  # all uses of a parameter at once
 
 
 @pytest.mark.parametrize("copied", [False, True])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,19 +11,28 @@ from torch import Tensor
 
 from gramjd import gramians
 from gramjd.engine.nodes import taps_of
+from gramjd.engine.regions import Stream
 from gramjd.errors import NoGraphError
+from gramjd.internals import batched_gradients_level, outside_batched_gradients, unbatched
+
+Sink = Callable[[Any, Sequence[Tensor | None]], Sequence[Tensor | None]]
+
+
+def into_taps(node: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """The sink that leaves the cotangents to autograd, which returns them as gradients of the taps."""
+    return grads
 
 
 @contextmanager
-def tapped(nodes: Sequence[Any]) -> Iterator[list[list[Tensor]]]:
-    """The taps of the nodes, with gradients flowing into them for as long as the context lasts."""
+def tapped(nodes: Sequence[Any], sink: Sink = into_taps) -> Iterator[list[list[Tensor]]]:
+    """The taps of the nodes; their cotangents go to ``sink`` for as long as the context lasts."""
     for node in nodes:
-        node.tapped = True
+        node.sink = sink
     try:
         yield [taps_of(node) for node in nodes]
     finally:
         for node in nodes:
-            node.tapped = False
+            node.sink = None
 
 
 def basis(output: Tensor, batch_dim: int | None) -> Tensor:
@@ -39,32 +48,36 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -> l
     Raises:
         NoGraphError: the graph was freed by an earlier backward pass.
     """
+    found = _at_once(output, inputs, cotangents)
+    if found is not None:
+        return found
+    # some op has no batching rule for its backward: one objective after the other
+    rows = [_grad(output, inputs, cotangent) for cotangent in cotangents]
+    return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
 
-    def grad(cotangent: Tensor, batched: bool) -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(
-            output,
-            inputs,
-            cotangent,
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=batched,
-        )
 
+def _at_once(output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -> list[Tensor | None] | None:
+    """The gradients by one backward pass; None where some op cannot take several cotangents."""
+    if len(cotangents) == 1:
+        return [g if g is None else g.unsqueeze(0) for g in _grad(output, inputs, cotangents[0])]
+    try:
+        return list(_grad(output, inputs, cotangents, batched=True))
+    except NoGraphError:
+        raise
+    except RuntimeError:
+        return None
+
+
+def _grad(output: Tensor, inputs: Sequence[Tensor], cotangent: Tensor, batched: bool = False
+          ) -> Sequence[Tensor | None]:  # fmt: skip
     if not inputs:
         return []
     try:
-        if len(cotangents) == 1:
-            return [g if g is None else g.unsqueeze(0) for g in grad(cotangents[0], False)]
-        try:
-            return list(grad(cotangents, True))
-        except RuntimeError as error:
-            if _is_freed(error):
-                raise
-            # some op has no batching rule for its backward: one objective after the other
-            rows = [grad(cotangent, False) for cotangent in cotangents]
-            return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
+        return torch.autograd.grad(
+            output, inputs, cotangent, retain_graph=True, allow_unused=True, is_grads_batched=batched
+        )
     except RuntimeError as error:
-        if _is_freed(error):
+        if "backward through the graph a second time" in str(error):
             raise NoGraphError(
                 "The graph of the output has been freed by an earlier backward pass. Call "
                 "compute_gramian before backward, or keep the graph with backward(retain_graph=True)."
@@ -72,14 +85,39 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -> l
         raise
 
 
+def stream(output: Tensor, nodes: Sequence[Any], cotangents: Tensor, sink: Stream) -> None:
+    """One backward pass, the cotangents ``[K, *y]`` of whose nodes go to ``sink`` as they are reached.
+
+    Raises:
+        NoGraphError: the graph was freed by an earlier backward pass.
+    """
+    K, level = len(cotangents), batched_gradients_level()
+
+    def receive(node: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        with outside_batched_gradients():
+            sink.receive(
+                node,
+                [g if g is None else unbatched(g, level, K) if K > 1 else g.unsqueeze(0) for g in grads],
+            )
+        return (None,) * len(grads)
+
+    with tapped(nodes, receive) as taps:
+        whole = _at_once(output, [tap for mine in taps for tap in mine], cotangents) is not None
+    left = sink.missing()
+    if whole:  # no cotangents come where the output does not depend on a node's outputs
+        for node in left:
+            sink.receive(node, [None] * len(taps_of(node)))
+        return
+    with tapped(left) as taps:
+        flat = gradients(output, [tap for mine in taps for tap in mine], cotangents)
+    for node, found in zip(left, grouped(flat, [len(mine) for mine in taps]), strict=True):
+        sink.receive(node, found)
+
+
 def grouped(flat: Sequence[Tensor | None], counts: Sequence[int]) -> list[list[Tensor | None]]:
     """A list for each node from one list for all."""
     rest = iter(flat)
     return [[next(rest) for _ in range(count)] for count in counts]
-
-
-def _is_freed(error: RuntimeError) -> bool:
-    return "backward through the graph a second time" in str(error)
 
 
 def row_gradients(output: Tensor, inputs: Sequence[Tensor], batch_dim: int | None) -> list[Tensor | None]:

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from gramjd import distributed, pytree
+from gramjd.blocks import Block
 from gramjd.engine.graph import Graph, walk
 from gramjd.engine.nodes import forget
 from gramjd.engine.recorder import AfterHook, BeforeHook, Watcher
 from gramjd.engine.task import Plan, Task
-from gramjd.engine.ways import OVERFLOWED, WAYS, solve
+from gramjd.engine.ways import OVERFLOWED, WAYS, Emit, solve
 from gramjd.errors import NotCoveredError, NotFiniteError, SlowPathWarning
 from gramjd.explanation import Explanation, explanation
-from gramjd.jacobian import Jacobian, Output
+from gramjd.jacobian import Jacobian, Output, Sum
 from gramjd.plan import Options
 from gramjd.rounding import own_precision
 
@@ -124,7 +125,7 @@ class Engine:
             gramian = self._of_all_ranks(output, group, rows)
         else:
             _refuse_empty(output)
-            gramian = self.jacobian(output).gramian(**asdict(self._options))
+            gramian = self._streamed(output)
         finite = torch.isfinite(gramian).all()
         if group is not None and rows == "local":  # where one rank raises, all do
             finite = distributed.everywhere(group, finite)
@@ -148,13 +149,33 @@ class Engine:
         return found
 
     @own_precision
+    def _streamed(self, output: Tensor) -> Tensor:
+        """The Gramian, to which each region adds its share when the backward pass has been through it."""
+        described = self._output(output)
+        total = Sum(described, self._options)
+        self._solve(output, described, total.add)
+        return total.gramian()
+
+    @own_precision
     def jacobian(self, output: Tensor, /) -> Jacobian:
         """The lazy Jacobian of an output with respect to the parameters, by name.
 
         The arguments and errors are those of :meth:`compute_gramian`, but for an output without
         samples, whose Jacobian has no rows.
         """
+        found: dict[Tensor, list[Block]] = {}
+        described = self._output(output)
+        parameters, spec = pytree.flatten(self._solve(output, described, found.update))
+        blocks = [found.get(p, []) for p in parameters]
+        return Jacobian.of(blocks, parameters, spec, [described], pytree.LEAF, described.samples)
+
+    def _output(self, output: Tensor) -> Output:
+        """What is known of an output, once it is validated."""
         batch_dim = self._validate(output)
+        return Output(0, tuple(output.shape), batch_dim)
+
+    def _solve(self, output: Tensor, described: Output, emit: Emit) -> dict[str, Tensor]:
+        """Give ``emit`` the blocks of the parameters that an output depends on, which are returned."""
         with torch.no_grad():
             graph = walk(output)
             named = {n: p for n, p in self._registry.named().items() if id(p) in graph.leaves}
@@ -162,18 +183,15 @@ class Engine:
                 self._raise_not_covered()
             plan = self._plan(graph)
             warned = "rows" in plan.ways.values()
-            task = Task(output, batch_dim, graph, named, plan)
+            task = Task(output, described.batch_dim, graph, named, plan)
             try:
-                blocks = solve(task, self._ways, check=self._check != "never") if task.samples else []
+                if task.samples:
+                    solve(task, self._ways, self._check != "never", emit)
             finally:
                 forget(graph.nodes)
         if task.samples and not warned and self._ways != ("rows",):
             _warn_of_rows(task)
-        parameters, spec = pytree.flatten(named)
-        by_id = dict(zip(map(id, named.values()), blocks or [[] for _ in named], strict=True))
-        _, leaf = pytree.flatten(output)
-        shape = Output(0, tuple(output.shape), batch_dim)
-        return Jacobian.of([by_id[id(p)] for p in parameters], parameters, spec, [shape], leaf, task.samples)
+        return named
 
     def explain(self, output: Tensor, /) -> Explanation:
         """What the Gramian of an output is made of: every use of every parameter, its op and its plan.
@@ -329,5 +347,5 @@ def _warn_of_rows(task: Task) -> None:
             f"The Jacobian of parameter {slow[0]!r}{more} is computed one row at a time, which is exact "
             f"but slow, because {cause}.",
             SlowPathWarning,
-            stacklevel=5,
+            stacklevel=6,
         )

@@ -2,7 +2,8 @@
 
 A node holds what the use's blocks follow from and lives exactly as long as the graph. Beside each
 output it has a *tap*, a leaf without storage of its own, whose gradient is the output's cotangent:
-asking autograd for the gradients of taps runs the backward pass through activations alone.
+asking autograd for the gradients of taps runs the backward pass through activations alone. What becomes
+of the cotangents then is up to the *sink* that the node has for the time of the pass.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from gramjd.internals import outside_transforms, saved_tensors_hook
 
+Cotangents = list[Tensor | None]  # of the outputs of a node, [K, *y]
+
 
 class Node(torch.autograd.Function):
     """The identity on the outputs of a use or of a module call."""
@@ -22,7 +25,7 @@ class Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, record: Any, saved: Sequence[Tensor], inplace: bool, *tensors: Tensor) -> Any:
         ctx.record = record
-        ctx.tapped = False
+        ctx.sink = None
         ctx.hooked, ctx.values = saved_tensors_hook() is not None, None
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
@@ -35,9 +38,11 @@ class Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        taps = grads if ctx.tapped else (None,) * len(grads)
-        if ctx.tapped and ctx.hooked and ctx.values is None:
-            ctx.values = ctx.saved_tensors  # outside of a backward pass, each would be computed anew
+        taps = (None,) * len(grads)
+        if ctx.sink is not None:
+            if ctx.hooked and ctx.values is None:
+                ctx.values = ctx.saved_tensors  # outside of a backward pass, each would be computed anew
+            taps = ctx.sink(ctx, grads)
         return (None, None, None, *grads, *taps)
 
     @staticmethod

@@ -9,8 +9,8 @@ by a number that is no power of two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -21,7 +21,8 @@ from gramjd.blocks import Block, Outer
 from gramjd.engine import backward
 from gramjd.engine.layouts import ZERO, Layout, Scattered, follows_samples, measure, owned
 from gramjd.engine.marks import OpMark
-from gramjd.engine.replay import Cotangents
+from gramjd.engine.nodes import Cotangents
+from gramjd.engine.regions import Later
 from gramjd.engine.task import Task, is_fused
 from gramjd.rounding import tolerance
 from gramjd.uses import roots
@@ -37,35 +38,39 @@ class Pass:
 
     cotangents: list[Cotangents]  # of each node, [1, *y]
     gradients: dict[str, Tensor | None]  # of each parameter, [1, *p.shape]
+    sizes: dict[str, float]  # norms of the gradients that there are
 
-    @cached_property
-    def sizes(self) -> dict[str, float]:
-        """Norms of the gradients that there are."""
-        return {name: float(g.norm()) for name, g in self.gradients.items() if g is not None}
+    def of(self, nodes: Sequence[int]) -> Pass:
+        """The same with the cotangents of some nodes alone."""
+        return replace(self, cotangents=[self.cotangents[n] for n in nodes])
 
 
-@dataclass
-class Probe:
-    """Backward of the objectives weighted at random, to compare with."""
+class Passes:
+    """Backward passes of the objectives weighted at random, each run when it is first asked for.
 
-    v: Tensor  # [K, B]
-    others: Tensor  # weights like them
-    run: Callable[[Tensor], Pass]  # with the weights given
-    scattered: bool = False  # did a sample's entries show by its weight alone?
+    While another one is in progress (``busy``), asking for one that was not run raises ``Later``.
+    """
+
+    def __init__(self, task: Task, checking: bool) -> None:
+        self.task, self.checking, self.busy = task, checking, False
+        # weights [K, B], and others like them
+        self.v, self.others = (
+            _random_weights(task.objectives, task.samples, task.output, seed) for seed in (0, 1)
+        )
 
     @cached_property
     def first(self) -> Pass:
-        return self.run(self.v)
+        return self._run(self.v)
 
     @cached_property
     def again(self) -> Pass:
         """The same but for rounding."""
-        return self.run(_SCALE * self.v)
+        return self._run(_SCALE * self.v)
 
     @cached_property
-    def total(self) -> tuple[Tensor, Pass]:
-        """What the total is compared with: weights that no layout was found by, if these told too much."""
-        return (self.others, self.run(self.others)) if self.scattered else (self.v, self.first)
+    def independent(self) -> Pass:
+        """With the other weights."""
+        return self._run(self.others)
 
     @cached_property
     def rounding(self) -> float:
@@ -83,37 +88,63 @@ class Probe:
         """Would every gradient that is missing have been missed?"""
         return all(size > 0 for size in self.first.sizes.values())
 
+    def forget(self, nodes: Sequence[int]) -> None:
+        """Let go of what was found at some nodes."""
+        for name in {"first", "again", "independent"} & vars(self).keys():
+            for n in nodes:
+                getattr(self, name).cotangents[n] = []
 
-def differentiate(task: Task, checking: bool) -> Probe:
-    """Fill in the cotangents at every node; the probe runs when it is first asked."""
-    nodes = task.graph.nodes
-    objectives = backward.basis(task.output, task.batch_dim)
-    v, others = (_random_weights(len(objectives), task.samples, task.output, seed) for seed in (0, 1))
-
-    def run(cotangents: Tensor, named: dict[str, Tensor]) -> Pass:
-        with backward.tapped(nodes) as taps:
-            flat = [tap for mine in taps for tap in mine]
-            found = backward.gradients(task.output, [*flat, *named.values()], cotangents)
-        rest = iter(found)
-        grouped = [[next(rest) for _ in mine] for mine in taps]
-        return Pass(grouped, dict(zip(named, rest, strict=True)))
-
-    task.cotangents = run(objectives, {}).cotangents
-
-    def weighted(weights: Tensor) -> Pass:
+    def _run(self, weights: Tensor) -> Pass:
+        if self.busy:
+            raise Later
+        task, named = self.task, self.task.parameters if self.checking else {}
         rows = gramians.from_rows(weights, task.output.shape, task.batch_dim).unsqueeze(0)
-        return run(rows, task.parameters if checking else {})
+        with backward.tapped(task.graph.nodes) as taps:
+            flat = [tap for mine in taps for tap in mine]
+            found = backward.gradients(task.output, [*flat, *named.values()], rows)
+        cotangents = backward.grouped(found, [len(mine) for mine in taps])
+        gradients = dict(zip(named, found[len(flat) :], strict=True))
+        sizes = {name: float(g.norm()) for name, g in gradients.items() if g is not None}
+        return Pass(cotangents, gradients, sizes)
 
-    return Probe(v, others, weighted)
+
+@dataclass
+class Probe:
+    """What the passes tell of one region."""
+
+    passes: Passes
+    nodes: Sequence[int]
+    scattered: bool = False  # did a sample's entries show by its weight alone?
+
+    @property
+    def v(self) -> Tensor:
+        return self.passes.v
+
+    @cached_property
+    def first(self) -> Pass:
+        return self.passes.first.of(self.nodes)
+
+    @property
+    def again(self) -> Pass:
+        return self.passes.again.of(self.nodes)
+
+    @property
+    def total(self) -> tuple[Tensor, Pass]:
+        """What the total is compared with: weights that no layout was found by, if these told too much."""
+        if self.scattered:
+            return self.passes.others, self.passes.independent
+        return self.v, self.passes.first
 
 
 def find_layouts(task: Task, probe: Probe) -> bool:
-    """Find the layouts of all nodes; could the same be said of the next graph of this signature?"""
+    """Find the layouts of a region's nodes; could the same be said of the next graph of this signature?"""
     if task.batch_dim is None:
         task.layouts = [[Layout(0)] * len(cs) for cs in task.cotangents]
         return True
-    if task.plan.layouts is not None:
-        task.layouts = task.plan.layouts
+    assert task.region is not None
+    known = task.plan.layouts.get(task.region)
+    if known is not None:
+        task.layouts = known
         return True
     lasting = task.samples > 1  # a single sample fits everywhere
     for index, cs in enumerate(task.cotangents):
@@ -123,7 +154,8 @@ def find_layouts(task: Task, probe: Probe) -> bool:
     lasting = lasting and not any(map(is_fused, task.graph.nodes))  # the next may be replayed
     probe.scattered = any(isinstance(layout, Scattered) for mine in task.layouts for layout in mine)
     lasting = lasting and not probe.scattered  # the next batch may be scattered otherwise
-    task.plan.layouts = task.layouts if lasting else None
+    if lasting:
+        task.plan.layouts[task.region] = task.layouts
     return lasting
 
 
@@ -212,7 +244,7 @@ def agrees(probe: Probe, name: str, blocks: Sequence[Block]) -> bool:
         return False
     # its own may be small by chance where it has few entries
     alone = probe.first.gradients[name], probe.again.gradients[name]
-    rounding = max(_rounding(*alone), probe.rounding)
+    rounding = max(_rounding(*alone), probe.passes.rounding)
     return off <= _NOISE * rounding * size + slack
 
 

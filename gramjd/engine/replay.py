@@ -14,13 +14,11 @@ from torch import Tensor
 from gramjd import pytree
 from gramjd.engine import backward
 from gramjd.engine.marks import OpMark
-from gramjd.engine.nodes import values_of
+from gramjd.engine.nodes import Cotangents, values_of
 from gramjd.engine.recorder import Recorder
 from gramjd.rounding import tolerance
 from gramjd.rules import expansion_of, tensors_of
 from gramjd.uses import Record
-
-Cotangents = list[Tensor | None]  # of the outputs of a node, [K, *y]
 
 
 class _Collector(Recorder):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor
 from gramjd.engine.graph import Graph
 from gramjd.engine.layouts import ZERO, Layout
 from gramjd.engine.marks import OpMark
-from gramjd.engine.replay import Cotangents, Replayed
+from gramjd.engine.nodes import Cotangents
+from gramjd.engine.regions import Region
+from gramjd.engine.replay import Replayed
 
 Layouts = Sequence[Layout | None]  # of the outputs of a node; None: samples are mixed, or it has none
 
@@ -21,7 +23,9 @@ Layouts = Sequence[Layout | None]  # of the outputs of a node; None: samples are
 class Plan:
     """What was measured on the first graph of a signature, and holds for the next ones."""
 
-    layouts: list[Layouts] | None = None  # of each node
+    regions: list[Region] = field(default_factory=list)
+    layouts: dict[int, list[Layouts]] = field(default_factory=dict)  # of each node of a region
+    late: set[int] = field(default_factory=set)  # regions that wait for the end of the backward pass
     mixed: set[int] = field(default_factory=set)  # ids of parameters whose uses mix samples
     ways: dict[int, str] = field(default_factory=dict)  # of each parameter, by id
     causes: dict[int, str] = field(default_factory=dict)  # why it did not go an earlier way
@@ -35,17 +39,19 @@ def is_fused(node: Any) -> bool:
 
 @dataclass
 class Task:
-    """One output to differentiate, with respect to ``parameters``."""
+    """One output to differentiate, with respect to ``parameters``; or what one region has of it."""
 
     output: Tensor
     batch_dim: int | None
     graph: Graph
     parameters: dict[str, Tensor]  # by name
     plan: Plan
+    region: int | None = None
     cotangents: list[Cotangents] = field(default_factory=list)  # of each node
     layouts: list[Layouts] = field(default_factory=list)
     precisions: list[torch.dtype | None] = field(default_factory=list)  # of a node's op, if replayed
     places: list[int | None] = field(default_factory=list)  # of a node in the user's forward, likewise
+    met: set[Layout | None] = field(default_factory=set)  # by any region, see layouts_met
     replays: list[Replayed] = field(default_factory=list)  # kept alive
 
     @property
@@ -53,10 +59,31 @@ class Task:
         """``B``, 1 without a batch dimension."""
         return 1 if self.batch_dim is None else self.output.shape[self.batch_dim]
 
+    @property
+    def objectives(self) -> int:
+        """``K``, per sample."""
+        return self.output.numel() // self.samples
+
+    def of_region(self, number: int, cotangents: list[Cotangents]) -> Task:
+        """The part of a region, given the cotangents at its nodes."""
+        region = self.plan.regions[number]
+        graph = replace(self.graph, nodes=[self.graph.nodes[i] for i in region.nodes])
+        mine = {name: p for name, p in self.parameters.items() if id(p) in region.owners}
+        return Task(self.output, self.batch_dim, graph, mine, self.plan, number, cotangents)
+
     def is_unbatched(self, node: int) -> bool:
         """Are all arguments of a use the same for all samples?"""
         mark = self.graph.nodes[node].record
         return isinstance(mark, OpMark) and mark.unbatched
+
+    def layouts_met(self) -> set[Layout | None]:
+        """The layouts of nodes; None for those that have none, though their arguments are of samples."""
+        return {
+            layout
+            for node, mine in enumerate(self.layouts)
+            for layout in mine
+            if layout is not None or not self.is_unbatched(node)
+        }
 
     def canonical(self, node: int) -> Cotangents:
         """Cotangents of the outputs of a node as ``[K, B, ...]``, where they have a layout."""

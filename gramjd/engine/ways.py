@@ -15,9 +15,10 @@ from gramjd.engine import backward
 from gramjd.engine.calls import call_blocks
 from gramjd.engine.layouts import ZERO, Layout, canonical
 from gramjd.engine.marks import CallMark, OpMark
-from gramjd.engine.nodes import values_of
-from gramjd.engine.probe import Probe, agrees, differentiate, find_layouts, is_noise
-from gramjd.engine.replay import Cotangents, Replayed, replay
+from gramjd.engine.nodes import Cotangents, forget, values_of
+from gramjd.engine.probe import Pass, Passes, Probe, agrees, find_layouts, is_noise
+from gramjd.engine.regions import Later, Stream, regions_of
+from gramjd.engine.replay import Replayed, replay
 from gramjd.engine.task import Task, is_fused
 from gramjd.errors import CheckFailedError, NotFiniteError, NotSeparableError
 from gramjd.rules.registry import any_entry
@@ -30,60 +31,94 @@ OVERFLOWED = (
     "scale, scaler.update(scaler.get_scale() / 2)."
 )
 
-Found = dict[int, list[Block]]  # by id of the parameter; parameters not covered are missing
+Found = dict[Tensor, list[Block]]  # of each parameter; those not covered are missing
+Emit = Callable[[Found], None]
 
 
-def solve(task: Task, ways: Sequence[str], check: bool) -> list[list[Block]]:
-    """Blocks of every parameter, each obtained in the first of ``ways`` that is exact for it.
+def solve(task: Task, ways: Sequence[str], check: bool, emit: Emit) -> None:
+    """Give ``emit`` the blocks of every parameter, obtained in the first of ``ways`` that is exact for it.
 
-    Measures and checks what the task's plan does not know yet, and writes it there.
+    Those of a region as soon as the backward pass has been through it, where that is possible. Measures
+    and checks what the task's plan does not know yet, and writes it there.
 
     Raises:
         NotFiniteError: gradients have NaN or infinite entries.
         NotSeparableError: the samples are mixed.
         CheckFailedError: no way is left for a parameter.
     """
-    replayed = any(isinstance(node.record, CallMark) for node in task.graph.nodes)
-    checking = check and (replayed or not task.plan.checked)  # replays run the user's code anew
-    probe = differentiate(task, checking)
-    if checking or (task.batch_dim is not None and task.plan.layouts is None):
-        _refuse_overflow(probe)  # or what is measured now would be wrong, and remembered
-    _expand(task, probe)
-    lasting = find_layouts(task, probe)
-    found: Found = {}
-    for way in ways:
-        left = {name: p for name, p in task.parameters.items() if id(p) not in found}
-        planned = {n: p for n, p in left.items()
-                   if WAYS.index(task.plan.ways.get(id(p), way)) <= WAYS.index(way)}  # fmt: skip
-        if not planned:
-            continue
-        if way == "rows":
-            _refuse_mixed(task, planned, ways)
-        candidates = _WAYS[way](task, planned)
-        for name, p in planned.items():
-            blocks = candidates.get(id(p))
-            if blocks is None:
-                continue
-            if checking and way != "rows" and not agrees(probe, name, blocks):
-                task.plan.causes[id(p)] = "its uses that were seen do not add up to autograd's gradient"
-                continue
-            found[id(p)] = blocks
-            task.plan.ways[id(p)] = way
-    missing = [name for name, p in task.parameters.items() if id(p) not in found]
-    if missing:
-        name = missing[0]
-        cause = task.plan.causes.get(id(task.parameters[name]), "no registered module call used it")
+    plan, nodes = task.plan, task.graph.nodes
+    plan.regions = plan.regions or regions_of(nodes)
+    opaque = [isinstance(node.record, CallMark) for node in nodes]
+    checking = check and (any(opaque) or not plan.checked)  # replays run the user's code anew
+    passes = Passes(task, checking)
+    if checking or (task.batch_dim is not None and len(plan.layouts) < len(plan.regions)):
+        _refuse_overflow(passes.first)  # or what is measured now would be wrong, and remembered
+    done: set[int] = set()  # ids of parameters
+    lasting = [True] * len(plan.regions)
+
+    def solve_region(number: int, cotangents: list[Cotangents]) -> None:
+        part = task.of_region(number, cotangents)
+        probe = Probe(passes, plan.regions[number].nodes)
+        try:
+            _expand(part, probe)
+            lasting[number] = find_layouts(part, probe)
+            found = _first_exact(part, probe, ways, checking)
+        except Later:
+            plan.late.add(number)  # also the next time: the order of the sum decides on its rounding
+            raise
+        task.met.update(part.layouts_met())
+        done.update(map(id, found))
+        emit(found)
+        forget([nodes[i] for i in probe.nodes])
+        passes.forget(probe.nodes)
+
+    early = {n for n, region in enumerate(plan.regions) if n not in plan.late
+             and not any(opaque[i] or is_fused(nodes[i]) for i in region.nodes)}  # fmt: skip
+    stream = Stream(nodes, plan.regions, early, solve_region)
+    passes.busy = True
+    backward.stream(task.output, nodes, backward.basis(task.output, task.batch_dim), stream)
+    passes.busy = False
+    stream.finish()
+    left = {name: p for name, p in task.parameters.items() if id(p) not in done}
+    if left and "rows" in ways:
+        _refuse_mixed(task, left, ways)
+        emit(_rows(task, left))
+        plan.ways.update(dict.fromkeys(map(id, left.values()), "rows"))
+    elif left:
+        name, p = next(iter(left.items()))
+        cause = plan.causes.get(id(p), "no registered module call used it")
         raise CheckFailedError(
             f"The Gramian of {name!r} could not be computed by {' or '.join(ways)}: {cause}. "
             "Allow more ways (the default of Engine tries all), or freeze the parameter."
         )
-    task.plan.checked = task.plan.checked or (checking and lasting and probe.conclusive)
-    return [found[id(p)] for p in task.parameters.values()]
+    plan.checked = plan.checked or (checking and all(lasting) and passes.conclusive)
 
 
-def _refuse_overflow(probe: Probe) -> None:
-    """Raise where the probe met NaN or infinity."""
-    found = [c for cs in probe.first.cotangents for c in cs] + list(probe.first.gradients.values())
+def _first_exact(task: Task, probe: Probe, ways: Sequence[str], checking: bool) -> Found:
+    """Blocks of a region's parameters by the ops or by replays of calls, where these are exact."""
+    plan, found = task.plan, Found()
+    for way in ways:
+        left = {name: p for name, p in task.parameters.items() if p not in found}
+        planned = {n: p for n, p in left.items()
+                   if WAYS.index(plan.ways.get(id(p), way)) <= WAYS.index(way)}  # fmt: skip
+        if way == "rows" or not planned:
+            continue
+        candidates = _WAYS[way](task, planned)
+        for name, p in planned.items():
+            blocks = candidates.get(p)
+            if blocks is None:
+                continue
+            if checking and not agrees(probe, name, blocks):
+                plan.causes[id(p)] = "its uses that were seen do not add up to autograd's gradient"
+                continue
+            found[p] = blocks
+            plan.ways[id(p)] = way
+    return found
+
+
+def _refuse_overflow(weighted: Pass) -> None:
+    """Raise where a pass met NaN or infinity."""
+    found = [c for cs in weighted.cotangents for c in cs] + list(weighted.gradients.values())
     if not all(bool(torch.isfinite(t).all()) for t in found if t is not None):
         raise NotFiniteError(OVERFLOWED.format("gradient"))
 
@@ -97,7 +132,7 @@ def _expand(task: Task, probe: Probe) -> None:
     probed: list[Cotangents] = []
     precisions: list[torch.dtype | None] = []
     places: list[int | None] = []
-    measuring = task.batch_dim is not None and task.plan.layouts is None
+    measuring = task.batch_dim is not None and task.region not in task.plan.layouts
     for index, (node, cs) in enumerate(zip(task.graph.nodes, task.cotangents, strict=True)):
         given = probe.first.cotangents[index] if measuring else None
         found = Replayed([node], [cs], [given or []])
@@ -126,8 +161,7 @@ def _expand(task: Task, probe: Probe) -> None:
 
 def _refuse_mixed(task: Task, planned: dict[str, Tensor], ways: Sequence[str]) -> None:
     """Rows are exact whatever ``batch_dim`` is; but a wrong one is an error, not a slow path."""
-    layouts = {layout for index, mine in enumerate(task.layouts) for layout in mine
-               if layout is not None or not task.is_unbatched(index)}  # fmt: skip
+    layouts = task.met
     mixed = [name for name, p in planned.items() if id(p) in task.plan.mixed]
     if task.samples == 1 or len(ways) == 1 or not (mixed or (None in layouts and layouts <= {None, ZERO})):
         return
@@ -170,7 +204,7 @@ def _ops(task: Task, parameters: dict[str, Tensor]) -> Found:
     marks = [node.record for node in task.graph.nodes if isinstance(node.record, OpMark)]
     seen = {root for mark in marks for slot in mark.record.slots for root in roots(slot.source)}
     return {
-        id(p): mine
+        p: mine
         for p, mine in zip(parameters.values(), blocks, strict=True)
         if id(p) in seen and id(p) not in failed
     }
@@ -238,7 +272,7 @@ def _where(record: Record, saved: Sequence[Tensor], output: Sequence[int], dim: 
 
 def _functional(task: Task, parameters: dict[str, Tensor]) -> Found:
     """Way 2: module calls whose inside was not seen, as pure functions under ``vmap(vjp)``."""
-    found: Found = {}
+    found: dict[int, list[Block]] = {}
     failed: set[int] = set()
     for index, node in enumerate(task.graph.nodes):
         mark = node.record
@@ -261,8 +295,8 @@ def _functional(task: Task, parameters: dict[str, Tensor]) -> Found:
             continue
         for owner, mine in zip(owners, blocks, strict=True):
             found.setdefault(owner, []).extend(mine)
-    wanted = {id(p) for p in parameters.values()}
-    return {key: blocks for key, blocks in found.items() if key in wanted - failed}
+    covered = found.keys() - failed
+    return {p: found[id(p)] for p in parameters.values() if id(p) in covered}
 
 
 def _rows(task: Task, parameters: dict[str, Tensor]) -> Found:
@@ -272,14 +306,12 @@ def _rows(task: Task, parameters: dict[str, Tensor]) -> Found:
         task.plan.causes.get(id(p), "it was not used in a registered module") for p in parameters.values()
     ]
     return {
-        id(p): [] if row is None else [Dense(row, origin=f"one row at a time ({cause})")]
+        p: [] if row is None else [Dense(row, origin=f"one row at a time ({cause})")]
         for p, row, cause in zip(parameters.values(), rows, causes, strict=True)
     }
 
 
-_WAYS: dict[str, Callable[[Task, dict[str, Tensor]], Found]] = {
-    "ops": _ops, "functional": _functional, "rows": _rows,
-}  # fmt: skip
+_WAYS: dict[str, Callable[[Task, dict[str, Tensor]], Found]] = {"ops": _ops, "functional": _functional}
 
 
 def _name(op: object) -> str:

@@ -2,5 +2,6 @@
 
 from gramjd.jacobian.lazy import Jacobian
 from gramjd.jacobian.outputs import Output
+from gramjd.jacobian.total import Sum
 
-__all__ = ["Jacobian", "Output"]
+__all__ = ["Jacobian", "Output", "Sum"]

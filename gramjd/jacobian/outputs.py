@@ -27,6 +27,11 @@ class Output:
         return prod(n for d, n in enumerate(self.shape) if d != self.batch_dim)
 
     @property
+    def samples(self) -> int:
+        """1 without a batch dimension."""
+        return 1 if self.batch_dim is None else self.shape[self.batch_dim]
+
+    @property
     def stop(self) -> int:
         return self.start + self.objectives
 
