@@ -19,10 +19,11 @@ def regularize(matrix: Tensor, norm_eps: float, reg_eps: float, rounding: float)
     """
     if norm_eps < 0 or reg_eps < 0:
         raise ValueError(f"norm_eps and reg_eps cannot be negative; got {norm_eps} and {reg_eps}.")
-    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    share = ((trace >= norm_eps) & (trace > 0)) / trace.clamp(min=torch.finfo(trace.dtype).tiny)
+    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True).unsqueeze(-1)
+    smallest = max(norm_eps, torch.finfo(trace.dtype).tiny)
+    share = (trace >= smallest) / trace.clamp(min=smallest)
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    matrix = semidefinite(matrix * share, rounding, reg_eps) + reg_eps * identity
+    matrix = torch.add(semidefinite(matrix * share, rounding, reg_eps), identity, alpha=reg_eps)
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     scale = diagonal.rsqrt() if reg_eps else (diagonal + (diagonal <= 0)).rsqrt()
     return matrix * scale.unsqueeze(-1) * scale.unsqueeze(-2), scale

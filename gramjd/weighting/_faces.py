@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gramjd.weighting._certificate import NotConvergedError
 from gramjd.weighting._opaque import batched, is_constant, opaque
-from gramjd.weighting._pivoting import CHUNK, SMALL, face_factor
+from gramjd.weighting._pivoting import CHUNK, SMALL
 from gramjd.weighting._shared_hessian import conjugate_gradients
 
 DEPENDENT = 1e-6  # sine of the angle below which a gradient counts as a combination of others
@@ -88,9 +88,11 @@ def _solve_faces(hessian: Tensor, target: Tensor, free: Tensor) -> Tensor:
 def _factor_faces(hessian: Tensor, target: Tensor, free: Tensor) -> Tensor:
     step = max(1, CHUNK // hessian.numel())
     norms = hessian.diagonal().sqrt()
+    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     solutions = []
     for some, face in zip(target.split(step), free.split(step), strict=True):
-        factor = face_factor(hessian.expand(len(some), -1, -1), face)
+        both = face.unsqueeze(-1) & face.unsqueeze(-2)
+        factor = torch.linalg.cholesky_ex(torch.where(both, hessian, identity))[0]
         pivots = factor.diagonal(dim1=-2, dim2=-1) / torch.where(face, norms, 1)
         if not bool((pivots > DEPENDENT).all()):
             raise NotConvergedError(

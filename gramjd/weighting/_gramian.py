@@ -84,7 +84,7 @@ def prepare(gramian: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         gramian = gramian.permute(order)
     matrix = gramian.reshape((*lead, prod(shape), prod(shape)))
     opaque(_check, matrix)
-    matrix, dtype = matrix.to(torch.float64), gramian.dtype
+    dtype = gramian.dtype
 
     def restore(weights: Tensor) -> Tensor:
         return weights.reshape((*lead, *shape)).to(dtype)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from gramjd.weighting._pivoting import pivot_rows
-from gramjd.weighting._qp import TINY
-from gramjd.weighting._shared_hessian import warm_start
+from gramjd.weighting._shared_hessian import guess_free
 
 # shift (see shifted_program) and damping, one pair after the other until the gap is small enough
 ATTEMPTS = [(0.0, 1e-8), (0.5, 1e-8), (1.0, 1e-8), (0.0, 1e-11), (0.5, 1e-11), (1.0, 1e-11)]
@@ -68,8 +67,7 @@ def _proximal_steps(
     """Go on while the gap shrinks; the best weights so far, and their gap."""
     damped = hessian + damping * torch.diag_embed(torch.ones_like(scale))
     if guess is None:
-        tiny = hessian.shape[-1] <= TINY
-        guess = linear < 0 if tiny else warm_start(damped, linear.unsqueeze(-2)).squeeze(-2) > 0
+        guess = guess_free(damped, linear.unsqueeze(-2)).squeeze(-2)
     x = torch.zeros_like(linear)
     for _ in range(30):
         x = pivot_rows(damped, linear - damping * x, guess)

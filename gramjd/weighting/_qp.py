@@ -12,9 +12,7 @@ from torch import Tensor
 from gramjd.weighting._faces import on_face
 from gramjd.weighting._opaque import opaque
 from gramjd.weighting._pivoting import SMALL, pivot_rows
-from gramjd.weighting._shared_hessian import solve_rows, warm_start
-
-TINY = 12  # sizes up to this one need no warm start
+from gramjd.weighting._shared_hessian import guess_free, solve_rows
 
 
 def solve_qp(hessian: Tensor, linear: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,9 +40,8 @@ def _small(hessian: Tensor, linear: Tensor) -> Tensor:
     batch, rows, size = linear.shape
     each = hessian.unsqueeze(1).expand(-1, rows, -1, -1)
     each = each[0] if batch == 1 else each.reshape(-1, size, size)
-    free = linear < 0 if size <= TINY else warm_start(hessian, linear) > 0
-    linear, free = linear.reshape(-1, size), free.reshape(-1, size)
-    return pivot_rows(each, linear, free).reshape(batch, rows, size)
+    free = guess_free(hessian, linear).reshape(-1, size)
+    return pivot_rows(each, linear.reshape(-1, size), free).reshape(batch, rows, size)
 
 
 def _large(hessian: Tensor, linear: Tensor) -> Tensor:

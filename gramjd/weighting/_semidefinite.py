@@ -26,10 +26,11 @@ def semidefinite(matrix: Tensor, rounding: float, reg_eps: float = 0.0) -> Tenso
 def _correction(matrix: Tensor, rounding: float, reg_eps: float) -> Tensor:
     size = matrix.shape[-1]
     diagonal = matrix.diagonal(dim1=-2, dim2=-1).clamp(min=0)
-    slack = (1e-14 * size * diagonal).clamp(min=reg_eps) + (diagonal <= 0)
-    _, info = torch.linalg.cholesky_ex(matrix + torch.diag_embed(slack))
-    if not bool(info.any()):
-        return torch.zeros_like(matrix)
+    slack = reg_eps if reg_eps > 1e-12 else 1e-14 * size * diagonal + (diagonal <= 0)
+    shifted = matrix.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(slack)
+    if not bool(torch.linalg.cholesky_ex(shifted).info.any()):
+        return matrix.new_zeros((*matrix.shape[:-2], 1, 1))
     unit = torch.where(diagonal > 0, diagonal, torch.inf).rsqrt()
     correlation = matrix * unit.unsqueeze(-1) * unit.unsqueeze(-2)
     values, vectors = torch.linalg.eigh(correlation)

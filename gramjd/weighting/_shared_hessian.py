@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gramjd.weighting._pivoting import GRACE, exchange
 
+TINY = 12  # sizes up to this one need no better start than a few gradient steps
 LOOSE, TIGHT = 0.03, 1e-4  # what one call of conjugate gradients reduces the residual to
 FINAL = 1e-12  # residual at which a row is done
 
@@ -117,6 +118,21 @@ def conjugate_gradients(
     return x, product
 
 
+def guess_free(hessian: Tensor, linear: Tensor) -> Tensor:
+    """Which entries of the solutions are positive, nearly; ``hessian [B, m, m]``, ``linear [B, r, m]``."""
+    size = hessian.shape[-1]
+    if size > TINY:
+        return warm_start(hessian, linear) > 0
+    step = torch.linalg.vector_norm(hessian, dim=(-2, -1), keepdim=True).reciprocal() * -(size**0.5)
+    start = linear * step
+    identity = torch.eye(size, dtype=hessian.dtype, device=hessian.device)
+    matrix = torch.addcmul(identity, hessian, step)
+    x = start.clamp(min=0)
+    for _ in range(3):  # of projected gradient descent
+        x = torch.baddbmm(start, x, matrix).clamp(min=0)
+    return x > 0
+
+
 def warm_start(hessian: Tensor, linear: Tensor, iterations: int = 30) -> Tensor:
     """Over-relaxed ADMM in float32, with one inverse for all rows and iterations.
 
@@ -127,12 +143,12 @@ def warm_start(hessian: Tensor, linear: Tensor, iterations: int = 30) -> Tensor:
     rho = (torch.maximum(eigenvalues[:, :1], 1e-6 * largest) * largest).sqrt().to(hessian.dtype)
     shifted = hessian + torch.diag_embed(rho.expand(-1, hessian.shape[-1]))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted)[0]).to(torch.float32)
-    start = -linear.to(torch.float32) @ inverse
-    inverse = inverse * rho.to(torch.float32).unsqueeze(-1)
-    positive, dual = torch.zeros_like(start), torch.zeros_like(start)
-    for _ in range(iterations):
-        mixed = torch.baddbmm(start, positive - dual, inverse)
-        relaxed = 1.6 * mixed - 0.6 * positive + dual
-        positive = relaxed.clamp(min=0)
-        dual = relaxed - positive
-    return positive.to(linear.dtype)
+    start = linear.to(torch.float32) @ inverse * -1.6
+    # with the iterate z, positive part p and dual z - p, the next is 1.6 x - 0.6 p + (z - p), where
+    # x = (rho (2 p - z) - q) inverse; and 2 p - z = |z|
+    identity = torch.eye(hessian.shape[-1], dtype=torch.float32, device=hessian.device)
+    matrix = 1.6 * rho.to(torch.float32).unsqueeze(-1) * inverse - 0.8 * identity
+    z = start
+    for _ in range(iterations - 1):
+        z = torch.baddbmm(torch.add(start, z, alpha=0.2), z.abs(), matrix)
+    return z.clamp(min=0).to(linear.dtype)
