@@ -10,6 +10,7 @@ from gramjd.weighting._base import Weighting
 from gramjd.weighting._certificate import Certificate, certify
 from gramjd.weighting._dual_cone import REMEDY, project_units, regularize
 from gramjd.weighting._gramian import flat_preference, prepare, rounding
+from gramjd.weighting._small_cone import small_projections
 
 
 # fmt: off
@@ -54,13 +55,22 @@ def upgrad(
             preference.
         NotConvergedError: the KKT residual is above 1e-9.
     """
+    small = None if certificate else small_projections(gramian, norm_eps, reg_eps)
+    if small is not None:
+        return _combine(*small, flat_preference(preference, small[0], gramian)).to(gramian.dtype)
     matrix, restore = prepare(gramian)
-    weights = flat_preference(preference, matrix, gramian).clamp(min=0)
+    weights = flat_preference(preference, matrix, gramian)
     scaled, scale = regularize(matrix, norm_eps, reg_eps, rounding(gramian.dtype))
     projections, residual = project_units(scaled)
     evidence = certify(residual.amax(-1), not certificate, REMEDY)
-    result = restore(scale * ((weights / scale).unsqueeze(-2) @ projections).squeeze(-2))
+    result = restore(_combine(projections, scale, weights))
     return (result, evidence) if certificate else result
+
+
+def _combine(projections: Tensor, scale: Tensor, preference: Tensor) -> Tensor:
+    """The weights, from the projections of the unit vectors in scaled coordinates."""
+    share = preference.clamp(min=0) / scale
+    return scale * (share.unsqueeze(-2) @ projections).squeeze(-2)
 
 
 class UPGradWeighting(Weighting):
