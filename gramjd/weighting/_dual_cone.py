@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,3 +46,16 @@ def project(scaled: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     growth = linear.abs().amax(-1, keepdim=True).clamp(min=1).detach()
     x, residual = solve_qp(scaled, linear / growth)
     return size * (unit + (growth * x).squeeze(-2)), residual.squeeze(-1)
+
+
+def projector_eps(projector: Any, norm_eps: float, reg_eps: float) -> tuple[float, float]:
+    """``norm_eps`` and ``reg_eps`` of TorchJD's projector, if there is one, else the given ones."""
+    if projector is None:
+        return norm_eps, reg_eps
+    try:
+        return projector.norm_eps, projector.reg_eps
+    except AttributeError:
+        raise TypeError(
+            f"A projector is used for its norm_eps and reg_eps alone; {projector!r} has none. Leave it "
+            "out, and pass norm_eps and reg_eps instead."
+        ) from None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
 from gramjd.weighting._base import Weighting
 from gramjd.weighting._certificate import Certificate, certify
-from gramjd.weighting._dual_cone import REMEDY, project_units, regularize
+from gramjd.weighting._dual_cone import REMEDY, project_units, projector_eps, regularize
 from gramjd.weighting._gramian import flat_preference, prepare, rounding
 from gramjd.weighting._small_cone import small_projections
 
@@ -78,16 +78,26 @@ class UPGradWeighting(Weighting):
 
     Args:
         pref_vector: the preference, of the objectives' shape; ``1 / m`` each by default.
-        norm_eps: see :func:`upgrad`. (In TorchJD it belongs to the ``projector``.)
+        projector: accepted as TorchJD's: its ``norm_eps`` and ``reg_eps`` take the place of the next two,
+            and its solver is not needed.
+        norm_eps: see :func:`upgrad`.
         reg_eps: see :func:`upgrad`.
+
+    Raises:
+        TypeError: the projector has no ``norm_eps`` and ``reg_eps``.
     """
 
     def __init__(
-        self, pref_vector: Tensor | None = None, *, norm_eps: float = 1e-4, reg_eps: float = 1e-4
+        self,
+        pref_vector: Tensor | None = None,
+        projector: Any = None,
+        *,
+        norm_eps: float = 1e-4,
+        reg_eps: float = 1e-4,
     ) -> None:
         super().__init__()
         self.pref_vector = pref_vector
-        self.norm_eps, self.reg_eps = norm_eps, reg_eps
+        self.norm_eps, self.reg_eps = projector_eps(projector, norm_eps, reg_eps)
 
     def forward(self, gramian: Tensor, /) -> Tensor:
         """Weights of the objectives, of their shape."""

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from gramian_cases import FAMILIES, degenerate, gramian
 
 from gramjd.weighting import UPGradWeighting, upgrad
+from gramjd.weighting._small_cone import LARGEST, small_projections
 
 
 @pytest.mark.parametrize("m", [1, 2, 5, 16, 40])
@@ -33,3 +35,46 @@ def test_a_generalized_gramian_gives_weights_of_the_outputs_shape() -> None:
     gramian = jacobian @ jacobian.T
     general = gramian.reshape(2, 3, 2, 3).permute(0, 1, 3, 2)
     assert torch.allclose(upgrad(general), upgrad(gramian).view(2, 3), rtol=1e-9)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8, LARGEST])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_short_way_agrees_with_the_general_one(family: str, size: int) -> None:
+    matrix = gramian(family, size)
+    preference = torch.rand(size, dtype=torch.float64) - 0.2
+    short, (general, _) = upgrad(matrix, preference), upgrad(matrix, preference, certificate=True)
+    torch.testing.assert_close(short, general, rtol=1e-10, atol=1e-12)
+
+
+def test_the_short_way_on_degenerate_gramians() -> None:
+    taken = 0
+    for size in (2, 5, 8, 12, LARGEST):
+        for matrix in degenerate(size, 60, seed=size):
+            taken += small_projections(matrix, 1e-4, 1e-4) is not None
+            general, _ = upgrad(matrix, certificate=True)
+            torch.testing.assert_close(upgrad(matrix), general, rtol=1e-9, atol=1e-10)
+    assert taken > 200
+
+
+def test_the_short_way_leaves_what_is_not_easy() -> None:
+    matrix = gramian("random", 4)
+    assert small_projections(matrix, 1e-4, 1e-4) is not None
+    asymmetric, infinite, negative, missing = (matrix.clone() for _ in range(4))
+    asymmetric[0, 1] *= 1 + 1e-15
+    infinite[0, 1] = infinite[1, 0] = torch.inf
+    negative[0, 0] = -1e-9
+    missing[2, 3] = missing[3, 2] = torch.nan
+    indefinite = torch.tensor([[1.0, 3.0], [3.0, 1.0]])
+    large, batch = gramian("random", LARGEST + 1), torch.stack([matrix, matrix])
+    cases = [
+        asymmetric,
+        infinite,
+        negative,
+        missing,
+        indefinite,
+        large,
+        batch,
+        matrix.clone().requires_grad_(),
+    ]
+    for case in [*cases, matrix[:2], torch.zeros(3, 3), matrix.long()]:
+        assert small_projections(case, 1e-4, 1e-4) is None

@@ -1,5 +1,6 @@
 """Equality with TorchJD's weightings where those are exact, and use of each library in the other."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -136,3 +137,79 @@ def test_hooks_see_the_weights() -> None:
     weighting.register_forward_hook(lambda module, inputs, output: seen.append(output))
     weights = weighting(gramian("random", 3))
     assert seen[0] is weights
+
+
+SHARED = sorted(
+    name for name in dir(theirs) if name.endswith("Weighting") and hasattr(ours, name) and name != "Weighting"
+)
+
+
+@pytest.mark.parametrize("name", [*SHARED, "NashMTLWeighting"])
+def test_constructors_take_torchjds_arguments(name: str) -> None:
+    """The same names, order and defaults; what is ours alone can be passed by name only."""
+    other = getattr(theirs, "NashMTL" if name == "NashMTLWeighting" else name)
+    mine, wanted = (
+        list(inspect.signature(kind).parameters.values()) for kind in (getattr(ours, name), other)
+    )
+    if not wanted:  # TorchJD's takes none; nn.Module's own signature is *args, **kwargs
+        getattr(ours, name)()
+    for got, want in zip(mine, wanted, strict=False):
+        assert (got.name, got.default, got.kind) == (want.name, want.default, want.kind)
+    if wanted:
+        assert all(extra.kind is extra.KEYWORD_ONLY for extra in mine[len(wanted) :])
+
+
+def test_every_gramian_weighting_has_its_counterpart() -> None:
+    documented = (
+        "UPGrad DualProj MGDA CAGrad FairGrad IMTLG AlignedMTL PCGrad GradVac Krum Random Mean Sum "
+        "Constant CRMOGM"
+    )
+    assert {f"{name}Weighting" for name in documented.split()} == set(SHARED)
+
+
+@pytest.mark.parametrize("name", ["UPGradWeighting", "DualProjWeighting"])
+def test_projector(name: str) -> None:
+    pytest.importorskip("quadprog")
+    linalg = pytest.importorskip("torchjd.linalg")
+    matrix, projector = gramian("conflicting", 6), linalg.QuadprogProjector(norm_eps=1e-6, reg_eps=1e-2)
+    got, want = (getattr(m, name)(None, projector)(matrix) for m in (ours, theirs))
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+    with pytest.raises(TypeError, match="norm_eps and reg_eps"):
+        getattr(ours, name)(projector=object())
+
+
+THEIRS = {name: EXACT[name] for name in EXACT} | {"MGDAWeighting": ()}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_theirs_accept_our_gramian(name: str) -> None:
+    """A flattened Gramian of an engine, as it is, in each of TorchJD's weightings."""
+    pytest.importorskip("quadprog")
+    import gramjd
+
+    model, x = torch.nn.Linear(5, 2).double(), torch.randn(6, 5, dtype=torch.float64)
+    engine = gramjd.Engine(model, batch_dim=0)
+    found = engine.compute_gramian(model(x).square().sum(1))
+    torch.manual_seed(0)
+    want = getattr(theirs, name)(*THEIRS[name])(found)
+    torch.manual_seed(0)
+    got = getattr(ours, name)(*THEIRS[name])(found)
+    tolerance = 0.05 if name == "MGDAWeighting" else 1e-6  # theirs stops early
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["UPGradWeighting", "MGDAWeighting", "MeanWeighting", "KrumWeighting"])
+def test_ours_accept_their_gramian(name: str) -> None:
+    engines = pytest.importorskip("torchjd.autogram")
+    model, x = torch.nn.Linear(5, 2).double(), torch.randn(6, 5, dtype=torch.float64)
+    engine = engines.Engine(model, batch_dim=0)
+    found = engine.compute_gramian(model(x).square().sum(1))
+    rows = torch.stack(
+        [
+            torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(model.parameters()))])
+            for loss in (model(one).square().sum() for one in x)
+        ]
+    )
+    arguments = EXACT.get(name, ())
+    got, want = (getattr(ours, name)(*arguments)(g) for g in (found, rows @ rows.T))
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
