@@ -26,6 +26,7 @@ from torchjd import aggregation as theirs
 import gramjd.weighting as ours
 
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "weighting.png"
+TABLE = Path(__file__).parent / "results" / "weighting.md"
 CASES: dict[str, tuple[Any, ...]] = {
     "UPGrad": (),
     "DualProj": (),
@@ -50,10 +51,13 @@ def main() -> None:
     warnings.simplefilter("ignore")
     sizes = [size for size in (8, 16, 32, 64, 128, 256, 512, 1024) if size <= options.largest]
     times: dict[str, dict[str, list[float]]] = {}
+    rows = []
     for name in CASES:
         times[name] = {"gramjd": [], "TorchJD": []}
         for size in sizes:
-            measure(name, size, times[name], options.patience)
+            rows.append(measure(name, size, times[name], options.patience))
+            print("".join(f"{cell:>14s}" for cell in rows[-1]), flush=True)
+    write(rows, f"torch {torch.__version__}, {options.threads} thread(s), float64")
     draw(sizes, times)
 
 
@@ -64,10 +68,9 @@ def gramian(size: int) -> Tensor:
     return rows @ rows.T
 
 
-def measure(name: str, size: int, times: dict[str, list[float]], patience: float) -> None:
-    """Time both libraries on one size, and print a row."""
+def measure(name: str, size: int, times: dict[str, list[float]], patience: float) -> list[str]:
+    """Time both libraries on one size; the cells of a row."""
     matrix = gramian(size)
-    cells = []
     for label, module in (("gramjd", ours), ("TorchJD", theirs)):
         done = times[label]
         growth = 16  # a quadratic program per objective: time grows like m^4
@@ -77,11 +80,10 @@ def measure(name: str, size: int, times: dict[str, list[float]], patience: float
         except ImportError:  # TorchJD's CAGrad needs cvxpy and clarabel
             skipped = True
         done.append(float("nan") if skipped else best_time(partial(weighting, matrix)))
-        cells.append("      -     " if skipped else f"{done[-1] * 1e3:9.2f} ms")
-    ratio = times["TorchJD"][-1] / times["gramjd"][-1]
+    mine, other = times["gramjd"][-1], times["TorchJD"][-1]
+    cells = ["", ""] if isnan(other) else [f"{other * 1e3:.2f}", f"{other / mine:.1f}"]
     note = mgda_gaps(matrix) if name == "MGDA" else ""
-    faster = "" if isnan(ratio) else f"{ratio:.1f} x"
-    print(f"{name:11s} {size:5d} {cells[0]} {cells[1]} {faster:>10s} {note}", flush=True)
+    return [name, str(size), f"{mine * 1e3:.2f}", *cells, note]
 
 
 def best_time(call: Callable[[], Any], budget: float = 1.0) -> float:
@@ -104,6 +106,13 @@ def mgda_gaps(matrix: Tensor) -> str:
         slope = matrix @ weights
         gaps.append(float(1 - slope.min() / (weights @ slope)))
     return f"gaps {gaps[0]:.0e}, {gaps[1]:.0e}, {gaps[2]:.0e}"
+
+
+def write(rows: list[list[str]], setting: str) -> None:
+    """The table, as Markdown."""
+    head = ["weighting", "objectives", "gramjd, ms", "TorchJD, ms", "times faster", ""]
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+    TABLE.write_text("\n".join(["# Weightings", "", f"Best times; {setting}.", "", *lines, ""]))
 
 
 def draw(sizes: list[int], times: dict[str, dict[str, list[float]]]) -> None:
