@@ -112,7 +112,9 @@ class Passes:
             flat = [tap for mine in taps for tap in mine]
             found = backward.gradients(task.output, [*flat, *named.values()], rows)
         cotangents = backward.grouped(found, [len(mine) for mine in taps])
-        gradients = dict(zip(named, found[len(flat) :], strict=True))
+        # those of Embedding(sparse=True) are written out
+        dense = [g.to_dense() if g is not None and g.is_sparse else g for g in found[len(flat) :]]
+        gradients = dict(zip(named, dense, strict=True))
         sizes = {name: float(g.norm()) for name, g in gradients.items() if g is not None}
         return Pass(cotangents, gradients, sizes)
 
