@@ -140,6 +140,14 @@ def innermost_mode() -> object:
     return torch.overrides._get_current_function_mode()
 
 
+def autocasts() -> dict[str, torch.dtype]:
+    """The dtypes of the autocast contexts in progress, by type of device."""
+    if hasattr(torch, "get_autocast_dtype"):
+        return {d: torch.get_autocast_dtype(d) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)}
+    found = {"cpu": torch.get_autocast_cpu_dtype()} if torch.is_autocast_cpu_enabled() else {}  # torch 2.1
+    return {**found, "cuda": torch.get_autocast_gpu_dtype()} if torch.is_autocast_enabled() else found
+
+
 def saved_tensors_hook() -> object:
     """What tells the innermost ``saved_tensors_hooks`` context (checkpointing, offloading), if there is one.
 

@@ -83,7 +83,8 @@ class Program(nn.Module):
         values = [Value(*given) for given in inputs["values"]]
         for op, on, variant in self.body:
             self.values = values
-            values = [*values, OPS[op](self, values[on % len(values)], variant)]
+            back = on // 2 % len(values) if on % 2 else 0  # every other time the last value
+            values = [*values, OPS[op](self, values[-1 - back], variant)]
         del self.values
         return values[-1], values
 

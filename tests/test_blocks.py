@@ -9,7 +9,7 @@ import torch
 from oracle import assert_close
 from torch import Tensor
 
-from gramjd.blocks import Block, Dense, Lookup, Outer, merge, spread, transpose
+from gramjd.blocks import Block, Conv, Dense, Lookup, Outer, merge, spread, transpose
 
 V, D, K, B = 6, 4, 2, 3
 
@@ -53,17 +53,25 @@ def test_vjp_bound_transpose_spread(kind: str) -> None:
         assert_close(transpose(block).dense(), block.dense().mT)
 
 
-@pytest.mark.parametrize("kind", ["outer", "outer one position", "transposed", "grouped"])
-def test_mismatch(kind: str) -> None:
-    """Estimates the norm of a difference from few vectors; nothing where there is none."""
-    block, w, error = blocks()[kind], randn(K, B), randn(V, D)
-    assert isinstance(block, Outer)
-    gradient = block.vjp(w)
-    assert block.mismatch(w, gradient) <= 1e-12 * gradient.norm()
-    assert_close(block.mismatch(w, gradient + error, vectors=20_000), error.norm(), 0.1)
-    one = torch.zeros(V, D, dtype=torch.float64)
-    one[V - 1, D - 1] = 1e-6  # a single wrong entry
-    assert 1e-7 < block.mismatch(w, gradient + one) < 1e-5
+def convolutions() -> dict[str, Conv]:
+    """Blocks of kernels ``[4, 3, 2, 3]``, with cotangents for points or, transposed, for windows."""
+    points, windows = randn(K, B, 2, 1, 4, 3, 3), randn(1, B, 2, 1, 3, 9, 9)
+    grouped = {"points": randn(K, B, 1, 2, 2, 3, 3), "windows": randn(1, B, 1, 2, 3, 9, 9)}
+    return {
+        "convolution": Conv(points, windows, (4, 3, 2, 3), (2, 2), (1, 2)),
+        "transposed convolution": Conv(
+            points[:1], windows.repeat(K, 1, 1, 1, 1, 1, 1), (4, 3, 2, 3), (2, 1), (1, 1)
+        ),
+        "grouped convolution": Conv(shape=(4, 3, 2, 3), stride=(1, 1), dilation=(1, 1), **grouped),
+    }
+
+
+@pytest.mark.parametrize("kind", [*blocks(), *convolutions()])
+def test_sketch(kind: str) -> None:
+    """A matrix of weighted gradients times another, never formed."""
+    block, w = {**blocks(), **convolutions()}[kind], randn(K, B)
+    want, y = torch.tensordot(w, block.dense(), 2), randn(D if kind == "dense" else block.grain, 5)
+    assert_close(block.sketch(w, y), want.reshape(-1, len(y)) @ y)
 
 
 @pytest.mark.parametrize("kind", blocks())

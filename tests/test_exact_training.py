@@ -38,6 +38,19 @@ def test_a_compiled_model(backend: str) -> None:
     check(torch.compile(net(), backend=backend), losses_on(draw(B, D)))
 
 
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_a_compiled_model_under_autocast(batch_dim: int | None) -> None:
+    """The replay runs under the same autocast."""
+    torch._dynamo.reset()
+    model, x = torch.compile(net().float(), backend="eager"), torch.randn(B, D)
+
+    def losses(m: nn.Module) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return m(x).float().square().sum(1)
+
+    check(model, losses, batch_dims=[batch_dim], tolerance=2 * torch.finfo(torch.bfloat16).eps)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's own
 def test_a_compiled_part() -> None:
     torch._dynamo.reset()
@@ -334,3 +347,20 @@ def test_losses_of_bfloat16() -> None:
 def test_a_parameter_that_takes_no_part() -> None:
     model = Net(lambda m, x: m.used(x), used=nn.Linear(D, 2), unused=parameter(3))
     check(model, losses_on(draw(B, D)))
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_tables_with_sparse_gradients(batch_dim: int | None) -> None:
+    model = nn.Sequential(nn.Embedding(7, D, sparse=True), nn.Flatten(), nn.Linear(3 * D, 2)).double()
+    twin, ids = copy.deepcopy(model), torch.randint(0, 7, (B, 3))
+    twin[0].sparse = False
+    engine = Engine(model, batch_dim=batch_dim, ways=["ops"])
+    for _ in range(2):
+        gramian = engine.compute_gramian(losses_on(ids)(model))
+        assert_close(gramian, dense_gramian(losses_on(ids)(twin), twin.parameters()))
+
+
+def test_complex_parameters_are_refused() -> None:
+    model = Net(lambda m, x: (x * m.w).abs(), w=nn.Parameter(torch.randn(D, dtype=torch.complex128)))
+    with pytest.raises(TypeError, match=r"w is complex.*view_as_real"):
+        Engine(model, batch_dim=0).compute_gramian(model(draw(B, D)).sum(1))

@@ -135,3 +135,23 @@ def test_stock_model(name: str, mode: str, batch_dim: int | None) -> None:
         allowed = stock.rows if training else ()
         assert all(any(name in text for name in allowed) and "more" not in text for text in slow)
         assert_close(gramian, dense_gramian(losses, model.parameters()), 1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own question
+@pytest.mark.parametrize("batch_dim", [0, None])
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_peft_adapters_with_a_frozen_base(name: str, mode: str, batch_dim: int | None) -> None:
+    """LoRA by the library itself, dropout of the adapters included: by the recorded ops alone."""
+    peft = pytest.importorskip("peft")
+    targets = {"gpt2": ["c_attn", "c_proj", "c_fc"], "bert": ["query", "value", "dense"]}[name]
+    config = peft.LoraConfig(r=2, lora_alpha=8, lora_dropout=0.1, target_modules=targets,
+                             init_lora_weights=False, fan_in_fan_out=name == "gpt2")  # fmt: skip
+    model = peft.get_peft_model(MODELS[name].make(), config).double().train(mode == "train")
+    assert any(p.requires_grad for p in model.parameters())
+    assert not all(p.requires_grad for p in model.parameters())
+    engine = Engine(model, batch_dim=batch_dim, ways=["ops"])
+    for _ in range(2):
+        losses = masked(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert_close(engine.compute_gramian(losses), dense_gramian(losses, trained), 1e-8)

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from gramjd.blocks.outer import Outer, weighted
 
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _WEIGHT_GRADIENTS = (conv1d_weight, conv2d_weight, conv3d_weight)
 
 
@@ -126,11 +128,26 @@ class Conv:
 
     def vjp(self, w: Tensor) -> Tensor:
         """``Jᵀ w`` for ``w [K, B]``: an ordinary weight gradient."""
+        points, windows = self._weighted(w)
+        return weight_gradient(self, points.flatten(2, 3), windows.flatten(2, 3), self.points.shape[3])
+
+    def sketch(self, w: Tensor, y: Tensor) -> Tensor:
+        """``Jᵀ w`` as a matrix of ``grain`` columns times ``y [grain, n]``: a convolution with ``y``."""
+        points, windows = self._weighted(w)  # [B, m, G, p, *out], [B, m, G, q, *padded]
+        G, n = self.points.shape[3], y.shape[1]
+        kernel = y.T.reshape(n, *self.shape[1:]).repeat(G, *[1] * (len(self.shape) - 1))
+        convolve = _CONVOLUTIONS[len(self.kernel) - 1]
+        windows = covered(self, windows.flatten(2, 3)).flatten(0, 1)
+        out = convolve(windows, kernel, None, self.stride, 0, self.dilation, G)
+        out = out.flatten(2).unflatten(1, (G, n))  # [B m, G, n, positions]
+        return (points.flatten(0, 1).flatten(3) @ out.mT).sum(0).flatten(0, 1)
+
+    def _weighted(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Points and windows without K, weighted by ``w [K, B]``."""
         if self.windows.shape[0] > 1:
             windows, points = weighted(self.windows, w, self.points[0])
-        else:
-            points, windows = weighted(self.points, w, self.windows[0])
-        return weight_gradient(self, points.flatten(2, 3), windows.flatten(2, 3), self.points.shape[3])
+            return points, windows
+        return weighted(self.points, w, self.windows[0])
 
     def bound(self, w: Tensor) -> Tensor:
         """An upper bound of the norm of ``Jᵀ w`` that no cancellation lowers."""
@@ -141,10 +158,15 @@ class Conv:
 
 def weight_gradient(block: Conv, points: Tensor, windows: Tensor, groups: int) -> Tensor:
     """Gradient of a convolution's weight from ``points [B, m, p, *out]``, ``windows [B, m, q, *padded]``."""
-    for d, size in enumerate(block.kernel):  # no more than what the windows cover
-        cover = (points.shape[3 + d] - 1) * block.stride[d] + (size - 1) * block.dilation[d] + 1
-        windows = windows.narrow(3 + d, 0, cover)
-    points, windows = points.flatten(0, 1), windows.flatten(0, 1)
+    points, windows = points.flatten(0, 1), covered(block, windows).flatten(0, 1)
     shape = (points.shape[1], windows.shape[1] // groups, *block.kernel)
     gradient = _WEIGHT_GRADIENTS[len(block.kernel) - 1]
     return gradient(windows, shape, points, block.stride, 0, block.dilation, groups)
+
+
+def covered(block: Conv, windows: Tensor) -> Tensor:
+    """No more of ``windows [B, m, q, *padded]`` than the kernel covers."""
+    for d, size in enumerate(block.kernel):
+        cover = (block.points.shape[5 + d] - 1) * block.stride[d] + (size - 1) * block.dilation[d] + 1
+        windows = windows.narrow(3 + d, 0, cover)
+    return windows

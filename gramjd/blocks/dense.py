@@ -67,6 +67,10 @@ class Dense:
         """``Jᵀ w`` for ``w [K, B]``."""
         return torch.tensordot(w, self.values, 2)
 
+    def sketch(self, w: Tensor, y: Tensor) -> Tensor:
+        """``Jᵀ w`` as a matrix of as many columns as ``y [columns, n]`` has rows, times ``y``."""
+        return self.vjp(w).reshape(-1, len(y)) @ y
+
     def bound(self, w: Tensor) -> Tensor:
         """An upper bound of the norm of ``Jᵀ w`` that no cancellation lowers."""
         return (self.matrix().norm(dim=1) * w.abs().flatten()).sum()

@@ -78,6 +78,11 @@ class Lookup:
         zeros = c.new_zeros(self.entries, self.grain)
         return zeros.index_add(0, self.ids.flatten(), c).view(self.shape)
 
+    def sketch(self, w: Tensor, y: Tensor) -> Tensor:
+        """``Jᵀ w`` as a matrix of ``grain`` columns times ``y [grain, n]``, without forming it."""
+        c = (self.c * w[:, :, None, None]).sum(0).flatten(0, 1) @ y
+        return c.new_zeros(self.entries, y.shape[1]).index_add(0, self.ids.flatten(), c)
+
     def bound(self, w: Tensor) -> Tensor:
         """An upper bound of the norm of ``Jᵀ w`` that no cancellation lowers."""
         return (self.c.square().sum(-1).sqrt() * w.abs()[:, :, None]).sum()

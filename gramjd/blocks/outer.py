@@ -91,19 +91,12 @@ class Outer:
         total = c.flatten(0, 1).permute(1, 2, 0) @ a.flatten(0, 1).transpose(0, 1)  # [G, o, i]
         return (total.mT if self.transposed else total).reshape(self.shape)
 
-    def mismatch(self, w: Tensor, gradient: Tensor, vectors: int = 16) -> Tensor:
-        """The norm of ``Jᵀ w - gradient``, estimated by products with random vectors on both sides.
-
-        Zero with probability zero if the norm is not; without the product that ``vjp`` is.
-        """
+    def sketch(self, w: Tensor, y: Tensor) -> Tensor:
+        """``Jᵀ w`` as a matrix of ``grain`` columns times ``y [grain, n]``, without forming it."""
         c, a = weighted(self.c, w, self.a)
-        (G, o), i = c.shape[2:], a.shape[3]
-        generator = torch.Generator().manual_seed(0)
-        x, y = (torch.randn(G, n, vectors, generator=generator).to(c) for n in (o, i))
-        left, right = (f.flatten(0, 1).transpose(0, 1) for f in (c, a))  # [G, BT, ...]
-        got = ((left @ x) * (right @ y)).sum((0, 1))
-        matrix = gradient.reshape(G, i, o).mT if self.transposed else gradient.reshape(G, o, i)
-        return (got - (x * (matrix @ y)).sum((0, 1))).square().mean().sqrt()
+        left, right = (a, c) if self.transposed else (c, a)
+        right = right.flatten(0, 1).transpose(0, 1) @ y  # [G, BT, n]
+        return (left.flatten(0, 1).permute(1, 2, 0) @ right).flatten(0, 1)
 
     def bound(self, w: Tensor) -> Tensor:
         """An upper bound of the norm of ``Jᵀ w`` that no cancellation lowers: the scale of rounding."""

@@ -7,6 +7,7 @@ ops inside, and applied to the cotangents of the call's outputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -57,7 +58,10 @@ def call_blocks(
         args, kwargs = pytree.unflatten(mark.spec, leaves)
         named = dict(zip(mark.names, params, strict=True))
         module = getattr(mark.module, "_orig_mod", mark.module)
-        out = torch.func.functional_call(module, _without_prefix(named), args, kwargs)
+        with ExitStack() as stack:
+            for device, dtype in mark.autocasts.items():
+                stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
+            out = torch.func.functional_call(module, _without_prefix(named), args, kwargs)
         live = [t for t, is_live in zip(tensors_of(out), mark.live, strict=True) if is_live]
         return [live[i] for i in used], []
 
@@ -73,9 +77,12 @@ def call_blocks(
             randomness="different",
             shared=layout is None,
         )
+    precision = max([0.0, *map(tolerance, mark.autocasts.values())])  # other orders of adding up
     for got, want in zip(found.outputs, recorded, strict=True):
         want = want.unsqueeze(0) if layout is None else layout.split(want, layout.dim, samples)
-        if got.shape != want.shape or (got - want).norm() > tolerance(got.dtype) * want.norm():
+        if got.shape != want.shape or (
+            (got - want).norm() > max(precision, tolerance(got.dtype)) * want.norm()
+        ):
             raise ValueError("a second call of the module, sample by sample, gave other outputs")
     return found.blocks
 

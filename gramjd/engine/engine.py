@@ -118,6 +118,7 @@ class Engine:
             CheckFailedError: none of the allowed ways gives a Gramian that agrees with autograd.
             NotFiniteError: the output has NaN or infinite entries, or its gradients have.
             ValueError: the output is empty, or has no dimension ``batch_dim``.
+            TypeError: the output or a parameter is complex.
             RanksDisagreeError: ranks have different models or settings; all of them raise it.
             RankFailedError: another rank could not take part; it raises what it failed by.
         """
@@ -181,6 +182,7 @@ class Engine:
             named = {n: p for n, p in self._registry.named().items() if id(p) in graph.leaves}
             if not named:
                 self._raise_not_covered()
+            _refuse_complex({**named, "the output": output})
             plan = self._plan(graph)
             warned = "rows" in plan.ways.values()
             task = Task(output, described.batch_dim, graph, named, plan)
@@ -300,6 +302,16 @@ class _Registry:
 def _refuse_empty(output: Any) -> None:
     if isinstance(output, Tensor) and output.numel() == 0:
         raise ValueError(f"The output is empty (shape {list(output.shape)}): there is no objective.")
+
+
+def _refuse_complex(named: dict[str, Tensor]) -> None:
+    for name, tensor in named.items():
+        if tensor.is_complex():
+            raise TypeError(
+                f"{name} is complex ({tensor.dtype}), and a Gramian is of real gradients. Keep real and "
+                "imaginary parts as real tensors (torch.view_as_real), and make the tensor of them in the "
+                "forward (torch.view_as_complex)."
+            )
 
 
 def _parse(modules: Sequence[Any], batch_dim: Any) -> tuple[list[nn.Module], bool, int | None]:

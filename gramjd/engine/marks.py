@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gramjd import pytree
 from gramjd.engine.nodes import attach
+from gramjd.internals import autocasts
 from gramjd.rules import tensors_of
 from gramjd.uses import Record
 
@@ -58,11 +59,12 @@ class CallMark:
     spec: pytree.PyTreeSpec
     live: tuple[bool, ...]  # which output tensors require gradients
     rng_state: Tensor | None  # of the CPU, before the call
+    autocasts: dict[str, torch.dtype]  # that it ran under, by type of device
 
     @property
     def signature(self) -> Hashable:
         """The same for calls of the same module."""
-        return ("call", id(self.module), self.names)
+        return ("call", id(self.module), self.names, tuple(self.autocasts.items()))
 
 
 def mark_fused(record: Record, leaves: Sequence[Any], out: Any, rng_state: Tensor) -> Any:
@@ -104,7 +106,7 @@ def mark_call(module: nn.Module, args: Any, kwargs: Any, out: Any, names: Sequen
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     parameters = tuple(module.get_parameter(name) for name in names)
     mark = CallMark(next(_NUMBERS), module, tuple(names), parameters, static, spec,
-                    tuple(t.requires_grad for t in outs), rng_state)  # fmt: skip
+                    tuple(t.requires_grad for t in outs), rng_state, autocasts())  # fmt: skip
     return _replace_live(out, attach(mark, [*tensors, *parameters, *live], live))
 
 

@@ -118,8 +118,7 @@ def _first_exact(task: Task, probe: Probe, ways: Sequence[str], checking: bool) 
 
 def _refuse_overflow(weighted: Pass) -> None:
     """Raise where a pass met NaN or infinity."""
-    found = [c for cs in weighted.cotangents for c in cs] + list(weighted.gradients.values())
-    if not all(bool(torch.isfinite(t).all()) for t in found if t is not None):
+    if not weighted.is_finite:
         raise NotFiniteError(OVERFLOWED.format("gradient"))
 
 
