@@ -114,7 +114,9 @@ def _problem(spec: str, found: Any) -> Problem:
         raise CannotRunError(f"{spec} must return (model, batch, losses), got {got}.")
     model, batch, losses = found
     if not isinstance(model, nn.Module):
-        raise CannotRunError(f"The model that {spec} returned is no module but of type {type(model).__name__}.")
+        raise CannotRunError(
+            f"The model that {spec} returned is no module but of type {type(model).__name__}."
+        )
     if not callable(losses):
         raise CannotRunError(
             f"The losses that {spec} returned are of type {type(losses).__name__}; they must be a function "
