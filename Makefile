@@ -7,7 +7,7 @@ LOWEST_PYTHON ?= $(PYTHON)
 BIN := .venv/bin
 LOWEST_BIN := .venv-lowest/bin
 
-.PHONY: demo test test-slow fuzz test-lowest lint format bench docs clean
+.PHONY: demo test test-slow fuzz test-lowest lint format bench docs wheel clean
 
 demo: .venv/installed  ## train on digits: plain SGD beside Jacobian descent
 	$(BIN)/python examples/train_digits.py --out out/digits
@@ -39,8 +39,11 @@ bench: .venv/installed  ## every benchmark, one after the other
 docs: .venv/docs-installed  ## the documentation, into out/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
+wheel: .venv/installed  ## the package, into dist/
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+
 clean:
-	rm -rf .venv .venv-lowest out .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-lowest dist out .mypy_cache .pytest_cache .ruff_cache
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

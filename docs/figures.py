@@ -1,13 +1,23 @@
-"""Draws the figures of the concept pages: ``python docs/figures.py``."""
+"""Draws the figures of the concept pages and of the README: ``python docs/figures.py``."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle, Wedge
+from torch.nn.functional import cross_entropy
 
-OUT = Path(__file__).parent / "images" / "concepts"
+from gramjd import Engine
+from gramjd.diagnostics import Monitor, plot_similarity
+
+DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS.parent / "examples"))
+from watch_gradients import load_data, make_model, train  # noqa: E402
+
+OUT = DOCS / "images" / "concepts"
 BLUE, RED, GREEN, BLACK = "#0072b2", "#d55e00", "#009e73", "#000000"  # Okabe and Ito
 
 
@@ -19,13 +29,17 @@ def arrow(ax: Axes, v: np.ndarray, color: str, name: str, shift: tuple[float, fl
 
 
 def conflict() -> Figure:
+    figure = Figure(figsize=(6.2, 3.6), layout="constrained")
+    draw_conflict(figure.add_subplot())
+    return figure
+
+
+def draw_conflict(ax: Axes) -> None:
     """Two gradients, the sector of common descent, the mean and UPGrad."""
     g1, g2 = np.array([2.0, 0.3]), np.array([-1.0, 0.5])
     # the edges of the sector are orthogonal to a gradient each
     edge1, edge2 = np.array([-g1[1], g1[0]]), np.array([g2[1], -g2[0]])
     p1, p2 = (edge2 * (g1 @ edge2) / (edge2 @ edge2), edge1 * (g2 @ edge1) / (edge1 @ edge1))
-    figure = Figure(figsize=(6.2, 3.6), layout="constrained")
-    ax = figure.add_subplot()
     angles = sorted(np.degrees(np.arctan2(e[1], e[0])) for e in (edge1, edge2))
     ax.add_patch(Wedge((0, 0), 3, *angles, color=BLUE, alpha=0.12, lw=0))
     ax.text(0.3, 1.75, "both losses fall", color=BLUE, ha="center")
@@ -38,6 +52,22 @@ def conflict() -> Figure:
         ax.plot(*p, "o", color="#999999", ms=4)
     ax.set(xlim=(-1.3, 2.3), ylim=(-0.1, 2), aspect="equal")
     ax.axis("off")
+
+
+def overview() -> Figure:
+    """What Jacobian descent does about a conflict, and the conflicts of a batch."""
+    torch.manual_seed(0)
+    (x, y), model = load_data(), make_model()
+    engine = Engine(model, batch_dim=0)
+    train(model, engine, x, y, 200, Monitor())
+    batch = torch.randint(0, len(y), (100,))
+    losses = cross_entropy(model(x[batch]), y[batch], reduction="none")
+    figure = Figure(figsize=(9.6, 3.7), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
+    draw_conflict(left)
+    left.set_title("two gradients, their mean, and UPGrad's step")
+    plot_similarity(engine.compute_gramian(losses), labels=y[batch], ax=right)
+    right.set_title("100 gradients of handwritten digits")
     return figure
 
 
@@ -84,3 +114,4 @@ if __name__ == "__main__":
     OUT.mkdir(parents=True, exist_ok=True)
     for draw in (conflict, blocks, plans):
         draw().savefig(OUT / f"{draw.__name__}.png", dpi=130, bbox_inches="tight")
+    overview().savefig(OUT.parent / "overview.png", dpi=130)

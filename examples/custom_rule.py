@@ -1,11 +1,13 @@
 """Teach gramjd an op of your own, and see what that saves.
 
-gramjd knows ops, not layers: for each op that a parameter enters, a *rule* gives the parameter's share
-of the Jacobian as a block. An op without a rule is never wrong, only dense: its rows, as large as
-the parameter for every sample, come from autograd. A rule keeps them factored.
+gramjd knows ops, not layers: for each op that a parameter enters, a *rule* gives the
+parameter's share of the Jacobian as a block. An op without a rule is never wrong, only dense:
+its rows, as large as the parameter for every sample, come from autograd. A rule keeps them
+factored.
 
-The op here is a scaled linear map of tokens, `y = x @ diag(s) @ w`, that a library might fuse in
-one call. Being an op of ours, not of torch's, it announces itself with `handle_torch_function`.
+The op here is a scaled linear map of tokens, `y = x @ diag(s) @ w`, that a library might fuse
+in one call. Being an op of ours, not of torch's, it announces itself with
+`handle_torch_function`.
 """
 
 import torch
@@ -40,9 +42,9 @@ class Model(nn.Module):
 def register() -> None:
     """One rule for each argument that may be a parameter.
 
-    `c` are the cotangents of the op's output. All tensors are canonical: K objectives of B samples,
-    then what one sample has, `c [K, B, ..., o]` and `input [B, ..., i]`. The argument that the rule
-    is for arrives as it is. `needs` names the other arguments whose values the rule reads.
+    `c` are the cotangents of the op's output. All tensors are canonical: K objectives of B
+    samples, then what one sample has, `c [K, B, ..., o]` and `input [B, ..., i]`. The argument
+    that the rule is for arrives as it is. `needs` names the other arguments that the rule reads.
     """
 
     @gramjd.register_rule(scaled_matmul, wrt="weight", needs=["input", "scale"])
@@ -50,7 +52,7 @@ def register() -> None:
         a = torch.einsum("b...i,bi->b...i", input, scale)
         # a sum of outer products over tokens: c [K, B, T, groups, o] and a [B, T, groups, i]
         c, a = c.flatten(2, -2).unsqueeze(3), a.flatten(1, -2).unsqueeze(2)
-        return Outer(c, a, tuple(weight.shape), transposed=True)  # the weight is [i, o], not [o, i]
+        return Outer(c, a, tuple(weight.shape), transposed=True)  # [i, o], not [o, i]
 
     @gramjd.register_rule(scaled_matmul, wrt="scale", needs=["input", "weight"])
     def scale_rule(c: Tensor, input: Tensor, weight: Tensor, scale: Tensor) -> Dense:

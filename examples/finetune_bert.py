@@ -36,7 +36,8 @@ class GramianTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         labels = inputs.pop("labels")
         with self.compute_loss_context_manager():  # autocast, if the arguments ask for it
-            losses = cross_entropy(model(**inputs).logits, labels, reduction="none")  # one a sample
+            logits = model(**inputs).logits
+            losses = cross_entropy(logits, labels, reduction="none")  # one a sample
         weights = self.weighting(self.engine.compute_gramian(losses))
         self.accelerator.backward(losses, gradient=weights)
         return losses.detach().mean()

@@ -18,15 +18,15 @@ from gramjd.weighting import upgrad
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def step(model: nn.Module, engine: Engine, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-         x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:  # fmt: skip
+def step(model: nn.Module, engine: Engine, optimizer: torch.optim.Optimizer,
+         scaler: torch.amp.GradScaler, x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:  # fmt: skip
     """One step; returns the losses."""
     with torch.autocast(DEVICE, dtype):
         losses = cross_entropy(model(x), y, reduction="none")
     scaled = scaler.scale(losses)
     try:
         weights = upgrad(engine.compute_gramian(scaled))
-    except NotFiniteError:  # the scale was too large: skip the step, as the scaler itself would
+    except NotFiniteError:  # the scale was too large: skip the step, as the scaler would
         scaler.update(scaler.get_scale() / 2)
         return losses.detach()
     scaled.backward(weights)

@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from gramjd import Engine
+from gramjd.diagnostics import plot_similarity
 from gramjd.weighting import UPGradWeighting
 
 COLORS = {"SGD": "#0072b2", "UPGrad": "#d55e00"}  # told apart by colour-blind readers too
@@ -178,31 +179,16 @@ def plot_curves(runs: dict[str, Run]) -> Figure:
     return figure
 
 
-def cosines(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Cosine similarities of the per-sample gradients, read off their Gramian."""
-    engine = Engine(model, batch_dim=0)
-    gramian = engine.compute_gramian(losses_of(model, x, y))
-    engine.close()
-    norms = gramian.diagonal().sqrt().clamp(min=1e-12)
-    return gramian / norms.outer(norms)
-
-
 def plot_conflicts(models: dict[str, nn.Module], data: Digits, per_digit: int = 10) -> Figure:
     """Which samples' gradients pull together and which against each other, sorted by digit."""
     chosen = torch.cat([(data.train_y == digit).nonzero()[:per_digit, 0] for digit in range(10)])
     x, y = data.train_x[chosen], data.train_y[chosen]
-    figure = Figure(figsize=(4 * len(models) + 1, 4.6), layout="constrained")
-    axes = figure.subplots(1, len(models), sharex=True, sharey=True)
-    middles = [per_digit * digit + (per_digit - 1) / 2 for digit in range(10)]
-    for ax, (title, model) in zip(axes, models.items(), strict=True):
-        similarity = cosines(model, x, y)
-        conflicting = (similarity < 0).sum() / (len(y) * (len(y) - 1))
-        image = ax.imshow(similarity.numpy(), cmap="RdBu", vmin=-1, vmax=1, interpolation="nearest")
-        ax.set(title=f"{title}: {conflicting:.0%} of pairs conflict", xlabel="digit")
-        ax.set_xticks(middles, labels=range(10))
-        ax.set_yticks(middles, labels=range(10))
-    axes[0].set_ylabel("digit")
-    figure.colorbar(image, ax=axes, shrink=0.87, label="cosine similarity of two gradients")
+    figure = Figure(figsize=(5 * len(models), 4.2), layout="constrained")
+    for ax, (title, model) in zip(figure.subplots(1, len(models)), models.items(), strict=True):
+        engine = Engine(model, batch_dim=0)
+        plot_similarity(engine.compute_gramian(losses_of(model, x, y)), labels=y, ax=ax)
+        engine.close()
+        ax.set(title=f"{title}: {ax.get_title()}", xlabel="digit", ylabel="digit")
     return figure
 
 

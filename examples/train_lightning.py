@@ -18,14 +18,14 @@ from gramjd.weighting import UPGradWeighting
 
 
 class Digits(lightning.LightningModule):
-    """A classifier in which no sample's loss is raised for the sake of the others'."""
+    """A classifier that weighs the samples of each batch by UPGrad."""
 
     def __init__(self, lr: float = 0.3) -> None:
         super().__init__()
         self.automatic_optimization = False  # the step is taken below
         self.lr = lr
         self.model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-        self.engine = Engine(self.model, batch_dim=0)  # of no parameters of its own: not in checkpoints
+        self.engine = Engine(self.model, batch_dim=0)  # no module: not in checkpoints
         self.weighting = UPGradWeighting()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class Digits(lightning.LightningModule):
         weights = self.weighting(self.engine.compute_gramian(losses))
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
-        self.manual_backward(losses, weights)  # losses.backward(weights), by Lightning's precision plugin
+        self.manual_backward(losses, weights)  # losses.backward(weights), by Lightning
         optimizer.step()
         self.log("train_loss", losses.mean())
 

@@ -55,25 +55,27 @@ def train(model: nn.Module, engine: Engine, x: Tensor, y: Tensor, steps: int, mo
     for step in range(steps):
         batch = torch.randint(0, len(y), (32,))
         jacobian = engine.jacobian(cross_entropy(model(x[batch]), y[batch], reduction="none"))
-        weights = upgrad(jacobian.gramian())
-        monitor.log(step, jacobian, weights, labels=y[batch])
+        gramian = jacobian.gramian()
+        weights = upgrad(gramian)
+        monitor.log(step, gramian, weights, labels=y[batch], jacobian=jacobian)
         optimizer.zero_grad()
         jacobian.backward(weights)
         optimizer.step()
 
 
-def pictures(jacobian: Jacobian, labels: Tensor, monitor: Monitor) -> dict[str, Callable[[], Any]]:
+def pictures(model: nn.Module, jacobian: Jacobian, labels: Tensor, monitor: Monitor
+             ) -> dict[str, Callable[[], Any]]:  # fmt: skip
     """How to draw each of them."""
     gramian = jacobian.gramian()
-    weights = upgrad(gramian)
     groups = [("0-3", "4-7", "8-9")[digit // 4] for digit in labels.tolist()]
     return {
         "similarity": lambda: plot_similarity(gramian, labels=labels),
         "clusters": lambda: plot_similarity(gramian, cluster=True),
-        "layers": lambda: plot_layers(jacobian, labels=groups),
+        "layers": lambda: plot_layers(jacobian, labels=groups, per=model),
         "norms": lambda: plot_norms(gramian, labels=labels),
         "spectrum": lambda: plot_spectrum(gramian),
-        "descent": lambda: plot_descent(gramian, weights),
+        "descent": lambda: plot_descent(gramian, upgrad(gramian)),
+        "descent-exact": lambda: plot_descent(gramian, upgrad(gramian, reg_eps=1e-10)),
         "weights": lambda: plot_weights(monitor.steps, monitor.weights),
         "history": lambda: plot_history(monitor.steps, {
             "pairs in conflict": monitor.history["conflict_rate"],
@@ -93,7 +95,7 @@ def main() -> None:
     x, y = load_data()
     model = make_model()
     engine = Engine(model, batch_dim=0)
-    monitor = Monitor()  # Monitor(SummaryWriter(), figures=100) for TensorBoard
+    monitor = Monitor()  # Monitor(SummaryWriter(), figures=100, per=model) for TensorBoard
     train(model, engine, x, y, args.steps, monitor)
 
     batch = torch.randint(0, len(y), (100,))
@@ -103,7 +105,7 @@ def main() -> None:
     engine.close()
     print(f"Mislabelled: {list(range(args.wrong))}. Longest gradients: {outliers(jacobian).tolist()}.")
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, draw in pictures(jacobian, labels, monitor).items():
+    for name, draw in pictures(model, jacobian, labels, monitor).items():
         draw().figure.savefig(args.out / f"{name}.png", dpi=110)
     print(f"Pictures are in {args.out}.")
 

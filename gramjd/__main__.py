@@ -6,11 +6,13 @@ import argparse
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from gramjd.cli.check import CANNOT_RUN, check, explain
 from gramjd.cli.info import info
 from gramjd.cli.load import CONTRACT, CannotRunError, load
 
+PURPOSE = "What is installed, what a model gets, and whether its Gramian is right."
 CODES = """\
 exit codes: 0 done (check: the Gramian is exact); 1 the Gramian is wrong, or gramjd failed: a bug to report;
 2 the command line or the model is not usable; 3 refused: gramjd said why there is no Gramian"""
@@ -46,29 +48,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python -m gramjd", description=__doc__, epilog=CODES, formatter_class=argparse.RawTextHelpFormatter
+        "python -m gramjd", description=PURPOSE, epilog=CODES, formatter_class=argparse.RawTextHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, purpose in {
-        "info": "versions, devices and defaults",
-        "explain": "the blocks, plans and costs of a model of yours",
-        "check": "a model's Gramian against autograd's gradients, and what a step costs",
-    }.items():
-        command = commands.add_parser(
-            name,
-            help=purpose,
-            description=purpose[0].upper() + purpose[1:] + ".",
-            epilog=None if name == "info" else f"{CONTRACT}\n\n{CODES}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        if name != "info":
-            command.add_argument("factory", metavar="FILE:FACTORY")
-            _option(command, "--batch-dim", 0, _batch_dim, "N|none", "dimension of independent samples")
-    command.add_argument("--own-precision", action="store_true", help="do not judge on a copy in float64")
-    _option(command, "--rows", 64, _positive, "N", "compare at most so many losses")
-    _option(command, "--tolerance", 1e-8, float, "X", "relative error that counts as exact")
-    _option(command, "--repeats", 5, _positive, "N", "times that each step is measured")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("info", help="versions, devices and defaults")
+    _of_a_model(commands, "explain", "the blocks, plans and costs of a model of yours")
+    check = _of_a_model(commands, "check", "its Gramian against autograd's gradients, and what a step costs")
+    check.add_argument("--own-precision", action="store_true", help="do not judge on a copy in float64")
+    _option(check, "--rows", 64, _positive, "N", "compare at most so many losses")
+    tolerance = "relative error that counts as exact (default: 1e-8; with --own-precision, of that precision)"
+    check.add_argument("--tolerance", type=float, metavar="X", help=tolerance)
+    _option(check, "--repeats", 5, _positive, "N", "times that each step is measured")
     return parser
+
+
+def _of_a_model(commands: Any, name: str, purpose: str) -> argparse.ArgumentParser:
+    """A command that loads a user's model."""
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=purpose,
+        description=purpose[0].upper() + purpose[1:] + ".",
+        epilog=f"{CONTRACT}\n\n{CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("factory", metavar="FILE:FACTORY")
+    _option(command, "--batch-dim", 0, _batch_dim, "N|none", "dimension of independent samples")
+    return command
 
 
 def _option(command: argparse.ArgumentParser, name: str, default: float, type: Callable[[str], object],

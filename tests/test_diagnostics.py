@@ -84,9 +84,15 @@ def test_layers_without_a_gradient() -> None:
     engine = Engine(model, batch_dim=None)
     h = model["trunk"](torch.randn(3))
     tasks = torch.cat([model["a"](h), model["b"](h)])
-    values, names, pairs = diagnostics.layers(engine.jacobian(tasks))
+    jacobian = engine.jacobian(tasks)
+    values, names, pairs = diagnostics.layers(jacobian)
     assert names == ["a", "b", "trunk"] and pairs == [(0, 1)]
     assert values.isnan().flatten().tolist() == [True, True, False]
+    values, names, _ = diagnostics.layers(jacobian, per=model)  # in its own order
+    assert names == ["trunk", "a", "b"]
+    assert values.isnan().flatten().tolist() == [False, True, True]
+    _, names, _ = diagnostics.layers(jacobian.select(["b.weight", "trunk.bias"]), per=model)
+    assert names == ["trunk", "b"]
 
 
 def test_outliers() -> None:
@@ -268,14 +274,19 @@ class Log:
         self.figures.append((tag, global_step))
 
 
-def test_monitor(jacobian: Jacobian) -> None:
+@pytest.mark.parametrize("whole", [True, False])
+def test_monitor(jacobian: Jacobian, model: nn.Module, whole: bool) -> None:
+    """From a Jacobian, or from a Gramian that is there already, with the Jacobian for its layers."""
     pytest.importorskip("matplotlib")
     log = Log()
-    monitor = diagnostics.Monitor(log, scalars=2, figures=lambda step: step == 3, prefix="g/")
+    monitor = diagnostics.Monitor(log, scalars=2, figures=lambda step: step == 3, prefix="g/", per=model)
     G = jacobian.gramian()
     w = upgrad(G)
     for step in range(5):
-        monitor.log(step, jacobian, w, labels=LABELS)
+        if whole:
+            monitor.log(step, jacobian, w, labels=LABELS)
+        else:
+            monitor.log(step, G, w, labels=LABELS, jacobian=jacobian)
     assert monitor.steps == [0, 2, 4] and len(monitor.weights) == 3
     assert {tag for tag, _, _ in log.scalars} == {f"g/{name}" for name in monitor.history}
     assert ("g/conflict_rate", diagnostics.conflict_rate(G), 4) in log.scalars

@@ -121,7 +121,7 @@ def test_watch_gradients(
     run(monkeypatch, "watch_gradients.py", "--steps", "80", "--wrong", "2", "--out", str(tmp_path))
     longest = capsys.readouterr().out.split("gradients: [")[1].split("]")[0].split(", ")
     assert {"0", "1"} <= set(longest)
-    assert len(list(tmp_path.glob("*.png"))) == 8
+    assert len(list(tmp_path.glob("*.png"))) == 9
 
 
 def test_functional_training(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

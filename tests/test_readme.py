@@ -1,4 +1,4 @@
-"""The Python snippets of the README run, each by itself."""
+"""The Python snippets of the README run, each by itself, and its links lead somewhere."""
 
 import re
 from pathlib import Path
@@ -19,3 +19,10 @@ def snippets() -> dict[int, str]:
 def test_snippet_runs(line: int) -> None:
     code = "\n" * line + snippets()[line]  # a traceback then names the README's own lines
     exec(compile(code, README, "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_relative_links(page: str) -> None:
+    text = (README.parent / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", text):
+        assert (README.parent / target).exists(), target

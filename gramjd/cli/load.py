@@ -114,10 +114,12 @@ def _problem(spec: str, found: Any) -> Problem:
         raise CannotRunError(f"{spec} must return (model, batch, losses), got {got}.")
     model, batch, losses = found
     if not isinstance(model, nn.Module):
-        raise CannotRunError(f"The model that {spec} returned is a {type(model).__name__}, not a module.")
+        raise CannotRunError(
+            f"The model that {spec} returned is no module but of type {type(model).__name__}."
+        )
     if not callable(losses):
         raise CannotRunError(
-            f"The losses that {spec} returned are a {type(losses).__name__}; they must be a function "
+            f"The losses that {spec} returned are of type {type(losses).__name__}; they must be a function "
             "losses(model, batch) that returns one loss for each sample."
         )
     return Problem(model, batch, losses)

@@ -109,7 +109,8 @@ def plot_norms(source: Source, *, labels: Labels | None = None, whisker: float =
         edges = torch.logspace(float(low), float(high), bins, dtype=found.dtype).tolist()
     ax.hist([shown[usual].tolist(), shown[far].tolist()], edges, stacked=True, color=[AGREES, CONFLICTS],
             label=[f"{int(usual.sum())} others", _listed(far, labels, len(found))])  # fmt: skip
-    ax.set(xlabel="norm of the gradient", ylabel="objectives", xscale="log" if wide else "linear")
+    cut = " (left bar: and shorter)" if bool((found < shown).any()) else ""
+    ax.set(xlabel=f"norm of the gradient{cut}", ylabel="objectives", xscale="log" if wide else "linear")
     ax.legend(frameon=False)
     return ax
 
@@ -121,7 +122,7 @@ def plot_spectrum(source: Source, *, ax: Axes | None = None) -> Axes:
     ax = _axes(ax, (5, 3.2))
     ax.plot(range(1, len(shown) + 1), shown.tolist(), ".-", color=AGREES)
     ax.axvline(rank, color=CONFLICTS, linestyle="--", label=f"effective rank {rank:.1f} of {len(values)}")
-    ax.set(xlabel="number", ylabel="eigenvalue", yscale="log" if len(shown) else "linear")
+    ax.set(xlabel="eigenvalues, by size", ylabel="eigenvalue", yscale="log" if len(shown) else "linear")
     ax.legend(frameon=False)
     ax.grid(alpha=0.3)
     return ax

@@ -35,6 +35,8 @@ class Monitor:
             so, or never (``None``). At other steps a call costs nothing.
         figures: at which steps figures are drawn; needs matplotlib.
         prefix: of the tags.
+        per: how the layers of figures are grouped, as for :func:`gramjd.diagnostics.layers`: the model,
+            for instance.
 
     Attributes:
         steps: at which numbers were taken.
@@ -48,15 +50,16 @@ class Monitor:
         ValueError: a number of steps is not positive, or figures are asked for without a writer.
 
     Examples:
-        >>> monitor = Monitor(SummaryWriter(), scalars=10, figures=500)
+        >>> monitor = Monitor(SummaryWriter(), scalars=10, figures=500, per=model)
         >>> J = engine.jacobian(losses)
-        >>> weights = upgrad(J.gramian())
-        >>> monitor.log(step, J, weights, labels=labels)
+        >>> gramian = J.gramian()
+        >>> weights = upgrad(gramian)
+        >>> monitor.log(step, gramian, weights, labels=labels, jacobian=J)
         >>> J.backward(weights)
     """
 
     def __init__(self, writer: Writer | None = None, *, scalars: When = 1, figures: When = None,
-                 prefix: str = "gradients/") -> None:  # fmt: skip
+                 prefix: str = "gradients/", per: Any = None) -> None:  # fmt: skip
         for name, when in (("scalars", scalars), ("figures", figures)):
             if isinstance(when, int) and when < 1:
                 raise ValueError(
@@ -64,21 +67,22 @@ class Monitor:
                 )
         if figures is not None and writer is None:
             raise ValueError("Figures go to a writer: pass one, or figures=None.")
-        self.writer, self.prefix = writer, prefix
+        self.writer, self.prefix, self.per = writer, prefix, per
         self._scalars, self._figures = scalars, figures
         self.steps: list[int] = []
         self.history: dict[str, list[float]] = {}
         self.weights: list[Tensor] = []
 
-    def log(self, step: int, source: Source, weights: Tensor | None = None, *, labels: Labels | None = None
-            ) -> None:  # fmt: skip
+    def log(self, step: int, source: Source, weights: Tensor | None = None, *, labels: Labels | None = None,
+            jacobian: Jacobian | None = None) -> None:  # fmt: skip
         """Take the numbers and draw the figures that are due at a step.
 
         Args:
             step: its number.
-            source: the Gramian of the step, or its Jacobian, with which layers are drawn, too.
+            source: the Gramian of the step; or its Jacobian, whose Gramian is then computed anew.
             weights: that the step uses, shaped like the objectives. Given always or never.
             labels: of each objective, for the figures.
+            jacobian: of the step, with which layers are drawn, too; needless if the source is one.
 
         Raises:
             ValueError: the weights or labels do not fit the objectives; weights came or went.
@@ -92,7 +96,8 @@ class Monitor:
             if weights is not None:
                 self.weights.append(weights.detach().cpu())
         if drawing and self.writer is not None:
-            for name, ax in self._drawn(source, gramian, weights, labels):
+            jacobian = source if isinstance(source, Jacobian) else jacobian
+            for name, ax in self._drawn(gramian, jacobian, weights, labels):
                 self.writer.add_figure(self.prefix + name, ax.figure, step)
 
     def _take(self, step: int, found: dict[str, float]) -> None:
@@ -107,14 +112,14 @@ class Monitor:
             if self.writer is not None:
                 self.writer.add_scalar(self.prefix + name, value, step)
 
-    def _drawn(self, source: Source, gramian: Tensor, weights: Tensor | None, labels: Labels | None
-               ) -> Iterator[tuple[str, Axes]]:  # fmt: skip
+    def _drawn(self, gramian: Tensor, jacobian: Jacobian | None, weights: Tensor | None,
+               labels: Labels | None) -> Iterator[tuple[str, Axes]]:  # fmt: skip
         yield "similarity", figures.plot_similarity(gramian, labels=labels)
         yield "norms", figures.plot_norms(gramian, labels=labels)
         yield "spectrum", figures.plot_spectrum(gramian)
         kinds = len(gramian) if labels is None else len(numbers.numbered(labels, len(gramian))[0])
-        if isinstance(source, Jacobian) and kinds > 1:
-            yield "layers", figures.plot_layers(source, labels=labels)
+        if jacobian is not None and kinds > 1:
+            yield "layers", figures.plot_layers(jacobian, labels=labels, per=self.per)
         if weights is not None:
             yield "descent", figures.plot_descent(gramian, weights)
         if self.weights and len({len(w) for w in self.weights}) == 1:

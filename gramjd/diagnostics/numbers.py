@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gramjd import pytree
 from gramjd.jacobian import Jacobian
@@ -164,8 +164,9 @@ def layers(
         jacobian: of one output.
         labels: of each objective; the mean gradients of the labels are then compared. Without labels,
             every pair of objectives.
-        per: groups of parameters, as for :meth:`gramjd.Jacobian.gramian`; modules by default. A mapping
-            keeps its order, others are sorted by name.
+        per: groups of parameters, as for :meth:`gramjd.Jacobian.gramian`; or a model, for its modules
+            in its own order. By default the modules that the parameters' names tell of. A model and a
+            mapping keep their order, others are sorted by name.
 
     Returns:
         Cosine similarities ``[layers, pairs]``, NaN where a gradient is zero in the layer; the names of
@@ -181,6 +182,8 @@ def layers(
         )
     rows: dict[str, Tensor] = {}
     names: list[Any] = []
+    if isinstance(per, nn.Module):
+        per = _modules(per, jacobian.names)
     parts = jacobian.gramian(per=_module if per is None else per)
     for layer in parts if isinstance(per, Mapping) else sorted(parts, key=_natural):
         gramian = matrix(_only(parts[layer], jacobian))
@@ -267,3 +270,12 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def _module(parameter: str) -> str:
     """The name of the module that a parameter belongs to."""
     return parameter.rpartition(".")[0] or parameter
+
+
+def _modules(model: nn.Module, parameters: Sequence[str]) -> dict[str, list[str]]:
+    """The parameters of each module, by name, in the order of the model."""
+    found: dict[str, list[str]] = {}
+    for name, _ in model.named_parameters():
+        if name in parameters:
+            found.setdefault(_module(name), []).append(name)
+    return found
