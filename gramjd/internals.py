@@ -135,6 +135,11 @@ def unbatched(gradient: Tensor, level: int, size: int) -> Tensor:
 is_compiling: Callable[[], bool] = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Has it memory of its own to look at: is it neither wrapped by a transform nor of a subclass?"""
+    return type(tensor) is Tensor and not _functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def innermost_mode() -> object:
     """The ``TorchFunctionMode`` on top of the stack."""
     return torch.overrides._get_current_function_mode()

@@ -203,3 +203,19 @@ def test_what_the_plans_are_for() -> None:
                      (64, 1, 3, 3), (1, 1), (1, 1))  # fmt: skip
     assert chosen(narrow) == ["unfolded"]
     assert chosen(depthwise) == ["grouped"]
+
+
+@pytest.mark.parametrize("K", [1, 3])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_bias_of_the_same_cotangents_costs_no_product(K: int, transposed: bool) -> None:
+    c, a = torch.randn(K, 6, 1, 1, 400, dtype=torch.float64), torch.randn(6, 1, 1, 500, dtype=torch.float64)
+    weight = Outer(c, a, (500, 400) if transposed else (400, 500), transposed)
+    same, scaled = Dense(c.reshape(K, 6, 400)), Dense(2 * c.reshape(K, 6, 400))
+    for bias, shares in ((same, 1), (scaled, 2)):
+        found = plan.gramians([[bias], [weight]])
+        assert len(found) == shares
+        want = sum(block.dense().flatten(2).flatten(0, 1) @ block.dense().flatten(2).flatten(0, 1).mT
+                   for block in (weight, bias))  # fmt: skip
+        total = torch.stack(found).sum(0).reshape(K * 6, K * 6)
+        torch.testing.assert_close(total, want)
+        assert torch.equal(total, total.mT)

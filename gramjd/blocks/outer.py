@@ -87,9 +87,10 @@ class Outer:
 
     def vjp(self, w: Tensor) -> Tensor:
         """``Jᵀ w`` for ``w [K, B]``: an ordinary weight-gradient product."""
-        c, a = weighted(self.c, w, self.a)
-        total = c.flatten(0, 1).permute(1, 2, 0) @ a.flatten(0, 1).transpose(0, 1)  # [G, o, i]
-        return (total.mT if self.transposed else total).reshape(self.shape)
+        left, right = (x.flatten(0, 1).transpose(0, 1) for x in weighted(self.c, w, self.a))
+        if self.transposed:  # the product in the parameter's own order: its transpose would be copied
+            left, right = right, left
+        return (left.mT @ right).reshape(self.shape)  # [G, o, i]
 
     def sketch(self, w: Tensor, y: Tensor) -> Tensor:
         """``Jᵀ w`` as a matrix of ``grain`` columns times ``y [grain, n]``, without forming it."""

@@ -45,7 +45,7 @@ def gramian(parts: Sequence[Part], which: Sequence[int], K: int, options: Option
     tiles: list[list[Tensor]] = []
     for i, part in enumerate(parts):
         mirrored = [tiles[j][i].permute(2, 3, 0, 1) for j in range(i)]
-        shares = [plan.gramian(part.blocks[p], options) for p in which if part.blocks[p]]
+        shares = plan.gramians([part.blocks[p] for p in which if part.blocks[p]], options)
         own = _sum(shares, (K, part.samples, K, part.samples), like)
         tiles.append(
             [*mirrored, own, *(_cross(part, v, which, (K, K), options, like) for v in parts[i + 1 :])]

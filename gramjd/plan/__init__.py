@@ -17,12 +17,24 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gramjd.blocks import Block, Dense, Lookup, merge
+from gramjd.blocks import Block, Dense, Lookup, Outer, merge
 from gramjd.plan import diagonals
 from gramjd.plan.choice import plans, swapped
 from gramjd.plan.options import Limits, Options, default_budget, limits
+from gramjd.plan.pairwise import with_bias
+from gramjd.plan.together import biased
 
-__all__ = ["Options", "Step", "contract", "cross", "default_budget", "gramian", "squared_norms", "steps"]
+__all__ = [
+    "Options",
+    "Step",
+    "contract",
+    "cross",
+    "default_budget",
+    "gramian",
+    "gramians",
+    "squared_norms",
+    "steps",
+]
 
 DEFAULT = Options()
 
@@ -62,6 +74,24 @@ def gramian(blocks: Sequence[Block], options: Options = DEFAULT) -> Tensor:
             total = total + (share + share.permute(2, 3, 0, 1))
     assert isinstance(total, Tensor)
     return total
+
+
+def gramians(each: Sequence[Sequence[Block]], options: Options = DEFAULT) -> list[Tensor]:
+    """Shares ``[K, B, K, B]`` that add up to the Gramian of several parameters.
+
+    A bias whose rows are the very cotangents of its weight costs no product of its own.
+    """
+    shares, done = [], set()
+    for n, bias in biased(each).items():
+        (u,) = each[n]
+        assert isinstance(u, Outer)
+        share = None
+        if plans(u, u)[0][0].name == "pairwise":
+            share = with_bias(u, _limits(u, u, options))
+        if share is not None:
+            shares.append(share)
+            done |= {n, bias}
+    return shares + [gramian(blocks, options) for n, blocks in enumerate(each) if n not in done]
 
 
 def cross(left: Sequence[Block], right: Sequence[Block], options: Options = DEFAULT) -> Tensor:

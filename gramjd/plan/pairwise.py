@@ -57,7 +57,7 @@ def pairwise_cost(u: Outer | Conv, v: Outer | Conv) -> Cost | None:
 def pairwise(u: Outer, v: Outer, limits: Limits) -> Tensor:
     """``Σ_{t,s} (left_t · left_s)(right_t · right_s)``; one of left and right is ``a``, the other ``c``."""
     K1, K2, G, T = u.rows[0], v.rows[0], u.c.shape[3], max(u.c.shape[2], v.c.shape[2])
-    if T == G == 1 and 3 * K1 * u.rows[1] * K2 * v.rows[1] <= limits.elements:
+    if T == G == 1 and _fits(u, v, limits):
         return _one_position(u, v, limits.dtype)
     pairs = G * (K1 * K2 + sum(len(x) * len(y) for x, y in zip(u.factors, v.factors, strict=True)))
     side = max(1, isqrt(limits.cached(CACHED) // pairs))  # positions of a tile, along each side
@@ -70,7 +70,19 @@ def pairwise(u: Outer, v: Outer, limits: Limits) -> Tensor:
     return over_samples(u, v, step, lambda x, y: over_positions(x, y, side, tile))
 
 
-def _one_position(u: Outer, v: Outer, dtype: torch.dtype) -> Tensor:
+def with_bias(u: Outer, limits: Limits) -> Tensor | None:
+    """Share of a weight and of a bias that got the same cotangents, ``(a aᵀ + 1) ∘ (c cᵀ)``, at ``T = 1``."""
+    if u.c.shape[2] > 1 or u.c.shape[3] > 1 or not _fits(u, u, limits):
+        return None
+    return _one_position(u, u, limits.dtype, bias=True)
+
+
+def _fits(u: Outer, v: Outer, limits: Limits) -> bool:
+    """Is there room for all pairs of rows at once?"""
+    return 3 * u.rows[0] * u.rows[1] * v.rows[0] * v.rows[1] <= limits.elements
+
+
+def _one_position(u: Outer, v: Outer, dtype: torch.dtype, bias: bool = False) -> Tensor:
     """All rows at once, where the result is the largest tensor anyway."""
     found = []
     for x, y in zip(u.factors, v.factors, strict=True):
@@ -78,6 +90,9 @@ def _one_position(u: Outer, v: Outer, dtype: torch.dtype) -> Tensor:
         left = x.flatten(0, 1)
         right = left if u is v else y.flatten(0, 1)
         found.append(product(left, right).view(*x.shape[:2], *y.shape[:2]))
+    if bias:
+        of_a = 0 if u.transposed else 1
+        found[of_a] = found[of_a] + 1
     return (found[0] * found[1]).expand(*u.rows, *v.rows)
 
 
