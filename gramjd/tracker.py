@@ -1,6 +1,6 @@
 """Watching ops: which of them receive a tracked tensor, and what is derived from it.
 
-Both captures are trackers: :mod:`gramjd.capture` under ``vmap``, :mod:`gramjd.engine.recorder` in the
+Both captures are trackers: :mod:`gramjd.watch` under ``vmap``, :mod:`gramjd.engine.recorder` in the
 user's own forward.
 """
 
@@ -15,11 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from gramjd.internals import constant_in_graphs
 from gramjd.rules import tensors_of
 from gramjd.uses import Derived, Record, Source
-
-# Written in Python on top of ops that have rules: their bodies are followed, not the call itself.
-_COMPOSITE = (F.multi_head_attention_forward,)
 
 # Asked of tensors all the time; like most properties, they give no tensor.
 _QUESTIONS = (Tensor.dim, Tensor.size)
@@ -76,10 +74,10 @@ class Tracker(TorchFunctionMode):
             return out
         if func in _COMPOSITE:
             with self:
-                return _undispatched(func)(*args, **kwargs)
+                return _COMPOSITE[func](*args, **kwargs)
         derived = unbatched and not _is_random(func) and not is_inplace(func)
         out, record = self.record(func, args, kwargs, derived)
-        if record is not None and derived:
+        if record is not None and record.derived:
             for output, tensor in enumerate(tensors_of(out)):
                 self.sources[id(tensor)] = Derived(record, output)
                 self.known[id(tensor)] = tensor
@@ -116,19 +114,25 @@ class Tracker(TorchFunctionMode):
             del self.known[id(written)]
 
 
+@constant_in_graphs
 def _is_random(func: Any) -> bool:
     """By name: does the op draw random numbers?"""
     name = getattr(func, "__name__", "").rstrip("_")
     return name in _RANDOM or name.startswith("rand") or "dropout" in name
 
 
+@constant_in_graphs
 def is_inplace(func: Any) -> bool:
     """Does an op write into its first argument?"""
     name = getattr(func, "__name__", "")
     return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
 
-def _undispatched(func: types_.FunctionType) -> types_.FunctionType:
+def _undispatched(func: Any) -> types_.FunctionType:
     """A Python function of torch without its own ``__torch_function__`` dispatch: only its body."""
     space = {**func.__globals__, "has_torch_function": lambda *_: False}
     return types_.FunctionType(func.__code__, space, func.__name__, func.__defaults__, func.__closure__)
+
+
+# Written in Python on top of ops that have rules: their bodies are followed, not the call itself.
+_COMPOSITE = {F.multi_head_attention_forward: _undispatched(F.multi_head_attention_forward)}
