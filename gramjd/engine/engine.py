@@ -100,7 +100,9 @@ class Engine:
                 that ``output.backward(weights)`` can follow.
             group: a ``torch.distributed`` process group, or a ``DeviceMesh`` of one dimension, each
                 rank of which calls this with the output of its own samples, perhaps of none: the
-                Gramian is that of all samples, in order of ranks. For the step that follows see
+                Gramian is that of all samples, in order of ranks. With ``batch_dim=None`` objectives
+                are sums over ranks (task losses), of which each rank's output is a share, and the
+                Gramian is that of the sums. For the step that follows see
                 :func:`gramjd.distributed.local_weights`.
             rows: with a group, ``"all"``, or ``"local"`` for the rows of this rank's samples alone.
 
@@ -116,13 +118,14 @@ class Engine:
             NotSeparableError: ``batch_dim`` is not a dimension of independent samples.
             CheckFailedError: none of the allowed ways gives a Gramian that agrees with autograd.
             NotFiniteError: the output has NaN or infinite entries, or its gradients have.
-            ValueError: the output is empty, or has no dimension ``batch_dim``.
+            ValueError: the output is empty, or has no dimension ``batch_dim``; ``rows`` without a group.
             RanksDisagreeError: ranks have different models or settings; all of them raise it.
             RankFailedError: another rank could not take part; it raises what it failed by.
         """
         if group is not None:
             gramian = self._of_all_ranks(output, group, rows)
         else:
+            distributed.refuse_rows(rows)
             _refuse_empty(output)
             gramian = self.jacobian(output).gramian(**asdict(self._options))
         finite = torch.isfinite(gramian).all()

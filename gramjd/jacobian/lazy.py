@@ -125,7 +125,8 @@ class Jacobian:
             group: a ``torch.distributed`` process group, or a ``DeviceMesh`` of one dimension, each
                 rank of which calls this with the Jacobian of its own samples: the Gramian is that of
                 all samples, in order of ranks, detached. Ranks may have different numbers of samples,
-                or none (:meth:`without_samples`).
+                or none (:meth:`without_samples`). Outputs without a batch dimension are sums over
+                ranks, of which each rank has a share: the Gramian is that of the sums.
             rows: with a group, ``"all"``, or ``"local"`` for the rows of this rank's samples alone.
 
         Returns:
@@ -134,7 +135,8 @@ class Jacobian:
             ``[*shape_i, *reversed(shape_j)]``. With ``per``, a dictionary of these by name.
 
         Raises:
-            ValueError: groups leave out a parameter, name one twice, or name one that there is not.
+            ValueError: groups leave out a parameter, name one twice, or name one that there is not;
+                ``rows`` without a group.
             RanksDisagreeError: ranks have different models or settings; all of them raise it.
             RankFailedError: another rank could not take part; it raises what it failed by.
         """
@@ -143,6 +145,7 @@ class Jacobian:
         if group is not None:
             found = distributed.gramian(self, which, options, group, rows)
             return found[""] if per is None else found
+        distributed.refuse_rows(rows)
 
         def share(which: Sequence[int]) -> PyTree:
             total = parts.gramian(self.parts, which, self.objectives, options, self._like)
