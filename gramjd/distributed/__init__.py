@@ -6,6 +6,6 @@ of it (or its own rows).
 """
 
 from gramjd.distributed.gramian import everywhere, gramian, refuse_rows, taking_part
-from gramjd.distributed.step import local_weights
+from gramjd.distributed.step import averaged, is_sharded, local_weights
 
-__all__ = ["everywhere", "gramian", "local_weights", "refuse_rows", "taking_part"]
+__all__ = ["averaged", "everywhere", "gramian", "is_sharded", "local_weights", "refuse_rows", "taking_part"]

@@ -15,6 +15,7 @@ from gramjd import distributed, pytree
 from gramjd.engine.graph import Graph, walk
 from gramjd.engine.nodes import forget
 from gramjd.engine.recorder import AfterHook, BeforeHook, Watcher
+from gramjd.engine.sharded import Lockstep, Shards, is_unit, refuse_flat, refuse_parallel
 from gramjd.engine.task import Plan, Task
 from gramjd.engine.ways import OVERFLOWED, WAYS, solve
 from gramjd.errors import NotCoveredError, NotFiniteError, SlowPathWarning
@@ -79,7 +80,9 @@ class Engine:
         self._check, self._ways = check, tuple(way for way in WAYS if way in ways)
         self._options = Options(memory_budget, accumulate_dtype)
         self._plans: dict[Hashable, Plan] = {}
+        refuse_flat(found)
         registry = _Registry(found, recurse)
+        registry.held()  # sharded parameters are seen before a forward gathers them
         self._registry = registry
         self._watcher = Watcher(registry.held, self._ways)
         handles = []
@@ -157,26 +160,39 @@ class Engine:
         The arguments and errors are those of :meth:`compute_gramian`, but for an output without
         samples, whose Jacobian has no rows.
         """
-        batch_dim = self._validate(output)
+        lockstep = self._registry.lockstep()
         with torch.no_grad():
-            graph = walk(output)
-            named = {n: p for n, p in self._registry.named().items() if id(p) in graph.leaves}
-            if not named:
-                self._raise_not_covered()
-            plan = self._plan(graph)
-            warned = "rows" in plan.ways.values()
-            task = Task(output, batch_dim, graph, named, plan)
             try:
-                blocks = solve(task, self._ways, check=self._check != "never") if task.samples else []
+                task = self._task(output, lockstep)
+            except Exception as error:
+                if lockstep is not None:  # the others must not wait
+                    lockstep.agree(False, [], error)
+                raise
+            warned = "rows" in task.plan.ways.values()
+            try:
+                blocks = solve(task, self._ways, check=self._check != "never")
             finally:
-                forget(graph.nodes)
+                forget(task.graph.nodes)
         if task.samples and not warned and self._ways != ("rows",):
             _warn_of_rows(task)
+        named, batch_dim = self._registry.named(), task.batch_dim
+        named = {name: named[name] for name in task.parameters}
         parameters, spec = pytree.flatten(named)
-        by_id = dict(zip(map(id, named.values()), blocks or [[] for _ in named], strict=True))
+        by_id = dict(zip(map(id, named.values()), blocks, strict=True))
         _, leaf = pytree.flatten(output)
         shape = Output(0, tuple(output.shape), batch_dim)
         return Jacobian.of([by_id[id(p)] for p in parameters], parameters, spec, [shape], leaf, task.samples)
+
+    def _task(self, output: Tensor, lockstep: Lockstep | None) -> Task:
+        """The output's graph, and what is known of its like."""
+        batch_dim = self._validate(output)
+        graph = walk(output)
+        named = self._registry.named(whole=True)
+        refuse_parallel(named, graph.leaves)
+        named = {n: p for n, p in named.items() if id(p) in graph.leaves}
+        if not named:
+            self._raise_not_covered()
+        return Task(output, batch_dim, graph, named, self._plan(graph), lockstep=lockstep)
 
     def explain(self, output: Tensor, /) -> Explanation:
         """What the Gramian of an output is made of: every use of every parameter, its op and its plan.
@@ -240,39 +256,61 @@ class _Registry:
     """The modules of an engine, and what they hold at the time of asking."""
 
     def __init__(self, modules: Sequence[nn.Module], recurse: bool) -> None:
-        self.modules, self.recurse = modules, recurse
+        self.modules, self.recurse, self.shards = modules, recurse, Shards()
 
-    def named(self) -> dict[str, Tensor]:
-        """Trainable parameters by name, each of them once."""
+    def named(self, whole: bool = False) -> dict[str, Tensor]:
+        """Trainable parameters by name, each once: the optimizer's, or the ``whole`` of sharded ones."""
         seen: set[int] = set()
         found: dict[str, Tensor] = {}
+        which = self.shards.in_forward if whole else self.shards.of_user
         for index, module in enumerate(self.modules):
             prefix = "" if len(self.modules) == 1 else f"{index}:{type(module).__name__}."
-            for name, p in module.named_parameters(recurse=self.recurse):
+            for name, held in module.named_parameters(recurse=self.recurse):
+                p: Tensor = held
+                if self.shards.units:
+                    owner, _, last = name.rpartition(".")
+                    p = which(module.get_submodule(owner), last, p)
                 if p.requires_grad and id(p) not in seen:
                     seen.add(id(p))
                     found[prefix + name] = p
         return found
 
-    def held(self) -> tuple[list[Tensor], list[Tensor]]:
+    def held(self, below: nn.Module | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """Trainable parameters, and the tensors that no sample owns: frozen ones and buffers.
 
-        A walk many times as fast as ``named_parameters``, for every forward takes it.
+        Of all modules, or of those ``below`` a sharded one. A walk many times as fast as
+        ``named_parameters``, for every forward takes it.
         """
         trainable: dict[int, Tensor] = {}
         unbatched: dict[int, Tensor] = {}
-        stack, seen = list(self.modules), set(map(id, self.modules))
+        start = self.modules if below is None or not self.recurse else [below]
+        stack: list[tuple[nn.Module, nn.Module | None]] = [(module, None) for module in start]
+        seen = set(map(id, start))
         while stack:
-            module = stack.pop()
-            for p in module._parameters.values():
+            module, unit = stack.pop()
+            unit = module if is_unit(module) else unit
+            for name, p in module._parameters.items():
                 if p is not None:
                     (trainable if p.requires_grad else unbatched)[id(p)] = p
+                    if unit is not None:
+                        self.shards.note(module, name, p, unit)
             unbatched.update((id(b), b) for b in module._buffers.values() if b is not None)
             for child in module._modules.values() if self.recurse else ():
                 if child is not None and id(child) not in seen:
                     seen.add(id(child))
-                    stack.append(child)
+                    stack.append((child, unit))
         return list(trainable.values()), list(unbatched.values())
+
+    def lockstep(self) -> Lockstep | None:
+        """For a sharded model; it shows its sharded parameters from then on."""
+        if not self.shards.units:
+            return None
+        if not self.shards.sharded:  # the engine has seen no other than gathered ones
+            self.shards.release()
+            self.held()
+        for p in self.shards.sharded.values():
+            return Lockstep(p.device_mesh, p.device, self.shards)  # type: ignore[attr-defined]
+        return None
 
     def hooked(self) -> list[nn.Module]:
         """The modules whose calls are watched: those that have a registered parameter below them."""

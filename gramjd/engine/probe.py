@@ -63,9 +63,18 @@ class Probe:
         return self.run(_SCALE * self.v)
 
     @cached_property
+    def independent(self) -> Pass:
+        """With weights that no layout was found by."""
+        return self.run(self.others)
+
+    @property
     def total(self) -> tuple[Tensor, Pass]:
-        """What the total is compared with: weights that no layout was found by, if these told too much."""
-        return (self.others, self.run(self.others)) if self.scattered else (self.v, self.first)
+        """What the total is compared with: independent weights, if the first ones told too much."""
+        return (self.others, self.independent) if self.scattered else (self.v, self.first)
+
+    def run_all(self) -> None:
+        """Every pass that may be asked for, now."""
+        _ = self.first, self.again, self.independent
 
     @cached_property
     def rounding(self) -> float:

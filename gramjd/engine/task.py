@@ -13,6 +13,7 @@ from gramjd.engine.graph import Graph
 from gramjd.engine.layouts import ZERO, Layout
 from gramjd.engine.marks import OpMark
 from gramjd.engine.replay import Cotangents, Replayed
+from gramjd.engine.sharded import Lockstep
 
 Layouts = Sequence[Layout | None]  # of the outputs of a node; None: samples are mixed, or it has none
 
@@ -42,6 +43,7 @@ class Task:
     graph: Graph
     parameters: dict[str, Tensor]  # by name
     plan: Plan
+    lockstep: Lockstep | None = None  # where parameters are sharded over ranks
     cotangents: list[Cotangents] = field(default_factory=list)  # of each node
     layouts: list[Layouts] = field(default_factory=list)
     precisions: list[torch.dtype | None] = field(default_factory=list)  # of a node's op, if replayed

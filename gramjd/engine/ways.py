@@ -18,6 +18,7 @@ from gramjd.engine.marks import CallMark, OpMark
 from gramjd.engine.nodes import values_of
 from gramjd.engine.probe import Probe, agrees, differentiate, find_layouts, is_noise
 from gramjd.engine.replay import Cotangents, Replayed, replay
+from gramjd.engine.sharded import Lockstep, needs_weights
 from gramjd.engine.task import Task, is_fused
 from gramjd.errors import CheckFailedError, NotFiniteError, NotSeparableError
 from gramjd.rules.registry import any_entry
@@ -45,8 +46,32 @@ def solve(task: Task, ways: Sequence[str], check: bool) -> list[list[Block]]:
     """
     replayed = any(isinstance(node.record, CallMark) for node in task.graph.nodes)
     checking = check and (replayed or not task.plan.checked)  # replays run the user's code anew
+    measuring = task.batch_dim is not None and task.plan.layouts is None
+    if task.lockstep is not None:
+        return _solve_in_step(task, task.lockstep, ways, checking, measuring)
+    if not task.samples:
+        return [[] for _ in task.parameters]
+    return _solved(task, differentiate(task, checking), ways, checking, measuring)
+
+
+def _solve_in_step(task: Task, lockstep: Lockstep, ways: Sequence[str], checking: bool, measuring: bool
+                   ) -> list[list[Block]]:  # fmt: skip
+    """The same for a sharded model: whatever the data are, all ranks run the same backward passes."""
+    nodes = [node for node in task.graph.nodes if needs_weights(node)]
+    lockstep.agree(checking or measuring, lockstep.units_of(nodes), None)
     probe = differentiate(task, checking)
-    if checking or (task.batch_dim is not None and task.plan.layouts is None):
+    if lockstep.passes:
+        probe.run_all()
+    with lockstep.gather(nodes):
+        if not task.samples:
+            return [[] for _ in task.parameters]
+        alone = [way for way in ways if way != "rows"]  # a pass for each row is not the same on all ranks
+        return _solved(task, probe, alone, checking, measuring)
+
+
+def _solved(task: Task, probe: Probe, ways: Sequence[str], checking: bool, measuring: bool
+            ) -> list[list[Block]]:  # fmt: skip
+    if checking or measuring:
         _refuse_overflow(probe)  # or what is measured now would be wrong, and remembered
     _expand(task, probe)
     lasting = find_layouts(task, probe)
@@ -73,9 +98,14 @@ def solve(task: Task, ways: Sequence[str], check: bool) -> list[list[Block]]:
     if missing:
         name = missing[0]
         cause = task.plan.causes.get(id(task.parameters[name]), "no registered module call used it")
+        remedy = "Allow more ways (the default of Engine tries all), or freeze the parameter."
+        if task.lockstep is not None:
+            remedy = (
+                "Under fully_shard there is no way row by row, whose backward passes ranks would not run in "
+                "step: leave the module unsharded (DistributedDataParallel), or freeze the parameter."
+            )
         raise CheckFailedError(
-            f"The Gramian of {name!r} could not be computed by {' or '.join(ways)}: {cause}. "
-            "Allow more ways (the default of Engine tries all), or freeze the parameter."
+            f"The Gramian of {name!r} could not be computed by {' or '.join(ways)}: {cause}. {remedy}"
         )
     task.plan.checked = task.plan.checked or (checking and lasting and probe.conclusive)
     return [found[id(p)] for p in task.parameters.values()]
@@ -186,6 +216,8 @@ def _use(task: Task, index: int, split: Mapping[Record, Layout], fail: Callable[
         return None
     record, saved = mark.record, values_of(node)
     slots = saved[len(record.saved) :]
+    if task.lockstep is not None and id(node) not in task.lockstep.gathered:
+        slots = [_hollow(t) for t in slots]
     live = iter(task.canonical(index))
     cs = [next(live) if is_live else None for is_live in mark.live]
     layouts = [layout for layout in task.layouts[index] if layout is not ZERO]
@@ -218,6 +250,11 @@ def _use(task: Task, index: int, split: Mapping[Record, Layout], fail: Callable[
         if at is not None:
             own[slot.index] = at.split(tensor, at.dim, task.samples)
     return Use.of(record, found, cs, slots, own)
+
+
+def _hollow(tensor: Tensor) -> Tensor:
+    """Its shape and dtype, without values: an error for whoever asks for these."""
+    return torch.empty_like(tensor, device="meta")
 
 
 def _where(record: Record, saved: Sequence[Tensor], output: Sequence[int], dim: int) -> list[int | None]:

@@ -263,7 +263,8 @@ class Jacobian:
         """Add ``Jᵀ w`` to ``.grad`` of the parameters, as ``losses.backward(w)`` would add it.
 
         No second backward pass runs: the gradients are products of the factors. They go through
-        autograd's own accumulation, so that hooks of the parameters run as usual. Parameters that the
+        autograd's own accumulation, so that hooks of the parameters run as usual; of a parameter that
+        ``fully_shard`` spreads over ranks, each gets its shard of their average. Parameters that the
         Jacobian is not of get nothing: for an engine's, those that are not registered with it.
 
         Args:
@@ -275,7 +276,9 @@ class Jacobian:
         """
         no_rows = self.samples == 0  # as autograd: zeros, which the ranks of a process group wait for
         used = [
-            n for n in range(len(self.parameters)) if no_rows or any(part.blocks[n] for part in self.parts)
+            n
+            for n, p in enumerate(self.parameters)
+            if no_rows or distributed.is_sharded(p) or any(part.blocks[n] for part in self.parts)
         ]
         leaves = [self.parameters[n] for n in used]
         for n, p in zip(used, leaves, strict=True):
@@ -293,6 +296,7 @@ class Jacobian:
             raise ValueError("Jacobian.backward takes one tensor of weights; see vjp for a batch of them.")
         with torch.no_grad():
             found = parts.vjp(self.parts, self.parameters, rows[0])
+            found = [distributed.averaged(g, p) for g, p in zip(found, self.parameters, strict=True)]
         torch.autograd.backward(leaves, [found[n] for n in used])
 
     # other views of it
