@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -12,6 +15,7 @@ from traffic_cases import tasks
 
 import gramjd
 from gramjd.distributed import local_weights
+from gramjd.engine.sharded import Lockstep
 from gramjd.weighting import upgrad
 
 
@@ -26,9 +30,18 @@ def sharded(name: str, rank: int, size: int) -> tuple[nn.Module, Tensor, Tensor]
     return fully_shard(model), *own(rank, size, x, y)
 
 
-def gathered(model: nn.Module) -> list[Any]:
-    """Storages of parameters as modules hold them that are no shards."""
-    return [p for p in model.parameters() if not hasattr(p, "full_tensor")]
+@contextmanager
+def gathered() -> Iterator[list[str]]:
+    """The types of the units that are gathered for the sake of their blocks."""
+    found: list[str] = []
+    gather = Lockstep.gather
+
+    def watching(self: Lockstep, nodes: Any) -> Any:
+        found.extend(type(unit).__name__ for unit in self.units_of(nodes))
+        return gather(self, nodes)
+
+    with mock.patch.object(Lockstep, "gather", watching):
+        yield found
 
 
 def whole(model: nn.Module) -> list[Tensor]:
@@ -46,13 +59,12 @@ def case_sharded(rank: int, size: int) -> Any:
         engine = gramjd.Engine(model, batch_dim=0)
         for way in ("autograd", "jacobian"):
             losses = losses_of(model, x, y)
-            gramian = engine.compute_gramian(losses, group=group)
+            with gathered() as units:
+                gramian = engine.compute_gramian(losses, group=group)
             weights = upgrad(gramian)
             share = local_weights(weights, losses, group)
             (losses if way == "autograd" else engine.jacobian(losses)).backward(share)
-            if way == "jacobian":
-                del losses
-            found[(name, way)] = gramian, weights, whole(model)
+            found[(name, way)] = gramian, weights, whole(model), units
     return found
 
 
@@ -66,4 +78,43 @@ def case_sharded_sums(rank: int, size: int) -> Any:
         weights = upgrad(gramian)
         losses.backward(local_weights(weights, losses, group, batch_dim=None))
         found[name] = gramian, weights, whole(model)
+    return found
+
+
+class Scale(torch.autograd.Function):
+    """The product with a parameter, out of sight of any rule."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        return x * scale
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, scale = ctx.saved_tensors
+        return g * scale, (g * x).sum(0)
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Scale.apply(x, self.scale)
+
+
+def case_sharded_refused(rank: int, size: int) -> Any:
+    """A loss that is not finite on one rank, and a parameter that no rule covers."""
+    from torch.distributed.fsdp import fully_shard
+
+    found = {}
+    torch.manual_seed(0)
+    model = fully_shard(nn.Sequential(nn.Linear(4, 3).double(), fully_shard(Scaled())))
+    engine = gramjd.Engine(model, batch_dim=0)
+    for name, factor in (("finite", float("nan") if rank == size - 1 else 1.0), ("covered", 1.0)):
+        try:
+            engine.compute_gramian(factor * model(torch.ones(2, 4).double()).square().sum(1))
+        except gramjd.GramjdError as error:
+            found[name] = type(error).__name__, str(error)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from typing import Any
 
@@ -18,13 +19,16 @@ import gramjd
 
 SIZES = [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
 MODULES = ["distributed_cases", "traffic_cases"]
+SHARDED = importlib.util.find_spec("torch.distributed.fsdp._fully_shard") is not None  # since torch 2.6
 Results = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module", params=SIZES)
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Of every case, of each rank."""
-    return ranks.run(MODULES, request.param, tmp_path_factory.mktemp("ranks"))
+    return ranks.run(
+        [*MODULES, *(["sharded_cases"] if SHARDED else [])], request.param, tmp_path_factory.mktemp("ranks")
+    )
 
 
 def close(got: Tensor, want: Tensor) -> None:
@@ -212,6 +216,54 @@ def test_the_cheaper_way_is_taken(results: Results) -> None:
     for name in cases.MODELS:
         planned = {way: of(results, "traffic")[0][(name, way)][1] for way in traffic_cases.WAYS}
         assert planned["planned"] <= min(planned["factors"], planned["slices"])
+
+
+needs_shards = pytest.mark.skipif(not SHARDED, reason="torch has no fully_shard")
+
+
+@needs_shards
+@pytest.mark.parametrize("way", ["autograd", "jacobian"])
+@pytest.mark.parametrize("name", list(cases.MODELS))
+def test_sharded(results: Results, name: str, way: str) -> None:
+    """Under fully_shard: the Gramian and the step of one process; weights only where a replay needs them."""
+    model, x, y = cases.make(name, sum(cases.sizes_of(len(results))))
+    want = dense_gramian(cases.losses_of(model, x, y), model.parameters())
+    for found in of(results, "sharded"):
+        gramian, weights, gradients, units = found[(name, way)]
+        close(gramian, want)
+        model.zero_grad()
+        cases.losses_of(model, x, y).backward(weights)
+        for got, p in zip(gradients, model.parameters(), strict=True):
+            close(got, p.grad)
+        expected = {"lstm": ["FSDPTagger"], "transformer": ["FSDPEmbedding"]}
+        assert units == expected.get(name, [])
+
+
+@needs_shards
+@pytest.mark.parametrize("name", list(cases.MODELS))
+def test_sharded_sums(results: Results, name: str) -> None:
+    model, x, y = cases.make(name, sum(cases.sizes_of(len(results))))
+    losses = traffic_cases.tasks(model, x, y)
+    want = dense_gramian(losses, model.parameters())
+    for found in of(results, "sharded_sums"):
+        gramian, weights, gradients = found[name]
+        close(gramian, want)
+        model.zero_grad()
+        losses.backward(weights, retain_graph=True)
+        for got, p in zip(gradients, model.parameters(), strict=True):
+            close(got, p.grad)
+
+
+@needs_shards
+def test_sharded_refused(results: Results) -> None:
+    found = of(results, "sharded_refused")
+    assert [mine["finite"][0] for mine in found] == ["RankFailedError"] * (len(found) - 1) + [
+        "NotFiniteError"
+    ]
+    for mine in found:
+        name, message = mine["covered"]
+        assert name == "CheckFailedError"
+        assert "'1.scale'" in message and "no way row by row" in message
 
 
 def test_sums_have_no_rows_of_their_own(results: Results) -> None:

@@ -290,10 +290,12 @@ class _Registry:
             module, unit = stack.pop()
             unit = module if is_unit(module) else unit
             for name, p in module._parameters.items():
-                if p is not None:
+                if p is not None and unit is not None:
+                    self.shards.note(module, name, p, unit)
+                if p is not None and (
+                    unit is None or not distributed.is_sharded(p)
+                ):  # shards take no part in a forward
                     (trainable if p.requires_grad else unbatched)[id(p)] = p
-                    if unit is not None:
-                        self.shards.note(module, name, p, unit)
             unbatched.update((id(b), b) for b in module._buffers.values() if b is not None)
             for child in module._modules.values() if self.recurse else ():
                 if child is not None and id(child) not in seen:

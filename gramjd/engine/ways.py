@@ -216,8 +216,7 @@ def _use(task: Task, index: int, split: Mapping[Record, Layout], fail: Callable[
         return None
     record, saved = mark.record, values_of(node)
     slots = saved[len(record.saved) :]
-    if task.lockstep is not None and id(node) not in task.lockstep.gathered:
-        slots = [_hollow(t) for t in slots]
+    slots = [t if t.untyped_storage().size() else _hollow(t) for t in slots]  # no sharded weights
     live = iter(task.canonical(index))
     cs = [next(live) if is_live else None for is_live in mark.live]
     layouts = [layout for layout in task.layouts[index] if layout is not ZERO]
