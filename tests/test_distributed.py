@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from typing import Any
 
@@ -9,26 +10,25 @@ import distributed_cases as cases
 import pytest
 import ranks
 import torch
+import traffic_cases
 from oracle import dense_gramian
+from ranks import of
 from torch import Tensor
 
 import gramjd
 
 SIZES = [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+MODULES = ["distributed_cases", "traffic_cases"]
+SHARDED = importlib.util.find_spec("torch.distributed.fsdp._fully_shard") is not None  # since torch 2.6
 Results = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module", params=SIZES)
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Of every case, of each rank."""
-    return ranks.run("distributed_cases", request.param, tmp_path_factory.mktemp("ranks"))
-
-
-def of(results: Results, case: str) -> list[Any]:
-    """What each rank returned; their tracebacks, if they raised."""
-    found = [mine[case] for mine in results]
-    assert not any(isinstance(x, str) for x in found), "\n".join(map(str, found))
-    return found
+    return ranks.run(
+        [*MODULES, *(["sharded_cases"] if SHARDED else [])], request.param, tmp_path_factory.mktemp("ranks")
+    )
 
 
 def close(got: Tensor, want: Tensor) -> None:
@@ -168,7 +168,116 @@ def test_errors_on_all_ranks(results: Results) -> None:
         assert mine["after"].shape == (2 * len(results), 2 * len(results))
 
 
+@pytest.mark.parametrize("way", traffic_cases.WAYS)
+@pytest.mark.parametrize("name", list(cases.MODELS))
+def test_ways(results: Results, name: str, way: str) -> None:
+    """By factors alone, by slices alone, and in many small messages; twice the same, bit by bit."""
+    sizes = cases.sizes_of(len(results))
+    model, x, y = cases.make(name, sum(sizes))
+    want = dense_gramian(cases.losses_of(model, x, y), model.parameters())
+    for rank, found in enumerate(of(results, "ways")):
+        whole, rows, again = found[(name, way)]
+        close(whole, want)
+        assert torch.equal(whole, whole.T)
+        assert torch.equal(whole, again)
+        assert torch.equal(rows, whole[sum(sizes[:rank]) :][: sizes[rank]])
+        assert torch.equal(whole, of(results, "ways")[0][(name, way)][0])
+
+
+@pytest.mark.parametrize("way", traffic_cases.WAYS)
+@pytest.mark.parametrize("name", list(cases.MODELS))
+def test_sums_over_ranks(results: Results, name: str, way: str) -> None:
+    """Task losses of which each rank has a share: the Gramian and the step of one process."""
+    model, x, y = cases.make(name, sum(cases.sizes_of(len(results))))
+    losses = traffic_cases.tasks(model, x, y)
+    want = dense_gramian(losses, model.parameters())
+    for found in of(results, "sums"):
+        whole, weights, gradients = found[(name, way)]
+        close(whole, want)
+        assert torch.equal(whole, whole.T)
+        assert torch.equal(whole, of(results, "sums")[0][(name, way)][0])
+        model.zero_grad()
+        losses.backward(weights, retain_graph=True)
+        for got, p in zip(gradients, model.parameters(), strict=True):
+            close(got, p.grad)
+
+
+def test_what_ranks_hold_and_send(results: Results) -> None:
+    """The planner's bytes are those sent; no rank has the factors of all at a time."""
+    for name in cases.MODELS:
+        for way in traffic_cases.WAYS:
+            found = [mine[(name, way)] for mine in of(results, "traffic")]
+            assert sum(sent for sent, *_ in found) == found[0][1]
+            if len(results) > 2:
+                assert all(held <= 2 for *_, held in found)
+
+
+def test_the_cheaper_way_is_taken(results: Results) -> None:
+    for name in cases.MODELS:
+        planned = {way: of(results, "traffic")[0][(name, way)][1] for way in traffic_cases.WAYS}
+        assert planned["planned"] <= min(planned["factors"], planned["slices"])
+
+
+needs_shards = pytest.mark.skipif(not SHARDED, reason="torch has no fully_shard")
+
+
+@needs_shards
+@pytest.mark.parametrize("way", ["autograd", "jacobian"])
+@pytest.mark.parametrize("name", list(cases.MODELS))
+def test_sharded(results: Results, name: str, way: str) -> None:
+    """Under fully_shard: the Gramian and the step of one process; weights only where a replay needs them."""
+    model, x, y = cases.make(name, sum(cases.sizes_of(len(results))))
+    want = dense_gramian(cases.losses_of(model, x, y), model.parameters())
+    for found in of(results, "sharded"):
+        gramian, weights, gradients, units = found[(name, way)]
+        close(gramian, want)
+        model.zero_grad()
+        cases.losses_of(model, x, y).backward(weights)
+        for got, p in zip(gradients, model.parameters(), strict=True):
+            close(got, p.grad)
+        expected = {"lstm": ["FSDPTagger"], "transformer": ["FSDPEmbedding"]}
+        assert units == expected.get(name, [])
+
+
+@needs_shards
+@pytest.mark.parametrize("name", list(cases.MODELS))
+def test_sharded_sums(results: Results, name: str) -> None:
+    model, x, y = cases.make(name, sum(cases.sizes_of(len(results))))
+    losses = traffic_cases.tasks(model, x, y)
+    want = dense_gramian(losses, model.parameters())
+    for found in of(results, "sharded_sums"):
+        gramian, weights, gradients = found[name]
+        close(gramian, want)
+        model.zero_grad()
+        losses.backward(weights, retain_graph=True)
+        for got, p in zip(gradients, model.parameters(), strict=True):
+            close(got, p.grad)
+
+
+@needs_shards
+def test_sharded_refused(results: Results) -> None:
+    found = of(results, "sharded_refused")
+    assert [mine["finite"][0] for mine in found] == ["RankFailedError"] * (len(found) - 1) + [
+        "NotFiniteError"
+    ]
+    for mine in found:
+        name, message = mine["covered"]
+        assert name == "CheckFailedError"
+        assert "'1.scale'" in message and "no way row by row" in message
+
+
+def test_sums_have_no_rows_of_their_own(results: Results) -> None:
+    for local, mixed in of(results, "sums_refused"):
+        assert "sums over all ranks" in local
+        assert "all outputs have a batch dimension, or none" in mixed
+
+
 def test_without_a_group() -> None:
     jac = gramjd.jacobian(lambda p, x: (p * x).sum())(torch.ones(3), torch.ones(2, 3))
+    with pytest.raises(ValueError, match="rows='local' needs group="):
+        jac.gramian(rows="local")
+    model = torch.nn.Linear(2, 1)
+    with pytest.raises(ValueError, match="rows='some' needs group="):
+        gramjd.Engine(model, batch_dim=0).compute_gramian(model(torch.ones(3, 2)).sum(1), rows="some")
     with pytest.raises(ValueError, match="init_process_group first"):
         jac.gramian(group=object())

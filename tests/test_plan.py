@@ -8,8 +8,9 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from oracle import assert_close
-from torch import Tensor
+from torch import Tensor, nn
 
+import gramjd
 from gramjd import plan
 from gramjd.blocks import Block, Conv, Dense, Lookup, Outer
 from gramjd.plan import Options
@@ -219,3 +220,15 @@ def test_a_bias_of_the_same_cotangents_costs_no_product(K: int, transposed: bool
         total = torch.stack(found).sum(0).reshape(K * 6, K * 6)
         torch.testing.assert_close(total, want)
         assert torch.equal(total, total.mT)
+
+
+def test_sums_over_no_samples() -> None:
+    """Blocks without positions are zero: a total of no samples has a Gramian, and gradients, of zeros."""
+    convs = nn.Sequential(nn.Conv2d(2, 3, 3, groups=1), nn.Flatten(), nn.Linear(12, 2)).double()
+    tokens = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2)).double()
+    for model, x in ((convs, torch.ones(0, 2, 4, 4).double()), (tokens, torch.ones(0, 4).long())):
+        jac = gramjd.Engine(model, batch_dim=None).jacobian(model(x).flatten(1).sum(0))
+        assert torch.equal(jac.gramian(), torch.zeros_like(jac.gramian()))
+        assert torch.equal(jac.norms(), torch.zeros_like(jac.norms()))
+        jac.backward(torch.ones_like(jac.norms()))
+        assert all(p.grad is not None and not p.grad.any() for p in model.parameters())

@@ -60,6 +60,13 @@ def _origins(blocks: Iterable[Block]) -> str:
     return " + ".join(dict.fromkeys(block.origin for block in blocks))
 
 
+def is_zero(block: Block) -> bool:
+    """Has a block no positions, as where a sum over samples has none?"""
+    if isinstance(block, Conv):
+        return block.T == 0
+    return not isinstance(block, Dense) and block.c.shape[2] == 0
+
+
 def fits(block: Block, shape: Sequence[int]) -> bool:
     """Do the factors of a block make up rows of this shape?"""
     if tuple(block.shape) != tuple(shape):

@@ -20,6 +20,7 @@ class Statement:
 
     settings: Mapping[str, Any]  # by what they are called in an error
     manifest: Manifest | None = None
+    budget: int = 0  # bytes of a message
     error: str | None = None  # of a rank that cannot take part
 
 

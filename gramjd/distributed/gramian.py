@@ -11,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gramjd.distributed import ring
+from gramjd.distributed import ring, slices
 from gramjd.distributed.agreement import Statement, agree
 from gramjd.distributed.factors import Manifest, describe
 from gramjd.distributed.ranks import Ranks
 from gramjd.distributed.ring import Own
-from gramjd.distributed.traffic import round_of
+from gramjd.distributed.traffic import Plan, Problem, plan_of
 from gramjd.errors import RankFailedError
 from gramjd.internals import inside_transform
-from gramjd.jacobian.outputs import Outputs
-from gramjd.plan import Options
+from gramjd.jacobian.outputs import Output, Outputs
+from gramjd.plan import Options, default_budget
 from gramjd.pytree import PyTree
 
 if TYPE_CHECKING:
@@ -49,16 +49,55 @@ def gramian(jac: Jacobian, shares: Mapping[str, Sequence[int]], options: Options
         with taking_part(group, like.device):
             _check(jac, rows)
             manifest, tensors = describe(jac.parts)
-            mine = Statement(_settings(jac, shares, options, rows) | dict(settings or {}), manifest)
-        manifests = [said.manifest for said in agree(ranks, mine) if said.manifest is not None]
+            budget = _budget(options, like)
+            mine = Statement(_settings(jac, shares, options, rows) | dict(settings or {}), manifest, budget)
+        said = agree(ranks, mine)
+        manifests = tuple(s.manifest for s in said if s.manifest is not None)
         if not any(manifest.samples_in_all for manifest in manifests):
             raise ValueError("No rank has a sample: there is no objective.")
-        own = Own(jac.parts, tensors, jac.objectives, options, like, _dtype(manifests, options, like))
+        dtype = _dtype(manifests, options, like)
+        own = Own(jac.parts, tensors, jac.objectives, options, like, dtype)
+        budget = min(s.budget for s in said) // dtype.itemsize
+        problem = Problem(manifests, jac.objectives, dtype.itemsize, budget, _is_summed(jac), rows == "all")
         found = {}
         for name, which in shares.items():
-            total = ring.rows(ranks, round_of(tuple(manifests), tuple(which)), own)
-            found[name] = _as_outputs(ranks, jac.outputs, manifests, total, rows == "all")
+            plan = plan_of(problem, tuple(which))
+            compute = _of_sums if problem.summed else _of_samples
+            found[name] = compute(ranks, problem, plan, own, jac.outputs)
         return found
+
+
+def _of_samples(ranks: Ranks, problem: Problem, plan: Plan, own: Own, local: Outputs) -> PyTree:
+    """The Gramian, or this rank's rows of it, of objectives that each rank has for samples of its own."""
+    sizes = problem.samples
+    shares = []
+    if plan.round.which or not plan.messages:
+        shares.append(ring.rows(ranks, plan.round, own))
+    if plan.messages:
+        mine = slices.share(ranks, plan.messages, own, sizes, summed=False)
+        shares.append(slices.add_up(ranks, mine, own, sizes))
+    rows = sum(shares[1:], shares[0])  # [K, B, K, ΣB]
+    each = [out.with_samples(sum(sizes)) for out in local.each]
+    everything = replace(local, each=each, samples=sum(sizes))
+    if not problem.whole:
+        return local.square(rows, everything)
+    padded = F.pad(rows, (0, 0, 0, 0, 0, max(sizes) - rows.shape[1]))  # gathered tensors have one shape
+    strips = [x[:, :size] for x, size in zip(ranks.gather(padded), sizes, strict=True)]
+    return everything.square(torch.cat(strips, 1).to(rows.device), everything)
+
+
+def _of_sums(ranks: Ranks, problem: Problem, plan: Plan, own: Own, outputs: Outputs) -> PyTree:
+    """The Gramian of objectives of which each rank has a share."""
+    K = own.objectives
+    mine = torch.zeros(K, K, dtype=own.dtype, device=own.like.device)
+    if plan.round.which:
+        mine += ring.total(ranks, plan.round, own).view(K, K)
+    if plan.messages:
+        mine += slices.share(ranks, plan.messages, own, problem.samples, summed=True)
+    first, *others = ranks.gather(mine)
+    for other in others:  # in order: the same on every rank, and in every run
+        first += other
+    return outputs.square(first.view(K, 1, K, 1).to(mine.device), outputs)
 
 
 @contextmanager
@@ -79,6 +118,15 @@ def everywhere(group: Any, condition: Tensor) -> Tensor:
     return torch.stack(found).all()
 
 
+def refuse_rows(rows: str) -> None:
+    """Raise for ``rows`` without a group: one process has all of them."""
+    if rows != "all":
+        raise ValueError(
+            f"rows={rows!r} needs group=...: without one, all rows are of this process's samples. Leave it "
+            "out, or pass the process group."
+        )
+
+
 def _check(jac: Jacobian, rows: str) -> None:
     if rows not in ("all", "local"):
         raise ValueError(f"rows must be 'all' or 'local', not {rows!r}.")
@@ -87,10 +135,16 @@ def _check(jac: Jacobian, rows: str) -> None:
             "gramian(group=...) sends tensors to other processes, which no function transform sees "
             "through. Call it outside of vmap, grad, vjp and jvp."
         )
-    if any(out.batch_dim is None for out in jac.outputs.each):
+    batched = [out.batch_dim is not None for out in jac.outputs.each]
+    if any(batched) and not all(batched):
         raise ValueError(
-            "gramian(group=...) puts the samples of all ranks in one Gramian, so the outputs need a "
-            "batch dimension."
+            "With a group, either all outputs have a batch dimension, or none: then each rank has a share of "
+            "objectives that are sums over ranks. Take one Gramian for each kind."
+        )
+    if rows == "local" and not any(batched):
+        raise ValueError(
+            "rows='local' are those of a rank's own samples, and objectives without a batch dimension are "
+            "sums over all ranks. Leave rows out."
         )
 
 
@@ -101,11 +155,15 @@ def _settings(jac: Jacobian, shares: Mapping[str, Sequence[int]], options: Optio
     return {
         "parameters": [f"{name} {list(p.shape)} {p.dtype}" for name, p in pairs],
         "structure of the outputs": str(jac.outputs.spec),
-        "outputs of one sample": [str(out.with_samples(1)) for out in jac.outputs.each],
+        "outputs of one sample": [str(_of_one(out)) for out in jac.outputs.each],
         "groups of parameters": [f"{name}: {list(which)}" for name, which in shares.items()],
         "accumulate_dtype": options.accumulate_dtype,
         "rows": rows,
     }
+
+
+def _of_one(out: Output) -> Output:
+    return out if out.batch_dim is None else out.with_samples(1)
 
 
 def _dtype(manifests: Sequence[Manifest], options: Options, like: Tensor) -> torch.dtype:
@@ -114,14 +172,11 @@ def _dtype(manifests: Sequence[Manifest], options: Options, like: Tensor) -> tor
     return options.accumulated(*sorted(dtypes, key=str)) if dtypes else like.dtype
 
 
-def _as_outputs(ranks: Ranks, local: Outputs, manifests: Sequence[Manifest], mine: Tensor, whole: bool
-                ) -> PyTree:  # fmt: skip
-    """This rank's rows ``[K, B, K, ΣB]`` → the Gramian in the shapes of the outputs."""
-    sizes = [manifest.samples_in_all for manifest in manifests]
-    each = [out.with_samples(sum(sizes)) for out in local.each]
-    everything = replace(local, each=each, samples=sum(sizes))
-    if not whole:
-        return local.square(mine, everything)
-    padded = F.pad(mine, (0, 0, 0, 0, 0, max(sizes) - mine.shape[1]))  # gathered tensors have one shape
-    rows = [x[:, :size] for x, size in zip(ranks.gather(padded), sizes, strict=True)]
-    return everything.square(torch.cat(rows, 1).to(mine.device), everything)
+def _is_summed(jac: Jacobian) -> bool:
+    """Are the objectives sums over ranks, for they have no samples?"""
+    return any(out.batch_dim is None for out in jac.outputs.each)
+
+
+def _budget(options: Options, like: Tensor) -> int:
+    """Bytes of a message: a power of two, so that ranks with about the same free memory say the same."""
+    return 2 ** ((options.memory_budget or default_budget(like.device)).bit_length() - 1)

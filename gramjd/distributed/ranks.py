@@ -61,6 +61,14 @@ class Ranks:
         dist.all_gather(found, mine, group=self.group)
         return found
 
+    def exchange(self, sent: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+        """A flat tensor to each rank, and one of a known length from each."""
+        flat = torch.cat(list(sent))
+        buffer = torch.empty(sum(lengths), dtype=flat.dtype, device=self.device)
+        sizes = [len(mine) for mine in sent]
+        dist.all_to_all_single(buffer, flat.to(self.device), list(lengths), sizes, group=self.group)
+        return list(buffer.to(flat.device).split(list(lengths)))
+
     def start(self, sent: Sequence[tuple[int, Tensor]], received: Sequence[tuple[int, Tensor]]) -> Transfer:
         """Begin to send tensors to ranks and to receive others into buffers; empty ones do not travel."""
         ops = [

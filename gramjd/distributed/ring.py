@@ -9,7 +9,7 @@ ranks, each meets its opposite twice, in the last step: then each of the two tak
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from gramjd.distributed.ranks import Ranks
 from gramjd.jacobian import parts
 from gramjd.jacobian.parts import Part
 from gramjd.plan import Options
+from gramjd.plan.options import Limits, limits
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ class Own:
     like: Tensor
     dtype: torch.dtype  # of all ranks' products
 
+    @property
+    def limits(self) -> Limits:
+        """Of building rows to be multiplied in that dtype."""
+        return limits(replace(self.options, accumulate_dtype=self.dtype), self.like, self.dtype)
+
 
 def meetings(ranks: Ranks, plan: Round, own: Own) -> Iterator[tuple[int, int, Tensor]]:
     """Step, visitor and the tile ``[K, B, K, B']`` of this rank's samples with the visitor's."""
@@ -96,6 +102,18 @@ def rows(ranks: Ranks, plan: Round, own: Own) -> Tensor:
         else:  # added up in one order on both ranks
             found[visitor] = tile + given if ranks.rank < visitor else given + tile
     return torch.cat([found[rank] for rank in range(ranks.size)], 3)
+
+
+def total(ranks: Ranks, plan: Round, own: Own) -> Tensor:
+    """This rank's share ``[K, 1, K, 1]`` of the Gramian of objectives that are sums over ranks.
+
+    Of two ranks' Jacobians ``J`` and ``J'``, that of the sum has ``J J'ᵀ`` and its transpose.
+    """
+    found: Tensor | float = 0.0
+    for step, _, tile in meetings(ranks, plan, own):
+        found = found + (tile if step == 0 else tile + tile.permute(2, 3, 0, 1))
+    assert isinstance(found, Tensor)
+    return found
 
 
 def _pass_on(ranks: Ranks, plan: Round, step: int, held: Mapping[int, Tensor], own: Own

@@ -51,5 +51,21 @@ def local_weights(weights: Tensor, output: Tensor, group: Any, *, batch_dim: int
     return mine * (ranks.size if averaged else 1)
 
 
+def is_sharded(parameter: Tensor) -> bool:
+    """Is it a ``DTensor``, of which each rank has a shard?"""
+    return hasattr(type(parameter), "full_tensor")
+
+
+def averaged(gradient: Tensor, parameter: Any) -> Tensor:
+    """This rank's gradient of a parameter; of a sharded one, its shard of the average over all ranks."""
+    if not is_sharded(parameter):
+        return gradient
+    from torch.distributed.tensor import DTensor, Partial  # where parameters are sharded, there is one
+
+    mesh = parameter.device_mesh
+    mine = DTensor.from_local(gradient / mesh.size(), mesh, [Partial()] * mesh.ndim, run_check=False)
+    return mine.redistribute(placements=parameter.placements)
+
+
 def _samples(shape: tuple[int, ...], batch_dim: int | None) -> int:
     return 0 if batch_dim is None or not -len(shape) <= batch_dim < len(shape) else shape[batch_dim]

@@ -16,6 +16,7 @@ from gramjd.blocks import Block
 from gramjd.engine.graph import Graph, walk
 from gramjd.engine.nodes import forget
 from gramjd.engine.recorder import AfterHook, BeforeHook, Watcher
+from gramjd.engine.sharded import Lockstep, Shards, is_unit, refuse_flat, refuse_parallel
 from gramjd.engine.task import Plan, Task
 from gramjd.engine.ways import OVERFLOWED, WAYS, Emit, solve
 from gramjd.errors import NotCoveredError, NotFiniteError, SlowPathWarning
@@ -80,7 +81,9 @@ class Engine:
         self._check, self._ways = check, tuple(way for way in WAYS if way in ways)
         self._options = Options(memory_budget, accumulate_dtype)
         self._plans: dict[Hashable, Plan] = {}
+        refuse_flat(found)
         registry = _Registry(found, recurse)
+        registry.held()  # sharded parameters are seen before a forward gathers them
         self._registry = registry
         self._watcher = Watcher(registry.held, self._ways)
         handles = []
@@ -101,7 +104,9 @@ class Engine:
                 that ``output.backward(weights)`` can follow.
             group: a ``torch.distributed`` process group, or a ``DeviceMesh`` of one dimension, each
                 rank of which calls this with the output of its own samples, perhaps of none: the
-                Gramian is that of all samples, in order of ranks. For the step that follows see
+                Gramian is that of all samples, in order of ranks. With ``batch_dim=None`` objectives
+                are sums over ranks (task losses), of which each rank's output is a share, and the
+                Gramian is that of the sums. For the step that follows see
                 :func:`gramjd.distributed.local_weights`.
             rows: with a group, ``"all"``, or ``"local"`` for the rows of this rank's samples alone.
 
@@ -117,7 +122,7 @@ class Engine:
             NotSeparableError: ``batch_dim`` is not a dimension of independent samples.
             CheckFailedError: none of the allowed ways gives a Gramian that agrees with autograd.
             NotFiniteError: the output has NaN or infinite entries, or its gradients have.
-            ValueError: the output is empty, or has no dimension ``batch_dim``.
+            ValueError: the output is empty, or has no dimension ``batch_dim``; ``rows`` without a group.
             TypeError: the output or a parameter is complex.
             RanksDisagreeError: ranks have different models or settings; all of them raise it.
             RankFailedError: another rank could not take part; it raises what it failed by.
@@ -125,6 +130,7 @@ class Engine:
         if group is not None:
             gramian = self._of_all_ranks(output, group, rows)
         else:
+            distributed.refuse_rows(rows)
             _refuse_empty(output)
             gramian = self._streamed(output)
         finite = torch.isfinite(gramian).all()
@@ -152,10 +158,10 @@ class Engine:
     @own_precision
     def _streamed(self, output: Tensor) -> Tensor:
         """The Gramian, to which each region adds its share when the backward pass has been through it."""
-        described = self._output(output)
-        total = Sum(described, self._options)
-        self._solve(output, described, total.add)
-        return total.gramian()
+        total = Sum(self._options)
+        task = self._solve(output, total.add)
+        shape = Output(0, tuple(output.shape), task.batch_dim)
+        return total.gramian(shape, next(iter(task.parameters.values())))
 
     @own_precision
     def jacobian(self, output: Tensor, /) -> Jacobian:
@@ -165,35 +171,45 @@ class Engine:
         samples, whose Jacobian has no rows.
         """
         found: dict[Tensor, list[Block]] = {}
-        described = self._output(output)
-        parameters, spec = pytree.flatten(self._solve(output, described, found.update))
-        blocks = [found.get(p, []) for p in parameters]
-        return Jacobian.of(blocks, parameters, spec, [described], pytree.LEAF, described.samples)
+        task = self._solve(output, found.update)
+        held = self._registry.named()  # of sharded parameters what the optimizer has
+        named = {name: held[name] for name in task.parameters}
+        by_id = {id(named[name]): found.get(p, []) for name, p in task.parameters.items()}
+        parameters, spec = pytree.flatten(named)
+        shape = Output(0, tuple(output.shape), task.batch_dim)
+        blocks = [by_id[id(p)] for p in parameters]
+        return Jacobian.of(blocks, parameters, spec, [shape], pytree.LEAF, task.samples)
 
-    def _output(self, output: Tensor) -> Output:
-        """What is known of an output, once it is validated."""
-        batch_dim = self._validate(output)
-        return Output(0, tuple(output.shape), batch_dim)
-
-    def _solve(self, output: Tensor, described: Output, emit: Emit) -> dict[str, Tensor]:
-        """Give ``emit`` the blocks of the parameters that an output depends on, which are returned."""
+    def _solve(self, output: Tensor, emit: Emit) -> Task:
+        """Give ``emit`` the blocks of the parameters that an output depends on."""
+        lockstep = self._registry.lockstep()
         with torch.no_grad():
-            graph = walk(output)
-            named = {n: p for n, p in self._registry.named().items() if id(p) in graph.leaves}
-            if not named:
-                self._raise_not_covered()
-            _refuse_complex({**named, "the output": output})
-            plan = self._plan(graph)
-            warned = "rows" in plan.ways.values()
-            task = Task(output, described.batch_dim, graph, named, plan)
             try:
-                if task.samples:
-                    solve(task, self._ways, self._check != "never", emit)
+                task = self._task(output, lockstep)
+            except Exception as error:
+                if lockstep is not None:  # the others must not wait
+                    lockstep.agree(False, [], error)
+                raise
+            warned = "rows" in task.plan.ways.values()
+            try:
+                solve(task, self._ways, self._check != "never", emit)
             finally:
-                forget(graph.nodes)
+                forget(task.graph.nodes)
         if task.samples and not warned and self._ways != ("rows",):
             _warn_of_rows(task)
-        return named
+        return task
+
+    def _task(self, output: Tensor, lockstep: Lockstep | None) -> Task:
+        """The output's graph, and what is known of its like."""
+        batch_dim = self._validate(output)
+        graph = walk(output)
+        named = self._registry.named(whole=True)
+        refuse_parallel(named, graph.leaves)
+        named = {n: p for n, p in named.items() if id(p) in graph.leaves}
+        if not named:
+            self._raise_not_covered()
+        _refuse_complex({**named, "the output": output})
+        return Task(output, batch_dim, graph, named, self._plan(graph), lockstep=lockstep)
 
     def explain(self, output: Tensor, /) -> Explanation:
         """What the Gramian of an output is made of: every use of every parameter, its op and its plan.
@@ -257,39 +273,63 @@ class _Registry:
     """The modules of an engine, and what they hold at the time of asking."""
 
     def __init__(self, modules: Sequence[nn.Module], recurse: bool) -> None:
-        self.modules, self.recurse = modules, recurse
+        self.modules, self.recurse, self.shards = modules, recurse, Shards()
 
-    def named(self) -> dict[str, Tensor]:
-        """Trainable parameters by name, each of them once."""
+    def named(self, whole: bool = False) -> dict[str, Tensor]:
+        """Trainable parameters by name, each once: the optimizer's, or the ``whole`` of sharded ones."""
         seen: set[int] = set()
         found: dict[str, Tensor] = {}
+        which = self.shards.in_forward if whole else self.shards.of_user
         for index, module in enumerate(self.modules):
             prefix = "" if len(self.modules) == 1 else f"{index}:{type(module).__name__}."
-            for name, p in module.named_parameters(recurse=self.recurse):
+            for name, held in module.named_parameters(recurse=self.recurse):
+                p: Tensor = held
+                if self.shards.units:
+                    owner, _, last = name.rpartition(".")
+                    p = which(module.get_submodule(owner), last, p)
                 if p.requires_grad and id(p) not in seen:
                     seen.add(id(p))
                     found[prefix + name] = p
         return found
 
-    def held(self) -> tuple[list[Tensor], list[Tensor]]:
+    def held(self, below: nn.Module | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """Trainable parameters, and the tensors that no sample owns: frozen ones and buffers.
 
-        A walk many times as fast as ``named_parameters``, for every forward takes it.
+        Of all modules, or of those ``below`` a sharded one. A walk many times as fast as
+        ``named_parameters``, for every forward takes it.
         """
         trainable: dict[int, Tensor] = {}
         unbatched: dict[int, Tensor] = {}
-        stack, seen = list(self.modules), set(map(id, self.modules))
+        start = self.modules if below is None or not self.recurse else [below]
+        stack: list[tuple[nn.Module, nn.Module | None]] = [(module, None) for module in start]
+        seen = set(map(id, start))
         while stack:
-            module = stack.pop()
-            for p in module._parameters.values():
-                if p is not None:
+            module, unit = stack.pop()
+            unit = module if is_unit(module) else unit
+            for name, p in module._parameters.items():
+                if p is not None and unit is not None:
+                    self.shards.note(module, name, p, unit)
+                if p is not None and (
+                    unit is None or not distributed.is_sharded(p)
+                ):  # shards take no part in a forward
                     (trainable if p.requires_grad else unbatched)[id(p)] = p
             unbatched.update((id(b), b) for b in module._buffers.values() if b is not None)
             for child in module._modules.values() if self.recurse else ():
                 if child is not None and id(child) not in seen:
                     seen.add(id(child))
-                    stack.append(child)
+                    stack.append((child, unit))
         return list(trainable.values()), list(unbatched.values())
+
+    def lockstep(self) -> Lockstep | None:
+        """For a sharded model; it shows its sharded parameters from then on."""
+        if not self.shards.units:
+            return None
+        if not self.shards.sharded:  # the engine has seen no other than gathered ones
+            self.shards.release()
+            self.held()
+        for p in self.shards.sharded.values():
+            return Lockstep(p.device_mesh, p.device, self.shards)  # type: ignore[attr-defined]
+        return None
 
     def hooked(self) -> list[nn.Module]:
         """The modules whose calls are watched: those that have a registered parameter below them."""

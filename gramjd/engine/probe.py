@@ -81,6 +81,10 @@ class Passes:
         """With the other weights."""
         return self._run(self.others)
 
+    def run_all(self) -> None:
+        """Every pass that may be asked for, now."""
+        _ = self.first, self.again, self.independent
+
     @cached_property
     def rounding(self) -> float:
         """The rounding of all gradients together, relative to their norm.

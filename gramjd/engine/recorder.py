@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gramjd.engine.marks import mark_call, mark_fused, mark_op
+from gramjd.engine.sharded import is_unit
 from gramjd.internals import in_backward, innermost_mode, inside_transform, is_compiling, saved_tensors_hook
 from gramjd.rules import is_fused, tensors_of
 from gramjd.tracker import Tracker, is_inplace
@@ -119,7 +120,7 @@ def _writes(args: Any, kwargs: Any) -> bool:
 class Watcher:
     """The hooks of one engine: what happens before and after each call of a registered module."""
 
-    def __init__(self, held: Callable[[], tuple[list[Tensor], list[Tensor]]], ways: Sequence[str]) -> None:
+    def __init__(self, held: Callable[..., tuple[list[Tensor], list[Tensor]]], ways: Sequence[str]) -> None:
         self.held, self.ways = held, ways  # trainable parameters and un-batched tensors, at the time
         self.outermost = threading.local()  # .frame, .rng_state: of a call that is marked as a whole
 
@@ -139,6 +140,8 @@ class Watcher:
             if id(self) not in recorder.watchers:
                 recorder.watchers.add(id(self))
                 recorder.add(*self.held())
+            elif is_unit(module):  # its parameters have just been gathered
+                recorder.add(*self.held(module))
             if recorder.opaque is not None:
                 return
             if _is_opaque(module):

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gramjd import gramians
 from gramjd.engine.graph import Graph
 from gramjd.engine.layouts import ZERO, Layout
 from gramjd.engine.marks import OpMark
 from gramjd.engine.nodes import Cotangents
 from gramjd.engine.regions import Region
 from gramjd.engine.replay import Replayed
+from gramjd.engine.sharded import Lockstep
 
 Layouts = Sequence[Layout | None]  # of the outputs of a node; None: samples are mixed, or it has none
 
@@ -46,6 +48,7 @@ class Task:
     graph: Graph
     parameters: dict[str, Tensor]  # by name
     plan: Plan
+    lockstep: Lockstep | None = None  # where parameters are sharded over ranks
     region: int | None = None
     cotangents: list[Cotangents] = field(default_factory=list)  # of each node
     layouts: list[Layouts] = field(default_factory=list)
@@ -62,14 +65,14 @@ class Task:
     @property
     def objectives(self) -> int:
         """``K``, per sample."""
-        return self.output.numel() // self.samples
+        return gramians.rows_first(self.output, self.batch_dim).shape[0]
 
     def of_region(self, number: int, cotangents: list[Cotangents]) -> Task:
         """The part of a region, given the cotangents at its nodes."""
         region = self.plan.regions[number]
         graph = replace(self.graph, nodes=[self.graph.nodes[i] for i in region.nodes])
         mine = {name: p for name, p in self.parameters.items() if id(p) in region.owners}
-        return Task(self.output, self.batch_dim, graph, mine, self.plan, number, cotangents)
+        return Task(self.output, self.batch_dim, graph, mine, self.plan, self.lockstep, number, cotangents)
 
     def is_unbatched(self, node: int) -> bool:
         """Are all arguments of a use the same for all samples?"""

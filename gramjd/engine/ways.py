@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from gramjd.engine.nodes import Cotangents, forget, values_of
 from gramjd.engine.probe import Pass, Passes, Probe, agrees, find_layouts, is_noise
 from gramjd.engine.regions import Later, Stream, regions_of
 from gramjd.engine.replay import Replayed, replay
+from gramjd.engine.sharded import needs_weights
 from gramjd.engine.task import Task, is_fused
 from gramjd.errors import CheckFailedError, NotFiniteError, NotSeparableError
 from gramjd.rules.registry import any_entry
@@ -46,13 +48,14 @@ def solve(task: Task, ways: Sequence[str], check: bool, emit: Emit) -> None:
         NotSeparableError: the samples are mixed.
         CheckFailedError: no way is left for a parameter.
     """
-    plan, nodes = task.plan, task.graph.nodes
+    plan, nodes, lockstep = task.plan, task.graph.nodes, task.lockstep
+    if not task.samples and lockstep is None:
+        return
     plan.regions = plan.regions or regions_of(nodes)
     opaque = [isinstance(node.record, CallMark) for node in nodes]
     checking = check and (any(opaque) or not plan.checked)  # replays run the user's code anew
+    probing = checking or (task.batch_dim is not None and len(plan.layouts) < len(plan.regions))
     passes = Passes(task, checking)
-    if checking or (task.batch_dim is not None and len(plan.layouts) < len(plan.regions)):
-        _refuse_overflow(passes.first)  # or what is measured now would be wrong, and remembered
     done: set[int] = set()  # ids of parameters
     lasting = [True] * len(plan.regions)
 
@@ -74,11 +77,25 @@ def solve(task: Task, ways: Sequence[str], check: bool, emit: Emit) -> None:
 
     early = {n for n, region in enumerate(plan.regions) if n not in plan.late
              and not any(opaque[i] or is_fused(nodes[i]) for i in region.nodes)}  # fmt: skip
+    weighted = [node for node in nodes if lockstep is not None and needs_weights(node)]
+    if lockstep is not None:  # whatever the data are, all ranks run the same backward passes
+        ways = [way for way in ways if way != "rows"]
+        early = set()
+        lockstep.agree(probing, lockstep.units_of(weighted), None)
+        if lockstep.passes:
+            passes.run_all()
+    elif probing:
+        _refuse_overflow(passes.first)  # or what is measured now would be wrong, and remembered
     stream = Stream(nodes, plan.regions, early, solve_region)
     passes.busy = True
     backward.stream(task.output, nodes, backward.basis(task.output, task.batch_dim), stream)
     passes.busy = False
-    stream.finish()
+    with nullcontext() if lockstep is None else lockstep.gather(weighted):
+        if not task.samples:
+            return
+        if lockstep is not None and probing:
+            _refuse_overflow(passes.first)
+        stream.finish()
     left = {name: p for name, p in task.parameters.items() if id(p) not in done}
     if left and "rows" in ways:
         _refuse_mixed(task, left, ways)
@@ -87,9 +104,14 @@ def solve(task: Task, ways: Sequence[str], check: bool, emit: Emit) -> None:
     elif left:
         name, p = next(iter(left.items()))
         cause = plan.causes.get(id(p), "no registered module call used it")
+        remedy = "Allow more ways (the default of Engine tries all), or freeze the parameter."
+        if lockstep is not None:
+            remedy = (
+                "Under fully_shard there is no way row by row, whose backward passes ranks would not run in "
+                "step: leave the module unsharded (DistributedDataParallel), or freeze the parameter."
+            )
         raise CheckFailedError(
-            f"The Gramian of {name!r} could not be computed by {' or '.join(ways)}: {cause}. "
-            "Allow more ways (the default of Engine tries all), or freeze the parameter."
+            f"The Gramian of {name!r} could not be computed by {' or '.join(ways)}: {cause}. {remedy}"
         )
     plan.checked = plan.checked or (checking and all(lasting) and passes.conclusive)
 
@@ -219,6 +241,7 @@ def _use(task: Task, index: int, split: Mapping[Record, Layout], fail: Callable[
         return None
     record, saved = mark.record, values_of(node)
     slots = saved[len(record.saved) :]
+    slots = [t if t.untyped_storage().size() else _hollow(t) for t in slots]  # no sharded weights
     live = iter(task.canonical(index))
     cs = [next(live) if is_live else None for is_live in mark.live]
     layouts = [layout for layout in task.layouts[index] if layout is not ZERO]
@@ -251,6 +274,11 @@ def _use(task: Task, index: int, split: Mapping[Record, Layout], fail: Callable[
         if at is not None:
             own[slot.index] = at.split(tensor, at.dim, task.samples)
     return Use.of(record, found, cs, slots, own)
+
+
+def _hollow(tensor: Tensor) -> Tensor:
+    """Its shape and dtype, without values: an error for whoever asks for these."""
+    return torch.empty_like(tensor, device="meta")
 
 
 def _where(record: Record, saved: Sequence[Tensor], output: Sequence[int], dim: int) -> list[int | None]:

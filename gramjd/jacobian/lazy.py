@@ -125,7 +125,8 @@ class Jacobian:
             group: a ``torch.distributed`` process group, or a ``DeviceMesh`` of one dimension, each
                 rank of which calls this with the Jacobian of its own samples: the Gramian is that of
                 all samples, in order of ranks, detached. Ranks may have different numbers of samples,
-                or none (:meth:`without_samples`).
+                or none (:meth:`without_samples`). Outputs without a batch dimension are sums over
+                ranks, of which each rank has a share: the Gramian is that of the sums.
             rows: with a group, ``"all"``, or ``"local"`` for the rows of this rank's samples alone.
 
         Returns:
@@ -134,7 +135,8 @@ class Jacobian:
             ``[*shape_i, *reversed(shape_j)]``. With ``per``, a dictionary of these by name.
 
         Raises:
-            ValueError: groups leave out a parameter, name one twice, or name one that there is not.
+            ValueError: groups leave out a parameter, name one twice, or name one that there is not;
+                ``rows`` without a group.
             RanksDisagreeError: ranks have different models or settings; all of them raise it.
             RankFailedError: another rank could not take part; it raises what it failed by.
         """
@@ -143,6 +145,7 @@ class Jacobian:
         if group is not None:
             found = distributed.gramian(self, which, options, group, rows)
             return found[""] if per is None else found
+        distributed.refuse_rows(rows)
 
         def share(which: Sequence[int]) -> PyTree:
             total = parts.gramian(self.parts, which, self.objectives, options, self._like)
@@ -260,7 +263,8 @@ class Jacobian:
         """Add ``Jᵀ w`` to ``.grad`` of the parameters, as ``losses.backward(w)`` would add it.
 
         No second backward pass runs: the gradients are products of the factors. They go through
-        autograd's own accumulation, so that hooks of the parameters run as usual. Parameters that the
+        autograd's own accumulation, so that hooks of the parameters run as usual; of a parameter that
+        ``fully_shard`` spreads over ranks, each gets its shard of their average. Parameters that the
         Jacobian is not of get nothing: for an engine's, those that are not registered with it.
 
         Args:
@@ -272,7 +276,9 @@ class Jacobian:
         """
         no_rows = self.samples == 0  # as autograd: zeros, which the ranks of a process group wait for
         used = [
-            n for n in range(len(self.parameters)) if no_rows or any(part.blocks[n] for part in self.parts)
+            n
+            for n, p in enumerate(self.parameters)
+            if no_rows or distributed.is_sharded(p) or any(part.blocks[n] for part in self.parts)
         ]
         leaves = [self.parameters[n] for n in used]
         for n, p in zip(used, leaves, strict=True):
@@ -290,6 +296,7 @@ class Jacobian:
             raise ValueError("Jacobian.backward takes one tensor of weights; see vjp for a batch of them.")
         with torch.no_grad():
             found = parts.vjp(self.parts, self.parameters, rows[0])
+            found = [distributed.averaged(g, p) for g, p in zip(found, self.parameters, strict=True)]
         torch.autograd.backward(leaves, [found[n] for n in used])
 
     # other views of it

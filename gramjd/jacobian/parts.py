@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gramjd import plan
-from gramjd.blocks import Block
+from gramjd.blocks import Block, is_zero
 from gramjd.plan import Options
 from gramjd.rounding import own_precision
 
@@ -24,6 +24,10 @@ class Part:
 
     blocks: Sequence[Sequence[Block]]  # of each parameter; none if the outputs do not depend on it
     samples: int
+
+    def live(self, number: int) -> list[Block]:
+        """The blocks of a parameter, less those that are zero for want of positions."""
+        return [block for block in self.blocks[number] if not is_zero(block)]
 
     def moved(self, device: torch.device | str | None, dtype: torch.dtype | None) -> Part:
         """On another device, and with floating-point numbers of another dtype."""
@@ -45,7 +49,7 @@ def gramian(parts: Sequence[Part], which: Sequence[int], K: int, options: Option
     tiles: list[list[Tensor]] = []
     for i, part in enumerate(parts):
         mirrored = [tiles[j][i].permute(2, 3, 0, 1) for j in range(i)]
-        shares = plan.gramians([part.blocks[p] for p in which if part.blocks[p]], options)
+        shares = plan.gramians([blocks for p in which if (blocks := part.live(p))], options)
         own = _sum(shares, (K, part.samples, K, part.samples), like)
         tiles.append(
             [*mirrored, own, *(_cross(part, v, which, (K, K), options, like) for v in parts[i + 1 :])]
@@ -65,7 +69,11 @@ def squared_norms(parts: Sequence[Part], K: int, options: Options, like: Tensor)
     """Squared norms of the rows, ``[K, B]``."""
     return torch.cat(
         [
-            _sum([plan.squared_norms(b, options) for b in part.blocks if b], (K, part.samples), like)
+            _sum(
+                [plan.squared_norms(b, options) for p in range(len(part.blocks)) if (b := part.live(p))],
+                (K, part.samples),
+                like,
+            )
             for part in parts
         ],
         1,
@@ -79,8 +87,8 @@ def diagonal(parts: Sequence[Part], K: int, options: Options, like: Tensor) -> T
         _sum(
             [
                 plan.gramian([b.samples(n, n + 1) for b in blocks], options)
-                for blocks in part.blocks
-                if blocks
+                for p in range(len(part.blocks))
+                if (blocks := part.live(p))
             ],
             (K, 1, K, 1),
             like,
@@ -133,7 +141,8 @@ def dense(parts: Sequence[Part], number: int, K: int, parameter: Tensor) -> Tens
 
 def _cross(u: Part, v: Part, which: Sequence[int], objectives: tuple[int, int], options: Options, like: Tensor
            ) -> Tensor:  # fmt: skip
-    shares = [plan.cross(u.blocks[p], v.blocks[p], options) for p in which if u.blocks[p] and v.blocks[p]]
+    live = ((u.live(p), v.live(p)) for p in which)
+    shares = [plan.cross(left, right, options) for left, right in live if left and right]
     return _sum(shares, (objectives[0], u.samples, objectives[1], v.samples), like)
 
 

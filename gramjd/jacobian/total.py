@@ -17,23 +17,29 @@ from gramjd.plan import Options
 class Sum:
     """Adds up the shares of parameters in the Gramian of one output."""
 
-    def __init__(self, output: Output, options: Options) -> None:
-        self.outputs = Outputs([output], pytree.LEAF, output.samples)
+    def __init__(self, options: Options) -> None:
         self.options = options
-        self.total: Tensor | None = None
+        self.total: Tensor | None = None  # [K, B, K, B]
 
     def add(self, blocks: Mapping[Tensor, Sequence[Block]]) -> None:
         """Add the share of some parameters, given the blocks of each."""
-        if not blocks:
+        used = {p: mine for p, mine in blocks.items() if mine}
+        if not used:
             return
-        part = parts.Part(list(blocks.values()), self.outputs.samples)
-        which, like = range(len(blocks)), next(iter(blocks))
-        share = parts.gramian([part], which, self.outputs.objectives, self.options, like)
+        like, (first, *_) = next(iter(used.items()))
+        K, samples = first.rows
+        part = parts.Part(list(used.values()), samples)
+        share = parts.gramian([part], range(len(used)), K, self.options, like)
         self.total = share if self.total is None else self.total + share
 
-    def gramian(self) -> Tensor:
-        """What they add up to, ``[*shape, *reversed(shape)]``."""
-        assert self.total is not None
-        found = self.outputs.square(self.total, self.outputs)
-        assert isinstance(found, torch.Tensor)
+    def gramian(self, output: Output, like: Tensor) -> Tensor:
+        """What they add up to, ``[*shape, *reversed(shape)]``; zeros ``like`` a parameter if there are none."""
+        outputs = Outputs([output], pytree.LEAF, output.samples)
+        total = self.total
+        if total is None:
+            total = torch.zeros(
+                2 * (outputs.objectives, outputs.samples), dtype=like.dtype, device=like.device
+            )
+        found = outputs.square(total, outputs)
+        assert isinstance(found, Tensor)
         return found

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gramjd.blocks import Block, Dense, Lookup, Outer, merge
+from gramjd.blocks import Block, Dense, Lookup, Outer, is_zero, merge
 from gramjd.plan import diagonals
 from gramjd.plan.choice import plans, swapped
 from gramjd.plan.options import Limits, Options, default_budget, limits
@@ -52,7 +52,7 @@ class Step:
 
 def steps(blocks: Sequence[Block], options: Options = DEFAULT) -> list[Step]:
     """What :func:`gramian` will do with the blocks of one parameter."""
-    found, blocks = [], merge(blocks)
+    found, blocks = [], merge([block for block in blocks if not is_zero(block)])
     for index, u in enumerate(blocks):
         for v in blocks[index:]:
             left, right = (v, u) if swapped(u, v) else (u, v)
