@@ -23,7 +23,8 @@ class Arguments:
     parameters_spec: PyTreeSpec
     batch: list[Tensor]  # [B, ...] each
     leaves: list[Any]  # of all arguments
-    spec: PyTreeSpec  # of (args, kwargs), with the parameters' own positions empty
+    spec: PyTreeSpec  # of (args, values of kwargs), with the parameters' own positions empty
+    keywords: list[str]
     where: list[int]  # the leaves that the batch replaces
     numbers: tuple[int, ...]  # the positions of the arguments that are differentiated
     single: bool  # is it one argument, or a tuple of them?
@@ -40,7 +41,7 @@ class Arguments:
         parameters, parameters_spec = pytree.tensor_leaves(chosen, what)
         _check_parameters(parameters, what)
         others = [() if n in numbers else arg for n, arg in enumerate(args)]
-        leaves, spec = pytree.flatten((others, dict(kwargs)))
+        leaves, spec = pytree.flatten((others, list(kwargs.values())))
         for leaf in leaves:
             _refuse_subclass(leaf)
         dims: list[int | None] = [None] * len(leaves)
@@ -49,7 +50,8 @@ class Arguments:
             _check_batch_size(leaves, dims)
         where = [i for i, dim in enumerate(dims) if dim is not None]
         batch = [leaves[i].movedim(dims[i], 0) for i in where]
-        return Arguments(parameters, parameters_spec, batch, leaves, spec, where, numbers, single)
+        keywords = list(kwargs)
+        return Arguments(parameters, parameters_spec, batch, leaves, spec, keywords, where, numbers, single)
 
     @property
     def unbatched(self) -> list[Tensor]:
@@ -62,11 +64,11 @@ class Arguments:
         inside = list(self.leaves)
         for i, value in zip(self.where, batch, strict=True):
             inside[i] = value
-        args, kwargs = pytree.unflatten(self.spec, inside)
+        args, values = pytree.unflatten(self.spec, inside)
         chosen = pytree.unflatten(self.parameters_spec, list(parameters))
         for n, value in zip(self.numbers, [chosen] if self.single else chosen, strict=True):
             args[n] = value
-        return args, kwargs
+        return args, dict(zip(self.keywords, values, strict=True))
 
 
 def _batch_dims(others: Sequence[PyTree], kwargs: Mapping[str, Any], numbers: Sequence[int],
@@ -93,7 +95,7 @@ def _batch_dims(others: Sequence[PyTree], kwargs: Mapping[str, Any], numbers: Se
         if len(same) != len(leaves):
             raise ValueError(f"in_dims {dim!r} does not match the structure of its argument.")
         dims += [d if isinstance(x, Tensor) else None for x, d in zip(leaves, same, strict=True)]
-    return dims + [0 if isinstance(x, Tensor) else None for x in pytree.leaves(dict(kwargs))]
+    return dims + [0 if isinstance(x, Tensor) else None for x in pytree.leaves(list(kwargs.values()))]
 
 
 def _check_batch_size(leaves: Sequence[Any], dims: Sequence[int | None]) -> None:

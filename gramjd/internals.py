@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.utils.checkpoint
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
+F = TypeVar("F", bound=Callable[..., Any])
 _CHECKPOINTS = torch.utils.checkpoint.__file__
 
 
@@ -37,12 +38,20 @@ def depends_on_innermost_transform(tensor: Tensor) -> bool:
     return _functorch.maybe_get_level(tensor) == level and tensor.requires_grad
 
 
+def constant_in_graphs(function: F) -> F:
+    """Decorator, as ``torch.compiler.assume_constant_result``, but without the import that this costs."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_in_graphs
 def innermost_level() -> int:
     """The number of the innermost transform in progress."""
     level: int = _functorch.peek_interpreter_stack().level()
     return level
 
 
+@constant_in_graphs
 def vmaps_in_progress() -> int:
     """How many levels of ``vmap`` are in progress?"""
     return sum(transform.key() == _functorch.TransformType.Vmap for transform in _transforms())

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from gramjd.internals import constant_in_graphs
 from gramjd.rules import tensors_of
 from gramjd.uses import Derived, Record, Source
 
@@ -116,12 +117,14 @@ class Tracker(TorchFunctionMode):
             del self.known[id(written)]
 
 
+@constant_in_graphs
 def _is_random(func: Any) -> bool:
     """By name: does the op draw random numbers?"""
     name = getattr(func, "__name__", "").rstrip("_")
     return name in _RANDOM or name.startswith("rand") or "dropout" in name
 
 
+@constant_in_graphs
 def is_inplace(func: Any) -> bool:
     """Does an op write into its first argument?"""
     name = getattr(func, "__name__", "")

@@ -24,7 +24,7 @@ class Output:
     @property
     def objectives(self) -> int:
         """Objectives per sample."""
-        return prod(n for d, n in enumerate(self.shape) if d != self.batch_dim)
+        return prod([n for d, n in enumerate(self.shape) if d != self.batch_dim])
 
     @property
     def samples(self) -> int:

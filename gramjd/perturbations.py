@@ -1,0 +1,121 @@
+"""Capture as ``torch.compile`` can trace it, which knows no edges of autograd's graph.
+
+A zero *perturbation* is added to the output of every op with a rule, and the pullback with respect to
+all of them gives their cotangents in one backward pass. Their shapes must be known before that run, so
+the function is traced once more for these; what that computes, nobody reads, and compilers drop it.
+
+Tracing hides some ways to a parameter (``w.T`` is no call to it). So the function is also asked whether
+its outputs depend on parameters though ops with rules took bare ones: those that it depends on are
+*open*, and get rows by the same pullback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramjd import pytree
+from gramjd.rules import tensors_of
+from gramjd.uses import Record, roots
+from gramjd.watch import Function, Run, Watch, basis
+
+
+class _Perturb(Watch):
+    """Perturbs the output of every use. The first run, without perturbations, finds out about them."""
+
+    def __init__(self, wrapped: Sequence[Tensor], raw: Sequence[Tensor], shared: bool,
+                 unbatched: Sequence[Tensor], first: _Perturb | None = None,
+                 perturbations: Sequence[Tensor] = ()) -> None:  # fmt: skip
+        super().__init__(wrapped, raw, shared, unbatched)
+        self.first = first
+        self.bare_parameters = list(raw)
+        self.perturbations = perturbations
+        self.marked: list[tuple[torch.Size, torch.dtype]] = []
+        self.tracked: list[bool] = []  # what ops on tracked tensors alone returned
+        self.opened: set[int] = set()  # parameters that an op without a rule received, by id
+
+    def record(self, op: Any, args: Any, kwargs: dict[str, Any], derived: bool) -> tuple[Any, Record | None]:
+        out, record = super().record(op, args, kwargs, derived)
+        if record is None and any(t.requires_grad for t in tensors_of(out)):
+            for leaf in pytree.leaves((args, kwargs)):
+                if isinstance(leaf, Tensor) and id(leaf) in self.sources:
+                    self.opened |= roots(self.sources[id(leaf)])
+        return out, record
+
+    def mark(self, out: Tensor) -> Tensor:
+        number = len(self.marked)
+        self.marked.append((out.shape, out.dtype))
+        return out + self.perturbations[number] if self.first else out
+
+    def bare_outputs(self, op: Any, args: Any, kwargs: dict[str, Any], outs: Sequence[Tensor]
+                     ) -> list[Tensor] | None:  # fmt: skip
+        number = len(self.tracked)
+        self.tracked.append(self.first.tracked[number] if self.first else any(t.requires_grad for t in outs))
+        return tensors_of(op(*self.bare(args), **self.bare(kwargs))) if self.tracked[number] else None
+
+
+def perturbed(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor], given: Sequence[Tensor],
+              shared: bool, unbatched: Sequence[Tensor]) -> Run:  # fmt: skip
+    """Run a function of one sample; ``given`` are cotangents of its outputs (empty: all entries)."""
+
+    def first_run(wanted: Sequence[int]) -> tuple[_Perturb, bool]:
+        """With gradients for some parameters: what it was like, and do the outputs depend on these?"""
+        seen: list[tuple[_Perturb, bool]] = []
+
+        def run(wrapped: Sequence[Tensor]) -> Any:
+            mine = list(bare)
+            for number, tensor in zip(wanted, wrapped, strict=True):
+                mine[number] = tensor
+            watch = _Perturb(mine, bare, shared, unbatched)
+            with watch:
+                outputs, _ = function(mine, batch)
+            seen.append((watch, any(out.requires_grad for out in outputs)))
+            return torch.zeros(())
+
+        with torch.no_grad():  # outside: what requires gradients there is not meant
+            bare = [p.detach() for p in raw]
+            torch.func.vjp(run, [bare[n] for n in wanted])
+        return seen[0]
+
+    first, depends = first_run(range(len(raw)))
+    is_open = [id(p) in first.opened for p in first.bare_parameters]
+    if depends:
+        unseen = [n for n, known in enumerate(is_open) if not known]
+        for n in _those(unseen, lambda wanted: first_run(wanted)[1]):
+            is_open[n] = True
+    zeros = [torch.zeros(shape, dtype=dtype, device=raw[0].device) for shape, dtype in first.marked]
+    seen: list[Any] = []
+
+    def run(wrapped: Sequence[Tensor], perturbations: Sequence[Tensor]) -> Any:
+        watch = _Perturb(wrapped, raw, shared, unbatched, first, perturbations)
+        with watch:
+            outputs, aux = function(wrapped, batch)
+        seen.append((watch, aux))
+        return list(outputs), watch.saved
+
+    outputs, pull, saved = torch.func.vjp(run, list(raw), zeros, has_aux=True)  # type: ignore[misc]
+    watch, aux = seen[0]
+    cotangents = list(given) or basis(outputs)
+    K = len(cotangents[0])
+    if K == 1 or watch.trace.one_level:
+        pulled = [pull([c[k] for c in cotangents]) for k in range(K)]
+        rows = [torch.stack(column) for column in zip(*(found[0] for found in pulled), strict=True)]
+        cs = [torch.stack(column) for column in zip(*(found[1] for found in pulled), strict=True)]
+    else:
+        rows, cs = torch.vmap(pull)(cotangents)
+    watch.trace.reached = [True] * len(zeros) + is_open
+    reached = [*cs, *(row for row, needed in zip(rows, is_open, strict=True) if needed)]
+    return Run(watch.trace, reached, saved, outputs, list(aux))
+
+
+def _those(among: Sequence[int], any_of: Callable[[Sequence[int]], bool]) -> list[int]:
+    """All for which a question has the answer yes, which can be asked of several at once."""
+    if not among or not any_of(among):
+        return []
+    if len(among) == 1:
+        return list(among)
+    half = len(among) // 2
+    return _those(among[:half], any_of) + _those(among[half:], any_of)
