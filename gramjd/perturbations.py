@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gramjd import pytree
+from gramjd.internals import constant_in_graphs
 from gramjd.rules import tensors_of
 from gramjd.uses import Record, roots
 from gramjd.watch import Function, Run, Watch, basis
@@ -36,6 +37,11 @@ class _Perturb(Watch):
         self.marked: list[tuple[torch.Size, torch.dtype]] = []
         self.tracked: list[bool] = []  # what ops on tracked tensors alone returned
         self.opened: set[int] = set()  # parameters that an op without a rule received, by id
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _is_unflatten(func):  # it calls the method of a class above, which cannot be traced
+            func = torch.unflatten
+        return super().__torch_function__(func, types, args, kwargs)
 
     def record(self, op: Any, args: Any, kwargs: dict[str, Any], derived: bool) -> tuple[Any, Record | None]:
         out, record = super().record(op, args, kwargs, derived)
@@ -68,7 +74,7 @@ def perturbed(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor]
         def run(wrapped: Sequence[Tensor]) -> Any:
             mine = list(bare)
             for number, tensor in zip(wanted, wrapped, strict=True):
-                mine[number] = tensor
+                mine[number] = _fresh(tensor)
             watch = _Perturb(mine, bare, shared, unbatched)
             with watch:
                 outputs, _ = function(mine, batch)
@@ -90,9 +96,10 @@ def perturbed(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor]
     seen: list[Any] = []
 
     def run(wrapped: Sequence[Tensor], perturbations: Sequence[Tensor]) -> Any:
-        watch = _Perturb(wrapped, raw, shared, unbatched, first, perturbations)
+        mine = [_fresh(tensor) for tensor in wrapped]
+        watch = _Perturb(mine, raw, shared, unbatched, first, perturbations)
         with watch:
-            outputs, aux = function(wrapped, batch)
+            outputs, aux = function(mine, batch)
         seen.append((watch, aux))
         return list(outputs), watch.saved
 
@@ -111,6 +118,11 @@ def perturbed(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor]
     return Run(watch.trace, reached, saved, outputs, list(aux))
 
 
+def _fresh(tensor: Tensor) -> Tensor:
+    """An alias: of the tensor itself, tracing would not know that it requires gradients."""
+    return tensor.view_as(tensor)
+
+
 def _those(among: Sequence[int], any_of: Callable[[Sequence[int]], bool]) -> list[int]:
     """All for which a question has the answer yes, which can be asked of several at once."""
     if not among or not any_of(among):
@@ -119,3 +131,8 @@ def _those(among: Sequence[int], any_of: Callable[[Sequence[int]], bool]) -> lis
         return list(among)
     half = len(among) // 2
     return _those(among[:half], any_of) + _those(among[half:], any_of)
+
+
+@constant_in_graphs
+def _is_unflatten(op: Any) -> bool:
+    return op is Tensor.unflatten

@@ -19,9 +19,6 @@ from gramjd.internals import constant_in_graphs
 from gramjd.rules import tensors_of
 from gramjd.uses import Derived, Record, Source
 
-# Written in Python on top of ops that have rules: their bodies are followed, not the call itself.
-_COMPOSITE = (F.multi_head_attention_forward,)
-
 # Asked of tensors all the time; like most properties, they give no tensor.
 _QUESTIONS = (Tensor.dim, Tensor.size)
 
@@ -77,7 +74,7 @@ class Tracker(TorchFunctionMode):
             return out
         if func in _COMPOSITE:
             with self:
-                return _undispatched(func)(*args, **kwargs)
+                return _COMPOSITE[func](*args, **kwargs)
         derived = unbatched and not _is_random(func) and not is_inplace(func)
         out, record = self.record(func, args, kwargs, derived)
         if record is not None and derived:
@@ -135,3 +132,7 @@ def _undispatched(func: types_.FunctionType) -> types_.FunctionType:
     """A Python function of torch without its own ``__torch_function__`` dispatch: only its body."""
     space = {**func.__globals__, "has_torch_function": lambda *_: False}
     return types_.FunctionType(func.__code__, space, func.__name__, func.__defaults__, func.__closure__)
+
+
+# Written in Python on top of ops that have rules: their bodies are followed, not the call itself.
+_COMPOSITE = {F.multi_head_attention_forward: _undispatched(F.multi_head_attention_forward)}
