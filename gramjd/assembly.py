@@ -12,10 +12,10 @@ from gramjd import pytree
 from gramjd.blocks import Block, spread
 from gramjd.rounding import tolerance
 from gramjd.rules.structure import EXPANDS, LINEAR, At, pull_back
-from gramjd.uses import Derived, Record, Source, Use
+from gramjd.uses import Derived, Source, Use
 
 Found = dict[int, list[Block]]  # by id of the parameter
-Pending = dict[Record, list[list[Block]]]  # for each output of a derived tensor's call
+Pending = dict[int, list[list[Block]]]  # by id of a derived tensor's record, for each of its outputs
 
 
 def blocks_of(
@@ -31,10 +31,10 @@ def blocks_of(
     with what the block would have been of, if that is given.
     """
     found: Found = {id(parameter): [] for parameter in parameters}
-    pending: Pending = {use.record: [[] for _ in use.cs] for use in uses if _is_pending(use)}
-    repeated = {use.record for use in uses if _is_repeated(use)}
+    pending: Pending = {id(use.record): [[] for _ in use.cs] for use in uses if _is_pending(use)}
+    repeated = {id(use.record) for use in uses if _is_repeated(use)}
     for use in reversed(uses):
-        received = pending.pop(use.record, None)
+        received = pending.pop(id(use.record), None)
         if received is not None and not (any(received) and _is_all(use, received)):
             if _is_unresolved(use):
                 continue
@@ -72,12 +72,12 @@ def _is_repeated(use: Use) -> bool:
     return use.record.derived and op in EXPANDS and not _is_unresolved(use) and _samples(use) > 1
 
 
-def _is_wanted(use: Use, source: Source, found: Found, pending: Pending, repeated: set[Record]) -> bool:
+def _is_wanted(use: Use, source: Source, found: Found, pending: Pending, repeated: set[int]) -> bool:
     """Does a parameter or a derived tensor take the blocks of this use?"""
     if not isinstance(source, Derived):
         return id(source) in found
     # rows of a repeated tensor are its cotangents: only what is factored is of interest
-    return source.record in pending and (source.record not in repeated or use.record.call.op in LINEAR)
+    return id(source.record) in pending and (id(source.record) not in repeated or use.record.call.op in LINEAR)
 
 
 def _is_all(use: Use, received: Sequence[Sequence[Block]]) -> bool:
@@ -132,8 +132,8 @@ def _pulled_by_structure(use: Use, which: int, output: int, block: Block) -> Blo
 def _deliver(source: Source, blocks: Iterable[Block], found: Found, pending: Pending) -> None:
     """Add blocks to the parameter or to the derived tensor that they are of."""
     if isinstance(source, Derived):
-        if source.record in pending:
-            pending[source.record][source.output].extend(blocks)
+        if id(source.record) in pending:
+            pending[id(source.record)][source.output].extend(blocks)
     elif id(source) in found:
         found[id(source)].extend(blocks)
 

@@ -110,7 +110,7 @@ class Axes:
         given = [names[a] for a in (*first, *rest, *(-1 - a for a in reversed(rest)))]
         kept = [names[a] for a in self.order]
         pieces = _pieces(left, right, first)
-        size = prod(mine[a] for a in self.trace)
+        size = prod([mine[a] for a in self.trace])
         found = torch.einsum(f"{''.join(given)}->{''.join(kept)}", pieces) / size
         return (found + self.mirrored(found)) / 2 if right is None and self.trace else found
 

@@ -46,7 +46,7 @@ class _Perturb(Watch):
     def record(self, op: Any, args: Any, kwargs: dict[str, Any], derived: bool) -> tuple[Any, Record | None]:
         out, record = super().record(op, args, kwargs, derived)
         if record is None and any(t.requires_grad for t in tensors_of(out)):
-            for leaf in pytree.leaves((args, kwargs)):
+            for leaf in pytree.leaves([*args, *kwargs.values()]):
                 if isinstance(leaf, Tensor) and id(leaf) in self.sources:
                     self.opened |= roots(self.sources[id(leaf)])
         return out, record
@@ -93,29 +93,29 @@ def perturbed(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor]
         for n in _those(unseen, lambda wanted: first_run(wanted)[1]):
             is_open[n] = True
     zeros = [torch.zeros(shape, dtype=dtype, device=raw[0].device) for shape, dtype in first.marked]
-    seen: list[Any] = []
+    seen: list[_Perturb] = []
 
     def run(wrapped: Sequence[Tensor], perturbations: Sequence[Tensor]) -> Any:
         mine = [_fresh(tensor) for tensor in wrapped]
         watch = _Perturb(mine, raw, shared, unbatched, first, perturbations)
         with watch:
             outputs, aux = function(mine, batch)
-        seen.append((watch, aux))
-        return list(outputs), watch.saved
+        seen.append(watch)
+        return list(outputs), (watch.saved, list(aux))
 
-    outputs, pull, saved = torch.func.vjp(run, list(raw), zeros, has_aux=True)  # type: ignore[misc]
-    watch, aux = seen[0]
+    outputs, pull, (saved, aux) = torch.func.vjp(run, list(raw), zeros, has_aux=True)  # type: ignore[misc]
+    trace = seen[0].trace
     cotangents = list(given) or basis(outputs)
     K = len(cotangents[0])
-    if K == 1 or watch.trace.one_level:
+    if K == 1 or trace.one_level:
         pulled = [pull([c[k] for c in cotangents]) for k in range(K)]
         rows = [torch.stack(column) for column in zip(*(found[0] for found in pulled), strict=True)]
         cs = [torch.stack(column) for column in zip(*(found[1] for found in pulled), strict=True)]
     else:
         rows, cs = torch.vmap(pull)(cotangents)
-    watch.trace.reached = [True] * len(zeros) + is_open
+    trace.reached = [True] * len(zeros) + is_open
     reached = [*cs, *(row for row, needed in zip(rows, is_open, strict=True) if needed)]
-    return Run(watch.trace, reached, saved, outputs, list(aux))
+    return Run(trace, reached, saved, outputs, aux)
 
 
 def _fresh(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from gramjd.blocks import Block
+from gramjd.internals import constant_in_graphs
 
 Op = Callable[..., Any]
 Rule = Callable[..., Block]
@@ -40,10 +41,12 @@ class OpRules:
 
     names: tuple[str, ...]
     variadic: bool  # may more positional arguments follow?
+    number: int  # its place in the registry
     entries: dict[str, Entry] = field(default_factory=dict)
 
 
 _RULES: dict[Op, OpRules] = {}
+_BY_NUMBER: list[OpRules] = []
 
 
 def register_rule(
@@ -89,7 +92,10 @@ def register_rule(
         if wrt not in names:
             raise ValueError(f"The rule {rule.__qualname__} has no argument {wrt!r}; it has {names}.")
         for op in ops:
-            known = _RULES.setdefault(op, OpRules(names, variadic))
+            if op not in _RULES:
+                _RULES[op] = OpRules(names, variadic, len(_BY_NUMBER))
+                _BY_NUMBER.append(_RULES[op])
+            known = _RULES[op]
             if known.names != names:
                 raise ValueError(
                     f"The rules of one op must name the same arguments: {rule.__qualname__} has "
@@ -103,10 +109,18 @@ def register_rule(
 
 def rules_of(op: Op) -> OpRules | None:
     """The rules of an op, if it has any."""
+    number = _number_of(op)
+    return None if number is None else _BY_NUMBER[number]
+
+
+@constant_in_graphs
+def _number_of(op: Op) -> int | None:
+    """Compilers do not recognise every op as the key that it is; they take a number for granted."""
     try:
-        return _RULES.get(op)
+        known = _RULES.get(op)
     except TypeError:  # an unhashable callable has no rule
         return None
+    return known.number if known else None
 
 
 def any_entry(op: Op) -> Entry | None:
@@ -115,6 +129,7 @@ def any_entry(op: Op) -> Entry | None:
     return next(iter(known.entries.values()), None) if known else None
 
 
+@constant_in_graphs
 def op_name(op: Op) -> str:
     """How people write an op: ``linear``, ``Tensor.add``, ``Tensor.T``."""
     if getattr(op, "__name__", "") == "__get__":  # a property of tensors
