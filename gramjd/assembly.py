@@ -77,7 +77,8 @@ def _is_wanted(use: Use, source: Source, found: Found, pending: Pending, repeate
     if not isinstance(source, Derived):
         return id(source) in found
     # rows of a repeated tensor are its cotangents: only what is factored is of interest
-    return id(source.record) in pending and (id(source.record) not in repeated or use.record.call.op in LINEAR)
+    key = id(source.record)
+    return key in pending and (key not in repeated or use.record.call.op in LINEAR)
 
 
 def _is_all(use: Use, received: Sequence[Sequence[Block]]) -> bool:

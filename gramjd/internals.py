@@ -144,6 +144,16 @@ def unbatched(gradient: Tensor, level: int, size: int) -> Tensor:
 is_compiling: Callable[[], bool] = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling
 
 
+def value_of(flag: Tensor) -> bool | None:
+    """What a flag is, where programs may branch on it; ``None`` in transforms and where tracing goes on."""
+    if is_compiling() or inside_transform() or flag.is_meta:
+        return None
+    try:
+        return bool(flag)
+    except RuntimeError:  # a tracing or a fake tensor
+        return None
+
+
 def innermost_mode() -> object:
     """The ``TorchFunctionMode`` on top of the stack."""
     return torch.overrides._get_current_function_mode()

@@ -6,11 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from string import ascii_letters
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gramjd import pytree
+from gramjd.errors import NotFiniteError
+from gramjd.internals import value_of
 from gramjd.jacobian import Jacobian, Output
 from gramjd.jacobian.outputs import Outputs
 from gramjd.plan import default_budget
@@ -49,16 +52,61 @@ def ntk(
 
     Raises:
         ValueError: an axis does not exist or is named twice, or the sizes of its two ends differ.
-        TypeError: the output is not a tensor.
+        TypeError: the output is not a tensor; the function fails on inputs and parameters of different
+            dtypes.
+        NotFiniteError: the kernel has NaN or infinite entries. Not raised inside transforms and graphs,
+            where values are not known: there the kernel has them.
     """
     lazy = jacobian(func, 0, (None, in_dims), randomness=randomness, chunk_size=chunk_size)
 
     def kernel(params: PyTree, x1: PyTree, x2: PyTree = None) -> Tensor:
-        left = lazy(params, x1)
+        left = jacobian_of(lazy, params, x1, "x1")
         axes = Axes.of(output_shape(left), trace_axes, diagonal_axes)
-        return axes.kernel(left, None if x2 is None else lazy(params, x2))
+        right = None if x2 is None else jacobian_of(lazy, params, x2, "x2")
+        found = axes.kernel(left, right)
+        check_finite(found, params=params, x1=x1, x2=x2)
+        return found
 
     return kernel
+
+
+def jacobian_of(lazy: Callable[..., Jacobian], params: PyTree, x: PyTree, name: str) -> Jacobian:
+    """The Jacobian at a batch; if dtypes are what the function fails by, an error says so."""
+    try:
+        return lazy(params, x)
+    except RuntimeError as error:
+        mine, theirs = _dtypes(params), _dtypes(x)
+        if mine == theirs or not theirs:
+            raise
+        raise TypeError(
+            f"The function failed on parameters of {_listed(mine)} and {name} of {_listed(theirs)}: "
+            f"{error}. Convert one of them, for instance by {name}.to({_listed(mine)})."
+        ) from error
+
+
+def check_finite(kernel: Tensor, **given: PyTree) -> None:
+    """Raise if a kernel has entries that are not finite; name those of ``given`` that have some, too."""
+    if value_of(torch.isfinite(kernel).all()) is not False:
+        return
+    bad = [name for name, tree in given.items() if not all(map(_is_finite, pytree.leaves(tree)))]
+    cause = f"{' and '.join(bad)} has them, too" if bad else "its inputs have not: a derivative overflowed"
+    raise NotFiniteError(
+        f"The kernel has NaN or infinite entries; {cause}. Clean or scale the data, or compute in a wider "
+        "dtype."
+    )
+
+
+def _is_finite(leaf: Any) -> bool:
+    return not isinstance(leaf, Tensor) or bool(torch.isfinite(leaf).all())
+
+
+def _dtypes(tree: PyTree) -> set[torch.dtype]:
+    """Of the floating-point tensors of a tree."""
+    return {x.dtype for x in pytree.leaves(tree) if isinstance(x, Tensor) and x.is_floating_point()}
+
+
+def _listed(dtypes: set[torch.dtype]) -> str:
+    return " and ".join(sorted(map(str, dtypes)))
 
 
 def output_shape(jac: Jacobian) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from gramjd import pytree
 from gramjd.batches import Batches, digest
 from gramjd.jacobian import Jacobian
 from gramjd.journal import InMemory, Journal, Tile, checked
-from gramjd.ntk import Axes, output_shape
+from gramjd.ntk import Axes, check_finite, jacobian_of, output_shape
 from gramjd.pytree import PyTree
 from gramjd.transforms import jacobian
 
@@ -66,7 +66,8 @@ def ntk_dataset(
         FileExistsError: ``out`` exists and was not written by this function.
         FileNotFoundError: the folder of ``out`` does not exist.
         TypeError: a loader is no iterable of batches, or can be read only once; the output is not a
-            tensor.
+            tensor; the function fails on batches and parameters of different dtypes.
+        NotFiniteError: a tile has NaN or infinite entries. Tiles before it are kept in ``out``.
 
     Example:
         >>> func, params = gramjd.functional_loss(model)
@@ -81,7 +82,8 @@ def ntk_dataset(
     lazy = jacobian(func, 0, (None, in_dims), chunk_size=chunk_size)
 
     def jac(batch: PyTree) -> Jacobian:
-        return lazy(params, pytree.map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch))
+        moved = pytree.map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
+        return jacobian_of(lazy, params, moved, "batch")
 
     shape, norms = _probe(jac(next(left.read([0]))))
     work = _Tiles(jac, left, right, _axes(shape, trace_axes, diagonal_axes))
@@ -102,6 +104,7 @@ def ntk_dataset(
         store = Journal.open(path, sizes, dtype, fingerprint)
     with closing(store), _bar(progress, work.count, len(store.done)) as bar:
         for tile, found in work.missing(store.done):
+            check_finite(found, params=params)
             work.write(store.values, tile, found)
             store.finish(tile)
             bar.update()

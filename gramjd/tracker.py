@@ -77,7 +77,7 @@ class Tracker(TorchFunctionMode):
                 return _COMPOSITE[func](*args, **kwargs)
         derived = unbatched and not _is_random(func) and not is_inplace(func)
         out, record = self.record(func, args, kwargs, derived)
-        if record is not None and derived:
+        if record is not None and record.derived:
             for output, tensor in enumerate(tensors_of(out)):
                 self.sources[id(tensor)] = Derived(record, output)
                 self.known[id(tensor)] = tensor
@@ -128,7 +128,7 @@ def is_inplace(func: Any) -> bool:
     return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
 
-def _undispatched(func: types_.FunctionType) -> types_.FunctionType:
+def _undispatched(func: Any) -> types_.FunctionType:
     """A Python function of torch without its own ``__torch_function__`` dispatch: only its body."""
     space = {**func.__globals__, "has_torch_function": lambda *_: False}
     return types_.FunctionType(func.__code__, space, func.__name__, func.__defaults__, func.__closure__)

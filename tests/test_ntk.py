@@ -93,6 +93,38 @@ def test_axes_that_make_no_sense() -> None:
         gramjd.ntk(func, diagonal_axes=[0])(params, x, x[:3])
 
 
+def test_what_is_not_finite_is_an_error() -> None:
+    func, params = gramjd.functional_loss(fcn())
+    x = torch.randn(4, 5, dtype=torch.float64)
+    bad = x.clone()
+    bad[2, 1] = torch.nan
+    kernel = gramjd.ntk(func, trace_axes=[1])
+    linear, weights = gramjd.functional_loss(nn.Linear(5, 2).double())
+    with pytest.raises(gramjd.NotFiniteError, match="x2 has them, too"):
+        kernel(params, x, bad)
+    with pytest.raises(gramjd.NotFiniteError, match="params and x1 has them, too"):
+        kernel({name: p * torch.inf for name, p in params.items()}, bad)
+    with pytest.raises(gramjd.NotFiniteError, match="a derivative overflowed"):
+        gramjd.ntk(linear)(weights, x * 1e200)
+    with pytest.raises(gramjd.NotFiniteError):
+        gramjd.ntk_dataset(func, params, [x, bad], progress=False)
+    mapped = torch.vmap(lambda x: kernel(params, x))(torch.stack([x, bad]))  # no values are known there
+    assert mapped[0].isfinite().all() and mapped[1].isnan().any()
+
+
+def test_other_dtypes_are_an_error() -> None:
+    func, params = gramjd.functional_loss(fcn())
+    x = torch.randn(4, 5, dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"torch.float64 and x2 of torch.float32.*x2.to\(torch.float64\)"):
+        gramjd.ntk(func)(params, x, x.float())
+    with pytest.raises(TypeError, match=r"batch of torch.float32"):
+        gramjd.ntk_dataset(func, params, [x.float()], progress=False)
+    with pytest.raises(RuntimeError, match="(?i)size|shapes"):  # not by dtypes
+        gramjd.ntk(func)(params, x[:, :3])
+    cast = gramjd.ntk(lambda p, x: func(p, x.double()))  # a function may convert them
+    assert_close(cast(params, x.float()), gramjd.ntk(func)(params, x.float().double()))
+
+
 class Tagger(nn.Module):
     """Keyword arguments, a buffer, a frozen and a tied parameter."""
 

@@ -1,0 +1,199 @@
+"""The transforms under ``torch.compile(fullgraph=True)``: one graph, equal to eager."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_close
+from test_composition import (
+    INSIDE,
+    Params,
+    dense,
+    derived_inside,
+    forward_over_reverse,
+    inner_vmap,
+    logdet,
+    loss,
+    make_params,
+    maml,
+    mlp,
+)
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import gramjd
+
+RECENT = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
+pytestmark = [
+    pytest.mark.skipif(not RECENT, reason="Dynamo traces these transforms as of torch 2.13"),
+    pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),  # batch norm under vmap
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+
+
+def check(func: Callable[..., Any], *args: Any, backend: str = "aot_eager") -> None:
+    """Compiled to one graph, a function returns what it returns in eager mode."""
+    found, wanted = torch.compile(func, fullgraph=True, backend=backend)(*args), func(*args)
+    leaves = tree_leaves(wanted)
+    assert leaves and len(leaves) == len(tree_leaves(found))
+    for got, want in zip(tree_leaves(found), leaves, strict=True):
+        assert_close(got, want)
+
+
+def step_of(model: nn.Module, objective: Callable[..., Tensor]) -> tuple[Callable[..., Any], Params]:
+    """A Jacobian-descent step with weights that are a function of the Gramian, and the parameters."""
+    function, params = gramjd.functional_loss(model.double(), objective)
+
+    def step(params: Params, x: Tensor, y: Tensor) -> Any:
+        J, losses = gramjd.jacobian_and_value(function)(params, x, y)
+        G = J.gramian()
+        kinds = [[type(block).__name__ for block in blocks] for blocks in J.blocks]
+        return losses, G, J.vjp(torch.linalg.solve(G + torch.eye(len(G)), losses)), kinds
+
+    return step, params
+
+
+def small_mlp() -> tuple[nn.Module, Tensor, Tensor]:
+    model = nn.Sequential(nn.Linear(3, 5), nn.GELU(), nn.LayerNorm(5), nn.Linear(5, 4))
+    return model, torch.randn(6, 3), torch.randint(0, 4, (6,))
+
+
+def small_cnn() -> tuple[nn.Module, Tensor, Tensor]:
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(4, 6, 3), nn.GroupNorm(2, 6), nn.ReLU(), nn.Flatten(), nn.Linear(24, 4),
+    )  # fmt: skip
+    return model.eval(), torch.randn(3, 1, 8, 8), torch.randint(0, 4, (3,))
+
+
+class Encoder(nn.Module):
+    """Embedding, positions, two layers of torch's own encoder, a tied head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.position = nn.Embedding(11, 8), nn.Parameter(torch.randn(5, 8))
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.layers(self.embed(ids) + self.position)).mT
+
+
+def small_transformer() -> tuple[nn.Module, Tensor, Tensor]:
+    ids = torch.randint(0, 11, (3, 5))
+    return Encoder(), ids, ids.roll(1, 1)
+
+
+MODELS = [small_mlp, small_cnn, small_transformer]
+
+
+def per_sample(output: Tensor, target: Tensor) -> Tensor:
+    losses = F.cross_entropy(output, target, reduction="none")
+    return losses if losses.ndim == 1 else losses.mean(1)
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_steps_of_models(make: Callable[[], tuple[nn.Module, Tensor, Tensor]]) -> None:
+    """One graph gives the losses, the Gramian and the weighted gradient, from blocks of the same kinds."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        model, x, y = make()
+        step, params = step_of(model, per_sample)
+        *found, kinds = torch.compile(step, fullgraph=True, backend="aot_eager")(params, x, y)
+        *wanted, same = step(params, x, y)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert kinds == same
+    for got, want in zip(tree_leaves(found), tree_leaves(wanted), strict=True):
+        assert_close(got, want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", MODELS)
+def test_steps_of_models_by_the_default_backend(
+    make: Callable[[], tuple[nn.Module, Tensor, Tensor]],
+) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        model, x, y = make()
+        step, params = step_of(model, per_sample)
+        check(lambda *args: step(*args)[:3], params, x, y, backend="inductor")
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def hidden(p: Params, x: Tensor) -> Tensor:
+    """Ways to a parameter that tracing does not show as calls: a property, a method of Python's."""
+    return torch.tanh(x @ p["w1"].T).sum() + (2 - p["s"]).sin().sum() + (x[0] / (1 + p["t"] ** 2)).sum()
+
+
+def test_ways_that_tracing_hides() -> None:
+    params, x = make_params(), torch.randn(4, 3).double()
+    got = torch.compile(gramjd.gramian(hidden), fullgraph=True, backend="aot_eager")(params, x)
+    assert_close(got, dense(hidden)(params, x))
+
+
+def test_new_parameters_need_no_new_graph() -> None:
+    x = torch.randn(4, 3).double()
+    compiled = torch.compile(gramjd.gramian(mlp), fullgraph=True, backend="aot_eager")
+    for stance in ("default", "fail_on_recompile"):
+        params = make_params()
+        with torch.compiler.set_stance(stance):
+            assert_close(compiled(params, x), dense(mlp)(params, x))
+
+
+def test_what_a_function_closes_over_is_guarded() -> None:
+    """Its state is that of the call, not that of the tracing: nothing is baked in without a word."""
+    params, x = make_params(), torch.randn(4, 3).double()
+    model = nn.Dropout(1.0)
+    scale = torch.ones(2, dtype=torch.float64)
+
+    def func(p: Params, x: Tensor) -> Tensor:
+        return model(mlp(p, x) * scale)
+
+    compiled = torch.compile(
+        gramjd.gramian(func, randomness="different"), fullgraph=True, backend="aot_eager"
+    )
+    assert not compiled(params, x).any()
+    model.eval()
+    assert_close(compiled(params, x), dense(mlp)(params, x))
+    scale.mul_(2)
+    assert_close(compiled(params, x), 4 * dense(mlp)(params, x))
+
+
+COMPOSED: dict[str, Callable[..., Any]] = {
+    "vmap": torch.func.vmap(gramjd.gramian(mlp), (0, None)),
+    "grad": torch.func.grad(lambda p, x: logdet(gramjd.gramian(loss)(p, x)), (0, 1)),
+    "jacrev": torch.func.jacrev(gramjd.gramian(loss), 1),
+    "ntk": lambda p, x: gramjd.ntk(mlp, trace_axes=(1,))(p, x, x + 1),
+    "no batch": lambda p, x: gramjd.gramian(mlp, in_dims=None)(p, x[0]),
+    "tree": lambda p, x: gramjd.gramian(lambda p, x: {"a": loss(p, x), "b": mlp(p, x)})(p, x),
+    "aux": gramjd.gramian(lambda p, x: (loss(p, x), {"h": 2 * x}), has_aux=True),
+    "products": lambda p, x: (gramjd.jacobian(mlp)(p, x).jvp(p), gramjd.jacobian(mlp)(p, x).norms()),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+@pytest.mark.slow
+def test_composition(name: str) -> None:
+    params = make_params(2) if name == "vmap" else make_params()
+    check(COMPOSED[name], params, torch.randn(3, 3).double())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("func", [maml, inner_vmap, derived_inside, forward_over_reverse])
+def test_transforms_inside(func: Callable[..., Tensor]) -> None:
+    assert func in INSIDE
+    check(gramjd.gramian(func), make_params(), torch.randn(4, 3).double())
