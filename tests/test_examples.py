@@ -4,18 +4,21 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import gramjd
 from gramjd.rules import registry
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run(monkeypatch: pytest.MonkeyPatch, name: str, *args: str) -> None:
+def run(monkeypatch: pytest.MonkeyPatch, name: str, *args: str) -> dict[str, Any]:
+    """The names that an example defines, after it ran."""
     monkeypatch.setattr(sys, "argv", [name, *args])
-    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
 def results(table: str) -> dict[str, list[float]]:
@@ -137,6 +140,35 @@ def test_ensemble_ntk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     run(monkeypatch, "ensemble_ntk.py", "--widths", "8", "128", "--members", "50", "--samples", "20")
     narrow, wide = results(capsys.readouterr().out).values()
     assert 2 < narrow[0] / wide[0] < 8  # four, up to chance
+
+
+def test_kernel_spectrum(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Largest first, and those of the kernel itself."""
+    pytest.importorskip("scipy")
+    top = run(monkeypatch, "kernel_spectrum.py", "--samples", "60", "--epochs", "5", "--eigenvalues", "4")
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["before training", "after training"]
+    for *_, shown in rows:
+        values = [float(value) for value in shown.split()]
+        assert len(values) == 4 and values == sorted(values, reverse=True) and values[-1] > 0
+    model = torch.nn.Linear(5, 3).double()
+    function, params = gramjd.functional_loss(model)
+    J = gramjd.jacobian(function)(params, torch.randn(7, 5).double())
+    want = torch.linalg.eigvalsh(J @ J.T).flip(0)[:4]
+    torch.testing.assert_close(top["top_eigenvalues"](J, 4), want)
+
+
+def test_natural_gradient(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    small = ["--steps", "25", "--width", "10", "--points", "60"]
+    run(monkeypatch, "natural_gradient.py", *small, "--out", str(tmp_path))
+    found = results(capsys.readouterr().out)
+    assert found.keys() == {"natural gradient", "Adam"}
+    (_, natural), (_, adam) = found.values()
+    assert natural < 0.05 and natural < adam / 5
+    assert (tmp_path / "poisson.png").stat().st_size > 10_000
 
 
 def test_kernel_regression(
