@@ -130,19 +130,37 @@ def test_grad_through_the_gramian(name: str, of: Callable[[Tensor], Tensor]) -> 
     assert_close(found[1], wanted[1])
 
 
-def test_grad_with_weights_held_constant() -> None:
+@pytest.mark.parametrize("by", ["autograd", "func"])
+def test_grad_with_weights_held_constant(by: str) -> None:
+    """With respect to parameters and inputs."""
     x, params = torch.randn(3, 3).double(), make_params()
-    leaves = [p.requires_grad_() for p in params.values()]
-    found = torch.autograd.grad(weighted(gramjd.gramian(loss)(params, x)), leaves)
-    wanted = torch.autograd.grad(weighted(dense(loss)(params, x)), leaves)
-    for got, want in zip(found, wanted, strict=True):
+
+    def gradients(g: Callable[..., Any]) -> list[Tensor]:
+        if by == "func":
+            by_params, by_x = grad(lambda p, x: weighted(g(loss)(p, x)), (0, 1))(params, x)
+            return [*by_params.values(), by_x]
+        leaves = [*(p.clone().requires_grad_() for p in params.values()), x.clone().requires_grad_()]
+        given = dict(zip(params, leaves[:-1], strict=True))
+        return list(torch.autograd.grad(weighted(g(loss)(given, leaves[-1])), leaves))
+
+    for got, want in zip(gradients(gramjd.gramian), gradients(dense), strict=True):
         assert_close(got, want)
 
 
-def test_jacrev_and_jvp_of_the_gramian() -> None:
+@pytest.mark.parametrize("of", [logdet, alignment, weighted, torch.clone])
+def test_jacrev_through_the_gramian(of: Callable[[Tensor], Tensor]) -> None:
+    """With respect to parameters and inputs, of scalars and of the whole Gramian."""
     x, params = torch.randn(3, 3).double(), make_params()
-    found, wanted = (jacrev(g(loss), 1)(params, x) for g in (gramjd.gramian, dense))
-    assert_close(found, wanted)
+    found, wanted = (
+        jacrev(lambda p, x, g=g: of(g(loss)(p, x)), (0, 1))(params, x) for g in (gramjd.gramian, dense)
+    )
+    for key in params:
+        assert_close(found[0][key], wanted[0][key])
+    assert_close(found[1], wanted[1])
+
+
+def test_jvp_of_the_gramian() -> None:
+    x, params = torch.randn(3, 3).double(), make_params()
     tangents = make_params(), torch.randn(3, 3).double()
     found, wanted = (jvp(g(mlp), (params, x), tangents)[1] for g in (gramjd.gramian, dense))
     assert_close(found, wanted)
