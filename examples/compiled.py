@@ -1,12 +1,11 @@
 """`torch.compile` of a whole Jacobian-descent step, and of a model under an `Engine`.
 
-1. The functional step is pure tensor code: `make_fx` traces forward, Gramian, weights and weighted gradient
-   once, for fixed shapes, into one graph, and `torch.compile` compiles that (`fullgraph=True`). Dynamo by
-   itself cannot trace a transform. The weighting branches on values, so the graph calls it as one op.
+1. The functional step is pure tensor code: `torch.compile(step, fullgraph=True)` makes one graph of forward,
+   Gramian, weights and weighted gradient. The weighting branches on values, so the graph calls it as one op.
 2. An `Engine` around a compiled model replays its call by `torch.func`, since nobody can see inside a
    compiled call. It is exact as well; the forward that you run stays compiled.
 
-Prints times of a step, eager and compiled, and how far their results are apart. Needs torch 2.4, and a C++
+Prints times of a step, eager and compiled, and how far their results are apart. Needs torch 2.13, and a C++
 compiler or another backend (--backend aot_eager).
 """
 
@@ -17,7 +16,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import gramjd
 from gramjd.weighting import upgrad
@@ -71,7 +69,7 @@ def main() -> None:
 
     function, params = gramjd.functional_loss(model, nn.CrossEntropyLoss(reduction="none"))
     eager = make_step(function)
-    compiled = torch.compile(make_fx(eager)(params, x, y), fullgraph=True, backend=args.backend)
+    compiled = cast(Step, torch.compile(eager, fullgraph=True, backend=args.backend))
     found, wanted = compiled(params, x, y)[0], eager(params, x, y)[0]
     apart = max(float((found[name] - wanted[name]).abs().max()) for name in params)
     slow, fast = timed(lambda: eager(params, x, y)), timed(lambda: compiled(params, x, y))

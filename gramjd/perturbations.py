@@ -34,7 +34,7 @@ class _Perturb(Watch):
         self.first = first
         self.bare_parameters = list(raw)
         self.perturbations = perturbations
-        self.marked: list[tuple[torch.Size, torch.dtype]] = []
+        self.marked: list[tuple[torch.Size, torch.dtype, torch.device]] = []
         self.tracked: list[bool] = []  # what ops on tracked tensors alone returned
         self.opened: set[int] = set()  # parameters that an op without a rule received, by id
 
@@ -53,7 +53,7 @@ class _Perturb(Watch):
 
     def mark(self, out: Tensor) -> Tensor:
         number = len(self.marked)
-        self.marked.append((out.shape, out.dtype))
+        self.marked.append((out.shape, out.dtype, out.device))
         return out + self.perturbations[number] if self.first else out
 
     def bare_outputs(self, op: Any, args: Any, kwargs: dict[str, Any], outs: Sequence[Tensor]
@@ -67,32 +67,16 @@ def perturbed(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor]
               shared: bool, unbatched: Sequence[Tensor]) -> Run:  # fmt: skip
     """Run a function of one sample; ``given`` are cotangents of its outputs (empty: all entries)."""
 
-    def first_run(wanted: Sequence[int]) -> tuple[_Perturb, bool]:
-        """With gradients for some parameters: what it was like, and do the outputs depend on these?"""
-        seen: list[tuple[_Perturb, bool]] = []
+    def ask(wanted: Sequence[int]) -> tuple[_Perturb, bool]:
+        return _first_run(function, raw, batch, shared, unbatched, wanted)
 
-        def run(wrapped: Sequence[Tensor]) -> Any:
-            mine = list(bare)
-            for number, tensor in zip(wanted, wrapped, strict=True):
-                mine[number] = _fresh(tensor)
-            watch = _Perturb(mine, bare, shared, unbatched)
-            with watch:
-                outputs, _ = function(mine, batch)
-            seen.append((watch, any(out.requires_grad for out in outputs)))
-            return torch.zeros(())
-
-        with torch.no_grad():  # outside: what requires gradients there is not meant
-            bare = [p.detach() for p in raw]
-            torch.func.vjp(run, [bare[n] for n in wanted])
-        return seen[0]
-
-    first, depends = first_run(range(len(raw)))
+    first, depends = ask(range(len(raw)))
     is_open = [id(p) in first.opened for p in first.bare_parameters]
     if depends:
         unseen = [n for n, known in enumerate(is_open) if not known]
-        for n in _those(unseen, lambda wanted: first_run(wanted)[1]):
+        for n in _those(unseen, lambda wanted: ask(wanted)[1]):
             is_open[n] = True
-    zeros = [torch.zeros(shape, dtype=dtype, device=raw[0].device) for shape, dtype in first.marked]
+    zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in first.marked]
     seen: list[_Perturb] = []
 
     def run(wrapped: Sequence[Tensor], perturbations: Sequence[Tensor]) -> Any:
@@ -105,17 +89,48 @@ def perturbed(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor]
 
     outputs, pull, (saved, aux) = torch.func.vjp(run, list(raw), zeros, has_aux=True)  # type: ignore[misc]
     trace = seen[0].trace
-    cotangents = list(given) or basis(outputs)
-    K = len(cotangents[0])
-    if K == 1 or trace.one_level:
-        pulled = [pull([c[k] for c in cotangents]) for k in range(K)]
-        rows = [torch.stack(column) for column in zip(*(found[0] for found in pulled), strict=True)]
-        cs = [torch.stack(column) for column in zip(*(found[1] for found in pulled), strict=True)]
-    else:
-        rows, cs = torch.vmap(pull)(cotangents)
+    if seen[0].marked != first.marked:
+        raise RuntimeError(
+            f"Traced twice, the function used parameters {len(first.marked)} and {len(seen[0].marked)} times, "
+            "or in other shapes. It must be pure; call it without torch.compile if it is not."
+        )
+    rows, cs = _pulled(pull, list(given) or basis(outputs), trace.one_level)
     trace.reached = [True] * len(zeros) + is_open
     reached = [*cs, *(row for row, needed in zip(rows, is_open, strict=True) if needed)]
     return Run(trace, reached, saved, outputs, aux)
+
+
+def _first_run(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor], shared: bool,
+               unbatched: Sequence[Tensor], wanted: Sequence[int]) -> tuple[_Perturb, bool]:  # fmt: skip
+    """With gradients for some parameters: what it was like, and do the outputs depend on these?"""
+    seen: list[tuple[_Perturb, bool]] = []
+
+    def run(wrapped: Sequence[Tensor]) -> Any:
+        mine = list(bare)
+        for number, tensor in zip(wanted, wrapped, strict=True):
+            mine[number] = _fresh(tensor)
+        watch = _Perturb(mine, bare, shared, unbatched)
+        with watch:
+            outputs, _ = function(mine, batch)
+        seen.append((watch, any(out.requires_grad for out in outputs)))
+        return torch.zeros(())
+
+    with torch.no_grad():  # outside: what requires gradients there is not meant
+        bare = [p.detach() for p in raw]
+        torch.func.vjp(run, [bare[n] for n in wanted])
+    return seen[0]
+
+
+def _pulled(pull: Callable[..., Any], cotangents: Sequence[Tensor], one_at_a_time: bool) -> tuple[Any, Any]:
+    """``[K, ...]`` of everything that a pullback gives."""
+    K = len(cotangents[0])
+    if K > 1 and not one_at_a_time:
+        return torch.vmap(pull)(cotangents)  # type: ignore[no-any-return]
+    each = [pull([c[k] for c in cotangents]) for k in range(K)]
+    rows, cs = (
+        [torch.stack(column) for column in zip(*part, strict=True)] for part in zip(*each, strict=True)
+    )
+    return rows, cs
 
 
 def _fresh(tensor: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Watching ops: which of them receive a tracked tensor, and what is derived from it.
 
-Both captures are trackers: :mod:`gramjd.capture` under ``vmap``, :mod:`gramjd.engine.recorder` in the
+Both captures are trackers: :mod:`gramjd.watch` under ``vmap``, :mod:`gramjd.engine.recorder` in the
 user's own forward.
 """
 

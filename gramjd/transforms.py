@@ -28,7 +28,8 @@ def jacobian(
     """Transform a per-sample function into one that returns its lazy Jacobian over a batch.
 
     ``func`` runs once. All outputs, values and derivatives can be differentiated and mapped further by
-    the transforms of ``torch.func``.
+    the transforms of ``torch.func``. ``torch.compile(fullgraph=True)`` makes one graph of it all, as of
+    torch 2.13.
 
     Args:
         func: a pure function of one sample, ``func(params, *sample) -> output``; the arguments to
