@@ -91,8 +91,8 @@ def perturbed(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor]
     trace = seen[0].trace
     if seen[0].marked != first.marked:
         raise RuntimeError(
-            f"Traced twice, the function used parameters {len(first.marked)} and {len(seen[0].marked)} times, "
-            "or in other shapes. It must be pure; call it without torch.compile if it is not."
+            f"Traced twice, the function used parameters {len(first.marked)} and {len(seen[0].marked)} times "
+            "or in other shapes: it is not pure, as a transformed function must be."
         )
     rows, cs = _pulled(pull, list(given) or basis(outputs), trace.one_level)
     trace.reached = [True] * len(zeros) + is_open
@@ -125,12 +125,14 @@ def _pulled(pull: Callable[..., Any], cotangents: Sequence[Tensor], one_at_a_tim
     """``[K, ...]`` of everything that a pullback gives."""
     K = len(cotangents[0])
     if K > 1 and not one_at_a_time:
-        return torch.vmap(pull)(cotangents)  # type: ignore[no-any-return]
+        return torch.vmap(pull)(cotangents)
     each = [pull([c[k] for c in cotangents]) for k in range(K)]
-    rows, cs = (
-        [torch.stack(column) for column in zip(*part, strict=True)] for part in zip(*each, strict=True)
-    )
-    return rows, cs
+    rows, cs = zip(*each, strict=True)
+    return _stacked(rows), _stacked(cs)
+
+
+def _stacked(each: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    return [torch.stack(column) for column in zip(*each, strict=True)]
 
 
 def _fresh(tensor: Tensor) -> Tensor:
