@@ -23,9 +23,9 @@ from test_composition import (
     mlp,
 )
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 import gramjd
+from gramjd import pytree
 
 RECENT = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
 pytestmark = [
@@ -44,9 +44,9 @@ def _fresh() -> None:
 def check(func: Callable[..., Any], *args: Any, backend: str = "aot_eager") -> None:
     """Compiled to one graph, a function returns what it returns in eager mode."""
     found, wanted = torch.compile(func, fullgraph=True, backend=backend)(*args), func(*args)
-    leaves = tree_leaves(wanted)
-    assert leaves and len(leaves) == len(tree_leaves(found))
-    for got, want in zip(tree_leaves(found), leaves, strict=True):
+    leaves = pytree.leaves(wanted)
+    assert leaves and len(leaves) == len(pytree.leaves(found))
+    for got, want in zip(pytree.leaves(found), leaves, strict=True):
         assert_close(got, want)
 
 
@@ -116,7 +116,7 @@ def test_steps_of_models(make: Callable[[], tuple[nn.Module, Tensor, Tensor]]) -
     finally:
         torch.set_default_dtype(torch.float32)
     assert kinds == same
-    for got, want in zip(tree_leaves(found), tree_leaves(wanted), strict=True):
+    for got, want in zip(pytree.leaves(found), pytree.leaves(wanted), strict=True):
         assert_close(got, want)
 
 

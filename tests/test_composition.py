@@ -267,6 +267,12 @@ def test_grad_around_and_inside(func: Callable[..., Tensor]) -> None:
         assert_close(found[key], wanted[key])
 
 
+def test_weights_computed_from_parameters_without_a_batch() -> None:
+    """Where nothing is batched, a tensor made of parameters alone is like any other."""
+    x, params = torch.randn(3).double(), make_params()
+    assert_close(gramjd.gramian(mlp, in_dims=None)(params, x), dense(mlp)(params, x[None])[0, ..., 0])
+
+
 def test_inside_no_grad() -> None:
     x, params = torch.randn(3, 3).double(), {k: v.requires_grad_() for k, v in make_params().items()}
     with torch.no_grad():
