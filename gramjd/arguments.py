@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from gramjd import pytree
+from gramjd.internals import is_compiling
 from gramjd.pytree import PyTree, PyTreeSpec
 
 InDims = int | None | Sequence[PyTree]
@@ -44,6 +45,8 @@ class Arguments:
         leaves, spec = pytree.flatten((others, list(kwargs.values())))
         for leaf in leaves:
             _refuse_subclass(leaf)
+        if is_compiling():  # an argument itself is recognised by its id, for which a graph would be guarded
+            leaves = [leaf.view_as(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         dims: list[int | None] = [None] * len(leaves)
         if in_dims is not None:
             dims = _batch_dims(others, kwargs, numbers, in_dims)

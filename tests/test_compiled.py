@@ -154,6 +154,21 @@ def test_new_parameters_need_no_new_graph() -> None:
             assert_close(compiled(params, x), dense(mlp)(params, x))
 
 
+def scaled(p: Params, x: Tensor, table: Tensor) -> Tensor:
+    """The weight is derived from a parameter and from a tensor that all samples share."""
+    return F.linear(x, p["w1"] * table).tanh().sum()
+
+
+def test_new_arguments_need_no_new_graph() -> None:
+    transformed = gramjd.gramian(scaled, in_dims=(None, 0, None))
+    compiled = torch.compile(transformed, fullgraph=True, backend="aot_eager")
+    for stance in ("default", "fail_on_recompile"):
+        args = make_params(), torch.randn(5, 3).double(), torch.randn(4, 1).double()
+        with torch.compiler.set_stance(stance):
+            found = compiled(*args)
+        assert_close(found, transformed(*args))
+
+
 def test_what_a_function_closes_over_is_guarded() -> None:
     """Its state is that of the call, not that of the tracing: nothing is baked in without a word."""
     params, x = make_params(), torch.randn(4, 3).double()

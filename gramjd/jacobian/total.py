@@ -33,7 +33,7 @@ class Sum:
         self.total = share if self.total is None else self.total + share
 
     def gramian(self, output: Output, like: Tensor) -> Tensor:
-        """What they add up to, ``[*shape, *reversed(shape)]``; zeros ``like`` a parameter if there are none."""
+        """What they add up to, ``[*shape, *reversed(shape)]``; without any, zeros ``like`` a parameter."""
         outputs = Outputs([output], pytree.LEAF, output.samples)
         total = self.total
         if total is None:

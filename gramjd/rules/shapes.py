@@ -14,8 +14,8 @@ from gramjd.blocks import Dense, Outer
 def sum_to(c: Tensor, shape: Sequence[int]) -> Tensor:
     """``[K, B, *y]`` summed over the dimensions along which ``shape`` was broadcast to ``y``."""
     extra = c.ndim - 2 - len(shape)
-    dims = [d for d in range(2, 2 + extra) if c.shape[d] > 1]  # else a view of the cotangents
-    dims += [2 + extra + d for d, size in enumerate(shape) if size == 1 and c.shape[2 + extra + d] > 1]
+    dims = [d for d in range(2, 2 + extra) if c.shape[d] != 1]  # else a view of the cotangents
+    dims += [2 + extra + d for d, size in enumerate(shape) if size == 1 and c.shape[2 + extra + d] != 1]
     return (c.sum(dims) if dims else c).reshape(*c.shape[:2], *shape)
 
 
