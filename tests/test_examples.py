@@ -156,7 +156,7 @@ def test_kernel_regression(
 def test_ddp_digits(tmp_path: Path) -> None:
     """Two processes, cut off after a checkpoint and started again: the loss curve of one process."""
     pytest.importorskip("matplotlib")
-    options = ["--epochs", "1", "--batch-size", "101", "--save-every", "4"]
+    options = ["--epochs", "1", "--batch-size", "101", "--save-every", "4", "--lr", "0.05"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     for command, out in (
         ([], "one"),
