@@ -1,7 +1,9 @@
 """Every example runs, quickly, and writes what it says it writes."""
 
+import json
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -181,3 +183,22 @@ def test_kernel_regression(
         assert list(found) == ["kernel before training", "kernel after training", "trained network"]
         assert all(accuracy > 80 for (accuracy,) in found.values())
     assert len(list((tmp_path / "kernels").glob("*.npy"))) == 4
+
+
+def test_ddp_digits(tmp_path: Path) -> None:
+    """Two processes, cut off after a checkpoint and started again: the loss curve of one process."""
+    pytest.importorskip("matplotlib")
+    options = ["--epochs", "1", "--batch-size", "101", "--save-every", "4", "--lr", "0.05"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for command, out in (
+        ([], "one"),
+        (["--stop-after", "6"], "two"),  # two steps after the checkpoint are lost
+        ([], "two"),
+    ):
+        start = [] if out == "one" else torchrun
+        script = [str(EXAMPLES / "ddp_digits.py"), *options, *command, "--out", str(tmp_path / out)]
+        subprocess.run([sys.executable, *start, *script], check=True, capture_output=True, timeout=120)
+    one, two = (json.loads((tmp_path / out / "losses.json").read_text()) for out in ("one", "two"))
+    assert len(one) == 13
+    assert one[-1] < one[0]
+    assert two == pytest.approx(one, rel=1e-10)
