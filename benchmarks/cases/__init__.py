@@ -1,0 +1,57 @@
+"""The cases: what each is, and how to make it with other sizes.
+
+``CASES[name](**sizes)`` makes a :class:`~benchmarks.problem.Problem`; the defaults are the sizes of the table.
+``SMALL[name]`` are sizes for a test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from benchmarks.cases import images, perceptrons, sequences
+from benchmarks.problem import Problem
+
+CASES: dict[str, Callable[..., Problem]] = {
+    "A": perceptrons.mlp,
+    "B": images.grouped_cnn,
+    "C": sequences.encoder,
+    "D": perceptrons.kernel,
+    "E": sequences.gpt2,
+    "F": images.resnet,
+    "G": sequences.tagger,
+    "H": images.vit,
+    "I": perceptrons.tasks,
+    "J": perceptrons.two_losses,
+}
+TITLES = {
+    "A": "MLP 4×1024, batch 64",
+    "B": "grouped CNN, batch 64",
+    "C": "transformer, 16×64 tokens",
+    "D": "10-logit kernel of an MLP, batch 128",
+    "E": "GPT-2, tied, 8×128 tokens",
+    "F": "ResNet-18 shape, batch 32",
+    "G": "LSTM tagger, 16×32 tokens",
+    "H": "ViT, batch 32",
+    "I": "4 tasks, shared trunk",
+    "J": "2 losses a sample, batch 32",
+}
+SMALL: dict[str, Mapping[str, int]] = {
+    "A": {"batch": 4, "width": 8},
+    "B": {"batch": 3},
+    "C": {"batch": 3, "width": 8, "depth": 1, "length": 5, "vocabulary": 11},
+    "D": {"batch": 4, "inputs": 6, "width": 5, "objectives": 3},
+    "E": {"batch": 3, "width": 8, "depth": 1, "length": 5, "vocabulary": 11},
+    "F": {"batch": 2, "width": 8, "size": 8},
+    "G": {"batch": 3, "width": 4, "length": 5, "vocabulary": 11},
+    "H": {"batch": 3, "width": 8, "depth": 1, "size": 8},
+    "I": {"batch": 5, "width": 6},
+    "J": {"batch": 4, "width": 6},
+}
+
+
+def make(name: str, device: str = "cpu", seed: int = 0, **sizes: int) -> Problem:
+    """A case with its own random weights and data, the same for every implementation."""
+    torch.manual_seed(seed)
+    return CASES[name](**sizes).moved(torch.device(device))

@@ -1,0 +1,50 @@
+"""The implementations: each prepares a step of a problem.
+
+``IMPLEMENTATIONS[name](problem)`` hooks the model, imports what it needs, and returns a step: a complete
+one (Gramian, given weights, weighted gradient), or the Gramian alone where its name or the problem says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from benchmarks.implementations import floor, ours, per_sample, rows, tangents, torchjd
+from benchmarks.problem import Problem, Step
+
+OURS: dict[str, Callable[[Problem], Step]] = {
+    "functional": ours.functional,
+    "engine": ours.engine,
+    "engine-backward": ours.engine_backward,
+    "functional-gramian": ours.functional_gramian,
+    "engine-gramian": ours.engine_gramian,
+    "functional-frugal": ours.functional_frugal,
+    "engine-frugal": ours.engine_frugal,
+}
+PEERS: dict[str, Callable[[Problem], Step]] = {
+    "torchjd-autogram": torchjd.autogram,
+    "torchjd-autojac": torchjd.autojac,
+    "vmap-grad": per_sample.vmap_grad,
+    "layer-vjp": per_sample.layer_vjp,
+    "opacus": rows.opacus,
+    "backpack": rows.backpack,
+    "neural-tangents": tangents.neural_tangents,
+}
+IMPLEMENTATIONS = {**OURS, **PEERS, "floor": floor.activation_backward}
+TITLES = {
+    "functional": "gramjd functional",
+    "engine": "gramjd Engine, `losses.backward(w)`",
+    "engine-backward": "gramjd Engine, `J.backward(w)`",
+    "functional-gramian": "gramjd functional, Gramian alone",
+    "engine-gramian": "gramjd `compute_gramian` alone",
+    "functional-frugal": "gramjd functional, smallest `memory_budget`",
+    "engine-frugal": "gramjd Engine, smallest `memory_budget`",
+    "torchjd-autogram": "TorchJD autogram",
+    "torchjd-autojac": "TorchJD autojac",
+    "vmap-grad": "naive `vmap(grad)`",
+    "layer-vjp": "`vmap(vjp)` per layer",
+    "opacus": "Opacus rows",
+    "backpack": "BackPACK rows",
+    "neural-tangents": "neural-tangents, its best (JAX)",
+    "floor": "floor: forward, backward of activations",
+}
+

@@ -1,0 +1,50 @@
+"""One case by one implementation, in this process: its time, its memory, its error."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import memory, timing
+from benchmarks.cases import make
+from benchmarks.implementations import IMPLEMENTATIONS
+from benchmarks.oracle import Oracle
+from benchmarks.problem import NotApplicable, sgd
+from benchmarks.setting import setting
+
+ORACLES = Path(__file__).parents[1] / "out" / "bench" / "oracles"
+
+
+def measure(case: str, implementation: str, device: str = "cpu", budget: float = 4.0) -> dict[str, Any]:
+    """A record of the results; what goes wrong in the implementation is its ``error``."""
+    problem = make(case, device)
+    plain, oracle = sgd(problem.copied()), Oracle.kept(problem, ORACLES / f"{case}.pt")
+    record = {"case": case, "implementation": implementation, "setting": setting(device)}
+    try:
+        step = IMPLEMENTATIONS[implementation](problem)
+        record |= oracle.errors(step())
+    except NotApplicable as reason:
+        return {**record, "not_applicable": str(reason)}
+    except Exception as error:  # a peer never stops the run
+        return {**record, "error": f"{type(error).__name__}: {error}"}
+    del oracle
+    gc.collect()
+    on = torch.device(device)
+    record |= timing.alternate(step, plain, on, budget).summary()
+    for name, run in (("", step), ("sgd_", plain)):
+        run()
+        problem.clear()
+        record |= {f"{name}{key}_bytes": size for key, size in asdict(memory.measure(run, on)).items()}
+    return record
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")  # of peers; what is slow shows in the numbers
+    print(json.dumps(measure(sys.argv[1], sys.argv[2], sys.argv[3], float(sys.argv[4]))))

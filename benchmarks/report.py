@@ -1,0 +1,170 @@
+"""Tables of the results, and the README's section; pictures are drawn by ``pictures.py``.
+
+``README`` shows what :func:`section` makes of ``results/steps.json``; a test compares the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks import cases, pictures
+from benchmarks.implementations import IMPLEMENTATIONS, TITLES
+from benchmarks.runner import RESULTS, ROOT, Record, load
+from benchmarks.scaling import AXES, slope
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- benchmarks: written by python -m benchmarks -->\n", "<!-- end of benchmarks -->\n"
+WRONG = 1e-3  # relative error beyond which a float32 result is not one of rounding
+MiB = 2**20
+COUNTED = """\
+A ratio is the median over rounds of the time of a step, forward pass included, to that of a plain SGD step
+(forward, backward of the mean loss) that takes turns with it in the same process. Memory is the most that
+torch's allocator had given out at once during the step, beyond parameters, data and what the step returns
+(gradients, Gramian); memory that MKL, oneDNN or JAX take by themselves is not in it."""
+
+
+def write() -> None:
+    """All tables and pictures."""
+    steps, scaling = _ordered(load("steps.json")), load("scaling.json")
+    if steps:
+        (RESULTS / "steps.md").write_text(_steps_page(steps))
+        pictures.draw_steps(steps, RESULTS)
+        _into_readme(section(steps))
+    if scaling:
+        scaling.sort(key=lambda record: list(AXES).index(record["axis"]))
+        (RESULTS / "scaling.md").write_text(_scaling_page(scaling))
+        pictures.draw_scaling(scaling, RESULTS)
+
+
+def section(steps: Sequence[Record]) -> str:
+    """The README's: ratio and memory of every implementation on every case."""
+    steps = _ordered(steps)
+    known = {(r["case"], r["implementation"]): r for r in steps}
+    columns = list(dict.fromkeys(r["case"] for r in steps))
+    rows = [name for name in IMPLEMENTATIONS if any(r["implementation"] == name for r in steps)]
+    lines = ["| ratio to an SGD step (MiB) | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    sgd = [_sgd_cell([r for r in steps if r["case"] == case]) for case in columns]
+    lines.append("| *SGD step* | " + " | ".join(sgd) + " |")
+    for name in rows:
+        cells = [_cell(known.get((case, name))) for case in columns]
+        lines.append(f"| {TITLES[name]} | " + " | ".join(cells) + " |")
+    listed = "; ".join(f"{case}: {cases.TITLES[case]}" for case in columns)
+    return "\n".join([*lines, "", f"{listed}.", "", COUNTED, "", _setting(steps), ""])
+
+
+def _cell(record: Record | None) -> str:
+    """What the README says of one measurement."""
+    if record is None or "not_applicable" in record:
+        return "–"
+    if "error" in record:
+        return "slow" if record["error"].startswith("took more") else "fails"
+    wrong = max(record.get("gramian_error", 0.0), record.get("gradient_error", 0.0))
+    cell = f"{_short(record['ratio'])} ({_short(record['own_bytes'] / MiB)})"
+    return f"{cell}, wrong by {wrong:.1g}" if not wrong < WRONG else cell
+
+
+def _sgd_cell(records: Sequence[Record]) -> str:
+    """The plain step's own time and memory, from the first measurement of the case that has one."""
+    found = next((r for r in records if "ratio" in r), None)
+    if found is None:
+        return "–"
+    return f"{_short(1e3 * found['sgd_seconds'])} ms ({_short(found['sgd_own_bytes'] / MiB)})"
+
+
+def _short(number: float) -> str:
+    """Two or three digits."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.1f}" if number >= 10 else f"{number:.2f}"
+
+
+def _setting(records: Sequence[Record]) -> str:
+    """Under which the numbers were taken; more than one line if they differ."""
+    lines = []
+    for given in (r["setting"] for r in records if "setting" in r):
+        versions = ", ".join(f"{name} {version}" for name, version in given["versions"].items())
+        lines.append(
+            f"{given['date']}, {given['device']}, {given['threads']} threads, GOMP_SPINCOUNT="
+            f"{given['GOMP_SPINCOUNT']}, {given['dtype']}, Python {given['python']}, {versions}."
+        )
+    return "\n\n".join(dict.fromkeys(lines))
+
+
+def _into_readme(text: str) -> None:
+    """Replace what is between the marks."""
+    before, found, rest = README.read_text().partition(BEGIN)
+    if not found:
+        raise ValueError(f"README.md has no line {BEGIN!r}")
+    README.write_text(before + BEGIN + "\n" + text + "\n" + END + rest.partition(END)[2])
+
+
+def _steps_page(steps: Sequence[Record]) -> str:
+    """Every number."""
+    titles = ("case", "implementation", "ratio", "quartiles", "ms", "SGD, ms", "MiB", "SGD, MiB", "returned, MiB",
+              "error of G", "error of Jᵀw")  # fmt: skip
+    lines = ["# Steps", "", "`python -m benchmarks`", "", COUNTED, "", _setting(steps), "", _row(titles)]
+    lines.append("|---" * len(titles) + "|")
+    for r in steps:
+        head = r["case"], TITLES[r["implementation"]]
+        if "ratio" not in r:
+            reason = r.get("not_applicable") or r["error"]
+            lines.append(_row([*head, *"–" * 8, " ".join(reason.split()).replace("|", "/")[:160]]))
+            continue
+        sizes = [r[key] / MiB for key in ("own_bytes", "sgd_own_bytes", "returned_bytes")]
+        quartiles = f"{_short(r['low'])}–{_short(r['high'])}"
+        times = [_short(1e3 * r[key]) for key in ("seconds", "sgd_seconds")]
+        errors = [f"{r[key]:.0e}" if key in r else "–" for key in ("gramian_error", "gradient_error")]
+        lines.append(_row([*head, _short(r["ratio"]), quartiles, *times, *map(_short, sizes), *errors]))
+    return "\n".join([*lines, "", *_frugal(steps)])
+
+
+def _frugal(steps: Sequence[Record]) -> list[str]:
+    """Memory at the smallest budget, beside one and a half times the plain step's."""
+    lines = ["## Memory at the smallest `memory_budget` (64 KiB)", "", "MiB beyond what is returned.", ""]
+    lines += [_row(["case", "implementation", "step", "1.5 × SGD", "default budget"]), "|---" * 5 + "|"]
+    known = {(r["case"], r["implementation"]): r for r in steps}
+    for (case, name), r in known.items():
+        if name.endswith("-frugal") and "own_bytes" in r:
+            usual = known.get((case, name.removesuffix("-frugal")), {}).get("own_bytes", float("nan"))
+            sizes = r["own_bytes"], 1.5 * r["sgd_own_bytes"], usual
+            lines.append(_row([case, TITLES[name], *(_short(size / MiB) for size in sizes)]))
+    return [*lines, ""]
+
+
+def _scaling_page(scaling: Sequence[Record]) -> str:
+    """A row for each axis."""
+    lines = ["# Scaling", "", "`python -m benchmarks --scaling`", ""]
+    lines += ["The functional step. Slopes are those of log time over log size between the two largest sizes:"]
+    lines += ["of the contraction `J.gramian()` as measured, of the cost model's multiply-adds for it, and of"]
+    lines += ["the SGD step.", "", _setting(scaling), ""]
+    titles = ("axis", "sizes", "ratio to SGD", "MiB", "SGD, MiB", "contraction, ms", "slope", "model's", "SGD's")
+    lines += [_row(titles), "|---" * len(titles) + "|"]
+    for record in scaling:
+        if "points" not in record:
+            lines.append(_row([record["axis"], record["error"], *"–" * 7]))
+            continue
+        points, sizes = record["points"], [p["size"] for p in record["points"]]
+        columns = [
+            [p["ratio"] for p in points],
+            [p["own_bytes"] / MiB for p in points],
+            [p["sgd_own_bytes"] / MiB for p in points],
+            [1e3 * p["contraction_seconds"] for p in points],
+        ]
+        slopes = [
+            slope(sizes, [p[key] for p in points])
+            for key in ("contraction_seconds", "multiply_adds", "sgd_seconds")
+        ]
+        shown = [", ".join(map(_short, column)) for column in columns]
+        axis = f"{record['axis']} {record['others'] or ''}"
+        lines.append(_row([axis, ", ".join(map(str, sizes)), *shown, *(f"{x:.2f}" for x in slopes)]))
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: Sequence[object]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _ordered(steps: Sequence[Record]) -> list[Record]:
+    """By case, then by implementation, as they are listed."""
+    names = list(IMPLEMENTATIONS)
+    return sorted(steps, key=lambda r: (r["case"], names.index(r["implementation"])))
+
+

@@ -1,0 +1,80 @@
+"""Starts a fresh process for each measurement, and keeps what they find."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.setting import environment
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+PATIENCE = 240  # seconds for one process
+Record = dict[str, Any]
+
+
+def run(case: str, implementation: str, device: str, seconds: float) -> None:
+    """Measure one case by one implementation, print it, and keep it in the place of what was known."""
+    key = {"case": case, "implementation": implementation}
+    record = {**key, **child("benchmarks.measure", case, implementation, device, str(seconds))}
+    _keep("steps.json", key, [record])
+    print(f"{case} {implementation}: {shown(record)}", flush=True)
+
+
+def run_scaling(axis: str, device: str) -> None:
+    """Measure one axis of one case."""
+    found = child("benchmarks.scaling", axis, device, patience=2 * PATIENCE)
+    _keep("scaling.json", {"axis": axis}, [{"axis": axis, **found}])
+    print(f"{axis}: {found.get('error', 'done')}", flush=True)
+
+
+def child(module: str, *arguments: str, patience: int = PATIENCE) -> Record:
+    """What a module prints as JSON in its last line, or how its process ended."""
+    command = [sys.executable, "-m", module, *arguments]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        out, errors = process.communicate(timeout=patience)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return {"error": f"took more than {patience} s"}
+    if process.returncode:
+        last = (errors.strip().splitlines() or [""])[-1]
+        return {"error": f"process ended with {process.returncode}: {last}"}
+    found: Record = json.loads(out.splitlines()[-1])
+    return found
+
+
+def load(name: str) -> list[Record]:
+    """The results of a file, none if there is none."""
+    path = RESULTS / name
+    found: list[Record] = json.loads(path.read_text()) if path.exists() else []
+    return found
+
+
+def _keep(name: str, key: Record, records: list[Record]) -> None:
+    """Replace the records that have this key."""
+    others = [r for r in load(name) if any(r[k] != value for k, value in key.items())]
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / name).write_text(json.dumps([*others, *records], indent=1) + "\n")
+
+
+def shown(record: Record) -> str:
+    """One line for a reader who waits."""
+    for reason in ("not_applicable", "error"):
+        if reason in record:
+            return f"{reason.replace('_', ' ')}: {record[reason]}"
+    ratio = "{ratio:.2f} ({low:.2f} to {high:.2f}) x SGD's {sgd:.1f} ms".format(
+        **record, sgd=1e3 * record["sgd_seconds"]
+    )
+    memory = f"{record['own_bytes'] / 2**20:.1f} MiB beside SGD's {record['sgd_own_bytes'] / 2**20:.1f}"
+    errors = ", ".join(f"{key.replace('_', ' ')} {record[key]:.0e}" for key in record if key.endswith("_error"))
+    return f"{ratio}; {memory}; {errors}"
