@@ -1,1 +1,1 @@
-"""Benchmarks: what a step of Jacobian descent costs, beside every peer; see ``__main__`` for how to run them."""
+"""What a step of Jacobian descent costs, beside every peer; ``__main__`` says how to run it."""

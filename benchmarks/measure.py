@@ -25,7 +25,8 @@ ORACLES = Path(__file__).parents[1] / "out" / "bench" / "oracles"
 def measure(case: str, implementation: str, device: str = "cpu", budget: float = 4.0) -> dict[str, Any]:
     """A record of the results; what goes wrong in the implementation is its ``error``."""
     problem = make(case, device)
-    plain, oracle = sgd(problem.copied()), Oracle.kept(problem, ORACLES / f"{case}.pt")
+    beside = problem.copied()
+    plain, oracle = sgd(beside), Oracle.kept(problem, ORACLES / f"{case}.pt")
     record = {"case": case, "implementation": implementation, "setting": setting(device)}
     try:
         step = IMPLEMENTATIONS[implementation](problem)
@@ -39,8 +40,8 @@ def measure(case: str, implementation: str, device: str = "cpu", budget: float =
     on = torch.device(device)
     record |= timing.alternate(step, plain, on, budget).summary()
     for name, run in (("", step), ("sgd_", plain)):
-        run()
         problem.clear()
+        beside.clear()
         record |= {f"{name}{key}_bytes": size for key, size in asdict(memory.measure(run, on)).items()}
     return record
 

@@ -50,17 +50,23 @@ def _on_cpu(step: Step) -> Memory:
     with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         outcome = step()
     events = sorted(_allocations(profiler), key=lambda event: event.start_time_ns)
-    kept = _storages(outcome).keys()
-    # What the step returns is the last block at its address, and is never given back.
-    last = {event.extra_fields.ptr: number for number, event in enumerate(events)}
-    results = {last[ptr] for ptr in kept if ptr in last}
+    blocks = [(event.extra_fields.ptr, event.extra_fields.alloc_size) for event in events]
+    # What the step returns is the last block at its address.
+    last = {ptr: number for number, (ptr, size) in enumerate(blocks) if size > 0}
+    results = {last[ptr] for ptr in _storages(outcome) if ptr in last}
+    held: dict[int, tuple[int, bool]] = {}  # by address: bytes, and whether it is returned
     live = own = peak = own_peak = 0
-    for number, event in enumerate(events):
-        size = event.extra_fields.alloc_size  # negative where it is given back
-        live += size
-        own += 0 if number in results else size
+    for number, (ptr, size) in enumerate(blocks):
+        if size < 0 and ptr not in held:  # older than the step
+            continue
+        if size > 0:
+            held[ptr] = size, number in results
+        bytes_, returned = held[ptr] if size > 0 else held.pop(ptr)
+        change = bytes_ if size > 0 else -bytes_
+        live += change
+        own += 0 if returned else change
         peak, own_peak = max(peak, live), max(own_peak, own)
-    return Memory(peak, own_peak, sum(events[number].extra_fields.alloc_size for number in results))
+    return Memory(peak, own_peak, sum(blocks[number][1] for number in results))
 
 
 def _allocations(profiler: profile) -> Iterator[Any]:

@@ -42,7 +42,10 @@ def section(steps: Sequence[Record]) -> str:
     known = {(r["case"], r["implementation"]): r for r in steps}
     columns = list(dict.fromkeys(r["case"] for r in steps))
     rows = [name for name in IMPLEMENTATIONS if any(r["implementation"] == name for r in steps)]
-    lines = ["| ratio to an SGD step (MiB) | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    lines = [
+        "| ratio to an SGD step (MiB) | " + " | ".join(columns) + " |",
+        "|---" * (1 + len(columns)) + "|",
+    ]
     sgd = [_sgd_cell([r for r in steps if r["case"] == case]) for case in columns]
     lines.append("| *SGD step* | " + " | ".join(sgd) + " |")
     for name in rows:
@@ -98,8 +101,8 @@ def _into_readme(text: str) -> None:
 
 def _steps_page(steps: Sequence[Record]) -> str:
     """Every number."""
-    titles = ("case", "implementation", "ratio", "quartiles", "ms", "SGD, ms", "MiB", "SGD, MiB", "returned, MiB",
-              "error of G", "error of Jᵀw")  # fmt: skip
+    titles = ("case", "implementation", "ratio", "quartiles", "ms", "SGD, ms", "MiB", "SGD, MiB",
+              "returned, MiB",               "error of G", "error of Jᵀw")  # fmt: skip
     lines = ["# Steps", "", "`python -m benchmarks`", "", COUNTED, "", _setting(steps), "", _row(titles)]
     lines.append("|---" * len(titles) + "|")
     for r in steps:
@@ -132,10 +135,24 @@ def _frugal(steps: Sequence[Record]) -> list[str]:
 def _scaling_page(scaling: Sequence[Record]) -> str:
     """A row for each axis."""
     lines = ["# Scaling", "", "`python -m benchmarks --scaling`", ""]
-    lines += ["The functional step. Slopes are those of log time over log size between the two largest sizes:"]
-    lines += ["of the contraction `J.gramian()` as measured, of the cost model's multiply-adds for it, and of"]
+    lines += [
+        "The functional step. Slopes are those of log time over log size between the two largest sizes:"
+    ]
+    lines += [
+        "of the contraction `J.gramian()` as measured, of the cost model's multiply-adds for it, and of"
+    ]
     lines += ["the SGD step.", "", _setting(scaling), ""]
-    titles = ("axis", "sizes", "ratio to SGD", "MiB", "SGD, MiB", "contraction, ms", "slope", "model's", "SGD's")
+    titles = (
+        "axis",
+        "sizes",
+        "ratio to SGD",
+        "MiB",
+        "SGD, MiB",
+        "contraction, ms",
+        "slope",
+        "model's",
+        "SGD's",
+    )
     lines += [_row(titles), "|---" * len(titles) + "|"]
     for record in scaling:
         if "points" not in record:
@@ -166,5 +183,3 @@ def _ordered(steps: Sequence[Record]) -> list[Record]:
     """By case, then by implementation, as they are listed."""
     names = list(IMPLEMENTATIONS)
     return sorted(steps, key=lambda r: (r["case"], names.index(r["implementation"])))
-
-

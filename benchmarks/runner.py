@@ -76,5 +76,7 @@ def shown(record: Record) -> str:
         **record, sgd=1e3 * record["sgd_seconds"]
     )
     memory = f"{record['own_bytes'] / 2**20:.1f} MiB beside SGD's {record['sgd_own_bytes'] / 2**20:.1f}"
-    errors = ", ".join(f"{key.replace('_', ' ')} {record[key]:.0e}" for key in record if key.endswith("_error"))
+    errors = ", ".join(
+        f"{key.replace('_', ' ')} {record[key]:.0e}" for key in record if key.endswith("_error")
+    )
     return f"{ratio}; {memory}; {errors}"

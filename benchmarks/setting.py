@@ -6,7 +6,6 @@ import datetime
 import importlib.metadata
 import os
 import platform
-from collections.abc import Mapping
 
 import torch
 
@@ -46,9 +45,7 @@ def _processor() -> str:
     """The name of the CPU, where the system tells it."""
     try:
         with open("/proc/cpuinfo") as lines:
-            named: Mapping[str, str] = dict(
-                (line.split(":", 1)[0].strip(), line.split(":", 1)[1].strip()) for line in lines if ":" in line
-            )
-        return f"CPU, {named.get('model name', platform.machine())}"
+            named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        return f"CPU, {named[0] if named else platform.machine()}"
     except OSError:
         return f"CPU, {platform.processor() or platform.machine()}"

@@ -1,6 +1,6 @@
 """The cases: what each is, and how to make it with other sizes.
 
-``CASES[name](**sizes)`` makes a :class:`~benchmarks.problem.Problem`; the defaults are the sizes of the table.
+``CASES[name](**sizes)`` makes a :class:`~benchmarks.problem.Problem`; its defaults are the table's sizes.
 ``SMALL[name]`` are sizes for a test.
 """
 

@@ -13,7 +13,9 @@ from benchmarks.problem import Problem
 
 def _classified(model: nn.Module, batch: int, size: int = 32) -> Problem:
     """Ten classes of colour images."""
-    return Problem(model, (torch.randn(batch, 3, size, size),), (torch.randint(0, 10, (batch,)),), cross_entropy)
+    return Problem(
+        model, (torch.randn(batch, 3, size, size),), (torch.randint(0, 10, (batch,)),), cross_entropy
+    )
 
 
 def grouped_cnn(batch: int = 64) -> Problem:

@@ -80,7 +80,10 @@ class Tagger(nn.Module):
 
     def __init__(self, width: int, vocabulary: int, labels: int) -> None:
         super().__init__()
-        self.tokens, self.recurrent = nn.Embedding(vocabulary, width), nn.LSTM(width, 2 * width, batch_first=True)
+        self.tokens, self.recurrent = (
+            nn.Embedding(vocabulary, width),
+            nn.LSTM(width, 2 * width, batch_first=True),
+        )
         self.head = nn.Linear(2 * width, labels)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -47,4 +47,3 @@ TITLES = {
     "neural-tangents": "neural-tangents, its best (JAX)",
     "floor": "floor: forward, backward of activations",
 }
-

@@ -1,6 +1,8 @@
-"""The kernel of an MLP by neural-tangents; started by ``implementations/tangents.py`` in another Python (with -I: this folder is no path).
+"""The kernel of an MLP by neural-tangents; ``tangents.py`` starts it in another Python.
 
-    python jax_kernel.py FOLDER THREADS     # FOLDER/given.npz: weights and biases in turn, then the inputs
+    python -I jax_kernel.py FOLDER THREADS
+
+``FOLDER/given.npz`` holds weights and biases in turn, then the inputs.
 """
 
 from __future__ import annotations
