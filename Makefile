@@ -7,7 +7,7 @@ LOWEST_PYTHON ?= $(PYTHON)
 BIN := .venv/bin
 LOWEST_BIN := .venv-lowest/bin
 
-.PHONY: demo test test-slow fuzz test-lowest lint format bench docs clean
+.PHONY: demo test test-slow fuzz test-lowest lint format bench bench-parts bench-peers docs clean
 
 demo: .venv/installed  ## train on digits: plain SGD beside Jacobian descent
 	$(BIN)/python examples/train_digits.py --out out/digits
@@ -33,8 +33,14 @@ format: .venv/installed  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/installed  ## every benchmark, one after the other
+bench: .venv/installed  ## a step beside SGD and every peer: table, pictures, README (40 minutes)
+	-$(MAKE) bench-peers
+	$(BIN)/python -m benchmarks
+
+bench-parts: .venv/installed  ## what hooks, checks, plans and weightings cost, one after the other
 	set -e; for name in hook_overhead check_cost plans weighting; do $(BIN)/python -m benchmarks.$$name; done
+
+bench-peers: out/bench/peers out/bench/jax  ## the peers that cannot share .venv, apart from it (3 GB)
 
 docs: .venv/docs-installed  ## the documentation, into out/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
@@ -58,3 +64,15 @@ clean:
 	$(LOWEST_BIN)/python -m pip install -c .venv-lowest/constraints.txt \
 		"torch==2.1.0" "numpy<2" -e ".[test]"
 	touch $@
+
+# Without dependencies: they would bring another torch. A folder exists only if its installation succeeded.
+out/bench/peers: .venv/installed benchmarks/peers.txt
+	rm -rf $@
+	$(BIN)/python -m pip install --no-deps --target $@.part -r benchmarks/peers.txt
+	mv $@.part $@
+
+# neural-tangents needs a JAX that needs an older numpy.
+out/bench/jax: benchmarks/jax.txt
+	rm -rf $@
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install -r benchmarks/jax.txt || (rm -rf $@; false)

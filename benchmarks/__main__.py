@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--impl", nargs="+", choices=IMPLEMENTATIONS, help="all by default")
     parser.add_argument("--scaling", nargs="*", choices=AXES, metavar="CASE:AXIS", help=", ".join(AXES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=3.0, help="for which a pair of steps alternates")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for which a pair of steps alternates")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     options = parser.parse_args()
     everything = not (options.case or options.impl or options.report) and options.scaling is None

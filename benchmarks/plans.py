@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +139,10 @@ def measure(kind: str) -> list[dict[str, Any]]:
     found, most = [], limits(Options(), torch.zeros(()), torch.float32)
     for name, u, v in KINDS[kind]():
         known = plans(u, v)
-        entries = [
+        entries: list[dict[str, Any]] = [
             {
                 "plan": plan.name,
-                "seconds": seconds(lambda plan=plan, u=u, v=v: plan.run(u, v, most)),
+                "seconds": seconds(partial(plan.run, u, v, most)),
                 "multiply_adds": cost.multiply_adds,
                 "moved": cost.moved,
                 "calls": cost.calls,

@@ -62,7 +62,9 @@ def _cell(record: Record | None) -> str:
     if "error" in record:
         return "slow" if record["error"].startswith("took more") else "fails"
     wrong = max(record.get("gramian_error", 0.0), record.get("gradient_error", 0.0))
-    cell = f"{_short(record['ratio'])} ({_short(record['own_bytes'] / MiB)})"
+    cell = _short(record["ratio"])
+    if "own_bytes" in record:
+        cell += f" ({_short(record['own_bytes'] / MiB)})"
     return f"{cell}, wrong by {wrong:.1g}" if not wrong < WRONG else cell
 
 
@@ -111,11 +113,12 @@ def _steps_page(steps: Sequence[Record]) -> str:
             reason = r.get("not_applicable") or r["error"]
             lines.append(_row([*head, *"–" * 8, " ".join(reason.split()).replace("|", "/")[:160]]))
             continue
-        sizes = [r[key] / MiB for key in ("own_bytes", "sgd_own_bytes", "returned_bytes")]
+        keys = "own_bytes", "sgd_own_bytes", "returned_bytes"
+        sizes = [_short(r[key] / MiB) if key in r else "–" for key in keys]
         quartiles = f"{_short(r['low'])}–{_short(r['high'])}"
         times = [_short(1e3 * r[key]) for key in ("seconds", "sgd_seconds")]
         errors = [f"{r[key]:.0e}" if key in r else "–" for key in ("gramian_error", "gradient_error")]
-        lines.append(_row([*head, _short(r["ratio"]), quartiles, *times, *map(_short, sizes), *errors]))
+        lines.append(_row([*head, _short(r["ratio"]), quartiles, *times, *sizes, *errors]))
     return "\n".join([*lines, "", *_frugal(steps)])
 
 

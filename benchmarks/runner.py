@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,20 @@ Record = dict[str, Any]
 def run(case: str, implementation: str, device: str, seconds: float) -> None:
     """Measure one case by one implementation, print it, and keep it in the place of what was known."""
     key = {"case": case, "implementation": implementation}
+    start = time.monotonic()
     record = {**key, **child("benchmarks.measure", case, implementation, device, str(seconds))}
+    record["took"] = round(time.monotonic() - start, 1)
     _keep("steps.json", key, [record])
     print(f"{case} {implementation}: {shown(record)}", flush=True)
 
 
 def run_scaling(axis: str, device: str) -> None:
     """Measure one axis of one case."""
+    start = time.monotonic()
     found = child("benchmarks.scaling", axis, device, patience=2 * PATIENCE)
+    found["took"] = round(time.monotonic() - start, 1)
     _keep("scaling.json", {"axis": axis}, [{"axis": axis, **found}])
-    print(f"{axis}: {found.get('error', 'done')}", flush=True)
+    print(f"{axis}: {found.get('error', 'done')} in {found['took']} s", flush=True)
 
 
 def child(module: str, *arguments: str, patience: int = PATIENCE) -> Record:
@@ -75,7 +81,8 @@ def shown(record: Record) -> str:
     ratio = "{ratio:.2f} ({low:.2f} to {high:.2f}) x SGD's {sgd:.1f} ms".format(
         **record, sgd=1e3 * record["sgd_seconds"]
     )
-    memory = f"{record['own_bytes'] / 2**20:.1f} MiB beside SGD's {record['sgd_own_bytes'] / 2**20:.1f}"
+    mine, sgd = (record.get(key, math.nan) / 2**20 for key in ("own_bytes", "sgd_own_bytes"))
+    memory = f"{mine:.1f} MiB beside SGD's {sgd:.1f}"
     errors = ", ".join(
         f"{key.replace('_', ' ')} {record[key]:.0e}" for key in record if key.endswith("_error")
     )

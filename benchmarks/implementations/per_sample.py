@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -87,8 +87,8 @@ def layer_vjp(problem: Problem) -> Step:
         cotangents = _cotangents(objectives, [call.output for call in calls])
         for call, c in zip(calls, cotangents, strict=True):
             parameters = dict(call.layer.named_parameters())
-            for name, found in _rows(call, parameters, c).items():
-                p, mine = parameters[name], found.flatten(0, 1)
+            for name, mine in _rows(call, parameters, c).items():
+                p, mine = parameters[name], mine.flatten(0, 1)
                 rows[p] = rows[p] + mine if p in rows else mine
         weights = None if problem.kernel else problem.weights_like(objectives)
         found = contract(list(rows.values()), weights)
@@ -110,7 +110,7 @@ def _cotangents(objectives: Tensor, outputs: list[Tensor]) -> list[Tensor]:
     return [c.transpose(0, 1) for c in found]
 
 
-def _rows(call: Call, parameters: dict[str, Tensor], c: Tensor) -> dict[str, Tensor]:
+def _rows(call: Call, parameters: Mapping[str, Tensor], c: Tensor) -> dict[str, Tensor]:
     """``[B, K, *p.shape]`` of each parameter of a layer."""
     values = {name: p.detach() for name, p in parameters.items()}
     args = [x.detach() if isinstance(x, Tensor) else x for x in call.args]
@@ -123,7 +123,7 @@ def _rows(call: Call, parameters: dict[str, Tensor], c: Tensor) -> dict[str, Ten
             found = functional_call(call.layer, values, args, call.kwargs)
             return (found if isinstance(found, Tensor) else found[0])[0]
 
-        _, pull_back = vjp(output, values)
+        pull_back = vjp(output, values)[1]
         return vmap(lambda each: pull_back(each)[0])(c)
 
     in_dims = (0, *(0 if mapped else None for mapped in batched))

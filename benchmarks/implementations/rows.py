@@ -29,6 +29,13 @@ def contract(jacobians: Sequence[Tensor], weights: Tensor | None) -> Outcome:
     return Outcome(gramian, [torch.tensordot(weights.flatten(), rows, 1) for rows in jacobians])
 
 
+def taken(p: Tensor, name: str) -> Tensor:
+    """An attribute that a library has left on a parameter, which loses it."""
+    found: Tensor = getattr(p, name)
+    delattr(p, name)
+    return found
+
+
 def opacus(problem: Problem) -> Step:
     """``GradSampleModule``."""
     _on_path()
@@ -38,9 +45,7 @@ def opacus(problem: Problem) -> Step:
 
     def backward(each: Tensor) -> list[Tensor]:
         each.sum().backward()
-        rows = [p.grad_sample for p in problem.parameters]
-        for p in problem.parameters:
-            p.grad_sample = None
+        rows = [taken(p, "grad_sample") for p in problem.parameters]
         model.zero_grad()
         return rows
 
@@ -59,9 +64,7 @@ def backpack(problem: Problem) -> Step:
     def backward(each: Tensor) -> list[Tensor]:
         with extensions(BatchGrad()):
             each.sum().backward()
-        rows = [p.grad_batch for p in problem.parameters]
-        for p in problem.parameters:
-            del p.grad_batch
+        rows = [taken(p, "grad_batch") for p in problem.parameters]
         problem.clear()
         return rows
 

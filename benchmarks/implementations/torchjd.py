@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.implementations.rows import contract
+from benchmarks.implementations.rows import contract, taken
 from benchmarks.problem import Outcome, Problem, Step
 
 
@@ -31,10 +31,7 @@ def autojac(problem: Problem) -> Step:
     def step() -> Outcome:
         objectives = problem.objectives()
         backward(objectives.flatten())
-        jacobians = []
-        for p in problem.parameters:
-            jacobians.append(p.jac)
-            del p.jac
+        jacobians = [taken(p, "jac") for p in problem.parameters]
         weights = None if problem.kernel else problem.weights_like(objectives)
         return contract(jacobians, weights)
 

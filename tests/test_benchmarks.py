@@ -1,0 +1,110 @@
+"""The benchmarks' implementations are right on small cases, and the README shows what is kept; never time."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import assert_close, dense_gramian, dense_jacobian
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # of the benchmarks, which are not installed
+
+from benchmarks import memory, report, runner  # noqa: E402
+from benchmarks.cases import CASES, SMALL, make  # noqa: E402
+from benchmarks.implementations import OURS, PEERS, TITLES, floor  # noqa: E402
+from benchmarks.oracle import Oracle, matrix  # noqa: E402
+from benchmarks.problem import Outcome, Problem, sgd  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def small(case: str) -> Problem:
+    """In float64, with weights that conflict."""
+    if case == "E":
+        pytest.importorskip("transformers")
+    problem = make(case, **SMALL[case]).moved(torch.float64)
+    weights = torch.randn_like(problem.objectives())
+    return replace(problem, weights=weights.detach())
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("case", CASES)
+def test_implementation(case: str, name: str) -> None:
+    problem = small(case)
+    exact = problem.copied()
+    objectives = exact.objectives()
+    step = OURS[name](problem)
+    step()  # what a first step leaves behind does not reach the second
+    found = step()
+    assert found.gramian is not None
+    gramian = matrix(dense_gramian(objectives, exact.parameters))
+    assert_close(matrix(found.gramian), gramian, 1e-9)
+    alone = problem.kernel or name.endswith("-gramian")
+    assert (found.gradient is None) == alone
+    if found.gradient is not None:
+        assert exact.weights is not None
+        want = exact.weights.flatten() @ dense_jacobian(objectives, exact.parameters)
+        assert_close(torch.cat([g.flatten() for g in found.gradient]), want, 1e-9)
+
+
+@pytest.mark.parametrize("name", ["vmap-grad", "layer-vjp"])
+@pytest.mark.parametrize("case", ["A", "B", "D", "F", "J"])
+def test_rows(case: str, name: str) -> None:
+    """Of torch.func alone, on cases that it vectorises in float64."""
+    problem = small(case)
+    errors = Oracle.of(problem).errors(PEERS[name](problem)())
+    assert errors and max(errors.values()) < 1e-9
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_oracle(case: str) -> None:
+    """The harness's own oracle is the one of the tests, and sees a wrong result."""
+    problem = small(case)
+    oracle = Oracle.of(problem)
+    objectives = problem.objectives()
+    assert_close(oracle.gramian, matrix(dense_gramian(objectives, problem.parameters)), 1e-10)
+    wrong = oracle.gramian.clone()
+    wrong[0, 0] *= 1.5
+    assert oracle.errors(Outcome(wrong, None))["gramian_error"] > 1e-3
+
+
+def test_plain_step_and_floor() -> None:
+    problem = replace(small("A"), weights=None)
+    gradient = sgd(problem)().gradient
+    assert gradient is not None
+    assert Oracle.of(problem).errors(Outcome(None, gradient))["gradient_error"] < 1e-12
+    assert floor.activation_backward(problem)() == Outcome(None, None)
+
+
+def test_memory() -> None:
+    """Blocks of a megabyte: one is returned, one at a time is beside it, one is older than the step."""
+    older = [torch.ones(2**18)]
+
+    def step() -> Outcome:
+        older.clear()
+        kept = torch.zeros(2**18)
+        for _ in range(3):
+            kept += torch.ones(2**18)
+        return Outcome(kept, None)
+
+    found = memory.measure(step, CPU)
+    assert found.returned == 2**20
+    assert found.peak == 2 * 2**20
+    assert found.own == 2**20
+
+
+def test_readme_shows_the_kept_results() -> None:
+    text = report.README.read_text()
+    _, begin, rest = text.partition(report.BEGIN)
+    shown, end, _ = rest.partition(report.END)
+    assert begin and end
+    assert shown.strip() == report.section(runner.load("steps.json")).strip()
+
+
+def test_every_case_and_implementation_is_kept() -> None:
+    known = {(r["case"], r["implementation"]) for r in runner.load("steps.json")}
+    assert known == {(case, name) for case in CASES for name in TITLES}
