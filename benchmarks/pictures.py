@@ -47,7 +47,7 @@ def _marks(records: Sequence[Record], value: Callable[[Record], float], label: s
     from matplotlib import pyplot
 
     names = sorted({r["case"] for r in records})
-    figure, axis = pyplot.subplots(figsize=(9, 1.8 + 0.55 * len(names)))
+    figure, axis = pyplot.subplots(figsize=(9, 1.8 + 0.55 * len(names)), layout="constrained")
     shown = [name for name in STYLES if any(r["implementation"] == name for r in records)]
     for number, name in enumerate(shown):
         mine = [r for r in records if r["implementation"] == name]
@@ -66,8 +66,8 @@ def _marks(records: Sequence[Record], value: Callable[[Record], float], label: s
         axis.axhline(edge - 0.5, color="0.85", lw=0.8)
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.grid(axis="x", alpha=0.3)
-    axis.legend(loc="upper center", bbox_to_anchor=(0.35, -0.13), ncols=3, fontsize=8, frameon=False)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 

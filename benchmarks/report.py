@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 
 from benchmarks import cases, pictures
 from benchmarks.implementations import IMPLEMENTATIONS, TITLES
@@ -69,11 +70,12 @@ def _cell(record: Record | None) -> str:
 
 
 def _sgd_cell(records: Sequence[Record]) -> str:
-    """The plain step's own time and memory, from the first measurement of the case that has one."""
-    found = next((r for r in records if "ratio" in r), None)
-    if found is None:
+    """The plain step's own time and memory: medians over the processes of a case."""
+    found = [r for r in records if "ratio" in r]
+    if not found:
         return "–"
-    return f"{_short(1e3 * found['sgd_seconds'])} ms ({_short(found['sgd_own_bytes'] / MiB)})"
+    seconds, size = (median(r[key] for r in found) for key in ("sgd_seconds", "sgd_own_bytes"))
+    return f"{_short(1e3 * seconds)} ms ({_short(size / MiB)})"
 
 
 def _short(number: float) -> str:
@@ -103,9 +105,13 @@ def _into_readme(text: str) -> None:
 
 def _steps_page(steps: Sequence[Record]) -> str:
     """Every number."""
-    titles = ("case", "implementation", "ratio", "quartiles", "ms", "SGD, ms", "MiB", "SGD, MiB",
-              "returned, MiB",               "error of G", "error of Jᵀw")  # fmt: skip
-    lines = ["# Steps", "", "`python -m benchmarks`", "", COUNTED, "", _setting(steps), "", _row(titles)]
+    titles = (
+        "case", "implementation", "ratio", "quartiles", "ms", "SGD, ms", "MiB", "SGD, MiB", "returned, MiB",
+        "error of G", "error of Jᵀw",
+    )  # fmt: skip
+    lines = ["# Steps", "", f"`python -m benchmarks`, {_minutes(steps)}.", "", COUNTED, "", _setting(steps)]
+    lines.append("")
+    lines.append(_row(titles))
     lines.append("|---" * len(titles) + "|")
     for r in steps:
         head = r["case"], TITLES[r["implementation"]]
@@ -137,7 +143,7 @@ def _frugal(steps: Sequence[Record]) -> list[str]:
 
 def _scaling_page(scaling: Sequence[Record]) -> str:
     """A row for each axis."""
-    lines = ["# Scaling", "", "`python -m benchmarks --scaling`", ""]
+    lines = ["# Scaling", "", f"`python -m benchmarks --scaling`, {_minutes(scaling)}.", ""]
     lines += [
         "The functional step. Slopes are those of log time over log size between the two largest sizes:"
     ]
@@ -176,6 +182,11 @@ def _scaling_page(scaling: Sequence[Record]) -> str:
         axis = f"{record['axis']} {record['others'] or ''}"
         lines.append(_row([axis, ", ".join(map(str, sizes)), *shown, *(f"{x:.2f}" for x in slopes)]))
     return "\n".join(lines) + "\n"
+
+
+def _minutes(records: Sequence[Record]) -> str:
+    """How long all their processes took."""
+    return f"{sum(r.get('took', 0.0) for r in records) / 60:.0f} minutes"
 
 
 def _row(cells: Sequence[object]) -> str:
