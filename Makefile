@@ -67,7 +67,7 @@ clean:
 
 # Without dependencies: they would bring another torch. A folder exists only if its installation succeeded.
 out/bench/peers: .venv/installed benchmarks/peers.txt
-	rm -rf $@
+	rm -rf $@ $@.part
 	$(BIN)/python -m pip install --no-deps --target $@.part -r benchmarks/peers.txt
 	mv $@.part $@
 

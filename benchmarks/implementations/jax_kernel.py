@@ -2,7 +2,7 @@
 
     python -I jax_kernel.py FOLDER THREADS
 
-``FOLDER/given.npz`` holds weights and biases in turn, then the inputs.
+``FOLDER/given.npz`` holds weights ``[i, o]`` and biases in turn, then the inputs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main(folder: Path, threads: int) -> None:
 
     def model(parameters: Any, x: Any) -> Any:
         for number, (weight, bias) in enumerate(parameters):
-            x = x @ weight.T + bias
+            x = x @ weight + bias
             if number < len(parameters) - 1:
                 x = jax.nn.relu(x)
         return x

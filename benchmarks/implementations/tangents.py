@@ -31,7 +31,7 @@ def neural_tangents(problem: Problem) -> Step:
         raise NotApplicable("not installed: make bench-peers")
     folder = Path(tempfile.mkdtemp())
     layers = [m for m in problem.model if isinstance(m, nn.Linear)]
-    arrays = itertools.chain(*((m.weight, m.bias) for m in layers), problem.inputs)
+    arrays = itertools.chain(*((m.weight.T, m.bias) for m in layers), problem.inputs)
     np.savez(folder / "given.npz", *(x.detach().cpu().numpy() for x in arrays))
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
     process = subprocess.Popen(
