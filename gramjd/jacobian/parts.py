@@ -49,7 +49,8 @@ def gramian(parts: Sequence[Part], which: Sequence[int], K: int, options: Option
     tiles: list[list[Tensor]] = []
     for i, part in enumerate(parts):
         mirrored = [tiles[j][i].permute(2, 3, 0, 1) for j in range(i)]
-        shares = plan.gramians([blocks for p in which if (blocks := part.live(p))], options)
+        live = [part.live(p) for p in which]
+        shares = plan.gramians([blocks for blocks in live if blocks], options)
         own = _sum(shares, (K, part.samples, K, part.samples), like)
         tiles.append(
             [*mirrored, own, *(_cross(part, v, which, (K, K), options, like) for v in parts[i + 1 :])]
@@ -70,7 +71,7 @@ def squared_norms(parts: Sequence[Part], K: int, options: Options, like: Tensor)
     return torch.cat(
         [
             _sum(
-                [plan.squared_norms(b, options) for p in range(len(part.blocks)) if (b := part.live(p))],
+                [plan.squared_norms(b, options) for b in map(part.live, range(len(part.blocks))) if b],
                 (K, part.samples),
                 like,
             )
@@ -87,8 +88,8 @@ def diagonal(parts: Sequence[Part], K: int, options: Options, like: Tensor) -> T
         _sum(
             [
                 plan.gramian([b.samples(n, n + 1) for b in blocks], options)
-                for p in range(len(part.blocks))
-                if (blocks := part.live(p))
+                for blocks in map(part.live, range(len(part.blocks)))
+                if blocks
             ],
             (K, 1, K, 1),
             like,
