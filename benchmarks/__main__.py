@@ -11,6 +11,8 @@ Each measurement runs in a fresh process with fixed numbers of threads; see ``se
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 
 import torch
 
@@ -32,6 +34,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="for which a pair of steps alternates")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that children are stopped, too
     everything = not (options.case or options.impl or options.report) and options.scaling is None
     if everything or options.case or options.impl:
         for case in options.case or CASES:

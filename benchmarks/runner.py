@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -49,9 +50,11 @@ def child(module: str, *arguments: str, patience: int = PATIENCE) -> Record:
     try:
         out, errors = process.communicate(timeout=patience)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
         return {"error": f"took more than {patience} s"}
+    finally:  # nothing goes on behind a caller who has stopped waiting
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     if process.returncode:
         last = (errors.strip().splitlines() or [""])[-1]
         return {"error": f"process ended with {process.returncode}: {last}"}

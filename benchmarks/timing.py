@@ -21,7 +21,9 @@ class Times:
     def summary(self) -> dict[str, float]:
         """The ratio's median and quartiles over the rounds, and the two medians in seconds."""
         ratios = [mine / plain for mine, plain in zip(self.step, self.plain, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        low, middle, high = statistics.quantiles(
+            ratios if ratios[1:] else ratios * 2, n=4, method="inclusive"
+        )
         return {
             "ratio": middle,
             "low": low,
@@ -34,12 +36,15 @@ class Times:
 
 def alternate(step: Callable[[], object], plain: Callable[[], object], device: torch.device,
               budget: float = 4.0, most: int = 100) -> Times:  # fmt: skip
-    """For about ``budget`` seconds, in random order in each round, three rounds at least."""
+    """For about ``budget`` seconds, in random order in each round; three rounds at least, or a minute."""
     for run in (plain, step, plain):
         seconds(run, device)
     times: dict[Callable[[], object], list[float]] = {step: [], plain: []}
     start = time.perf_counter()
-    while len(times[step]) < 3 or (time.perf_counter() - start < budget and len(times[step]) < most):
+    while (rounds := len(times[step])) < most:
+        elapsed = time.perf_counter() - start
+        if rounds and elapsed > (60.0 if rounds < 3 else budget):
+            break
         for run in random.sample([step, plain], 2):
             times[run].append(seconds(run, device))
     return Times(times[step], times[plain])
