@@ -30,7 +30,8 @@ class Several:
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         if logits.ndim == 2:  # squared distance of every output
-            elementary = (logits - F.one_hot(labels, logits.shape[1])).square()
+            classes = torch.arange(logits.shape[1], device=logits.device)
+            elementary = (logits - (labels[:, None] == classes).to(logits)).square()  # one_hot has no vmap
         else:
             elementary = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
         return elementary @ self.mixture.to(elementary)
