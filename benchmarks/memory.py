@@ -7,9 +7,7 @@ CUDA device: the caching allocator's own statistics.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.problem import Outcome, Step
+from gramjd.cli.cost import silent
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def _on_cuda(step: Step, device: torch.device) -> Memory:
 
 
 def _on_cpu(step: Step) -> Memory:
-    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         outcome = step()
     events = sorted(_allocations(profiler), key=lambda event: event.start_time_ns)
     blocks = [(event.extra_fields.ptr, event.extra_fields.alloc_size) for event in events]
@@ -85,16 +84,3 @@ def _storages(outcome: Outcome) -> dict[int, Any]:
     given: list[Tensor | None] = [outcome.gramian, *(outcome.gradient or ())]
     storages = [x.untyped_storage() for x in given if x is not None]
     return {storage.data_ptr(): storage for storage in storages}
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Nothing on standard error, where the profiler's C++ part announces itself."""
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)

@@ -86,7 +86,7 @@ def peak_bytes(step: Step, device: torch.device) -> int:
         step()
         _wait(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     live = peak = 0
     for event in profiler.profiler.kineto_results.events():  # in order of time
@@ -102,7 +102,7 @@ def _wait(device: torch.device) -> None:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Nothing on standard error, where the profiler's C++ part announces itself."""
     kept = os.dup(2)
     try:

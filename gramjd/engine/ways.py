@@ -97,23 +97,29 @@ def solve(task: Task, ways: Sequence[str], check: bool, emit: Emit) -> None:
             _refuse_overflow(passes.first)
         stream.finish()
     left = {name: p for name, p in task.parameters.items() if id(p) not in done}
-    if left and "rows" in ways:
-        _refuse_mixed(task, left, ways)
-        emit(_rows(task, left))
-        plan.ways.update(dict.fromkeys(map(id, left.values()), "rows"))
-    elif left:
-        name, p = next(iter(left.items()))
-        cause = plan.causes.get(id(p), "no registered module call used it")
-        remedy = "Allow more ways (the default of Engine tries all), or freeze the parameter."
-        if lockstep is not None:
-            remedy = (
-                "Under fully_shard there is no way row by row, whose backward passes ranks would not run in "
-                "step: leave the module unsharded (DistributedDataParallel), or freeze the parameter."
-            )
-        raise CheckFailedError(
-            f"The Gramian of {name!r} could not be computed by {' or '.join(ways)}: {cause}. {remedy}"
-        )
+    if left:
+        emit(_row_by_row(task, left, ways))
     plan.checked = plan.checked or (checking and all(lasting) and passes.conclusive)
+
+
+def _row_by_row(task: Task, left: dict[str, Tensor], ways: Sequence[str]) -> Found:
+    """Blocks of the parameters that are left, if they may go this way."""
+    if "rows" in ways:
+        _refuse_mixed(task, left, ways)
+        found = _rows(task, left)
+        task.plan.ways.update(dict.fromkeys(map(id, left.values()), "rows"))
+        return found
+    name, p = next(iter(left.items()))
+    cause = task.plan.causes.get(id(p), "no registered module call used it")
+    remedy = "Allow more ways (the default of Engine tries all), or freeze the parameter."
+    if task.lockstep is not None:
+        remedy = (
+            "Under fully_shard there is no way row by row, whose backward passes ranks would not run in "
+            "step: leave the module unsharded (DistributedDataParallel), or freeze the parameter."
+        )
+    raise CheckFailedError(
+        f"The Gramian of {name!r} could not be computed by {' or '.join(ways)}: {cause}. {remedy}"
+    )
 
 
 def _first_exact(task: Task, probe: Probe, ways: Sequence[str], checking: bool) -> Found:
