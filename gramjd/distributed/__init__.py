@@ -7,5 +7,16 @@ of it (or its own rows).
 
 from gramjd.distributed.gramian import everywhere, gramian, refuse_rows, taking_part
 from gramjd.distributed.step import averaged, is_sharded, local_weights
+from gramjd.distributed.team import Team, rounds
 
-__all__ = ["averaged", "everywhere", "gramian", "is_sharded", "local_weights", "refuse_rows", "taking_part"]
+__all__ = [
+    "Team",
+    "averaged",
+    "everywhere",
+    "gramian",
+    "is_sharded",
+    "local_weights",
+    "refuse_rows",
+    "rounds",
+    "taking_part",
+]

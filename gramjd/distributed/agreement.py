@@ -24,7 +24,10 @@ class Statement:
     error: str | None = None  # of a rank that cannot take part
 
 
-def agree(ranks: Ranks, mine: Statement) -> list[Statement]:
+_REMEDY = "Give all ranks the same model and settings; only samples may differ."
+
+
+def agree(ranks: Ranks, mine: Statement, remedy: str = _REMEDY) -> list[Statement]:
     """The statements of all ranks. Only digests are sent where all say the same.
 
     Raises:
@@ -43,7 +46,8 @@ def agree(ranks: Ranks, mine: Statement) -> list[Statement]:
     for rank, other in enumerate(said):
         for name, value in said[0].settings.items():
             if other.settings[name] != value:
-                raise RanksDisagreeError(_difference(name, rank, value, other.settings[name]))
+                difference = _difference(name, rank, value, other.settings[name])
+                raise RanksDisagreeError(f"{difference} {remedy}")
     return said
 
 
@@ -56,7 +60,4 @@ def _difference(name: str, rank: int, first: Any, second: Any) -> str:
             name += f" (on one rank only: {missing[:3]})" if missing else ""
         else:
             first, second = next((x, y) for x, y in zip(first, second, strict=True) if x != y)
-    return (
-        f"The ranks disagree about the {name}: rank 0 has {first}, rank {rank} has {second}. Give all ranks "
-        "the same model and settings; only samples may differ."
-    )
+    return f"The ranks disagree about the {name}: rank 0 has {first}, rank {rank} has {second}."
