@@ -117,7 +117,8 @@ def ntk_dataset(
             "batches of loader1": left.digest,
             "batches of loader2": right.digest,
         }
-    team.agree({**settings, "symmetry": work.symmetric, "sharded": sharded}, norms)
+    mine = {name: str(value) for name, value in settings.items()}
+    team.agree({"option sharded": sharded, "symmetry": work.symmetric, **mine}, norms)
     with ExitStack() as stack:
         with team.together():
             store = _store(path, work, {**settings, "function": float(norms)})
@@ -129,8 +130,8 @@ def ntk_dataset(
         bar = stack.enter_context(_bar(progress and team.rank == 0, count, count - len(tiles)))
         for dealt in rounds(hands):
             with team.together():
-                mine = next(found, None)
-            given = team.exchange(dealt, mine, work.keepers, work.empty)
+                own = next(found, None)
+            given = team.exchange(dealt, own, work.keepers, work.empty)
             with team.together():
                 for tile, values in given:
                     if tile not in store.done:
