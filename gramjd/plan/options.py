@@ -70,7 +70,7 @@ class Limits:
 def limits(options: Options, like: Tensor, *dtypes: torch.dtype) -> Limits:
     """The limits of a contraction of factors on the device of ``like``."""
     dtype = options.accumulated(*dtypes)
-    return Limits(options.budget(like.device) // dtype.itemsize, dtype)
+    return Limits(max(1, options.budget(like.device) // dtype.itemsize), dtype)
 
 
 def _free_host_memory() -> int:
@@ -89,7 +89,7 @@ def default_budget(device: torch.device) -> int:
     free = _FREE_AT_START
     if device.type == "cuda" and not _compiling():
         free = torch.cuda.mem_get_info(device)[0]
-    return max(SMALLEST, min(enough, free // 8))
+    return max(MiB, min(enough, free // 8))
 
 
 def _compiling() -> bool:
