@@ -82,9 +82,10 @@ def _pull(outputs: Sequence[Tensor], inputs: Sequence[Any], cotangents: Sequence
 
     graph = any(differentiated_outside(out) for out in ends)
 
-    def grad(*cs: Tensor) -> list[Tensor]:
+    def grad(*cs: Tensor, keep: bool = False) -> list[Tensor]:
+        """One pass; what the graph saved is freed on the way, unless there is to be another."""
         found = torch.autograd.grad(
-            ends, inputs, cs, retain_graph=True, create_graph=graph, allow_unused=True
+            ends, inputs, cs, retain_graph=keep or graph, create_graph=graph, allow_unused=True
         )
         trace.reached = [g is not None for g in found]
         return [g for g in found if g is not None]
@@ -95,5 +96,5 @@ def _pull(outputs: Sequence[Tensor], inputs: Sequence[Any], cotangents: Sequence
         return [g.unsqueeze(0) for g in grad(*(c[0] for c in each))]
     if not trace.one_level:
         return list(torch.vmap(grad)(*each))
-    rows = [grad(*(c[k] for c in each)) for k in range(K)]
+    rows = [grad(*(c[k] for c in each), keep=k < K - 1) for k in range(K)]
     return [torch.stack(column) for column in zip(*rows, strict=True)]

@@ -6,8 +6,10 @@ own samples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
+from math import isqrt
 
 import torch
 from torch import Tensor
@@ -24,6 +26,15 @@ class Part:
 
     blocks: Sequence[Sequence[Block]]  # of each parameter; none if the outputs do not depend on it
     samples: int
+
+    def split(self, most: int) -> list[Part]:
+        """Parts of at most so many samples."""
+        if self.samples <= most:
+            return [self]
+        return [
+            Part([[block.samples(*some) for block in mine] for mine in self.blocks], some[1] - some[0])
+            for some in plan.ranges(self.samples, most)
+        ]
 
     def live(self, number: int) -> list[Block]:
         """The blocks of a parameter, less those that are zero for want of positions."""
@@ -46,22 +57,47 @@ class Part:
 @own_precision
 def gramian(parts: Sequence[Part], which: Sequence[int], K: int, options: Options, like: Tensor) -> Tensor:
     """``Σ J_p J_pᵀ`` over the parameters ``which``, ``[K, B, K, B]``, exactly symmetric."""
+    pieces = _pieces(parts, K, options, like)
     tiles: list[list[Tensor]] = []
-    for i, part in enumerate(parts):
+    for i, piece in enumerate(pieces):
         mirrored = [tiles[j][i].permute(2, 3, 0, 1) for j in range(i)]
-        live = [part.live(p) for p in which]
-        shares = plan.gramians([blocks for blocks in live if blocks], options)
-        own = _sum(shares, (K, part.samples, K, part.samples), like)
-        tiles.append(
-            [*mirrored, own, *(_cross(part, v, which, (K, K), options, like) for v in parts[i + 1 :])]
-        )
+        tiles.append([*mirrored, *(_tile(piece, v, which, K, options, like) for v in pieces[i:])])
     return _assemble(tiles)
+
+
+def tiles(part: Part, K: int, options: Options, like: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """The same over all parameters: tiles ``[K, b, K, b']`` and their samples, none below the diagonal."""
+    pieces, which = _pieces([part], K, options, like), range(len(part.blocks))
+    ends = accumulate(piece.samples for piece in pieces)
+    samples = [slice(end - piece.samples, end) for end, piece in zip(ends, pieces, strict=True)]
+    for i, u in enumerate(pieces):
+        for j, v in enumerate(pieces[i:], i):
+            yield samples[i], samples[j], _tile(u, v, which, K, options, like)
+
+
+def _tile(u: Part, v: Part, which: Sequence[int], K: int, options: Options, like: Tensor) -> Tensor:
+    """Rows of one part by those of another, or by themselves."""
+    if u is not v:
+        return _cross(u, v, which, (K, K), options, like)
+    live = [u.live(p) for p in which]
+    shares = plan.gramians([blocks for blocks in live if blocks], options)
+    return _sum(shares, (K, u.samples, K, u.samples), like)
+
+
+def _pieces(parts: Sequence[Part], K: int, options: Options, like: Tensor) -> Sequence[Part]:
+    """Parts of so few samples that three tiles of the result keep to the budget, if one was given."""
+    if options.memory_budget is None:
+        return parts
+    entries = options.budget(like.device) // options.accumulated(like.dtype).itemsize
+    most = max(1, isqrt(entries // 3) // K)
+    return [piece for part in parts for piece in part.split(most)]
 
 
 @own_precision
 def cross(left: Sequence[Part], right: Sequence[Part], which: Sequence[int], objectives: tuple[int, int],
           options: Options, like: Tensor) -> Tensor:  # fmt: skip
     """``Σ J_p J'_pᵀ`` for two Jacobians, ``[K₁, B₁, K₂, B₂]``."""
+    left, right = (_pieces(p, max(objectives), options, like) for p in (left, right))
     return _assemble([[_cross(u, v, which, objectives, options, like) for v in right] for u in left])
 
 
@@ -143,18 +179,17 @@ def dense(parts: Sequence[Part], number: int, K: int, parameter: Tensor) -> Tens
 def _cross(u: Part, v: Part, which: Sequence[int], objectives: tuple[int, int], options: Options, like: Tensor
            ) -> Tensor:  # fmt: skip
     live = ((u.live(p), v.live(p)) for p in which)
-    shares = [plan.cross(left, right, options) for left, right in live if left and right]
+    shares = (plan.cross(left, right, options) for left, right in live if left and right)
     return _sum(shares, (objectives[0], u.samples, objectives[1], v.samples), like)
 
 
-def _sum(shares: Sequence[Tensor], shape: Sequence[int], like: Tensor) -> Tensor:
+def _sum(shares: Iterable[Tensor], shape: Sequence[int], like: Tensor) -> Tensor:
     """The sum of some tensors, zero if there is none."""
-    if not shares:
-        return torch.zeros(tuple(shape), dtype=like.dtype, device=like.device)
-    total = shares[0]
-    for share in shares[1:]:
-        total = total + share
-    return total
+    total = None
+    for share in shares:
+        total = share if total is None else total + share
+        del share  # before the next one is made
+    return torch.zeros(tuple(shape), dtype=like.dtype, device=like.device) if total is None else total
 
 
 def _assemble(tiles: Sequence[Sequence[Tensor]]) -> Tensor:

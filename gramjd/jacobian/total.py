@@ -29,8 +29,13 @@ class Sum:
         like, (first, *_) = next(iter(used.items()))
         K, samples = first.rows
         part = parts.Part(list(used.values()), samples)
-        share = parts.gramian([part], range(len(used)), K, self.options, like)
-        self.total = share if self.total is None else self.total + share
+        for mine, others, tile in parts.tiles(part, K, self.options, like):
+            if self.total is None:
+                self.total = tile.new_zeros(K, samples, K, samples)
+            self.total = self.total.to(torch.promote_types(self.total.dtype, tile.dtype))
+            self.total[:, mine, :, others] += tile
+            if mine != others:
+                self.total[:, others, :, mine] += tile.permute(2, 3, 0, 1)
 
     def gramian(self, output: Output, like: Tensor) -> Tensor:
         """What they add up to, ``[*shape, *reversed(shape)]``; without any, zeros ``like`` a parameter."""

@@ -12,7 +12,7 @@ pays, and its share is exactly symmetric.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -22,6 +22,7 @@ from gramjd.plan import diagonals
 from gramjd.plan.choice import plans, swapped
 from gramjd.plan.options import Limits, Options, default_budget, limits
 from gramjd.plan.pairwise import with_bias
+from gramjd.plan.tiles import added, ranges
 from gramjd.plan.together import biased
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "default_budget",
     "gramian",
     "gramians",
+    "ranges",
     "squared_norms",
     "steps",
 ]
@@ -65,23 +67,23 @@ def steps(blocks: Sequence[Block], options: Options = DEFAULT) -> list[Step]:
 
 def gramian(blocks: Sequence[Block], options: Options = DEFAULT) -> Tensor:
     """``J Jᵀ [K, B, K, B]`` of one parameter, ``J`` the sum of its ``blocks``; exactly symmetric."""
-    total: Tensor | float = 0.0
-    blocks = merge(blocks)
+    return added(_shares(merge(blocks), options))
+
+
+def _shares(blocks: Sequence[Block], options: Options) -> Iterator[Tensor]:
     for index, u in enumerate(blocks):
-        total = total + contract(u, u, options)
+        yield contract(u, u, options)
         for v in blocks[index + 1 :]:
             share = contract(u, v, options)
-            total = total + (share + share.permute(2, 3, 0, 1))
-    assert isinstance(total, Tensor)
-    return total
+            yield share + share.permute(2, 3, 0, 1)
 
 
-def gramians(each: Sequence[Sequence[Block]], options: Options = DEFAULT) -> list[Tensor]:
+def gramians(each: Sequence[Sequence[Block]], options: Options = DEFAULT) -> Iterator[Tensor]:
     """Shares ``[K, B, K, B]`` that add up to the Gramian of several parameters.
 
     A bias whose rows are the very cotangents of its weight costs no product of its own.
     """
-    shares, done = [], set()
+    done = set()
     for n, bias in biased(each).items():
         (u,) = each[n]
         assert isinstance(u, Outer)
@@ -89,20 +91,18 @@ def gramians(each: Sequence[Sequence[Block]], options: Options = DEFAULT) -> lis
         if plans(u, u)[0][0].name == "pairwise":
             share = with_bias(u, _limits(u, u, options))
         if share is not None:
-            shares.append(share)
             done |= {n, bias}
-    return shares + [gramian(blocks, options) for n, blocks in enumerate(each) if n not in done]
+            yield share
+            del share  # before the next one
+    for n, blocks in enumerate(each):
+        if n not in done:
+            yield gramian(blocks, options)
 
 
 def cross(left: Sequence[Block], right: Sequence[Block], options: Options = DEFAULT) -> Tensor:
     """``J₁ J₂ᵀ [K₁, B₁, K₂, B₂]`` of one parameter, for two Jacobians of perhaps other samples."""
     right = merge(right)
-    total: Tensor | float = 0.0
-    for u in merge(left):
-        for v in right:
-            total = total + contract(u, v, options)
-    assert isinstance(total, Tensor)
-    return total
+    return added(contract(u, v, options) for u in merge(left) for v in right)
 
 
 def contract(u: Block, v: Block, options: Options = DEFAULT) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 MiB = 2**20
+SMALLEST = MiB  # bytes: with less, tiles have so few entries that calls of ops take all the time
 # More memory than this gains nothing: larger tiles leave the caches.
 ENOUGH = {"cpu": 64 * MiB, "cuda": 1024 * MiB}
 SMALL_FLOATS = (torch.float16, torch.bfloat16)
@@ -19,8 +20,8 @@ class Options:
     """Options of a contraction.
 
     Args:
-        memory_budget: bytes of working memory beyond inputs and result, 64 KiB at least to be
-            kept to. None: an eighth of what is free on the device, and no more than is of use.
+        memory_budget: bytes of working memory beyond inputs and result. Less than 1 MiB counts as
+            1 MiB. None: an eighth of what is free on the device, and no more than is of use.
         accumulate_dtype: in which products are added up, and of the result. None: half and
             bfloat16 are accumulated in float32, others as they are.
 
@@ -37,6 +38,12 @@ class Options:
             raise ValueError(f"memory_budget must be a positive number of bytes or None, got {budget!r}.")
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"accumulate_dtype must be a floating dtype or None, got {dtype!r}.")
+
+    def budget(self, device: torch.device) -> int:
+        """Bytes, on a device."""
+        if self.memory_budget is None:
+            return default_budget(device)
+        return max(SMALLEST, self.memory_budget)
 
     def accumulated(self, *dtypes: torch.dtype) -> torch.dtype:
         """The dtype in which factors of these dtypes are contracted."""
@@ -63,8 +70,7 @@ class Limits:
 def limits(options: Options, like: Tensor, *dtypes: torch.dtype) -> Limits:
     """The limits of a contraction of factors on the device of ``like``."""
     dtype = options.accumulated(*dtypes)
-    budget = options.memory_budget or default_budget(like.device)
-    return Limits(max(1, budget // dtype.itemsize), dtype)
+    return Limits(max(1, options.budget(like.device) // dtype.itemsize), dtype)
 
 
 def _free_host_memory() -> int:

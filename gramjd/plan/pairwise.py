@@ -93,7 +93,7 @@ def _one_position(u: Outer, v: Outer, dtype: torch.dtype, bias: bool = False) ->
     if bias:
         of_a = 0 if u.transposed else 1
         found[of_a] = found[of_a] + 1
-    return (found[0] * found[1]).expand(*u.rows, *v.rows)
+    return (found[0] * found[1]).expand(*u.rows, *v.rows).contiguous()
 
 
 def unfolded_pairwise(u: Conv, v: Conv, limits: Limits) -> Tensor:
@@ -123,7 +123,7 @@ def _tile(x: Outer, y: Outer, dtype: torch.dtype) -> Tensor:
     both = left * right  # [G, K₁, b, T₁, T₂, K₂, b']
     both = both.sum((3, 4)) if both.shape[3] * both.shape[4] > 1 else both.flatten(2, 4)
     both = both.sum(0) if len(both) > 1 else both[0]
-    return both.expand(*x.rows, *y.rows)
+    return both.expand(*x.rows, *y.rows).contiguous()
 
 
 def _products(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
