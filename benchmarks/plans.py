@@ -1,19 +1,21 @@
 """Every plan of every pair of blocks, measured; the plan chosen, and its regret against the best.
 
     python -m benchmarks.plans [KIND ...]     # all kinds, or some; results are kept for the others
+    python -m benchmarks.plans --above 1.2    # prints those pairs once more that have a larger regret
 
-Writes ``benchmarks/results/plans.json`` and ``plans.md``. A plan predicted to be 20 times dearer than
-the chosen one is not run.
+Writes ``benchmarks/results/plans.json`` and ``plans.md``; with ``--above`` nothing, as that would choose
+the luckier of two runs. A plan predicted to be 20 times dearer than the chosen one is not run.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
+import random
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from gramjd.plan.choice import plans
 from gramjd.plan.options import limits
 
 RESULTS = Path(__file__).parent / "results"
+PATH = RESULTS / "plans.json"
 SKIP = 20  # times the predicted time of the chosen plan
 Pairs = Iterator[tuple[str, Block, Block]]
 randn = torch.randn
@@ -122,38 +125,51 @@ KINDS: dict[str, Callable[[], Pairs]] = {
 }  # fmt: skip
 
 
-def seconds(run: Callable[[], object]) -> float:
-    """The median of several runs after the first, for about a tenth of a second."""
-    run()
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < 0.1 and len(times) < 50):
-        start = time.perf_counter()
+def seconds(runs: Sequence[Callable[[], object]]) -> list[float]:
+    """Medians over rounds of all of them in random order, so that none has the machine's better moments.
+
+    A tenth of a second for each after the first round, three rounds at least and 100 at most.
+    """
+    times: list[list[float]] = [[] for _ in runs]
+    order, total = list(range(len(runs))), 0.0
+    for run in runs:
         run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    while len(times[0]) < 3 or (total < 0.1 * len(runs) and len(times[0]) < 100):
+        random.shuffle(order)
+        for n in order:
+            start = time.perf_counter()
+            runs[n]()
+            times[n].append(time.perf_counter() - start)
+            total += times[n][-1]
+    return [statistics.median(found) for found in times]
 
 
-def measure(kind: str) -> list[dict[str, Any]]:
-    """All plans of all pairs of a kind, the chosen one first."""
+def measure(kind: str, only: Callable[[str], bool] = lambda case: True) -> list[dict[str, Any]]:
+    """All plans of all pairs of a kind, or of some of them, the chosen one first."""
     torch.manual_seed(0)
+    random.seed(0)
     found, most = [], limits(Options(), torch.zeros(()), torch.float32)
     for name, u, v in KINDS[kind]():
+        if not only(name):
+            continue
         known = plans(u, v)
-        entries: list[dict[str, Any]] = [
+        tried = [(plan, cost) for plan, cost in known if cost.time <= SKIP * known[0][1].time]
+        times = seconds([partial(plan.run, u, v, most) for plan, _ in tried])
+        entries = [
             {
                 "plan": plan.name,
-                "seconds": seconds(partial(plan.run, u, v, most)),
+                "seconds": measured,
                 "multiply_adds": cost.multiply_adds,
                 "moved": cost.moved,
                 "calls": cost.calls,
             }
-            for plan, cost in known
-            if cost.time <= SKIP * known[0][1].time
+            for (plan, cost), measured in zip(tried, times, strict=True)
         ]
         best = min(entries, key=lambda entry: entry["seconds"])
         regret = entries[0]["seconds"] / best["seconds"]
         found.append({"kind": kind, "case": name, "best": best["plan"], "regret": regret, "plans": entries})
-        print(f"{kind} {name}: {regret:.2f}", {e["plan"]: round(1e3 * e["seconds"], 2) for e in entries})
+        shown = {e["plan"]: f"{1e3 * e['seconds']:.3g}" for e in entries}
+        print(f"{kind} {name}: {regret:.2f}", shown, flush=True)
     return found
 
 
@@ -175,17 +191,36 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def main(kinds: list[str]) -> None:
     """Measure, and write the results."""
-    path = RESULTS / "plans.json"
-    known = json.loads(path.read_text())["results"] if path.exists() else []
-    results = [case for case in known if kinds and case["kind"] not in kinds]
+    results = [case for case in kept() if kinds and case["kind"] not in kinds]
     for kind in kinds or KINDS:
         results += measure(kind)
     results.sort(key=lambda case: list(KINDS).index(case["kind"]))
     RESULTS.mkdir(exist_ok=True)
     setting = {"torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": "float32"}
-    path.write_text(json.dumps({"setting": setting, "results": results}, indent=1) + "\n")
+    PATH.write_text(json.dumps({"setting": setting, "results": results}, indent=1) + "\n")
     (RESULTS / "plans.md").write_text("# Plans\n\n" + table(results))
 
 
+def kept() -> list[dict[str, Any]]:
+    """The results of the last run."""
+    return json.loads(PATH.read_text())["results"] if PATH.exists() else []
+
+
+def again(kinds: list[str], above: float) -> None:
+    """Print those pairs once more whose regret was larger."""
+    worst = {(case["kind"], case["case"]) for case in kept() if case["regret"] > above}
+    for kind in kinds or KINDS:
+        measure(kind, lambda case, kind=kind: (kind, case) in worst)  # type: ignore[misc]
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=", ".join(KINDS))
+    parser.add_argument("--above", type=float, help="only pairs with a larger regret; keeps nothing")
+    given = parser.parse_args()
+    if given.above is None:
+        main(given.kinds)
+    else:
+        again(given.kinds, given.above)

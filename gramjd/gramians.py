@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+import torch
 from torch import Tensor
 
 
@@ -22,7 +23,8 @@ def mirror(matrix: Tensor, left: Sequence[int], right: Sequence[int]) -> Tensor:
 
 def symmetrize(matrix: Tensor) -> Tensor:
     """The exactly symmetric mean of a square matrix and its transpose (equal but for rounding)."""
-    return (matrix + matrix.mT) / 2
+    mirrored = matrix.mT.clone(memory_format=torch.contiguous_format)  # a sum with strides takes far longer
+    return mirrored.add_(matrix).div_(2)
 
 
 def rows_first(tensor: Tensor, batch_dim: int | None, ndim: int | None = None) -> Tensor:

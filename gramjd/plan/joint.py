@@ -6,6 +6,7 @@ from torch import Tensor
 
 from gramjd.blocks import Outer
 from gramjd.blocks.outer import shared
+from gramjd.gramians import symmetrize
 from gramjd.plan.cost import Cost
 from gramjd.plan.options import Limits
 from gramjd.plan.tiles import added, ranges
@@ -39,5 +40,5 @@ def joint(u: Outer, v: Outer, limits: Limits) -> Tensor:
         c = u.c[:, :, start:stop, :, slice(*some)].to(limits.dtype).permute(0, 1, 3, 2, 4)
         return c.flatten(2).flatten(0, 1) @ mixed.flatten(1).mT
 
-    found = added(tile(p, f) for p in ranges(T1, left) for f in ranges(o, features)).view(K1, B1, K2, B2)
-    return (found + found.permute(2, 3, 0, 1)) / 2 if u is v else found
+    found = added(tile(p, f) for p in ranges(T1, left) for f in ranges(o, features))
+    return (symmetrize(found) if u is v else found).view(K1, B1, K2, B2)

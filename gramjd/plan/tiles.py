@@ -13,7 +13,8 @@ from torch import Tensor
 from gramjd.gramians import symmetrize
 
 HALVES = 4  # tiles along each side of a symmetric product
-LEAF = 256  # rows of a tile below which halving a symmetric product no longer pays
+LEAF = 512  # rows of a tile below which halving a symmetric product no longer pays
+STRETCHES = 8  # of the entries of few and long rows, multiplied side by side
 
 
 def ranges(total: int, step: int) -> list[tuple[int, int]]:
@@ -57,10 +58,10 @@ def _cat(tiles: list[list[Tensor]]) -> Tensor:
 def product(left: Tensor, right: Tensor) -> Tensor:
     """``left @ rightᵀ`` of matrices of rows; half of it and exactly symmetric, if ``left is right``."""
     if left is not right:
-        return left @ right.mT
+        return _inner(left, right)
     count = min(HALVES, len(left) // LEAF)
     if count < 2:
-        return symmetrize(left @ left.mT)
+        return symmetrize(_inner(left, left))
     pieces = [left[start:stop] for start, stop in ranges(len(left), -(-len(left) // count))]
     tiles: list[list[Tensor]] = []
     for i, piece in enumerate(pieces):
@@ -68,6 +69,16 @@ def product(left: Tensor, right: Tensor) -> Tensor:
         rest = [piece @ other.mT for other in pieces[i + 1 :]]
         tiles.append([*mirrored, symmetrize(piece @ piece.mT), *rest])
     return torch.cat([torch.cat(row, 1) for row in tiles])
+
+
+def _inner(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ rightᵀ``; threads share out the result of one product, but not its sums over entries."""
+    entries = left.shape[1]
+    long = entries * max(len(left), len(right)) >= 2**18 and entries >= 128 * STRETCHES
+    if not long or len(left) * len(right) > 2**14 or entries % STRETCHES:
+        return left @ right.mT
+    left, right = (x.unflatten(1, (STRETCHES, -1)).transpose(0, 1) for x in (left, right))
+    return (left @ right.mT).sum(0)
 
 
 def canonical(square: Tensor, rows1: tuple[int, int], rows2: tuple[int, int]) -> Tensor:
