@@ -7,35 +7,49 @@ from collections import Counter
 
 import hypothesis.strategies as st
 import pytest
-from fuzz import OPS, SEPARABLE, Instruction, Recipe, outcome
+from fuzz import FORWARDS, LOSSES, MIXED_LOSSES, Recipe, outcome
+from fuzz_ops import OPS, SEPARABLE
+from fuzz_program import Instruction
 from hypothesis import HealthCheck, given, settings
 
 BY_HAND = os.environ.get("GRAMJD_FUZZ")  # how many; these are other ones every time, and counted
 
 
 def instructions(ops: list[str], fewest: int, most: int) -> st.SearchStrategy[tuple[Instruction, ...]]:
-    one = st.builds(Instruction, st.sampled_from(ops), st.integers(0, 63), st.integers(0, 127))
+    one = st.builds(Instruction, st.sampled_from(ops), st.integers(0, 63), st.integers(0, 8 * 9 * 5 * 7 * 11 - 1))
     return st.lists(one, min_size=fewest, max_size=most).map(tuple)
 
 
-SIZES = st.fixed_dictionaries(
-    {"B": st.integers(2, 4), "T": st.sampled_from([2, 3, 4, 6, 8]), "D": st.integers(2, 4)}
-).map(lambda sizes: {**sizes, "V": 8, "3": 3})
-RECIPES = st.builds(
-    Recipe,
-    SIZES,
-    # samples are mixed in every fourth model
-    st.one_of(*[instructions(list(SEPARABLE), 1, 8)] * 3, instructions([*OPS, "mix"], 1, 8)),
-    st.lists(instructions(list(SEPARABLE), 1, 3), max_size=2).map(tuple),
-    loss=st.integers(0, 99),
-    setting=st.integers(0, 59),
-    seed=st.integers(0, 2**16),
-)
+def recipes(body: st.SearchStrategy[tuple[Instruction, ...]], losses: list[str]) -> st.SearchStrategy[Recipe]:
+    sizes = st.fixed_dictionaries(
+        {"B": st.integers(2, 4), "T": st.sampled_from([2, 3, 4, 6]), "D": st.integers(2, 4)}
+    ).map(lambda sizes: {**sizes, "V": 8, "3": 3})
+    first = st.integers(0, 10).map(lambda a: (Instruction("linear", 0, a),))
+    return st.builds(
+        Recipe,
+        sizes,
+        st.tuples(first, body).map(lambda both: both[0] + both[1]),
+        st.lists(instructions(list(SEPARABLE), 1, 3), max_size=2).map(tuple),
+        loss=st.sampled_from(losses),
+        forwards=st.sampled_from(["one", *FORWARDS]),
+        registered=st.sampled_from(["model", "model", "modules", "roots", "inner roots", "some modules"]),
+        engines=st.sampled_from(["batch", "none", "both"]),
+        frozen=st.sampled_from([False, False, True]),
+        training=st.booleans(),
+        seed=st.integers(0, 2**16),
+    )
+
+
+SEPARATE = recipes(instructions(list(SEPARABLE), 2, 7), list(LOSSES))
+MIXED = recipes(instructions([*OPS, "mix", "mix"], 2, 7), [*LOSSES, *MIXED_LOSSES])
+RECIPES = st.one_of(SEPARATE, SEPARATE, SEPARATE, MIXED)
 
 
 @pytest.mark.filterwarnings("ignore::gramjd.SlowPathWarning", "ignore:There is a performance drop")
 def test_random_models_are_exact_or_refused(capsys: pytest.CaptureFixture[str]) -> None:
     counts: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
+    failed: list[tuple[str, Recipe]] = []
     chosen = settings(
         max_examples=int(BY_HAND or 500),
         derandomize=BY_HAND is None,
@@ -47,13 +61,18 @@ def test_random_models_are_exact_or_refused(capsys: pytest.CaptureFixture[str]) 
     @chosen
     @given(RECIPES)
     def check(recipe: Recipe) -> None:
-        found = outcome(recipe)
+        found, did = outcome(recipe)
         counts.update(found)
-        # where a sample's cotangents are all rounding, it may look mixed: not in the models of every run
-        assert BY_HAND or "separable: refused" not in found
+        notes.update(did)
+        for each in found:
+            if "wrong" in each or "foreign" in each or "unwarranted" in each:
+                failed.append((each, recipe))
 
     check()
-    assert counts["separable: exact"] and counts["mixing: refused"] and counts["no samples: exact"]
-    if BY_HAND:
-        with capsys.disabled():
-            print(f"\n{dict(counts)}")
+    with capsys.disabled():
+        print()
+        for table in counts, notes:
+            print("\n".join(f"{n:6} {name}" for name, n in table.most_common()), "\n")
+        for each in failed:
+            print(each)
+    assert not failed
