@@ -29,7 +29,7 @@ def forced(way: str) -> Iterator[None]:
     """All parameters by factors, or all by slices of rows."""
 
     def plan_of(problem: traffic.Problem, which: tuple[int, ...]) -> traffic.Plan:
-        known = {p: traffic._rows(problem, p) for p in which}
+        known = traffic._rows(problem, which)
         times = traffic._times(problem.manifests, which)
         return traffic._plan(problem, known, times, which if way == "factors" else ())
 

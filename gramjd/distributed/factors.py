@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,6 +51,16 @@ class Manifest:
     samples: tuple[int, ...]  # of each part
     blocks: tuple[tuple[tuple[Template, ...], ...], ...]  # of each part, of each parameter
     tensors: tuple[Spec, ...]
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.samples, self.blocks, self.tensors))
+
+    def __hash__(self) -> int:
+        return self._hash  # found once: a problem has as many manifests as there are ranks
+
+    def __reduce__(self) -> Any:
+        return Manifest, (self.samples, self.blocks, self.tensors)  # hashes differ between processes
 
     @property
     def samples_in_all(self) -> int:

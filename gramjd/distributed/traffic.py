@@ -74,7 +74,7 @@ class Plan:
 @lru_cache(maxsize=64)
 def plan_of(problem: Problem, which: tuple[int, ...]) -> Plan:
     """The plan of some parameters that sends the fewest bytes; by factors, if several do."""
-    known = {p: _rows(problem, p) for p in which}
+    known = _rows(problem, which)
     times = _times(problem.manifests, which)
     mixed = _by_factors(problem, known)
     choices = dict.fromkeys([tuple(which), tuple(p for p in which if p in mixed), ()])
@@ -112,15 +112,24 @@ def _times(manifests: Sequence[Manifest], which: Iterable[int]) -> dict[int, int
     return {p: time(p) for p in which}
 
 
-def _rows(problem: Problem, p: int) -> Rows:
-    """The rows of one parameter as they are spread over the ranks."""
-    entries, grain, rows = 0, 1, []
-    for manifest in problem.manifests:
-        blocks = [block for part in manifest.parts(manifest.meta(), [p]) for block in part.blocks[p]]
-        entries = prod(blocks[0].shape) if blocks else entries
-        grain = lcm(grain, *(block.grain for block in blocks))
-        rows.append(problem.objectives * manifest.samples_in_all if blocks else 0)
-    return Rows(entries, grain, tuple(rows))
+def _rows(problem: Problem, which: Iterable[int]) -> dict[int, Rows]:
+    """The rows of each parameter as they are spread over the ranks."""
+    alike = {manifest: manifest.meta() for manifest in set(problem.manifests)}
+
+    def rows(p: int) -> Rows:
+        blocks = {
+            manifest: [block for part in manifest.parts(meta, [p]) for block in part.blocks[p]]
+            for manifest, meta in alike.items()
+        }
+        every = [block for mine in blocks.values() for block in mine]
+        spread = [
+            problem.objectives * manifest.samples_in_all if blocks[manifest] else 0
+            for manifest in problem.manifests
+        ]
+        entries = prod(every[0].shape) if every else 0
+        return Rows(entries, lcm(1, *(block.grain for block in every)), tuple(spread))
+
+    return {p: rows(p) for p in which}
 
 
 def _by_factors(problem: Problem, known: Mapping[int, Rows]) -> set[int]:
