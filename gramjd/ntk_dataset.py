@@ -69,7 +69,7 @@ def ntk_dataset(
             tensor; the function fails on batches and parameters of different dtypes.
         NotFiniteError: a tile has NaN or infinite entries. Tiles before it are kept in ``out``.
 
-    Example:
+    Examples:
         >>> func, params = gramjd.functional_loss(model)
         >>> kernel = gramjd.ntk_dataset(func, params, x.split(64), trace_axes=[-1], out="kernel.npy")
     """
