@@ -11,18 +11,18 @@ from benchmarks.implementations import TITLES
 
 Record = dict[str, Any]
 MiB = 2**20
-# name: colour and marker; complete steps, and the floor
+# name: colour and marker; complete steps, and the floor. A library has a colour (of Okabe and Ito)
 STYLES = {
-    "functional": ("#d62728", "o"),
-    "engine": ("#ff7f0e", "o"),
-    "engine-backward": ("#e377c2", "o"),
-    "torchjd-autogram": ("#1f77b4", "s"),
-    "torchjd-autojac": ("#17becf", "s"),
-    "vmap-grad": ("#2ca02c", "^"),
-    "layer-vjp": ("#8c564b", "^"),
-    "opacus": ("#9467bd", "D"),
-    "backpack": ("#7f7f7f", "D"),
-    "neural-tangents": ("#bcbd22", "v"),
+    "functional": ("#d55e00", "o"),
+    "engine": ("#d55e00", "P"),
+    "engine-backward": ("#d55e00", "X"),
+    "torchjd-autogram": ("#0072b2", "s"),
+    "torchjd-autojac": ("#0072b2", "D"),
+    "vmap-grad": ("#009e73", "^"),
+    "layer-vjp": ("#009e73", "v"),
+    "opacus": ("#cc79a7", "p"),
+    "backpack": ("#e69f00", "h"),
+    "neural-tangents": ("#56b4e9", "*"),
     "floor": ("black", "|"),
 }
 COST, MEMORY = "#d62728", "#1f77b4"

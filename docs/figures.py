@@ -29,7 +29,7 @@ def arrow(ax: Axes, v: np.ndarray, color: str, name: str, shift: tuple[float, fl
 
 
 def conflict() -> Figure:
-    figure = Figure(figsize=(6.2, 3.6), layout="constrained")
+    figure = Figure(figsize=(5.2, 3), layout="constrained")
     draw_conflict(figure.add_subplot())
     return figure
 
@@ -73,7 +73,7 @@ def overview() -> Figure:
 
 def blocks() -> Figure:
     """A sample's gradient as a sum of outer products over its positions."""
-    figure = Figure(figsize=(7, 2.4), layout="constrained")
+    figure = Figure(figsize=(5.6, 1.9), layout="constrained")
     ax = figure.add_subplot()
 
     def box(x: float, y: float, width: float, height: float, color: str, name: str) -> None:
@@ -113,5 +113,5 @@ def plans() -> Figure:
 if __name__ == "__main__":
     OUT.mkdir(parents=True, exist_ok=True)
     for draw in (conflict, blocks, plans):
-        draw().savefig(OUT / f"{draw.__name__}.png", dpi=130, bbox_inches="tight")
+        draw().savefig(OUT / f"{draw.__name__}.png", dpi=160, bbox_inches="tight")
     overview().savefig(OUT.parent / "overview.png", dpi=130)

@@ -18,8 +18,15 @@ from gramjd.weighting import upgrad
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def step(model: nn.Module, engine: Engine, optimizer: torch.optim.Optimizer,
-         scaler: torch.amp.GradScaler, x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:  # fmt: skip
+def step(
+    model: nn.Module,
+    engine: Engine,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    x: Tensor,
+    y: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
     """One step; returns the losses."""
     with torch.autocast(DEVICE, dtype):
         losses = cross_entropy(model(x), y, reduction="none")

@@ -46,8 +46,8 @@ def ntk(
     another order and divide traces by the size of the axis likewise.
 
     Returns:
-        A function ``kernel(params, x1, x2=None)``: ``[B1, *S, *reversed(S), B2]`` less the axes that
-        the options take away. Without ``x2`` it is that of ``x1`` with itself, exactly symmetric,
+        A function ``kernel(params, x1, x2=None)`` whose result is ``[B1, *S, *reversed(S), B2]`` less the
+        axes that the options take away. Without ``x2`` it is that of ``x1`` with itself, exactly symmetric,
         from one pass over the function in place of two.
 
     Raises:

@@ -87,7 +87,7 @@ def ntk_dataset(
         RanksDisagreeError: ranks have other parameters, batches, options or functions.
         RankFailedError: another rank has raised an error: the message repeats it.
 
-    Example:
+    Examples:
         >>> func, params = gramjd.functional_loss(model)
         >>> kernel = gramjd.ntk_dataset(func, params, x.split(64), trace_axes=[-1], out="kernel.npy")
     """

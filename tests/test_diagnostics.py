@@ -247,7 +247,7 @@ def test_what_figures_say(jacobian: Jacobian) -> None:
     assert_close(shown, diagnostics.cosines(G)[order][:, order])
     assert [text.get_text() for text in ax.get_xticklabels()] == ["0", "1", "2"]
     ax = diagnostics.plot_norms(torch.diag(torch.tensor([1.0] * 10 + [100.0])), labels="aaaaaaaaaab")
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["10 others", "1 outliers: 10 (b)"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["10 others", "1 outlier: 10 (b)"]
     assert sum(bar.get_height() for bars in ax.containers for bar in bars) == 11
     G = torch.tensor([[1.0, -2], [-2, 9]])
     labels = [text.get_text() for text in diagnostics.plot_descent(G, upgrad(G)).get_legend().get_texts()]

@@ -29,10 +29,10 @@ def _work(rank: int, folder: str) -> None:
 
 
 def test_a_rank_that_dies(tmp_path: Path) -> None:
-    processes = mp.spawn(_work, (str(tmp_path),), nprocs=2, join=False).processes
-    for process in processes:
+    context = mp.spawn(_work, (str(tmp_path),), nprocs=2, join=False)  # torch 2.1: its queues live as long
+    for process in context.processes:
         process.join(60)
-    assert [process.exitcode for process in processes] == [0, 1]
+    assert [process.exitcode for process in context.processes] == [0, 1]
     told = (tmp_path / "error").read_text()
     assert "gramjd" not in told.split(":")[0]  # an error of torch's
     assert "onnection" in told or "imed out" in told

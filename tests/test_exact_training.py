@@ -280,6 +280,10 @@ def test_recurrent_networks_under_autocast(kind: type[nn.RNNBase], batch_dim: in
         with torch.autocast("cpu", torch.bfloat16):
             return m(x)[0].float().square().sum((0, 2))
 
+    try:
+        losses(kind(D, 5))
+    except RuntimeError as error:  # oneDNN has no LSTM of bfloat16 on some CPUs
+        pytest.skip(f"torch itself fails: {error}")
     check(kind(D, 5), losses, batch_dims=[batch_dim], tolerance=2 * torch.finfo(torch.bfloat16).eps,
           rows=["weight", "bias"] if kind is nn.GRU else [])  # fmt: skip
 

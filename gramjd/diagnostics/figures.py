@@ -53,6 +53,8 @@ def plot_similarity(source: Source, *, labels: Labels | None = None, cluster: bo
     ax.figure.colorbar(image, ax=ax, label="cosine similarity of two gradients")
     if labels is None:
         ax.set(xlabel="objective", ylabel="objective")
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.get_major_locator().set_params(integer=True)
         if cluster:
             ax.set(xticks=[], yticks=[], xlabel="objective, clustered", ylabel="objective, clustered")
     else:
@@ -122,7 +124,8 @@ def plot_spectrum(source: Source, *, ax: Axes | None = None) -> Axes:
     ax = _axes(ax, (5, 3.2))
     ax.plot(range(1, len(shown) + 1), shown.tolist(), ".-", color=AGREES)
     ax.axvline(rank, color=CONFLICTS, linestyle="--", label=f"effective rank {rank:.1f} of {len(values)}")
-    ax.set(xlabel="eigenvalues, by size", ylabel="eigenvalue", yscale="log" if len(shown) else "linear")
+    scale = "log" if len(shown) else "linear"
+    ax.set(xlabel="number, the largest first", ylabel="eigenvalue of the Gramian", yscale=scale)
     ax.legend(frameon=False)
     ax.grid(alpha=0.3)
     return ax
@@ -213,7 +216,8 @@ def _listed(far: Tensor, labels: Labels | None, m: int, most: int = 4) -> str:
         kinds, which = numbers.numbered(labels, m)
         names = [f"{n} ({kinds[which[int(n)]]})" for n in names]
     more = ", …" if len(far) > most else ""
-    return f"{len(far)} outliers" + (": " if names else "") + ", ".join(names) + more
+    kind = "outlier" if len(far) == 1 else "outliers"
+    return f"{len(far)} {kind}" + (": " if names else "") + ", ".join(names) + more
 
 
 def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
