@@ -90,7 +90,8 @@ def convs() -> Pairs:
         (1, 8, 3, 192, 224, 16, 16, 1), (1, 8, 64, 64, 56, 3, 1, 1), (1, 32, 64, 64, 16, 3, 1, 4),
         (4, 16, 16, 32, 16, 3, 1, 1), (4, 16, 64, 64, 8, 3, 1, 1), (1, 16, 96, 96, 28, 7, 1, 96),
         (1, 16, 32, 32, 32, 5, 1, 1), (1, 128, 8, 16, 14, 3, 1, 1), (1, 8, 512, 512, 4, 3, 1, 1),
-        (1, 16, 128, 64, 14, 1, 1, 1), (1, 64, 64, 128, 8, 3, 1, 2),
+        (1, 16, 128, 64, 14, 1, 1, 1), (1, 64, 64, 128, 8, 3, 1, 2), (1, 16, 96, 96, 28, 5, 1, 96),
+        (1, 16, 96, 96, 14, 7, 1, 96), (1, 16, 384, 384, 7, 7, 1, 384),
     ]:  # fmt: skip
         block = conv(K, B, C, O, H, k, s, G)
         yield f"K={K} B={B} {C}→{O} at {H} kernel={k} stride={s} groups={G}", block, block
@@ -126,22 +127,22 @@ KINDS: dict[str, Callable[[], Pairs]] = {
 
 
 def seconds(runs: Sequence[Callable[[], object]]) -> list[float]:
-    """Medians over rounds of all of them in random order, so that none has the machine's better moments.
+    """The least of several rounds of all of them in random order: what disturbs a run only adds to it.
 
-    A tenth of a second for each after the first round, three rounds at least and 100 at most.
+    A tenth of a second for each after the first round, five rounds at least and 100 at most.
     """
     times: list[list[float]] = [[] for _ in runs]
     order, total = list(range(len(runs))), 0.0
     for run in runs:
         run()
-    while len(times[0]) < 3 or (total < 0.1 * len(runs) and len(times[0]) < 100):
+    while len(times[0]) < 5 or (total < 0.1 * len(runs) and len(times[0]) < 100):
         random.shuffle(order)
         for n in order:
             start = time.perf_counter()
             runs[n]()
             times[n].append(time.perf_counter() - start)
             total += times[n][-1]
-    return [statistics.median(found) for found in times]
+    return [min(found) for found in times]
 
 
 def measure(kind: str, only: Callable[[str], bool] = lambda case: True) -> list[dict[str, Any]]:
@@ -155,7 +156,7 @@ def measure(kind: str, only: Callable[[str], bool] = lambda case: True) -> list[
         known = plans(u, v)
         tried = [(plan, cost) for plan, cost in known if cost.time <= SKIP * known[0][1].time]
         times = seconds([partial(plan.run, u, v, most) for plan, _ in tried])
-        entries = [
+        entries: list[dict[str, Any]] = [
             {
                 "plan": plan.name,
                 "seconds": measured,
@@ -214,9 +215,8 @@ def again(kinds: list[str], above: float) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=", ".join(KINDS))
     parser.add_argument("--above", type=float, help="only pairs with a larger regret; keeps nothing")
     given = parser.parse_args()

@@ -143,7 +143,8 @@ def _windows(block: Conv) -> int:
 
 def _unfolded_cost(block: Conv, s: Sizes, taps: int) -> Cost:
     products = s.K * s.B * s.T * prod(block.shape) + SMALL * s.B * s.G
-    return Cost(products, s.rights * s.T * s.G * s.q * 3 // 2 if taps > 1 else 0, 6)
+    read = 6 if s.K * s.p == 1 else 3  # halves: a product of one row takes as long as reading the windows
+    return Cost(products, s.rights * s.T * s.G * s.q * read // 2 if taps > 1 else 0, 6)
 
 
 def _tapped_cost(block: Conv, s: Sizes, taps: int) -> Cost:
@@ -157,8 +158,10 @@ def _depthwise_cost(block: Conv, s: Sizes, taps: int) -> Cost:
 
 def _grouped_cost(block: Conv, s: Sizes, taps: int) -> Cost:
     p, q = s.p * len(block.points), s.q * len(block.windows) // taps  # channels of the convolution
-    if p * q == 1:  # has kernels of its own
+    if p * q == 1 and set(block.kernel) == {3}:  # has kernels of its own
         return Cost(2 * s.B * s.T * s.G * taps, s.B * s.G * (taps + 2 * s.T), 10)
+    if p * q == 1:  # one small product after the other, slower still beyond 400 positions
+        return Cost(s.B * s.G * (2 * SMALL + s.T * taps * (45 if s.T <= 400 else 180)), 0, 10)
     products = s.B * s.T * s.G * taps * (-(-p // 16) * 16) * (-(-q // 16) * 16)
     return Cost(products * 8 // 5, 4 * s.K * s.B * prod(block.shape), 10)
 

@@ -20,7 +20,7 @@ def joint_cost(u: Outer, v: Outer) -> Cost | None:
     (K1, B1, T1, G, o), (K2, B2, T2), i = u.c.shape, v.c.shape[:3], u.a.shape[-1]
     n1, n2 = K1 * B1, K2 * B2
     products = G * (T1 * T2 * i + T1 * T2 * n2 * o + n1 * n2 * T1 * o)
-    moved = G * (T1 * T2 + T1 * o * (n1 + n2) + T2 * o * n2)
+    moved = G * (T1 * T2 + T1 * o * n2 + (T1 * o * n1 + T2 * o * n2 if T1 * T2 > 1 else 0))
     return Cost(products, moved, 5, moved)
 
 

@@ -100,7 +100,7 @@ def picked_cost(u: Lookup, v: Outer) -> Cost | None:
         return None
     (K1, B1, T1, d), (K2, B2, T2) = u.c.shape, v.c.shape[:3]
     pairs, K = B1 * T1 * B2 * T2, K1 * K2 if v.transposed else K1
-    return Cost(pairs * (K * d + K1 * K2), pairs * (K + 2 * K2), 8, pairs * (K + 2 * K2 + K1 * K2))
+    return Cost(pairs * (K * d + K1 * K2), pairs * (K + 3 * K2), 8, pairs * (K + 2 * K2 + K1 * K2))
 
 
 def picked(u: Lookup, v: Outer, limits: Limits) -> Tensor:
@@ -116,7 +116,8 @@ def picked(u: Lookup, v: Outer, limits: Limits) -> Tensor:
 
 def _picked(x: Lookup, y: Outer, dtype: torch.dtype) -> Tensor:
     left, right = (z[:, :, :, 0] for z in y.factors)  # [K₂ or 1, B₂, T₂, V], [K₂ or 1, B₂, T₂, d]
-    entries = left[..., x.ids].to(dtype)  # [K₂ or 1, B₂, T₂, b, T₁]
+    ids = x.ids.flatten().expand(*left.shape[:3], -1)  # gather is three times as fast as indexing
+    entries = left.gather(-1, ids).unflatten(-1, x.ids.shape).to(dtype)  # [K₂ or 1, B₂, T₂, b, T₁]
     c, flat = x.c.to(dtype).flatten(0, 2), right.to(dtype).flatten(0, 2)
     inner = (flat @ c.mT).view(*right.shape[:3], *x.c.shape[:3])  # [K₂ or 1, B₂, T₂, K₁, b, T₁]
     both = inner * entries.unsqueeze(3)

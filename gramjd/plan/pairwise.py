@@ -51,7 +51,8 @@ def pairwise_cost(u: Outer | Conv, v: Outer | Conv) -> Cost | None:
     moved = half(same, entries, n)
     if isinstance(u, Conv):  # unfolded once for each row of tiles
         moved += x.T * x.G * (x.lefts * x.p + x.rights * x.q) * (1 + moved // CACHED)
-    return Cost(products, moved, 10 * (1 + moved // CACHED), entries)
+    calls = 10 if x.T * y.T == 1 else 13
+    return Cost(products, moved, calls * (1 + moved // CACHED), entries)
 
 
 def pairwise(u: Outer, v: Outer, limits: Limits) -> Tensor:

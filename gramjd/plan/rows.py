@@ -27,7 +27,8 @@ def rows_cost(u: Block, v: Block) -> Cost:
     n1, n2 = K1 * B1, K2 * B2
     slabs = 1 + sum(block.rows[0] * block.rows[1] for block in blocks) * P // CACHED
     products = half(same, n1 * n2 * P, n1)
-    return Cost(built + products, moved, 8 * slabs, (n1 + (0 if same else n2)) * P)
+    calls = 8 + sum(6 for block in blocks if isinstance(block, Lookup))
+    return Cost(built + products, moved, calls * slabs, (n1 + (0 if same else n2)) * P)
 
 
 def building_cost(block: Block) -> tuple[int, int]:
