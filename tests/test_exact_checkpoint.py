@@ -103,6 +103,44 @@ def test_a_parameter_used_in_a_checkpoint_but_outside_its_modules() -> None:
           lambda m: m(x).square().sum(1), rows=["scale"])  # fmt: skip
 
 
+SHARED: dict[str, Any] = {
+    "an argument of a module": lambda m, x: run(m.block, x, m.table),
+    "an argument of a function": lambda m, x: run(lambda x, t: m.block(x, t.tanh()), x, m.table),
+    "derived from a parameter": lambda m, x: run(m.block, x, m.positions.weight * 2),
+    "for several modules": lambda m, x: run(lambda x, t: m.block.q(x) @ m.block.k(t).T, x, m.table),
+    "made inside": lambda m, x: run(lambda x: m.block.q(x) @ m.positions(torch.arange(B)).T, x),
+    "in a checkpoint inside": lambda m, x: run(lambda x: run(m.block, x, m.table.cos()), x),
+}
+
+
+def run(function: Any, *args: Tensor) -> Tensor:
+    return checkpoint(function, *args, use_reentrant=False)
+
+
+def crossed() -> nn.Module:
+    return Net(lambda m, x, t: m.q(x) @ m.k(t.sin()).T, q=nn.Linear(D, D), k=nn.Linear(D, D))
+
+
+@pytest.mark.parametrize("name", list(SHARED))
+def test_as_many_rows_as_samples_that_no_sample_owns(name: str) -> None:
+    """What a checkpoint computes again knows nothing of them, but the forward did: rows, no refusal."""
+    model = Net(SHARED[name], table=draw(B, D), positions=nn.Embedding(B, D), block=crossed())
+    x = draw(B, D)
+    check(model, lambda m: m(x).square().sum(1), rows=["k.", "positions"])
+
+
+def test_samples_that_are_mixed_inside_a_checkpoint() -> None:
+    """Also by a tensor that no sample owned, until the batch was written into it."""
+
+    def written(m: Any, x: Tensor) -> Tensor:
+        return run(lambda x, t: m.block(x, t.sin().copy_(x)), x, m.table)
+
+    for forward in (written, lambda m, x: run(m.block, x, x.cos())):
+        model = Net(forward, table=draw(B, D), block=crossed())
+        with pytest.raises(gramjd.NotSeparableError, match=r"'block.k.weight' samples are mixed at its use"):
+            Engine(model, batch_dim=0).compute_gramian(model(draw(B, D)).square().sum(1))
+
+
 @pytest.mark.parametrize("how", HOW)
 def test_the_memory_stays_saved(how: str) -> None:
     model = Model(how)

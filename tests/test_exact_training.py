@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -15,6 +16,7 @@ from torch.nn.utils import parametrize
 
 import gramjd
 from gramjd import Engine
+from gramjd.engine.compiled import StandIn
 
 B, D = 6, 4
 OLD = torch.__version__.startswith("2.1.")
@@ -29,6 +31,8 @@ def losses_on(x: Tensor) -> Callable[[nn.Module], Tensor]:
 
 
 # Wrappers.
+
+DYNAMOS_OWN = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -51,7 +55,7 @@ def test_a_compiled_model_under_autocast(batch_dim: int | None) -> None:
     check(model, losses, batch_dims=[batch_dim], tolerance=2 * torch.finfo(torch.bfloat16).eps)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's own
+@DYNAMOS_OWN
 def test_a_compiled_part() -> None:
     torch._dynamo.reset()
     model = nn.Sequential(nn.Linear(D, D), torch.compile(net().float(), backend="eager"), nn.Linear(3, 2))
@@ -65,6 +69,70 @@ def test_an_engine_inside_a_compiled_model() -> None:
     model, x = net(), draw(B, D)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     check(model, lambda _: compiled(x).square().sum(1), rows=["weight", "bias"])
+
+
+@pytest.mark.skipif(OLD, reason="Dynamo of torch 2.1 fails on modules that have hooks")
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("which", ["root", "part", "both"])
+@DYNAMOS_OWN
+def test_a_model_compiled_in_place(which: str, fullgraph: bool) -> None:
+    """``module.compile()`` compiles the hooks, too: the call is stood in for, and replayed."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = nn.Sequential(nn.Linear(D, D), net()).double()
+    compiled = {"root": [model], "part": [model[1]], "both": [model, model[1]]}[which]
+    for module in compiled:
+        module.compile(backend="aot_eager", fullgraph=fullgraph)
+    calls = [module._compiled_call_impl for module in compiled]
+    other = Engine(model, batch_dim=None)  # at the same time
+    check(model, losses_on(draw(B, D)))
+    check(model, lambda m: m(draw(B, D)).square().sum(1) + m(draw(B, D)).exp().sum(1))  # used twice
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert all(copy.deepcopy(module)._compiled_call_impl is None for module in compiled)
+    other.close()
+    assert [module._compiled_call_impl for module in compiled] == calls
+
+
+@pytest.mark.skipif(OLD, reason="Dynamo of torch 2.1 fails on modules that have hooks")
+@DYNAMOS_OWN
+def test_a_model_compiled_in_place_after_its_engine_was_made() -> None:
+    """Its first call cannot be seen: rows. Those after it are; those of a part always were."""
+    torch._dynamo.reset()
+    model, x = nn.Sequential(nn.Linear(D, D), net()).double(), draw(B, D)
+    engine = Engine(model, batch_dim=0)
+    for part in (model[1], model):
+        part.compile(backend="eager")
+        for step in range(3):
+            out = losses_on(x)(model)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", gramjd.SlowPathWarning)
+                gramian = engine.compute_gramian(out)
+            assert len(caught) == (part is model and step == 0)
+            assert_close(gramian, dense_gramian(out, model.parameters()))
+    engine.close()
+    assert not any(isinstance(m._compiled_call_impl, StandIn) for m in (model, model[1]))
+
+
+@pytest.mark.skipif(OLD, reason="Dynamo of torch 2.1 fails on modules that have hooks")
+def test_a_compiled_function_inside_a_model() -> None:
+    """Its graph is that without an engine; what it uses is replayed with the call of its module."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = Net(lambda m, x: m.last(m.scaled(x, m.scale)), last=nn.Linear(D, 2), scale=parameter(D))
+    model.scaled = torch.compile(lambda x, scale: (x * scale).tanh(), backend="eager", fullgraph=True)
+    check(model, losses_on(draw(B, D)))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@DYNAMOS_OWN
+def test_two_engines_that_see_one_opaque_call() -> None:
+    """It is marked once: without a check of the total, what two marks give would be added up."""
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(D, D), torch.compile(net(), backend="eager")).double()
+    engines = [Engine(model, batch_dim=0, check="never", ways=["ops", "functional"]) for _ in range(2)]
+    for engine in engines:
+        out = losses_on(draw(B, D))(model)
+        assert_close(engine.compute_gramian(out), dense_gramian(out, model.parameters()))
 
 
 @pytest.fixture

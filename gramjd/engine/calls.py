@@ -16,6 +16,7 @@ from torch import Tensor
 from gramjd import pytree
 from gramjd.blocks import Block
 from gramjd.capture import capture
+from gramjd.engine.compiled import uncompiled
 from gramjd.engine.layouts import Layout
 from gramjd.engine.marks import CallMark
 from gramjd.rounding import tolerance
@@ -65,7 +66,7 @@ def call_blocks(
         live = [t for t, is_live in zip(tensors_of(out), mark.live, strict=True) if is_live]
         return [live[i] for i in used], []
 
-    with torch.random.fork_rng(devices=[], enabled=mark.rng_state is not None):
+    with torch.random.fork_rng(devices=[], enabled=mark.rng_state is not None), uncompiled():
         if mark.rng_state is not None:
             torch.set_rng_state(mark.rng_state)
         found = capture(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gramjd import distributed, pytree
 from gramjd.blocks import Block
+from gramjd.engine.compiled import StandIns, is_compiled
 from gramjd.engine.graph import Graph, walk
 from gramjd.engine.nodes import forget
 from gramjd.engine.recorder import AfterHook, BeforeHook, Watcher
@@ -82,14 +83,14 @@ class Engine:
         self._options = Options(memory_budget, accumulate_dtype)
         self._plans: dict[Hashable, Plan] = {}
         refuse_flat(found)
-        registry = _Registry(found, recurse)
-        registry.held()  # sharded parameters are seen before a forward gathers them
-        self._registry = registry
+        self._registry = registry = _Registry(found, recurse)
         self._watcher = Watcher(registry.held, self._ways)
-        handles = []
+        refs = weakref.WeakMethod(self._watcher.before), weakref.WeakMethod(self._watcher.after)
+        registry.stand_ins = StandIns(*refs)
+        registry.held()  # sharded parameters are seen before a forward gathers them
+        handles: list[Any] = [registry.stand_ins]
         for module in registry.hooked():
-            before = BeforeHook(weakref.WeakMethod(self._watcher.before))
-            after = AfterHook(weakref.WeakMethod(self._watcher.after))
+            before, after = BeforeHook(refs[0]), AfterHook(refs[1])
             handles += [
                 module.register_forward_pre_hook(before, with_kwargs=True),
                 module.register_forward_hook(after, with_kwargs=True, always_call=True),
@@ -274,6 +275,7 @@ class _Registry:
 
     def __init__(self, modules: Sequence[nn.Module], recurse: bool) -> None:
         self.modules, self.recurse, self.shards = modules, recurse, Shards()
+        self.stand_ins: StandIns | None = None
 
     def named(self, whole: bool = False) -> dict[str, Tensor]:
         """Trainable parameters by name, each once: the optimizer's, or the ``whole`` of sharded ones."""
@@ -306,6 +308,8 @@ class _Registry:
         while stack:
             module, unit = stack.pop()
             unit = module if is_unit(module) else unit
+            if is_compiled(module) and self.stand_ins is not None:
+                self.stand_ins.note(module)
             for name, p in module._parameters.items():
                 if p is not None and unit is not None:
                     self.shards.note(module, name, p, unit)

@@ -110,6 +110,12 @@ def mark_call(module: nn.Module, args: Any, kwargs: Any, out: Any, names: Sequen
     return _replace_live(out, attach(mark, [*tensors, *parameters, *live], live))
 
 
+def is_marked(module: nn.Module, out: Any) -> bool:
+    """Has the output of this call of a module a node for the call behind it?"""
+    marks = (getattr(t.grad_fn, "record", None) for t in tensors_of(out) if t.requires_grad)
+    return any(isinstance(mark, CallMark) and mark.module is module for mark in marks)
+
+
 def _replace_live(out: Any, marked: Sequence[Tensor]) -> Any:
     """The output with the tensors that require gradients replaced, in order."""
     if isinstance(out, Tensor):

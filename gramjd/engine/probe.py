@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import isfinite
+from math import isfinite, prod
 
 import torch
 from torch import Tensor
@@ -192,9 +192,30 @@ def _layout(task: Task, probe: Probe, index: int, which: int) -> Layout | None:
         layout = owned(c, first[0], probe.v, min(_SMALL, _NOISE * noise))
         if layout is not None:
             return layout
-        slots = task.graph.nodes[index].record.record.slots
-        task.plan.mixed.update(root for slot in slots for root in roots(slot.source))
+        _note_mixed(task, index, first[0].shape)
+    elif layout is not None:
+        _note_sizes(task, layout, first[0].shape)
     return layout
+
+
+def _note_mixed(task: Task, index: int, shape: Sequence[int]) -> None:
+    """Remember that a use of no sample mixes them, or that it does if ``[B·n]`` elsewhere has samples."""
+    dims, plan = shape[:-1] or shape, task.plan
+    for slot in task.graph.nodes[index].record.record.slots:
+        for root in roots(slot.source):
+            if task.samples in dims:
+                plan.mixed.add(root)
+            else:
+                plan.flattened.setdefault(root, set()).update(dims)
+
+
+def _note_sizes(task: Task, layout: Layout, shape: Sequence[int]) -> None:
+    """Remember how many entries the samples have in one dimension, and with another flattened into it."""
+    if layout.dim < 0 or isinstance(layout, Scattered):
+        return
+    size, dims = shape[layout.dim], shape[:-1] or shape
+    others = [n for dim, n in enumerate(dims) if dim != layout.dim]
+    task.plan.sizes.update([size, *(size * n for n in others), prod(dims)])
 
 
 def _noise(task: Task, probe: Probe, index: int, which: int) -> float:
@@ -224,7 +245,7 @@ def _mixes(task: Task, index: int, c: Tensor, probed: Tensor, v: Tensor) -> bool
     if task.is_unbatched(index) or not isinstance(task.graph.nodes[index].record, OpMark):
         return False
     broadcast = probed.ndim > 0 and probed.shape[0] == 1  # position_ids [1, T] and their like
-    regular = task.samples in (probed.shape[:-1] or probed.shape)  # [B·n] may as well be of no sample
+    regular = any(n % task.samples == 0 for n in probed.shape[:-1] or probed.shape)
     return regular and not broadcast and not follows_samples(c, probed, v)
 
 

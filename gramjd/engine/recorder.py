@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gramjd.engine.marks import mark_call, mark_fused, mark_op
+from gramjd.engine.compiled import is_compiled
+from gramjd.engine.marks import is_marked, mark_call, mark_fused, mark_op
 from gramjd.engine.sharded import is_unit
 from gramjd.internals import in_backward, innermost_mode, inside_transform, is_compiling, saved_tensors_hook
 from gramjd.rules import is_fused, tensors_of
@@ -38,6 +39,7 @@ class Recorder(Tracker):
     def __init__(self, frame: FrameType, outer: Recorder | None = None) -> None:
         super().__init__(())
         self.outer = outer  # that of the call around the checkpoint
+        self.shared: dict[int, Tensor] = {}  # computed from what that one knows to be un-batched
         self.hook = saved_tensors_hook()  # of the innermost checkpoint around
         self.frame: FrameType | None = frame  # of the module call that switched it on
         self.opaque: FrameType | None = None  # of a call whose inside is out of sight
@@ -45,6 +47,8 @@ class Recorder(Tracker):
         self.seen: set[int] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if is_compiling():  # a compiled function inside a module: its graph is to be as without us
+            return func(*args, **(kwargs or {}))
         if func in _DROPOUTS and self.active and args and not _writes(args, kwargs):
             tracked, unbatched = self._classify(args)
             if tracked and unbatched:  # as a product with its mask, it is derived like any other
@@ -52,7 +56,25 @@ class Recorder(Tracker):
                     mask = func(torch.ones_like(args[0]), *args[1:], **(kwargs or {}))
                 self._remember(mask)
                 func, args, kwargs = torch.mul, (args[0], mask), None
-        return super().__torch_function__(func, types, args, kwargs)
+        out = super().__torch_function__(func, types, args, kwargs)
+        if self.outer is not None and self.active and self._are_unbatched((args, kwargs)):
+            self.shared.update((id(t), t) for t in tensors_of(out))
+        return out
+
+    def _are_unbatched(self, arguments: Any) -> bool:
+        """As far as is known here or around the checkpoint, are all these tensors the same for all samples?
+
+        Nothing of what a checkpoint saves may follow from the answer.
+        """
+        return all(map(self._is_unbatched, tensors_of(arguments)))
+
+    def _forget(self, out: Any, func: Any, args: Any) -> None:
+        super()._forget(out, func, args)
+        self.shared.pop(id(args[0] if func is Tensor.__setitem__ else out), None)
+
+    def _is_unbatched(self, tensor: Tensor) -> bool:
+        known = id(tensor) in self.known or id(tensor) in self.shared
+        return known or (self.outer is not None and self.outer._is_unbatched(tensor))
 
     def record(self, op: Any, args: Any, kwargs: dict[str, Any], derived: bool) -> tuple[Any, Record | None]:
         fused = is_fused(op) and not derived
@@ -68,7 +90,7 @@ class Recorder(Tracker):
         self.seen.update([id(slot.source) for slot in record.slots])
         if rng_state is not None:
             return mark_fused(record, leaves, out, rng_state), record
-        unbatched = derived or self._classify(leaves)[1]
+        unbatched = derived or self._are_unbatched(leaves)
         return mark_op(record, leaves, out, inplace, unbatched), record
 
     def pause(self, frame: FrameType) -> None:
@@ -178,7 +200,7 @@ class Watcher:
         elif unseen:  # a parameter that is returned as it is may be seen later
             returned = {id(t) for t in tensors_of(out)}
             unseen = [name for name in unseen if id(module.get_parameter(name)) not in returned]
-        if not unseen or out is None:
+        if not unseen or out is None or is_marked(module, out):  # another engine's hook was first
             return None
         return mark_call(module, args, kwargs, out, unseen)
 
@@ -193,7 +215,7 @@ class Watcher:
 
 def _is_opaque(module: nn.Module) -> bool:
     """Is the inside of its calls out of sight: scripted or compiled?"""
-    return isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod")
+    return isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod") or is_compiled(module)
 
 
 class BeforeHook:

@@ -29,6 +29,8 @@ class Plan:
     layouts: dict[int, list[Layouts]] = field(default_factory=dict)  # of each node of a region
     late: set[int] = field(default_factory=set)  # regions that wait for the end of the backward pass
     mixed: set[int] = field(default_factory=set)  # ids of parameters whose uses mix samples
+    flattened: dict[int, set[int]] = field(default_factory=dict)  # sizes that say so if samples have them
+    sizes: set[int] = field(default_factory=set)  # of samples and their positions, in one dimension
     ways: dict[int, str] = field(default_factory=dict)  # of each parameter, by id
     causes: dict[int, str] = field(default_factory=dict)  # why it did not go an earlier way
     checked: bool = False

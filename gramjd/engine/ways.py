@@ -188,8 +188,9 @@ def _expand(task: Task, probe: Probe) -> None:
 
 def _refuse_mixed(task: Task, planned: dict[str, Tensor], ways: Sequence[str]) -> None:
     """Rows are exact whatever ``batch_dim`` is; but a wrong one is an error, not a slow path."""
-    layouts = task.met
-    mixed = [name for name, p in planned.items() if id(p) in task.plan.mixed]
+    layouts, plan = task.met, task.plan
+    plan.mixed.update(root for root, sizes in plan.flattened.items() if sizes & plan.sizes)
+    mixed = [name for name, p in planned.items() if id(p) in plan.mixed]
     if task.samples == 1 or len(ways) == 1 or not (mixed or (None in layouts and layouts <= {None, ZERO})):
         return
     shape, dim = list(task.output.shape), task.batch_dim
