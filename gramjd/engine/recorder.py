@@ -56,7 +56,7 @@ class Recorder(Tracker):
 
     def record(self, op: Any, args: Any, kwargs: dict[str, Any], derived: bool) -> tuple[Any, Record | None]:
         fused = is_fused(op) and not derived
-        rng_state = torch.get_rng_state() if fused else None
+        rng_state = torch.get_rng_state()
         out = op(*args, **kwargs)
         live = out.requires_grad if isinstance(out, Tensor) else any(t.requires_grad for t in tensors_of(out))
         if not live or saved_tensors_hook() != self.hook:
@@ -66,10 +66,12 @@ class Recorder(Tracker):
         if inplace and (None in record.entries or out is not args[0] or out._is_view()):
             return out, None  # cannot be called again, or is a view: left to a slower way
         self.seen.update([id(slot.source) for slot in record.slots])
-        if rng_state is not None:
+        if fused:
             return mark_fused(record, leaves, out, rng_state), record
         unbatched = derived or self._classify(leaves)[1]
-        return mark_op(record, leaves, out, inplace, unbatched), record
+        # an op that has a rule draws none
+        drew = None in record.entries and not torch.equal(rng_state, torch.get_rng_state())
+        return mark_op(record, leaves, out, inplace, unbatched, drew), record
 
     def pause(self, frame: FrameType) -> None:
         """Let the ops of an opaque call alone: what compiles it would trace the recording, too."""

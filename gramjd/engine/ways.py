@@ -245,6 +245,10 @@ def _use(task: Task, index: int, split: Mapping[Record, Layout], fail: Callable[
         for slot in mark.record.slots:
             fail(slot.source, "its fused op could not be replayed")
         return None
+    if mark.drew:
+        for slot in mark.record.slots:
+            fail(slot.source, f"{_name(mark.record.call.op)} drew random numbers when it used it")
+        return None
     record, saved = mark.record, values_of(node)
     slots = saved[len(record.saved) :]
     slots = [t if t.untyped_storage().size() else _hollow(t) for t in slots]  # no sharded weights
