@@ -158,7 +158,7 @@ def _expand(task: Task, probe: Probe) -> None:
     cotangents: list[Cotangents] = []
     probed: list[Cotangents] = []
     precisions: list[torch.dtype | None] = []
-    places: list[int | None] = []
+    places: list[int] = []
     measuring = task.batch_dim is not None and task.region not in task.plan.layouts
     for index, (node, cs) in enumerate(zip(task.graph.nodes, task.cotangents, strict=True)):
         given = probe.first.cotangents[index] if measuring else None
@@ -178,7 +178,7 @@ def _expand(task: Task, probe: Probe) -> None:
         # under autocast the op computed with fewer digits than its replay does
         precision = next(c.dtype for c in cs if c is not None) if found.graph is not None else None
         precisions += [precision] * len(found.nodes)
-        places += [index if found.graph is None else None] * len(found.nodes)
+        places += [index] * len(found.nodes)
         task.replays.append(found)
     task.graph, task.cotangents = replace(task.graph, nodes=nodes), cotangents
     task.precisions, task.places = precisions, places
