@@ -1,4 +1,4 @@
-"""Random examples: a model (:mod:`fuzz_program`), its losses, an engine, and what the contract makes of them."""
+"""Random examples: a model (:mod:`fuzz_program`), losses, an engine, and what the contract makes of them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ LOSSES: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], int]] = {
     "objectives first": (lambda h, y, ids: torch.stack([(h - y).abs().sum((1, 2)), h.amax((1, 2))]), 1),
     "every token": (_classified, 0),
     "every token, time first": (lambda h, y, ids: _classified(h, y, ids).T, 1),
-    "matrix": (lambda h, y, ids: ((h - y)[:, :2].square()), -3),
+    "matrix": (lambda h, y, ids: (h - y)[:, :2].square(), -3),
 }
 MIXED_LOSSES = {"contrastive": (_cosines, 0), "centred": (_centred, 0)}
 # of the least precise op in a model of float64
@@ -131,9 +131,13 @@ def registered(recipe: Recipe, model: Program, losses: Tensor) -> tuple[list[Any
 
 
 def _parameters(modules: list[Any]) -> list[Tensor]:
-    found = [p for m in modules for p in (
-        m.parameters() if not isinstance(m, list) else [p for each in m for p in each.parameters(recurse=False)]
-    )]  # fmt: skip
+    found: list[Tensor] = []
+    for m in modules:
+        found += (
+            [p for each in m for p in each.parameters(recurse=False)]
+            if isinstance(m, list)
+            else m.parameters()
+        )
     return list({id(p): p for p in found}.values())
 
 
@@ -213,7 +217,7 @@ def _refusal(error: Exception, samples_mix: bool) -> str:
     if not isinstance(error, gramjd.GramjdError) or not str(error):
         return f"foreign {name}: {error}"
     allowed = samples_mix and isinstance(error, gramjd.NotSeparableError)
-    cause = re.sub(r"For '.*?' ", "", str(error).split(":")[0].split(",")[0])
+    cause = re.sub(r"For '.*?' ", "", str(error)).split(":")[0].split(",")[0]
     return f"{'warranted' if allowed else 'unwarranted'} {name} ({cause})"
 
 

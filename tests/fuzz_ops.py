@@ -64,6 +64,7 @@ def linear(p: Program, v: Value, a: int) -> Value:
         "from the left": lambda: (w @ t.unsqueeze(-1)).squeeze(-1),
         "cat of weights": lambda: F.linear(t, torch.cat([w[:1], w[1:] * 2])),
         "tied": lambda: sum(t @ piece for piece in (w.tanh(), w.T)),
+        "random": lambda: t @ F.gumbel_softmax(w),
         "frozen copy": lambda: t @ (w + w.detach()),
         "float32": lambda: F.linear(t.float(), w.float(), b.float()).double(),
         "autocast": lambda: autocast(F.linear, t.float(), w.float()).double(),
@@ -146,11 +147,12 @@ def embed(p: Program, v: Value, a: int) -> Value:
 
 
 def rearrange(p: Program, v: Value, a: int) -> Value:
-    layouts = {"TBD": "time first", "ND": "flattened [B*n, d]", "MD": "flattened [n*B, d]", "BDT": "transpose",
-               "DBT": "transpose", "BTD": "transpose", "DTB": "samples last", "TDB": "samples last",
-               "DN": "flattened [d, B*n]"}  # fmt: skip
+    layouts = {
+        "TBD": "time first", "ND": "flattened [B*n, d]", "MD": "flattened [n*B, d]", "DN": "flattened [d, B*n]",
+        "BDT": "features first", "DBT": "features first", "DTB": "samples last", "TDB": "samples last",
+    }  # fmt: skip
     dims = list(layouts)[a % len(layouts)]
-    p.note(layouts[dims], "reshape" if dims[-1] in "NM" or dims[0] in "NM" else "transpose")
+    p.note(layouts[dims], "reshape" if {*dims} & {*"NM"} else "transpose")
     v = p.to(v, dims)
     return Value(v.t.contiguous(), v.dims) if a % 2 else v
 
@@ -244,7 +246,7 @@ def attend(p: Program, v: Value, a: int) -> Value:
         "fused": lambda: F.scaled_dot_product_attention(t @ m, t, t, dropout_p=dropout),
         "causal": lambda: (t @ m @ t.mT).masked_fill(causal, -torch.inf).softmax(-1) @ t,
         "position bias": lambda: F.dropout((t @ t.mT + bias).softmax(-1), dropout) @ (t @ m),
-        "position bias, fused": lambda: F.scaled_dot_product_attention(t, t, t, attn_mask=bias),
+        "position bias, fused": lambda: F.scaled_dot_product_attention(t, t, t, bias, dropout_p=dropout),
         "learned queries": lambda: (queries @ (t @ m).mT).softmax(-1) @ t,
         "learned queries, fused": lambda: F.scaled_dot_product_attention(
             queries.expand_as(t)[:, None], t[:, None], t[:, None])[:, 0],
@@ -315,7 +317,7 @@ def flow(p: Program, v: Value, a: int) -> Value:
         "no_grad": frozen,
         "reorder": lambda: (t[order] @ w).tanh()[order.argsort()],
         "one by one": lambda: torch.stack([x @ w for x in t]),
-        "scan": lambda: torch.stack(list(itertools.accumulate(t.unbind(1), lambda h, x: (x @ w + h @ u).tanh())), 1),
+        "scan": lambda: torch.stack([*itertools.accumulate(t.unbind(1), lambda h, x: (x @ w + h @ u).sin())], 1),
         "split": lambda: torch.cat([piece @ w for piece in t.split(1)]),
     })  # fmt: skip
     return Value(out, "BTD")

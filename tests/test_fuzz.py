@@ -16,7 +16,9 @@ BY_HAND = os.environ.get("GRAMJD_FUZZ")  # how many; these are other ones every 
 
 
 def instructions(ops: list[str], fewest: int, most: int) -> st.SearchStrategy[tuple[Instruction, ...]]:
-    one = st.builds(Instruction, st.sampled_from(ops), st.integers(0, 63), st.integers(0, 8 * 9 * 5 * 7 * 11 * 13 - 1))
+    one = st.builds(
+        Instruction, st.sampled_from(ops), st.integers(0, 63), st.integers(0, 8 * 9 * 5 * 7 * 11 * 13)
+    )
     return st.lists(one, min_size=fewest, max_size=most).map(tuple)
 
 
@@ -24,7 +26,7 @@ def recipes(body: st.SearchStrategy[tuple[Instruction, ...]], losses: list[str])
     sizes = st.fixed_dictionaries(
         {"B": st.integers(2, 4), "T": st.sampled_from([2, 3, 4, 6]), "D": st.integers(2, 4)}
     ).map(lambda sizes: {**sizes, "V": 8, "3": 3})
-    first = st.integers(0, 12).map(lambda a: (Instruction("linear", 0, a),))
+    first = st.integers(0, 13).map(lambda a: (Instruction("linear", 0, a),))
     return st.builds(
         Recipe,
         sizes,
