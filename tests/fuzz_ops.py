@@ -147,10 +147,9 @@ def embed(p: Program, v: Value, a: int) -> Value:
 
 
 def rearrange(p: Program, v: Value, a: int) -> Value:
-    layouts = {
-        "TBD": "time first", "ND": "flattened [B*n, d]", "MD": "flattened [n*B, d]", "DN": "flattened [d, B*n]",
-        "BDT": "features first", "DBT": "features first", "DTB": "samples last", "TDB": "samples last",
-    }  # fmt: skip
+    layouts = {"TBD": "time first", "BDT": "features first", "DBT": "features first", "ND": "flattened [B*n, d]",
+               "MD": "flattened [n*B, d]", "DN": "flattened [d, B*n]", "DTB": "samples last", "TDB": "samples last",
+               }  # fmt: skip
     dims = list(layouts)[a % len(layouts)]
     p.note(layouts[dims], "reshape" if {*dims} & {*"NM"} else "transpose")
     v = p.to(v, dims)
@@ -317,7 +316,7 @@ def flow(p: Program, v: Value, a: int) -> Value:
         "no_grad": frozen,
         "reorder": lambda: (t[order] @ w).tanh()[order.argsort()],
         "one by one": lambda: torch.stack([x @ w for x in t]),
-        "scan": lambda: torch.stack([*itertools.accumulate(t.unbind(1), lambda h, x: (x @ w + h @ u).sin())], 1),
+        "scan": lambda: torch.stack([*itertools.accumulate(t.unbind(1), lambda h, x: (x + h @ u).sin())], 1),
         "split": lambda: torch.cat([piece @ w for piece in t.split(1)]),
     })  # fmt: skip
     return Value(out, "BTD")
