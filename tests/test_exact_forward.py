@@ -159,6 +159,25 @@ def test_dropout_of_parameters_alone() -> None:
     check_on(dropped, draw(3, 4, 5))
 
 
+def test_parameters_written_where_nothing_reads_at_first() -> None:
+    """A share of nothing passes every check, but such a use is known not to be known."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = (x * m.scale).clone()
+        h[:, 0].add_(m.scale)
+        return torch.where(m.reads, h, x * m.scale)
+
+    model = Net(forward, scale=parameter(D), reads=torch.zeros(1))
+    model.reads = model.reads.bool()
+
+    def losses(m: nn.Module) -> Tensor:
+        out = objectives(m(draw(B, T, D)))
+        model.reads = ~model.reads
+        return out
+
+    check(model, losses, rows=["scale"])
+
+
 RANDOM = {  # ops without a rule that draw random numbers when they are given a parameter
     "alpha dropout": lambda m, x: x @ F.alpha_dropout(m.w, 0.5, training=True),
     "random slopes": lambda m, x: x @ F.rrelu(m.w, training=True),

@@ -124,9 +124,10 @@ def _row_by_row(task: Task, left: dict[str, Tensor], ways: Sequence[str]) -> Fou
 
 def _first_exact(task: Task, probe: Probe, ways: Sequence[str], checking: bool) -> Found:
     """Blocks of a region's parameters by the ops or by replays of calls, where these are exact."""
-    plan, found = task.plan, Found()
+    plan, found, outside = task.plan, Found(), task.graph.outside
+    plan.causes.update(dict.fromkeys(outside, "it was used outside of the calls of registered modules"))
     for way in ways:
-        left = {name: p for name, p in task.parameters.items() if p not in found}
+        left = {n: p for n, p in task.parameters.items() if p not in found and id(p) not in outside}
         planned = {n: p for n, p in left.items()
                    if WAYS.index(plan.ways.get(id(p), way)) <= WAYS.index(way)}  # fmt: skip
         if way == "rows" or not planned:
@@ -245,9 +246,9 @@ def _use(task: Task, index: int, split: Mapping[Record, Layout], fail: Callable[
         for slot in mark.record.slots:
             fail(slot.source, "its fused op could not be replayed")
         return None
-    if mark.drew:
+    if mark.lost:
         for slot in mark.record.slots:
-            fail(slot.source, f"{_name(mark.record.call.op)} drew random numbers when it used it")
+            fail(slot.source, f"{_name(mark.record.call.op)} {mark.lost}")
         return None
     record, saved = mark.record, values_of(node)
     slots = saved[len(record.saved) :]
