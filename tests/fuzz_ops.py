@@ -44,6 +44,11 @@ def activate(p: Program, v: Value, a: int) -> Value:
     return Value(out, dims)
 
 
+def autocast(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return function(*args)
+
+
 def linear(p: Program, v: Value, a: int) -> Value:
     """A weight on the last dimension, in one of the ways to write it."""
     v = v if v.dims[-1] in "TD" else p.to(v, "BTD")
@@ -59,7 +64,10 @@ def linear(p: Program, v: Value, a: int) -> Value:
         "from the left": lambda: (w @ t.unsqueeze(-1)).squeeze(-1),
         "cat of weights": lambda: F.linear(t, torch.cat([w[:1], w[1:] * 2])),
         "tied": lambda: sum(t @ piece for piece in (w.tanh(), w.T)),
+        "random": lambda: t @ F.gumbel_softmax(w),
         "frozen copy": lambda: t @ (w + w.detach()),
+        "float32": lambda: F.linear(t.float(), w.float(), b.float()).double(),
+        "autocast": lambda: autocast(F.linear, t.float(), w.float()).double(),
         "standardised": lambda: F.linear(t, (w - w.mean(1, keepdim=True)) / (1 + w.norm()), b),
     })  # fmt: skip
     return Value(out, v.dims)
@@ -91,13 +99,14 @@ def scale(p: Program, v: Value, a: int) -> Value:
 
 
 def norm(p: Program, v: Value, a: int) -> Value:
-    v = p.to(v, "BDT") if a % 6 > 2 else v if v.dims[-1] == "D" else p.to(v, "BTD")
+    v = p.to(v, "BDT") if a % 7 > 3 else v if v.dims[-1] == "D" else p.to(v, "BTD")
     w, b, n, t = p.parameter("D", a), p.parameter("D", a + 1), p.sizes["D"], v.t
     out = p.choose(a, "norm", {
         "layer": lambda: F.layer_norm(t, [n], w, b),
         "rms": lambda: t * t.square().mean(-1, keepdim=True).add(1e-5).rsqrt() * w,
+        "float32 rms": lambda: F.normalize(t.float(), dim=-1).double() * w,
         "unit": lambda: F.normalize(t, dim=-1, eps=1e-3) * w,
-        "group": lambda: F.group_norm(t, n if a % 4 == 3 else 1, w, b),
+        "group": lambda: F.group_norm(t, n if a // 7 % 2 else 1, w, b),
         "instance": lambda: F.instance_norm(t, weight=w, bias=b),
         "batch, evaluated": lambda: F.batch_norm(t, torch.ones(n).double(), torch.ones(n).double(), w, b),
     })  # fmt: skip
@@ -138,11 +147,11 @@ def embed(p: Program, v: Value, a: int) -> Value:
 
 
 def rearrange(p: Program, v: Value, a: int) -> Value:
-    layouts = {"TBD": "time first", "ND": "flattened [B*n, d]", "MD": "flattened [n*B, d]", "BDT": "transpose",
-               "DBT": "transpose", "BTD": "transpose", "DTB": "samples last", "TDB": "samples last",
-               "DN": "flattened [d, B*n]"}  # fmt: skip
+    layouts = {"TBD": "time first", "BDT": "features first", "DBT": "features first", "ND": "flattened [B*n, d]",
+               "MD": "flattened [n*B, d]", "DN": "flattened [d, B*n]", "DTB": "samples last", "TDB": "samples last",
+               }  # fmt: skip
     dims = list(layouts)[a % len(layouts)]
-    p.note(layouts[dims], "reshape" if dims[-1] in "NM" or dims[0] in "NM" else "transpose")
+    p.note(layouts[dims], "reshape" if {*dims} & {*"NM"} else "transpose")
     v = p.to(v, dims)
     return Value(v.t.contiguous(), v.dims) if a % 2 else v
 
@@ -236,7 +245,7 @@ def attend(p: Program, v: Value, a: int) -> Value:
         "fused": lambda: F.scaled_dot_product_attention(t @ m, t, t, dropout_p=dropout),
         "causal": lambda: (t @ m @ t.mT).masked_fill(causal, -torch.inf).softmax(-1) @ t,
         "position bias": lambda: F.dropout((t @ t.mT + bias).softmax(-1), dropout) @ (t @ m),
-        "position bias, fused": lambda: F.scaled_dot_product_attention(t, t, t, attn_mask=bias),
+        "position bias, fused": lambda: F.scaled_dot_product_attention(t, t, t, bias, dropout_p=dropout),
         "learned queries": lambda: (queries @ (t @ m).mT).softmax(-1) @ t,
         "learned queries, fused": lambda: F.scaled_dot_product_attention(
             queries.expand_as(t)[:, None], t[:, None], t[:, None])[:, 0],
@@ -307,7 +316,7 @@ def flow(p: Program, v: Value, a: int) -> Value:
         "no_grad": frozen,
         "reorder": lambda: (t[order] @ w).tanh()[order.argsort()],
         "one by one": lambda: torch.stack([x @ w for x in t]),
-        "scan": lambda: torch.stack(list(itertools.accumulate(t.unbind(1), lambda h, x: (x @ w + h @ u).tanh())), 1),
+        "scan": lambda: torch.stack([*itertools.accumulate(t.unbind(1), lambda h, x: (x + h @ u).sin())], 1),
         "split": lambda: torch.cat([piece @ w for piece in t.split(1)]),
     })  # fmt: skip
     return Value(out, "BTD")
@@ -366,7 +375,7 @@ def mix(p: Program, v: Value, a: int) -> Value:
         "attention": lambda: (torch.einsum("btd,ctd->bc", h, h).softmax(1) @ h.flatten(1)).view_as(h),
         "detached mean and sum": lambda: h * h.detach().mean(0) + 0.1 * h.sum((0, 1)),
         "module of the mean": lambda: p.part("linear module", a)(h.mean(0)) + h,
-        "wrong view": lambda: h.reshape(h.shape[1], h.shape[0], -1).cumsum(1).view_as(h),
+        "wrong view": lambda: h.transpose(0, 1).reshape(h.shape).cumsum(1),
         "whole norm": lambda: h / h.norm(),
     })  # fmt: skip
     return Value(out, "BTD")

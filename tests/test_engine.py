@@ -101,9 +101,20 @@ def test_parameters_outside_registered_calls_count() -> None:
     model = mlp()
     engine = Engine(model, batch_dim=0)
     out = model(torch.randn(3, 3).double()).sum(1) * (1 + model[0].weight.square().sum())
-    with pytest.warns(gramjd.SlowPathWarning, match=r"'0.weight'.*do not add up"):
+    with pytest.warns(gramjd.SlowPathWarning, match=r"'0.weight'.*outside of the calls"):
         gramian = engine.compute_gramian(out)
     assert_close(gramian, dense_gramian(out, model.parameters()))
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+@pytest.mark.filterwarnings("ignore::gramjd.SlowPathWarning")
+def test_a_penalty_outside_whose_weight_is_zero_at_first(batch_dim: int | None) -> None:
+    """A share of nothing passes every check: that there is one follows from the graph."""
+    model = mlp()
+    engine = Engine(model, batch_dim=batch_dim)
+    for strength in (0.0, 0.5):
+        out = model(torch.randn(3, 3).double()).sum(1) + strength * model[0].weight.square().sum()
+        assert_close(engine.compute_gramian(out), dense_gramian(out, model.parameters()))
 
 
 def test_new_control_flow_is_checked_again() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from exactness import Net, check, check_on, draw, objectives, parameter
+from oracle import assert_close, dense_gramian
 from torch import Tensor, nn
 
 import gramjd
@@ -156,6 +157,50 @@ def test_dropout_of_parameters_alone() -> None:
     """Positions through dropout before they meet the batch: one mask for all samples."""
     dropped = Net(lambda m, x: x + F.dropout(m.u.narrow(0, 0, 4), 0.5), u=parameter(6, 5))
     check_on(dropped, draw(3, 4, 5))
+
+
+def test_parameters_written_where_nothing_reads_at_first() -> None:
+    """A share of nothing passes every check, but such a use is known not to be known."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = (x * m.scale).clone()
+        h[:, 0].add_(m.scale)
+        return torch.where(m.reads, h, x * m.scale)
+
+    model = Net(forward, scale=parameter(D), reads=torch.zeros(1))
+    model.reads = model.reads.bool()
+
+    def losses(m: nn.Module) -> Tensor:
+        out = objectives(m(draw(B, T, D)))
+        model.reads = ~model.reads
+        return out
+
+    check(model, losses, rows=["scale"])
+
+
+RANDOM = {  # ops without a rule that draw random numbers when they are given a parameter
+    "alpha dropout": lambda m, x: x @ F.alpha_dropout(m.w, 0.5, training=True),
+    "random slopes": lambda m, x: x @ F.rrelu(m.w, training=True),
+    "gumbel": lambda m, x: x @ F.gumbel_softmax(m.w),
+    "attention bias": lambda m, x: F.scaled_dot_product_attention(x, x, x, m.w, dropout_p=0.5),
+    "a network of parameters alone": lambda m, x: x @ m.network(m.w.sin()[None])[0][0],
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+@pytest.mark.parametrize("checks", ["first", "never"])
+@pytest.mark.parametrize("batch_dim", [0, None])
+@pytest.mark.filterwarnings("ignore::gramjd.SlowPathWarning")
+def test_ops_that_draw_random_numbers(name: str, checks: str, batch_dim: int | None) -> None:
+    """They are not called again: that would draw other numbers, and move the user's generator."""
+    network = nn.LSTM(D, D, num_layers=2, dropout=0.5, batch_first=True)
+    model = Net(RANDOM[name], w=parameter(D, D), network=network)
+    engine = Engine(model, batch_dim=batch_dim, check=checks)
+    for _ in range(2):
+        losses = objectives(model(draw(B, D, D)))
+        before = torch.get_rng_state()
+        assert_close(engine.compute_gramian(losses), dense_gramian(losses, model.parameters()))
+        assert torch.equal(before, torch.get_rng_state())
 
 
 def test_what_no_sample_has_a_part_in() -> None:

@@ -172,3 +172,14 @@ def test_cells(kind: type[nn.RNNCellBase], bias: bool) -> None:
     params = {name: p.detach() for name, p in model.named_parameters()}
     got = gramjd.gramian(lambda p, x: functional_call(model, p, (x[None],))[0])(params, x)
     assert_close(got, dense_gramian(model(x), model.parameters()))
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+def test_a_float32_island_behind_a_network(kind: type[nn.RNNBase]) -> None:
+    """Its rounding, of what a replay is given, is measured: far above float64's, and no mixing."""
+    network = kind(3, 4, batch_first=True).double()
+    engine, x = Engine(network, batch_dim=0, ways=["ops"]), torch.randn(5, 3, 3, dtype=torch.float64)
+    for _ in range(2):
+        h = network(x)[0].float()
+        losses = (h / h.norm(dim=-1, keepdim=True)).double().sin().sum((1, 2))
+        assert_close(engine.compute_gramian(losses), dense_gramian(losses, network.parameters()), 1e-6)

@@ -66,7 +66,7 @@ def call_blocks(
         live = [t for t, is_live in zip(tensors_of(out), mark.live, strict=True) if is_live]
         return [live[i] for i in used], []
 
-    with torch.random.fork_rng(devices=[], enabled=mark.rng_state is not None), uncompiled():
+    with torch.random.fork_rng(devices=[]), uncompiled():
         if mark.rng_state is not None:
             torch.set_rng_state(mark.rng_state)
         found = capture(

@@ -21,6 +21,7 @@ class Graph:
     nodes: list[Any]  # of uses and module calls, in the order of the forward
     leaves: dict[int, Tensor]  # the tensors whose gradients the graph leads to, by id
     signature: Hashable  # equal for graphs of the same ops over the same leaves
+    outside: set[int]  # ids of leaves that it leads to by a path on which there is no such node
     steady: bool  # does the signature tell where the samples go? Not where data index them
 
 
@@ -108,7 +109,22 @@ def walk(output: Tensor) -> Graph:
             edges += [seen[child], number]
         shape.append(tuple(edges))
     nodes.sort(key=lambda node: node.record.number)
-    return Graph(nodes, leaves, (output.ndim, tuple(shape)), steady)
+    return Graph(nodes, leaves, (output.ndim, tuple(shape)), _outside(output), steady)
+
+
+def _outside(output: Tensor) -> set[int]:
+    """Ids of the leaves whose use no node knows of: a later step may weight it more than this one does."""
+    stack: list[Any] = [output.grad_fn]
+    seen, found = set(stack), set()
+    while stack:
+        node = stack.pop()
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        elif type(node) is not NODE_TYPE:
+            children = {child for child, _ in node.next_functions if child is not None} - seen
+            seen |= children
+            stack += children
+    return found
 
 
 def _hashable(value: Any) -> Hashable:

@@ -39,6 +39,7 @@ class OpMark:
     live: tuple[bool, ...]  # which outputs require gradients, and so have a tap
     unbatched: bool  # are all arguments the same for all samples?
     replay: Replay | None = None
+    lost: str = ""  # why its blocks cannot follow from it: what the op did
 
     @property
     def signature(self) -> Hashable:
@@ -85,12 +86,13 @@ def mark_fused(record: Record, leaves: Sequence[Any], out: Any, rng_state: Tenso
     return _replace_live(out, attach(mark, [*saved, *live], live))
 
 
-def mark_op(record: Record, leaves: Sequence[Any], out: Any, inplace: bool, unbatched: bool) -> Any:
+def mark_op(record: Record, leaves: Sequence[Any], out: Any, inplace: bool, unbatched: bool,
+            lost: str = "") -> Any:  # fmt: skip
     """The output of an op with a node for its record behind it."""
     outs = tensors_of(out)
     live = tuple([t.requires_grad for t in outs])
     saved = [leaves[i] for i in record.saved] + [leaves[slot.index] for slot in record.slots]
-    mark = OpMark(next(_NUMBERS), record, live, unbatched)
+    mark = OpMark(next(_NUMBERS), record, live, unbatched, lost=lost)
     return _replace_live(out, attach(mark, saved, [t for t in outs if t.requires_grad], inplace))
 
 

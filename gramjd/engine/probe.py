@@ -219,11 +219,16 @@ def _note_sizes(task: Task, layout: Layout, shape: Sequence[int]) -> None:
 
 
 def _noise(task: Task, probe: Probe, index: int, which: int) -> float:
-    """The rounding of a cotangent, relative to it; 0 inside a replay, where it is not measured."""
+    """The rounding of a cotangent, relative to it; inside a replay, that of what the op replayed got."""
     place = task.places[index] if task.places else index
-    if place is None:
-        return 0.0
+    if task.precisions and task.precisions[index] is not None:
+        given = probe.passes.first.of(probe.nodes).cotangents[place]
+        return _rounding(*(_joined(cs) for cs in (given, probe.again.cotangents[place])))
     return _rounding(probe.first.cotangents[index][which], probe.again.cotangents[place][which])
+
+
+def _joined(cs: Cotangents) -> Tensor:
+    return torch.cat([c.flatten() for c in cs if c is not None])
 
 
 def is_noise(task: Task, probe: Probe, index: int) -> bool:

@@ -77,21 +77,46 @@ class Recorder(Tracker):
         return known or (self.outer is not None and self.outer._is_unbatched(tensor))
 
     def record(self, op: Any, args: Any, kwargs: dict[str, Any], derived: bool) -> tuple[Any, Record | None]:
+        inplace = is_inplace(op)
+        if (inplace or op is Tensor.__setitem__) and self._cannot_mark(op, args, kwargs):
+            others = [self._lost(arg) for arg in args[1:]]
+            return op(args[0], *others, **{name: self._lost(arg) for name, arg in kwargs.items()}), None
         fused = is_fused(op) and not derived
-        rng_state = torch.get_rng_state() if fused else None
+        rng_state = torch.get_rng_state()
         out = op(*args, **kwargs)
         live = out.requires_grad if isinstance(out, Tensor) else any(t.requires_grad for t in tensors_of(out))
         if not live or saved_tensors_hook() != self.hook:
             return out, None
         record, leaves = describe(op, args, kwargs, self.sources, derived)
-        inplace = is_inplace(op)
-        if inplace and (None in record.entries or out is not args[0] or out._is_view()):
-            return out, None  # cannot be called again, or is a view: left to a slower way
+        if inplace and out is not args[0]:
+            return out, None
         self.seen.update([id(slot.source) for slot in record.slots])
-        if rng_state is not None:
+        if fused:
             return mark_fused(record, leaves, out, rng_state), record
         unbatched = derived or self._are_unbatched(leaves)
-        return mark_op(record, leaves, out, inplace, unbatched), record
+        # an op that has a rule draws none
+        drew = None in record.entries and not torch.equal(rng_state, torch.get_rng_state())
+        lost = "drew random numbers when it used it" if drew else ""
+        return mark_op(record, leaves, out, inplace, unbatched, lost), record
+
+    def _cannot_mark(self, op: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+        """Does an op write into a view, behind which no node can be put, or could it not be called again?"""
+        if (
+            saved_tensors_hook() != self.hook
+            or not torch.is_grad_enabled()
+            or not isinstance(args[0], Tensor)
+        ):
+            return False
+        if op is Tensor.__setitem__ or args[0]._is_view():
+            return True
+        return None in describe(op, args, kwargs, self.sources, False)[0].entries
+
+    def _lost(self, arg: Any) -> Any:
+        """An argument; if it is tracked, with a node that says that this use of it is not known."""
+        if id(arg) not in self.sources or not arg.requires_grad:
+            return arg
+        record, leaves = describe(torch.clone, (arg,), {}, self.sources, True)
+        return mark_op(record, leaves, arg, False, True, "wrote it into a part of another tensor")
 
     def pause(self, frame: FrameType) -> None:
         """Let the ops of an opaque call alone: what compiles it would trace the recording, too."""

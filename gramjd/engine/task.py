@@ -55,7 +55,7 @@ class Task:
     cotangents: list[Cotangents] = field(default_factory=list)  # of each node
     layouts: list[Layouts] = field(default_factory=list)
     precisions: list[torch.dtype | None] = field(default_factory=list)  # of a node's op, if replayed
-    places: list[int | None] = field(default_factory=list)  # of a node in the user's forward, likewise
+    places: list[int] = field(default_factory=list)  # of a node, or of the op replayed, in the user's forward
     met: set[Layout | None] = field(default_factory=set)  # by any region, see layouts_met
     replays: list[Replayed] = field(default_factory=list)  # kept alive
 

@@ -124,9 +124,10 @@ def _row_by_row(task: Task, left: dict[str, Tensor], ways: Sequence[str]) -> Fou
 
 def _first_exact(task: Task, probe: Probe, ways: Sequence[str], checking: bool) -> Found:
     """Blocks of a region's parameters by the ops or by replays of calls, where these are exact."""
-    plan, found = task.plan, Found()
+    plan, found, outside = task.plan, Found(), task.graph.outside
+    plan.causes.update(dict.fromkeys(outside, "it was used outside of the calls of registered modules"))
     for way in ways:
-        left = {name: p for name, p in task.parameters.items() if p not in found}
+        left = {n: p for n, p in task.parameters.items() if p not in found and id(p) not in outside}
         planned = {n: p for n, p in left.items()
                    if WAYS.index(plan.ways.get(id(p), way)) <= WAYS.index(way)}  # fmt: skip
         if way == "rows" or not planned:
@@ -158,7 +159,7 @@ def _expand(task: Task, probe: Probe) -> None:
     cotangents: list[Cotangents] = []
     probed: list[Cotangents] = []
     precisions: list[torch.dtype | None] = []
-    places: list[int | None] = []
+    places: list[int] = []
     measuring = task.batch_dim is not None and task.region not in task.plan.layouts
     for index, (node, cs) in enumerate(zip(task.graph.nodes, task.cotangents, strict=True)):
         given = probe.first.cotangents[index] if measuring else None
@@ -178,7 +179,7 @@ def _expand(task: Task, probe: Probe) -> None:
         # under autocast the op computed with fewer digits than its replay does
         precision = next(c.dtype for c in cs if c is not None) if found.graph is not None else None
         precisions += [precision] * len(found.nodes)
-        places += [index if found.graph is None else None] * len(found.nodes)
+        places += [index] * len(found.nodes)
         task.replays.append(found)
     task.graph, task.cotangents = replace(task.graph, nodes=nodes), cotangents
     task.precisions, task.places = precisions, places
@@ -245,6 +246,10 @@ def _use(task: Task, index: int, split: Mapping[Record, Layout], fail: Callable[
     if mark.replay is not None and any(c is not None for c in task.cotangents[index]):
         for slot in mark.record.slots:
             fail(slot.source, "its fused op could not be replayed")
+        return None
+    if mark.lost:
+        for slot in mark.record.slots:
+            fail(slot.source, f"{_name(mark.record.call.op)} {mark.lost}")
         return None
     record, saved = mark.record, values_of(node)
     slots = saved[len(record.saved) :]
