@@ -12,6 +12,7 @@ from torch import Tensor
 from gramjd import distributed, pytree
 from gramjd.blocks import Block
 from gramjd.jacobian import groups, operator, parts
+from gramjd.jacobian.accumulate import accumulate
 from gramjd.jacobian.outputs import Output, Outputs
 from gramjd.jacobian.parts import Part
 from gramjd.plan import Options
@@ -295,9 +296,10 @@ class Jacobian:
         if batched:
             raise ValueError("Jacobian.backward takes one tensor of weights; see vjp for a batch of them.")
         with torch.no_grad():
-            found = parts.vjp(self.parts, self.parameters, rows[0])
-            found = [distributed.averaged(g, p) for g, p in zip(found, self.parameters, strict=True)]
-        torch.autograd.backward(leaves, [found[n] for n in used])
+            chosen = [Part([part.blocks[n] for n in used], part.samples) for part in self.parts]
+            found = parts.vjp(chosen, leaves, rows[0])
+            found = [distributed.averaged(g, p) for g, p in zip(found, leaves, strict=True)]
+        accumulate(leaves, found)
 
     # other views of it
 
