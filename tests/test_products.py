@@ -149,6 +149,18 @@ def test_one_forward_one_backward_one_product_a_weight(
         assert_close(grads[name], g)
 
 
+def test_backward_copies_no_gradient() -> None:
+    torch.manual_seed(0)
+    model, x, _ = mlp()
+    engine = gramjd.Engine(model, batch_dim=0)
+    J = engine.jacobian(model(x).square().sum(1))
+    with Ops() as ops:
+        J.backward(torch.rand(len(x)).double())
+    made = [name for name, _, shapes in ops.calls if _makes(shapes, list(model.parameters()))]
+    copies = ("clone", "copy_", "new_empty_strided", "_to_copy")
+    assert "bmm" in made and not any(name in copies for name in made)
+
+
 def _makes(shapes: list[tuple[int, ...]], weights: list[nn.Parameter]) -> bool:
     """Is the result as large as one of the weights?"""
     return any(prod(shape) in {p.numel() for p in weights} for shape in shapes)

@@ -61,11 +61,11 @@ class Dense:
 
     def matrix(self) -> Tensor:
         """``[K B, P]``, also for a parameter without dimensions."""
-        return self.values.reshape(prod(self.rows), -1)
+        return self.values.reshape(prod(self.rows), prod(self.shape))
 
     def vjp(self, w: Tensor) -> Tensor:
         """``Jᵀ w`` for ``w [K, B]``."""
-        return torch.tensordot(w, self.values, 2)
+        return (w.reshape(-1) @ self.matrix()).view(self.shape)
 
     def sketch(self, w: Tensor, y: Tensor) -> Tensor:
         """``Jᵀ w`` as a matrix of as many columns as ``y [columns, n]`` has rows, times ``y``."""

@@ -111,9 +111,15 @@ def shared(x: Tensor, dim: int) -> Tensor:
 
 
 def weighted(c: Tensor, w: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """``Σ_k w_kb c_kb [B, ...]`` and ``a``; summed over samples, too, where these share ``a``."""
-    c = c * w.view(*w.shape, *[1] * (c.ndim - 2))
+    """``c [B, ...]`` and ``a [B, ...]`` the products of which are summed with weights ``w [K, B]``.
+
+    They have one sample where all share ``a``.
+    """
     a = shared(a, 0)
     if a.shape[0] < c.shape[1]:
-        return c.sum((0, 1)).unsqueeze(0), a
-    return (c.sum(0) if len(c) > 1 else c[0]), a
+        return torch.einsum("kb,kb...->...", w, c).unsqueeze(0), a
+    if len(c) > 1:
+        return torch.einsum("kb,kb...->b...", w, c), a
+    if a.numel() < c.numel():  # the smaller of the two is copied
+        return c[0], a * w[0].view(-1, *[1] * (a.ndim - 1))
+    return c[0] * w[0].view(-1, *[1] * (c.ndim - 2)), a

@@ -12,6 +12,7 @@ from torch import Tensor
 from gramjd import distributed, pytree
 from gramjd.blocks import Block
 from gramjd.jacobian import groups, operator, parts
+from gramjd.jacobian.accumulate import accumulate
 from gramjd.jacobian.outputs import Output, Outputs
 from gramjd.jacobian.parts import Part
 from gramjd.plan import Options
@@ -120,7 +121,9 @@ class Jacobian:
             per: ``None`` for the whole; ``"parameter"`` for the share of each parameter; or groups
                 of parameters, as a function from a parameter's name to its group's, or a mapping
                 from groups to names. The shares add up to the whole.
-            memory_budget: bytes of working memory that contractions may use beside the result.
+            memory_budget: bytes of working memory that contractions may use beside the result. Rows
+                that they build of weights used at many positions are kept with the Jacobian, in up to
+                half of it, where they make :meth:`vjp` and :meth:`backward` faster.
             accumulate_dtype: dtype in which half-precision products are added up.
             group: a ``torch.distributed`` process group, or a ``DeviceMesh`` of one dimension, each
                 rank of which calls this with the Jacobian of its own samples: the Gramian is that of
@@ -148,7 +151,11 @@ class Jacobian:
         distributed.refuse_rows(rows)
 
         def share(which: Sequence[int]) -> PyTree:
-            total = parts.gramian(self.parts, which, self.objectives, options, self._like)
+            given, K = self.parts, self.objectives
+            if len(given) == 1:
+                total = parts.keeping(given[0], which, K, options, self._like)
+            else:
+                total = parts.gramian(given, which, K, options, self._like)
             return self.outputs.square(total, self.outputs)
 
         return share(which[""]) if per is None else {name: share(mine) for name, mine in which.items()}
@@ -295,9 +302,10 @@ class Jacobian:
         if batched:
             raise ValueError("Jacobian.backward takes one tensor of weights; see vjp for a batch of them.")
         with torch.no_grad():
-            found = parts.vjp(self.parts, self.parameters, rows[0])
-            found = [distributed.averaged(g, p) for g, p in zip(found, self.parameters, strict=True)]
-        torch.autograd.backward(leaves, [found[n] for n in used])
+            chosen = [part.of_parameters(used) for part in self.parts]
+            found = parts.vjp(chosen, leaves, rows[0])
+            found = [distributed.averaged(g, p) for g, p in zip(found, leaves, strict=True)]
+        accumulate(leaves, found)
 
     # other views of it
 
@@ -312,7 +320,7 @@ class Jacobian:
         """
         which = groups.chosen(self.names, names)
         order, spec = pytree.flatten({self.names[n]: n for n in which})
-        found = [Part([part.blocks[n] for n in order], part.samples) for part in self.parts]
+        found = [part.of_parameters(order) for part in self.parts]
         kept = [self.parameters[n] for n in order]
         return replace(self, parts=found, parameters=kept, parameters_spec=spec)
 

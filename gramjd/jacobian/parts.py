@@ -7,7 +7,7 @@ own samples.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from math import isqrt
 
@@ -26,6 +26,12 @@ class Part:
 
     blocks: Sequence[Sequence[Block]]  # of each parameter; none if the outputs do not depend on it
     samples: int
+    kept: dict[int, Tensor] = field(default_factory=dict)  # rows [B K, P] that the Gramian was made of
+
+    def of_parameters(self, which: Sequence[int]) -> Part:
+        """Of some of the parameters."""
+        kept = {n: self.kept[p] for n, p in enumerate(which) if p in self.kept}
+        return Part([self.blocks[p] for p in which], self.samples, kept)
 
     def split(self, most: int) -> list[Part]:
         """Parts of at most so many samples."""
@@ -49,8 +55,9 @@ class Part:
         return Part([[block.objectives(which) for block in mine] for mine in self.blocks], self.samples)
 
     def memory(self) -> int:
-        """Bytes of the factors, each storage once."""
-        storages = {t.untyped_storage() for mine in self.blocks for b in mine for t in _tensors(b).values()}
+        """Bytes of the factors and of kept rows, each storage once."""
+        factors = [t for mine in self.blocks for b in mine for t in _tensors(b).values()]
+        storages = {t.untyped_storage() for t in [*factors, *self.kept.values()]}
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
@@ -91,6 +98,23 @@ def _pieces(parts: Sequence[Part], K: int, options: Options, like: Tensor) -> Se
     entries = options.budget(like.device) // options.accumulated(like.dtype).itemsize
     most = max(1, isqrt(entries // 3) // K)
     return [piece for part in parts for piece in part.split(most)]
+
+
+@own_precision
+def keeping(part: Part, which: Sequence[int], K: int, options: Options, like: Tensor) -> Tensor:
+    """The same of one part, which keeps some of the rows that are built for it."""
+    shares = [plan.of_rows(part.kept[p], K) for p in which if p in part.kept]
+    taken = sum(rows.nbytes for rows in part.kept.values())
+    for p, rows in plan.kept_rows({p: part.live(p) for p in which if p not in part.kept}, options, taken):
+        part.kept[p] = rows
+        shares.append(plan.of_rows(rows, K))
+    rest = [p for p in which if p not in part.kept]
+    if rest or not shares:
+        taken = sum(rows.nbytes for rows in part.kept.values())
+        budget = options.budget(like.device) - taken
+        less = replace(options, memory_budget=max(1, budget)) if taken else options
+        shares.append(gramian([part], rest, K, less, like))
+    return _sum(shares, (), like)
 
 
 @own_precision
@@ -142,11 +166,13 @@ def vjp(parts: Sequence[Part], parameters: Sequence[Tensor], w: Tensor) -> list[
     weights = w.split([part.samples for part in parts], 1)
     found = []
     for number, p in enumerate(parameters):
-        shares = [
-            block.vjp(mine.to(p.dtype))
-            for part, mine in zip(parts, weights, strict=True)
-            for block in part.blocks[number]
-        ]
+        shares = []
+        for part, mine in zip(parts, weights, strict=True):
+            if number in part.kept:
+                flat = mine.to(p.dtype).T.reshape(-1) @ part.kept[number]
+                shares.append(flat.view(p.shape))
+            else:
+                shares += [block.vjp(mine.to(p.dtype)) for block in part.blocks[number]]
         found.append(_sum(shares, p.shape, p).to(p.dtype))
     return found
 

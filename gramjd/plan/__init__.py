@@ -20,6 +20,7 @@ from torch import Tensor
 from gramjd.blocks import Block, Dense, Lookup, Outer, is_zero, merge
 from gramjd.plan import diagonals
 from gramjd.plan.choice import plans, swapped
+from gramjd.plan.kept import kept_rows, of_rows
 from gramjd.plan.options import Limits, Options, default_budget, limits
 from gramjd.plan.pairwise import with_bias
 from gramjd.plan.tiles import added, ranges
@@ -33,6 +34,8 @@ __all__ = [
     "default_budget",
     "gramian",
     "gramians",
+    "kept_rows",
+    "of_rows",
     "ranges",
     "squared_norms",
     "steps",

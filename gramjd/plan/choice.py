@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+
+import torch
 
 from gramjd.blocks import Block, Conv, Dense, Lookup, Outer
+from gramjd.blocks.outer import shared
+from gramjd.internals import is_compiling
 from gramjd.plan import conv, joint, lookup, pairwise
 from gramjd.plan.cost import Cost, Plan
 from gramjd.plan.rows import dense_rows, rows, rows_cost
@@ -32,11 +36,41 @@ _PLANS: dict[tuple[type, type], Sequence[Plan]] = {
 }
 
 
+_CHOICES: dict[Hashable, list[tuple[Plan, Cost]]] = {}  # of pairs of blocks met before, by their sizes
+_MOST = 4096  # pairs remembered
+
+
 def plans(u: Block, v: Block) -> list[tuple[Plan, Cost]]:
     """The plans that apply to two blocks, the cheapest first."""
+    if is_compiling():
+        return _sorted(u, v)
+    key = (type(u), _sizes(u), None if u is v else (type(v), _sizes(v)), torch.backends.cudnn.allow_tf32)
+    try:
+        found = _CHOICES.get(key)
+    except TypeError:  # sizes that a tracer knows by name only
+        return _sorted(u, v)
+    if found is None:
+        found = _CHOICES[key] = _sorted(u, v)
+        if len(_CHOICES) > _MOST:
+            _CHOICES.pop(next(iter(_CHOICES)), None)
+    return found
+
+
+def _sorted(u: Block, v: Block) -> list[tuple[Plan, Cost]]:
     known = _PLANS.get((type(u), type(v)), (_ROWS,))
     costs = [(plan, plan.cost(u, v)) for plan in known]
     return sorted(((p, cost) for p, cost in costs if cost is not None), key=lambda found: found[1].time)
+
+
+def _sizes(block: Block) -> Hashable:
+    """All that the costs of a block's plans depend on."""
+    if isinstance(block, Dense):
+        return block.values.shape
+    if isinstance(block, Lookup):
+        return block.c.shape, block.shape, shared(block.ids, 0).shape
+    x, y = block.factors
+    of_op = (block.stride, block.dilation, x.is_cuda) if isinstance(block, Conv) else block.transposed
+    return block.shape, x.shape, y.shape, shared(x, 1).shape, shared(y, 1).shape, of_op
 
 
 def swapped(u: Block, v: Block) -> bool:

@@ -120,6 +120,16 @@ class Method:
         total = added(slab(some, tap) for some in ranges(p, step) for tap in taps)
         return canonical(total, u.rows, v.rows)
 
+    def rows(self, block: Conv, limits: Limits) -> Tensor:
+        """All rows ``[B K, P]``, their entries in the parameter's order."""
+        if not self.by_taps:
+            return self._rows(block, None, limits)
+        taps = [self._rows(block, tap, limits) for tap in tuples(*map(range, block.kernel))]
+        rows = torch.stack(taps, -1)  # [B K, entries at a tap, taps]
+        if self.build is depthwise:  # these are in the order p, q, G
+            rows = rows.unflatten(1, (-1, block.points.shape[3])).transpose(1, 2)
+        return rows.flatten(1)
+
     def _rows(self, block: Conv, tap: Sequence[int] | None, limits: Limits) -> Tensor:
         at = () if tap is None else (tap,)
         few = Limits(limits.cached(CACHED), limits.dtype)

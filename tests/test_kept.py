@@ -1,0 +1,116 @@
+"""Rows that a Gramian leaves behind, and the products with them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import assert_close
+from test_plan import convolutions
+from test_products import Ops
+from torch import Tensor, nn
+
+import gramjd
+from gramjd.blocks import Conv
+from gramjd.plan.conv import METHODS
+from gramjd.plan.options import Limits
+
+BUDGET = 2**20
+
+
+def model() -> nn.Module:
+    """Convolutions of every kind, over 64 positions and more, and one product."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.Tanh(), nn.ConvTranspose2d(4, 4, 3), nn.Tanh(),
+        nn.Conv2d(4, 8, 3, groups=4, padding=1), nn.Tanh(), nn.Conv2d(8, 8, 3, groups=8, padding=1),
+        nn.Flatten(2), nn.Linear(144, 5), nn.Flatten(), nn.Linear(40, 2),
+    )  # fmt: skip
+
+
+class Tokens(nn.Module):
+    """A product over 80 tokens."""
+
+    def __init__(self, inputs: int = 6, width: int = 7) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(inputs, width), nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).tanh()).mean(1)
+
+
+CASES = {"images": (model, (3, 12, 12)), "tokens": (Tokens, (80, 6))}
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("K", [1, 2])
+@pytest.mark.parametrize("elements", [300, 2**20])
+def test_rows_are_in_the_parameter_s_order(method: object, K: int, elements: int) -> None:
+    for block in convolutions(K).values():
+        if isinstance(block, Conv):
+            rows = method.rows(block, Limits(elements, torch.float64))  # type: ignore[attr-defined]
+            assert_close(rows, block.dense().transpose(0, 1).flatten(0, 1).flatten(1))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_products_with_kept_rows(case: str) -> None:
+    torch.manual_seed(0)
+    make, shape = CASES[case]
+    net, x = make().double(), torch.randn(4, *shape).double()  # type: ignore[operator]
+    engine = gramjd.Engine(net, batch_dim=0)
+    J = engine.jacobian(net(x))
+    dense = torch.cat([g.flatten(2) for g in J.dense().values()], 2)
+    G = J.gramian(memory_budget=BUDGET)
+    (part,) = J.parts
+    kept = {J.names[n] for n in part.kept}
+    assert kept == {f"{n}.weight" for n in ((0, 2, 4, 6) if case == "images" else ("first", "second"))}
+    assert sum(rows.nbytes for rows in part.kept.values()) <= BUDGET // 2
+    assert_close(G, torch.einsum("bkp,clp->bklc", dense, dense))
+    assert torch.equal(G, G.permute(3, 2, 1, 0))
+    assert_close(J.gramian(), G)  # of the rows that are there
+
+    w, several = torch.randn(4, 2).double(), torch.randn(3, 4, 2).double()
+    want = torch.einsum("bkp,bk->p", dense, w)
+    assert_close(_flat(J.vjp(w)), want)
+    some = sorted(kept)[-1:]
+    assert_close(_flat(J.select(some).vjp(w)), J.vjp(w)[some[0]].flatten())
+    got = J.vjp(several)
+    assert_close(
+        torch.cat([g.flatten(1) for g in got.values()], 1), torch.einsum("bkp,nbk->np", dense, several)
+    )
+    both = gramjd.Jacobian.cat([J, engine.jacobian(net(x + 1))])
+    assert_close(_flat(both.vjp(torch.cat([w, torch.zeros_like(w)]))), want)
+    J.backward(w)
+    assert_close(_flat({name: net.get_parameter(name).grad for name in J.vjp(w)}), want)
+
+
+def test_no_weight_gradient_where_rows_are_kept() -> None:
+    net, x = model().double(), torch.randn(4, 3, 12, 12).double()
+    J = gramjd.Engine(net, batch_dim=0).jacobian(net(x))
+    counts = []
+    for _ in range(2):
+        with Ops() as ops:
+            J.vjp(torch.ones(4, 2).double())
+        counts.append(ops.count(("convolution_backward", "convolution")))
+        J.gramian()
+    assert counts == [4, 0]
+
+
+def test_nothing_is_kept_beyond_half_of_the_budget_or_inside_transforms() -> None:
+    net, x = Tokens(64, 200).double(), torch.randn(8, 80, 64).double()
+    f, params = gramjd.functional_loss(net, lambda out: out.sum(1))
+    J = gramjd.jacobian(f)(params, x)
+    J.gramian(memory_budget=BUDGET)  # rows of the first weight take more than half
+    assert {J.names[n] for n in J.parts[0].kept} == {"second.weight"}
+    J.gramian()
+    assert {J.names[n] for n in J.parts[0].kept} == {"first.weight", "second.weight"}
+
+    def trace(params: dict[str, Tensor]) -> Tensor:
+        J = gramjd.jacobian(f)(params, x)
+        G = J.gramian()
+        assert not J.parts[0].kept
+        return G.trace()
+
+    torch.func.grad(trace)(params)
+
+
+def _flat(tree: dict[str, Tensor]) -> Tensor:
+    return torch.cat([g.flatten() for g in tree.values()])
