@@ -65,3 +65,14 @@ def test_excerpts_of_examples_are_whole() -> None:
         lines = (DOCS.parent / name).read_text(encoding="utf-8").splitlines()
         assert re.match(r"class |def |@|    def ", lines[int(start) - 1]), name
         assert lines[int(stop) - 1] and not lines[int(stop)] and not lines[int(stop) + 1], name
+
+
+def test_every_picture_is_shown_and_described() -> None:
+    pages = [*DOCS.rglob("*.md"), DOCS.parent / "README.md"]
+    shown = [
+        (alt, (page.parent / path).resolve())
+        for page in pages
+        for alt, path in re.findall(r"!\[([^\]]*)\]\(([^)]+\.png)\)", page.read_text(encoding="utf-8"))
+    ]
+    assert all(alt and path.exists() for alt, path in shown)
+    assert {path for _, path in shown} >= set(DOCS.rglob("*.png"))

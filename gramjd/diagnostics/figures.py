@@ -53,8 +53,7 @@ def plot_similarity(source: Source, *, labels: Labels | None = None, cluster: bo
     ax.figure.colorbar(image, ax=ax, label="cosine similarity of two gradients")
     if labels is None:
         ax.set(xlabel="objective", ylabel="objective")
-        for axis in (ax.xaxis, ax.yaxis):
-            axis.get_major_locator().set_params(integer=True)
+        ax.locator_params(integer=True)
         if cluster:
             ax.set(xticks=[], yticks=[], xlabel="objective, clustered", ylabel="objective, clustered")
     else:

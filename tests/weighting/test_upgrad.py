@@ -46,10 +46,15 @@ def test_the_short_way_agrees_with_the_general_one(family: str, size: int) -> No
     torch.testing.assert_close(short, general, rtol=1e-10, atol=1e-12)
 
 
+def symmetric(matrix: torch.Tensor) -> torch.Tensor:
+    """As an engine's Gramians are; a plain product is so on some CPUs alone."""
+    return (matrix + matrix.mT) / 2
+
+
 def test_the_short_way_on_degenerate_gramians() -> None:
     taken = 0
     for size in (2, 5, 8, 12, LARGEST):
-        for matrix in degenerate(size, 60, seed=size):
+        for matrix in symmetric(degenerate(size, 60, seed=size)):
             taken += small_projections(matrix, 1e-4, 1e-4) is not None
             general, _ = upgrad(matrix, certificate=True)
             torch.testing.assert_close(upgrad(matrix), general, rtol=1e-9, atol=1e-10)
@@ -57,7 +62,7 @@ def test_the_short_way_on_degenerate_gramians() -> None:
 
 
 def test_the_short_way_leaves_what_is_not_easy() -> None:
-    matrix = gramian("random", 4)
+    matrix = symmetric(gramian("random", 4))
     assert small_projections(matrix, 1e-4, 1e-4) is not None
     asymmetric, infinite, negative, missing = (matrix.clone() for _ in range(4))
     asymmetric[0, 1] *= 1 + 1e-15
@@ -65,7 +70,7 @@ def test_the_short_way_leaves_what_is_not_easy() -> None:
     negative[0, 0] = -1e-9
     missing[2, 3] = missing[3, 2] = torch.nan
     indefinite = torch.tensor([[1.0, 3.0], [3.0, 1.0]])
-    large, batch = gramian("random", LARGEST + 1), torch.stack([matrix, matrix])
+    large, batch = symmetric(gramian("random", LARGEST + 1)), torch.stack([matrix, matrix])
     cases = [
         asymmetric,
         infinite,
