@@ -197,7 +197,7 @@ def page(found: Record) -> str:
         "Bytes of all ranks together, in MB (10⁶); what ranks send to agree is not in the plan. The last",
         "column says how many parameters go which way.",
         "",
-        "| case | ranks | planned | sent | to agree | all-reduce | sent / all-reduce | by factors, slices |",
+        "| case | ranks | planned | sent | to agree, kB | all-reduce | sent / all-reduce | factors, slices |",
         "|---|---|---|---|---|---|---|---|",
         *(_bytes(record) for record in found["records"] if record["ranks"] > 1),
         "",
@@ -214,7 +214,8 @@ def page(found: Record) -> str:
 
 
 def _bytes(record: Record) -> str:
-    cells = [f"{record[name] / MB:.3f}" for name in ("planned", "sent", "agreement", "all_reduce")]
+    cells = [f"{record[name] / MB:.3f}" for name in ("planned", "sent", "all_reduce")]
+    cells.insert(2, f"{record['agreement'] / 1e3:.2f}")
     ratio = record["sent"] / record["all_reduce"]
     ways = f"{record['by_factors']}, {record['by_slices']}"
     named = f"{record['case']}, {TITLES[record['case']]}"
