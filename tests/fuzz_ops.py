@@ -147,9 +147,16 @@ def embed(p: Program, v: Value, a: int) -> Value:
 
 
 def rearrange(p: Program, v: Value, a: int) -> Value:
-    layouts = {"TBD": "time first", "BDT": "features first", "DBT": "features first", "ND": "flattened [B*n, d]",
-               "MD": "flattened [n*B, d]", "DN": "flattened [d, B*n]", "DTB": "samples last", "TDB": "samples last",
-               }  # fmt: skip
+    layouts = {
+        "TBD": "time first",
+        "BDT": "features first",
+        "DBT": "features first",
+        "ND": "flattened [B*n, d]",
+        "MD": "flattened [n*B, d]",
+        "DN": "flattened [d, B*n]",
+        "DTB": "samples last",
+        "TDB": "samples last",
+    }
     dims = list(layouts)[a % len(layouts)]
     p.note(layouts[dims], "reshape" if {*dims} & {*"NM"} else "transpose")
     v = p.to(v, dims)
