@@ -21,7 +21,7 @@ def pairwise_cost(u: Lookup, v: Lookup) -> Cost:
     """``(n T)²·d``."""
     (K1, B1, T1, d), (K2, B2, T2) = u.c.shape, v.c.shape[:3]
     pairs = half(u is v, K1 * B1 * T1 * K2 * B2 * T2, K1 * B1 * T1)
-    return Cost(pairs * (d + 1), 3 * pairs, 8 * (1 + 2 * pairs // CACHED), 3 * pairs)
+    return Cost(pairs * (d + 1), 5 * pairs, 8 * (1 + 2 * pairs // CACHED), 3 * pairs)
 
 
 def pairwise(u: Lookup, v: Lookup, limits: Limits) -> Tensor:
