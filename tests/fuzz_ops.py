@@ -15,13 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 PARTS: dict[str, Callable[[int], nn.Module]] = {
     "linear module": lambda d: nn.Linear(d, d),
-    "norm module": nn.LayerNorm,
+    "norm module": lambda d: nn.LayerNorm(d, eps=0.1),
     "mlp": lambda d: nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(), nn.Dropout(0.2), nn.Linear(2 * d, d)),
     "lstm": lambda d: nn.LSTM(d, d, 2, batch_first=True, dropout=0.2),
     "gru": lambda d: nn.GRU(d, d if d % 2 else d // 2, bidirectional=d % 2 == 0),
     "cell": lambda d: nn.GRUCell(d, d),
     "attention module": lambda d: nn.MultiheadAttention(d, 1, dropout=0.2, batch_first=True),
-    "encoder": lambda d: nn.TransformerEncoderLayer(d, 1, 2 * d, batch_first=True, norm_first=d % 2 == 0),
+    "encoder": lambda d: nn.TransformerEncoderLayer(d, 1, 2 * d, batch_first=True, layer_norm_eps=0.1),
     "prelu": lambda d: nn.PReLU(),
     "weight norm": lambda d: parametrizations.weight_norm(nn.Linear(d, d)),
     "low rank": lambda d: nn.Sequential(nn.Linear(d, 1, bias=False), nn.Linear(1, d)),
@@ -101,13 +101,14 @@ def scale(p: Program, v: Value, a: int) -> Value:
 def norm(p: Program, v: Value, a: int) -> Value:
     v = p.to(v, "BDT") if a % 7 > 3 else v if v.dims[-1] == "D" else p.to(v, "BTD")
     w, b, n, t = p.parameter("D", a), p.parameter("D", a + 1), p.sizes["D"], v.t
+    eps = 0.1  # the gradient of two numbers' norm is mere rounding without it
     out = p.choose(a, "norm", {
-        "layer": lambda: F.layer_norm(t, [n], w, b),
-        "rms": lambda: t * t.square().mean(-1, keepdim=True).add(1e-5).rsqrt() * w,
+        "layer": lambda: F.layer_norm(t, [n], w, b, eps),
+        "rms": lambda: t * t.square().mean(-1, keepdim=True).add(eps).rsqrt() * w,
         "float32 rms": lambda: F.normalize(t.float(), dim=-1).double() * w,
-        "unit": lambda: F.normalize(t, dim=-1, eps=1e-3) * w,
-        "group": lambda: F.group_norm(t, n if a // 7 % 2 else 1, w, b),
-        "instance": lambda: F.instance_norm(t, weight=w, bias=b),
+        "unit": lambda: F.normalize(t, dim=-1, eps=eps) * w,
+        "group": lambda: F.group_norm(t, n if a // 7 % 2 else 1, w, b, eps),
+        "instance": lambda: F.instance_norm(t, weight=w, bias=b, eps=eps),
         "batch, evaluated": lambda: F.batch_norm(t, torch.ones(n).double(), torch.ones(n).double(), w, b),
     })  # fmt: skip
     return Value(out, v.dims)
@@ -147,16 +148,9 @@ def embed(p: Program, v: Value, a: int) -> Value:
 
 
 def rearrange(p: Program, v: Value, a: int) -> Value:
-    layouts = {
-        "TBD": "time first",
-        "BDT": "features first",
-        "DBT": "features first",
-        "ND": "flattened [B*n, d]",
-        "MD": "flattened [n*B, d]",
-        "DN": "flattened [d, B*n]",
-        "DTB": "samples last",
-        "TDB": "samples last",
-    }
+    layouts = {"TBD": "time first", "BDT": "features first", "DBT": "features first",
+               "ND": "flattened [B*n, d]", "MD": "flattened [n*B, d]", "DN": "flattened [d, B*n]",
+               "DTB": "samples last", "TDB": "samples last"}  # fmt: skip
     dims = list(layouts)[a % len(layouts)]
     p.note(layouts[dims], "reshape" if {*dims} & {*"NM"} else "transpose")
     v = p.to(v, dims)
@@ -292,7 +286,7 @@ def derived(p: Program, v: Value, a: int) -> Value:
         "@": lambda: t @ w,
         "softmax": lambda: (t.tanh() * b).softmax(-1),
         "linear": lambda: F.linear(t, w, b).sin(),
-        "normalised": lambda: F.layer_norm(t, [len(b)], b),
+        "normalised": lambda: F.layer_norm(t, [len(b)], b, eps=0.1),
         "in place": lambda: t.clone().mul_(b),
     })  # fmt: skip
     return Value(out, "TD")

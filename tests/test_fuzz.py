@@ -66,9 +66,9 @@ def recipes(body: st.SearchStrategy[tuple[Instruction, ...]], losses: list[str])
         Recipe,
         sizes,
         st.tuples(first, body).map(lambda both: both[0] + both[1]),
-        st.lists(instructions(list(SEPARABLE), 1, 3), max_size=2).map(tuple),
+        st.lists(instructions(list(SEPARABLE), 1, 3), min_size=1, max_size=2).map(tuple),
         loss=st.sampled_from(losses),
-        forwards=st.sampled_from(["one", *FORWARDS]),
+        forwards=st.sampled_from(FORWARDS),
         registered=st.sampled_from(["model", "model", "modules", "roots", "inner roots", "some modules"]),
         engines=st.sampled_from(["batch", "none", "both"]),
         frozen=st.sampled_from([False, False, True]),
@@ -77,9 +77,9 @@ def recipes(body: st.SearchStrategy[tuple[Instruction, ...]], losses: list[str])
     )
 
 
-SEPARATE = recipes(instructions(list(SEPARABLE), 2, 7), list(LOSSES))
+SEPARATE = recipes(instructions([*SEPARABLE, "child", "child"], 2, 7), list(LOSSES))
 MIXED = recipes(instructions([*OPS, "mix", "mix"], 2, 7), [*LOSSES, *MIXED_LOSSES])
-ALLOWED = re.compile(": exact$|: warranted|^nothing")
+ALLOWED = re.compile(": (exact|warranted|out of sight|rounding)|^nothing")
 RECIPES = st.one_of(SEPARATE, SEPARATE, SEPARATE, MIXED)
 
 
@@ -116,5 +116,7 @@ def test_random_models_are_exact_or_refused(capsys: pytest.CaptureFixture[str]) 
                 print("", *(f"{count:7} {name}" for name, count in table.most_common()), sep="\n")
     assert not failed, "\n".join(map(str, failed))
     assert results["nothing to differentiate"] < 0.02 * results.total()
+    excused = sum(count for name, count in results.items() if re.search("out of sight|rounding", name))
+    assert excused < 0.02 * results.total()
     rare = {name: features[name] for name in FEATURES if features[name] < int(BY_HAND or 500) // 20}
     assert not rare, f"hardly any model has {rare}"
