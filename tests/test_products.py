@@ -72,11 +72,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, width: int = 64) -> None:
+    def __init__(self, width: int = 96) -> None:
         super().__init__()
         self.embed, self.position = nn.Embedding(50, width), nn.Parameter(torch.randn(4, width))
         self.blocks = nn.Sequential(Block(width), Block(width))
-        self.head = nn.Linear(width, 48)
+        self.head = nn.Linear(width, 56)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.head(self.blocks(self.embed(ids) + self.position).mean(1))

@@ -220,12 +220,19 @@ def _ops(task: Task, parameters: dict[str, Tensor]) -> Found:
 
     uses: list[Use] = []
     split: dict[Record, Layout] = {}  # of derived tensors that have samples
+    resolved: set[Source] = set()  # derived tensors whose cotangents contain all that their uses send
     for index, node in enumerate(task.graph.nodes):
         if isinstance(node.record, OpMark):
+            if node.record.lost:
+                for source in {slot.source for slot in node.record.record.slots} - resolved:
+                    fail(source, f"{_name(node.record.record.call.op)} {node.record.lost}")
+                continue
             use = _use(task, index, split, fail)
             if use is None:
                 continue
             uses.append(use)
+            if use.record.derived:
+                resolved.update(Derived(use.record, i) for i, c in enumerate(use.cs) if c is not None)
             if use.record.derived and use.cs[0] is not None and task.batch_dim is not None:
                 mine = task.layouts[index]
                 split[use.record] = next(layout for layout in mine if layout not in (None, ZERO))
@@ -246,10 +253,6 @@ def _use(task: Task, index: int, split: Mapping[Record, Layout], fail: Callable[
     if mark.replay is not None and any(c is not None for c in task.cotangents[index]):
         for slot in mark.record.slots:
             fail(slot.source, "its fused op could not be replayed")
-        return None
-    if mark.lost:
-        for slot in mark.record.slots:
-            fail(slot.source, f"{_name(mark.record.call.op)} {mark.lost}")
         return None
     record, saved = mark.record, values_of(node)
     slots = saved[len(record.saved) :]
