@@ -85,7 +85,13 @@ def main() -> None:
     if "RANK" not in os.environ:  # not started by torchrun
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     dist.init_process_group("gloo")
+    train(args)
+    dist.barrier()  # torchrun stops all ranks where one fails to end: everything is written by now
+    dist.destroy_process_group()
 
+
+def train(args: argparse.Namespace) -> None:
+    """From the last checkpoint on, if there is one."""
     data = load_data(args.seed)
     x, y = data.train_x.double(), data.train_y
     run, checkpoint = Run(args.seed, args.lr), args.out / "checkpoint.pt"
@@ -107,7 +113,6 @@ def main() -> None:
             f"{run.curve[0]:.3f} at first, {run.curve[-1]:.3f} at last, test accuracy "
             f"{accuracy(run.model.module, data.test_x.double(), data.test_y):.1%}."
         )
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

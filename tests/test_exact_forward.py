@@ -183,7 +183,7 @@ RANDOM = {  # ops without a rule that draw random numbers when they are given a 
     "random slopes": lambda m, x: x @ F.rrelu(m.w, training=True),
     "gumbel": lambda m, x: x @ F.gumbel_softmax(m.w),
     "attention bias": lambda m, x: F.scaled_dot_product_attention(x, x, x, m.w, dropout_p=0.5),
-    "a network of parameters alone": lambda m, x: x @ m.network(m.w.sin()[None])[0][0],
+    "a network of parameters alone": lambda m, x: x @ m.network(m.w.sin().unsqueeze(0))[0].squeeze(0),
 }
 
 
