@@ -264,6 +264,8 @@ def test_backward_of_a_scalar_and_errors() -> None:
         J.backward()
     with pytest.raises(ValueError, match=r"shape \[4, 3\]"):
         J.backward(torch.ones(4).double())
+    with pytest.raises(ValueError, match="not on the Jacobian's device, cpu"):
+        J.backward(torch.ones(4, 3, device="meta"))
     with pytest.raises(ValueError, match="one tensor of weights"):
         J.backward(torch.ones(2, 4, 3).double())
     functional = gramjd.jacobian(lambda p, x: (p * x).sum())(torch.ones(2), torch.ones(3, 2))

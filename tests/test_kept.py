@@ -82,6 +82,20 @@ def test_products_with_kept_rows(case: str) -> None:
     assert_close(_flat({name: net.get_parameter(name).grad for name in J.vjp(w)}), want)
 
 
+def test_kept_rows_are_used_on_the_terms_of_the_call() -> None:
+    """What an earlier Gramian left behind decides neither on precision nor on memory."""
+    net, x = Tokens(64, 60), torch.randn(40, 80, 64)
+    f, params = gramjd.functional_loss(net, lambda out: out.sum(1))
+    J, fresh = (gramjd.jacobian(f)(params, x) for _ in range(2))
+    J.gramian()
+    assert {J.names[n] for n in J.parts[0].kept} == {"first.weight", "second.weight"}
+    got, want = (j.gramian(accumulate_dtype=torch.float64) for j in (J, fresh))
+    assert got.dtype == torch.float64
+    assert torch.equal(got, want)
+    got, want = (j.gramian(memory_budget=BUDGET // 2) for j in (J, gramjd.jacobian(f)(params, x)))
+    assert torch.equal(got, want)
+
+
 def test_no_weight_gradient_where_rows_are_kept() -> None:
     net, x = model().double(), torch.randn(4, 3, 12, 12).double()
     J = gramjd.Engine(net, batch_dim=0).jacobian(net(x))

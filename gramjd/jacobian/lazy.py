@@ -223,9 +223,9 @@ class Jacobian:
             weights have one.
 
         Raises:
-            ValueError: the weights are not shaped like the outputs.
+            ValueError: the weights are not shaped like the outputs, or are on another device.
         """
-        rows, batched = self.outputs.pack(w, "weights")
+        rows, batched = self._packed(w)
 
         def one(row: Tensor) -> list[Tensor]:
             return parts.vjp(self.parts, self.parameters, row)
@@ -298,7 +298,7 @@ class Jacobian:
             if self.outputs.rows != 1:
                 raise ValueError("Jacobian.backward needs weights, except for one scalar output.")
             w = self.outputs.unpack(torch.ones(1, 1, dtype=self.dtype, device=self._like.device))
-        rows, batched = self.outputs.pack(w, "weights")
+        rows, batched = self._packed(w)
         if batched:
             raise ValueError("Jacobian.backward takes one tensor of weights; see vjp for a batch of them.")
         with torch.no_grad():
@@ -367,6 +367,13 @@ class Jacobian:
     def _like(self) -> Tensor:
         """A tensor of the dtype and on the device of the products."""
         return self.parameters[0]
+
+    def _packed(self, w: PyTree) -> tuple[Tensor, bool]:
+        """Weights as rows, see :meth:`Outputs.pack`."""
+        device = self._like.device
+        if any(leaf.device != device for leaf in pytree.leaves(w)):
+            raise ValueError(f"The weights are not on the Jacobian's device, {device}: move them, w.to(...).")
+        return self.outputs.pack(w, "weights")
 
     def _check_parameters(self, other: Jacobian) -> None:
         """Raise unless another Jacobian is of parameters in the same structure and shapes."""

@@ -103,14 +103,13 @@ def _pieces(parts: Sequence[Part], K: int, options: Options, like: Tensor) -> Se
 @own_precision
 def keeping(part: Part, which: Sequence[int], K: int, options: Options, like: Tensor) -> Tensor:
     """The same of one part, which keeps some of the rows that are built for it."""
-    shares = [plan.of_rows(part.kept[p], K) for p in which if p in part.kept]
-    taken = sum(rows.nbytes for rows in part.kept.values())
-    for p, rows in plan.kept_rows({p: part.live(p) for p in which if p not in part.kept}, options, taken):
-        part.kept[p] = rows
+    shares, used = [], {}
+    for p, rows in plan.kept_rows({p: part.live(p) for p in which}, options, part.kept):
+        part.kept[p] = used[p] = rows
         shares.append(plan.of_rows(rows, K))
-    rest = [p for p in which if p not in part.kept]
+    rest = [p for p in which if p not in used]
     if rest or not shares:
-        taken = sum(rows.nbytes for rows in part.kept.values())
+        taken = sum(rows.nbytes for rows in used.values())
         budget = options.budget(like.device) - taken
         less = replace(options, memory_budget=max(1, budget)) if taken else options
         shares.append(gramian([part], rest, K, less, like))

@@ -22,15 +22,16 @@ POSITIONS = 64
 _METHODS = {method.name: method for method in METHODS}
 
 
-def kept_rows(each: Mapping[int, Sequence[Block]], options: Options, taken: int
+def kept_rows(each: Mapping[int, Sequence[Block]], options: Options, known: Mapping[int, Tensor]
               ) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
     """Rows ``[B K, P]`` of some parameters, of those with the most positions first.
 
     Args:
         each: the blocks of each parameter.
         options: of the contraction; half of its memory is for rows.
-        taken: bytes that earlier ones take up.
+        known: rows that there are already, also of other parameters.
     """
+    taken = sum(rows.nbytes for n, rows in known.items() if n not in each)
     alone = {n: mine[0] for n, mine in each.items() if len(mine) == 1}
     found = {n: block for n, block in alone.items() if _builds_rows(block)}
     for n, block in sorted(found.items(), key=lambda item: -positions(item[1])):
@@ -39,7 +40,9 @@ def kept_rows(each: Mapping[int, Sequence[Block]], options: Options, taken: int
         count, entries = prod(block.rows), prod(block.shape)
         size = count * (entries + 3 * count)  # with room for products of these rows
         if x.dtype == y.dtype == most.dtype and size + taken // x.itemsize <= most.elements // 2:
-            rows = _rows(block, Limits(max(1, most.elements // 4), most.dtype))
+            rows = known.get(n)
+            if rows is None:
+                rows = _rows(block, Limits(max(1, most.elements // 4), most.dtype))
             taken += rows.nbytes
             yield n, rows
 
