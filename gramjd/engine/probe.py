@@ -1,126 +1,32 @@
-"""Proof that blocks are right: where the samples are, and whether the total is autograd's own.
+"""What backward passes of weighted objectives prove: where the samples are, and that blocks are right.
 
-All of it follows from backward passes of the objectives weighted at random, beside those of the
-objectives themselves. What is equal in exact arithmetic differs by rounding, and by how much depends
-on what computed it (a float32 normalisation inside a float64 model, autocast). So where a difference
-is small but not negligible, the rounding itself is measured, by one more pass with all weights scaled
-by a number that is no power of two.
+What is equal in exact arithmetic differs by rounding, and by how much depends on what computed it (a
+float32 normalisation inside a float64 model, autocast). So where a difference is small but not
+negligible, the rounding itself is measured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from math import isfinite, prod
+from math import prod
 
 import torch
 from torch import Tensor
 
-from gramjd import gramians
 from gramjd.blocks import Block, Dense
-from gramjd.engine import backward
 from gramjd.engine.layouts import ZERO, Layout, Scattered, follows_samples, measure, owned
 from gramjd.engine.marks import OpMark
 from gramjd.engine.nodes import Cotangents
-from gramjd.engine.regions import Later
+from gramjd.engine.passes import Pass, Passes, rounding_of
 from gramjd.engine.task import Task, is_fused
 from gramjd.rounding import tolerance
 from gramjd.uses import roots
 
-_SCALE = 1.37
 _SMALL = 0.2  # relative differences above it are no rounding
 _VECTORS = 8  # at random, that gradients are multiplied by
 _NOISE = 4  # times the rounding measured that a difference may be
-
-
-@dataclass
-class Pass:
-    """One backward pass of weighted objectives."""
-
-    cotangents: list[Cotangents]  # of each node, [1, *y]
-    gradients: dict[str, Tensor | None]  # of each parameter, [1, *p.shape]
-    sizes: dict[str, float]  # norms of the gradients that there are
-
-    def of(self, nodes: Sequence[int]) -> Pass:
-        """The same with the cotangents of some nodes alone."""
-        return replace(self, cotangents=[self.cotangents[n] for n in nodes])
-
-    @property
-    def is_finite(self) -> bool:
-        """Is there neither NaN nor infinity in it? A norm is many times as fast as ``isfinite``."""
-        found = [(c, float(c.norm())) for cs in self.cotangents for c in cs if c is not None]
-        found += [(g, self.sizes[name]) for name, g in self.gradients.items() if g is not None]
-        return all(isfinite(size) or bool(torch.isfinite(t).all()) for t, size in found)
-
-
-class Passes:
-    """Backward passes of the objectives weighted at random, each run when it is first asked for.
-
-    While another one is in progress (``busy``), asking for one that was not run raises ``Later``.
-    """
-
-    def __init__(self, task: Task, checking: bool) -> None:
-        self.task, self.checking, self.busy = task, checking, False
-        # weights [K, B], and others like them
-        self.v, self.others = (
-            _random_weights(task.objectives, task.samples, task.output, seed) for seed in (0, 1)
-        )
-
-    @cached_property
-    def first(self) -> Pass:
-        return self._run(self.v)
-
-    @cached_property
-    def again(self) -> Pass:
-        """The same but for rounding."""
-        return self._run(_SCALE * self.v)
-
-    @cached_property
-    def independent(self) -> Pass:
-        """With the other weights."""
-        return self._run(self.others)
-
-    def run_all(self) -> None:
-        """Every pass that may be asked for, now."""
-        _ = self.first, self.again, self.independent
-
-    @cached_property
-    def rounding(self) -> float:
-        """The rounding of all gradients together, relative to their norm.
-
-        Not the largest one: a gradient that is nothing but rounding would excuse any other.
-        """
-        found = [(g, self.again.gradients[name]) for name, g in self.first.gradients.items()]
-        pairs = [(g.double(), again.double()) for g, again in found if g is not None and again is not None]
-        off = sum(float((again / _SCALE - g).square().sum()) for g, again in pairs)
-        return float((off / sum(float(g.square().sum()) for g, _ in pairs)) ** 0.5)
-
-    @property
-    def conclusive(self) -> bool:
-        """Would every gradient that is missing have been missed?"""
-        return all(size > 0 for size in self.first.sizes.values())
-
-    def forget(self, nodes: Sequence[int]) -> None:
-        """Let go of what was found at some nodes."""
-        for name in {"first", "again", "independent"} & vars(self).keys():
-            for n in nodes:
-                getattr(self, name).cotangents[n] = []
-
-    def _run(self, weights: Tensor) -> Pass:
-        if self.busy:
-            raise Later
-        task, named = self.task, self.task.parameters if self.checking else {}
-        rows = gramians.from_rows(weights, task.output.shape, task.batch_dim).unsqueeze(0)
-        with backward.tapped(task.graph.nodes) as taps:
-            flat = [tap for mine in taps for tap in mine]
-            found = backward.gradients(task.output, [*flat, *named.values()], rows)
-        cotangents = backward.grouped(found, [len(mine) for mine in taps])
-        # those of Embedding(sparse=True) are written out
-        dense = [g.to_dense() if g is not None and g.is_sparse else g for g in found[len(flat) :]]
-        gradients = dict(zip(named, dense, strict=True))
-        sizes = {name: float(g.norm()) for name, g in gradients.items() if g is not None}
-        return Pass(cotangents, gradients, sizes)
 
 
 @dataclass
@@ -223,8 +129,8 @@ def _noise(task: Task, probe: Probe, index: int, which: int) -> float:
     place = task.places[index] if task.places else index
     if task.precisions and task.precisions[index] is not None:
         given = probe.passes.first.of(probe.nodes).cotangents[place]
-        return _rounding(*(_joined(cs) for cs in (given, probe.again.cotangents[place])))
-    return _rounding(probe.first.cotangents[index][which], probe.again.cotangents[place][which])
+        return rounding_of(*(_joined(cs) for cs in (given, probe.again.cotangents[place])))
+    return rounding_of(probe.first.cotangents[index][which], probe.again.cotangents[place][which])
 
 
 def _joined(cs: Cotangents) -> Tensor:
@@ -254,13 +160,6 @@ def _mixes(task: Task, index: int, c: Tensor, probed: Tensor, v: Tensor) -> bool
     return regular and not broadcast and not follows_samples(c, probed, v)
 
 
-def _rounding(first: Tensor | None, again: Tensor | None) -> float:
-    """The relative difference of two passes that differ by rounding alone."""
-    if first is None or again is None:
-        return 0.0
-    return float((again.double() / _SCALE - first.double()).norm() / first.double().norm())
-
-
 def agrees(probe: Probe, name: str, blocks: Sequence[Block]) -> bool:
     """The check of the total: is ``Jᵀ v`` from the blocks autograd's own?"""
     v, weighted = probe.total
@@ -285,7 +184,7 @@ def agrees(probe: Probe, name: str, blocks: Sequence[Block]) -> bool:
         return False
     # its own may be small by chance where it has few entries
     alone = probe.first.gradients[name], probe.again.gradients[name]
-    rounding = max(_rounding(*alone), probe.passes.rounding)
+    rounding = max(rounding_of(*alone), probe.passes.rounding)
     return off <= _NOISE * rounding * size + slack
 
 
@@ -303,11 +202,3 @@ def _looks_equal(blocks: Sequence[Block], weights: Tensor, gradient: Tensor) -> 
     wanted = gradient.reshape(-1, len(y)) @ y
     left = wanted - sum(block.sketch(weights, y) for block in blocks)
     return float(left.norm()) <= tolerance(gradient.dtype) * float(wanted.norm())
-
-
-def _random_weights(objectives: int, samples: int, like: Tensor, seed: int) -> Tensor:
-    """Row weights ``[K, B]``, the same on every call, none close to zero."""
-    generator = torch.Generator().manual_seed(seed)
-    uniform = torch.rand(2, objectives, samples, generator=generator, dtype=torch.float64)
-    signs = 1 - 2 * (uniform[1] < 0.5).double()
-    return ((0.5 + uniform[0]) * signs).to(like.device, like.dtype)

@@ -1,0 +1,84 @@
+"""The modules of an engine, and which parameters they hold at the time of asking."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from gramjd import distributed
+from gramjd.engine.compiled import StandIns, is_compiled
+from gramjd.engine.sharded import Lockstep, Shards, is_unit
+
+
+class Registry:
+    """The modules of an engine, and what they hold at the time of asking."""
+
+    def __init__(self, modules: Sequence[nn.Module], recurse: bool) -> None:
+        self.modules, self.recurse, self.shards = modules, recurse, Shards()
+        self.stand_ins: StandIns | None = None
+
+    def named(self, whole: bool = False) -> dict[str, Tensor]:
+        """Trainable parameters by name, each once: the optimizer's, or the ``whole`` of sharded ones."""
+        seen: set[int] = set()
+        found: dict[str, Tensor] = {}
+        which = self.shards.in_forward if whole else self.shards.of_user
+        for index, module in enumerate(self.modules):
+            prefix = "" if len(self.modules) == 1 else f"{index}:{type(module).__name__}."
+            for name, held in module.named_parameters(recurse=self.recurse):
+                p: Tensor = held
+                if self.shards.units:
+                    owner, _, last = name.rpartition(".")
+                    p = which(module.get_submodule(owner), last, p)
+                if p.requires_grad and id(p) not in seen:
+                    seen.add(id(p))
+                    found[prefix + name] = p
+        return found
+
+    def held(self, below: nn.Module | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        """Trainable parameters, and the tensors that no sample owns: frozen ones and buffers.
+
+        Of all modules, or of those ``below`` a sharded one. A walk many times as fast as
+        ``named_parameters``, for every forward takes it.
+        """
+        trainable: dict[int, Tensor] = {}
+        unbatched: dict[int, Tensor] = {}
+        start = self.modules if below is None or not self.recurse else [below]
+        stack: list[tuple[nn.Module, nn.Module | None]] = [(module, None) for module in start]
+        seen = set(map(id, start))
+        while stack:
+            module, unit = stack.pop()
+            unit = module if is_unit(module) else unit
+            if is_compiled(module) and self.stand_ins is not None:
+                self.stand_ins.note(module)
+            for name, p in module._parameters.items():
+                if p is not None and unit is not None:
+                    self.shards.note(module, name, p, unit)
+                if p is not None and (
+                    unit is None or not distributed.is_sharded(p)
+                ):  # shards take no part in a forward
+                    (trainable if p.requires_grad else unbatched)[id(p)] = p
+            unbatched.update((id(b), b) for b in module._buffers.values() if b is not None)
+            for child in module._modules.values() if self.recurse else ():
+                if child is not None and id(child) not in seen:
+                    seen.add(id(child))
+                    stack.append((child, unit))
+        return list(trainable.values()), list(unbatched.values())
+
+    def lockstep(self) -> Lockstep | None:
+        """For a sharded model; it shows its sharded parameters from then on."""
+        if not self.shards.units:
+            return None
+        if not self.shards.sharded:  # the engine has seen no other than gathered ones
+            self.shards.release()
+            self.held()
+        for p in self.shards.sharded.values():
+            return Lockstep(p.device_mesh, p.device, self.shards)  # type: ignore[attr-defined]
+        return None
+
+    def hooked(self) -> list[nn.Module]:
+        """The modules whose calls are watched: those that have a registered parameter below them."""
+        if not self.recurse:
+            return list(self.modules)
+        below = (m for module in self.modules for m in module.modules())
+        return list(dict.fromkeys(m for m in below if next(m.parameters(), None) is not None))

@@ -1,0 +1,205 @@
+"""Blocks of every parameter of an output: each region in the first way that passes the checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramjd.engine import backward
+from gramjd.engine.layouts import ZERO
+from gramjd.engine.marks import CallMark
+from gramjd.engine.nodes import Cotangents, forget
+from gramjd.engine.passes import Pass, Passes
+from gramjd.engine.probe import Probe, agrees, find_layouts, is_noise
+from gramjd.engine.regions import Later, Stream, regions_of
+from gramjd.engine.replay import Replayed, replay
+from gramjd.engine.sharded import needs_weights
+from gramjd.engine.task import Task, is_fused
+from gramjd.engine.ways import BY_WAY, WAYS, Found, by_rows
+from gramjd.errors import CheckFailedError, NotFiniteError, NotSeparableError
+from gramjd.uses import roots
+
+OVERFLOWED = (
+    "The {} of the output has NaN or infinite entries: something overflowed in the backward pass, or it "
+    "divides by zero. Under a GradScaler that happens in ordinary training: skip the step and lower the "
+    "scale, scaler.update(scaler.get_scale() / 2)."
+)
+
+Emit = Callable[[Found], None]
+
+
+def solve(task: Task, ways: Sequence[str], check: bool, emit: Emit) -> None:
+    """Give ``emit`` the blocks of every parameter, obtained in the first of ``ways`` that is exact for it.
+
+    Those of a region as soon as the backward pass has been through it, where that is possible. Measures
+    and checks what the task's plan does not know yet, and writes it there.
+
+    Raises:
+        NotFiniteError: gradients have NaN or infinite entries.
+        NotSeparableError: the samples are mixed.
+        CheckFailedError: no way is left for a parameter.
+    """
+    plan, nodes, lockstep = task.plan, task.graph.nodes, task.lockstep
+    if not task.samples and lockstep is None:
+        return
+    plan.regions = plan.regions or regions_of(nodes)
+    opaque = [isinstance(node.record, CallMark) for node in nodes]
+    checking = check and (any(opaque) or not plan.checked)  # replays run the user's code anew
+    probing = checking or (task.batch_dim is not None and len(plan.layouts) < len(plan.regions))
+    passes = Passes(task, checking)
+    done: set[int] = set()  # ids of parameters
+    lasting = [True] * len(plan.regions)
+
+    def solve_region(number: int, cotangents: list[Cotangents]) -> None:
+        part = task.of_region(number, cotangents)
+        probe = Probe(passes, plan.regions[number].nodes)
+        try:
+            _expand(part, probe)
+            lasting[number] = find_layouts(part, probe)
+            found = _first_exact(part, probe, ways, checking)
+        except Later:
+            plan.late.add(number)  # also the next time: the order of the sum decides on its rounding
+            raise
+        task.met.update(part.layouts_met())
+        done.update(map(id, found))
+        emit(found)
+        forget([nodes[i] for i in probe.nodes])
+        passes.forget(probe.nodes)
+
+    early = {n for n, region in enumerate(plan.regions) if n not in plan.late
+             and not any(opaque[i] or is_fused(nodes[i]) for i in region.nodes)}  # fmt: skip
+    weighted = [node for node in nodes if lockstep is not None and needs_weights(node)]
+    if lockstep is not None:  # whatever the data are, all ranks run the same backward passes
+        ways = [way for way in ways if way != "rows"]
+        early = set()
+        lockstep.agree(probing, lockstep.units_of(weighted), None)
+        if lockstep.passes:
+            passes.run_all()
+    elif probing:
+        _refuse_overflow(passes.first)  # or what is measured now would be wrong, and remembered
+    stream = Stream(nodes, plan.regions, early, solve_region)
+    passes.busy = True
+    backward.stream(task.output, nodes, backward.basis(task.output, task.batch_dim), stream)
+    passes.busy = False
+    with nullcontext() if lockstep is None else lockstep.gather(weighted):
+        if not task.samples:
+            return
+        if lockstep is not None and probing:
+            _refuse_overflow(passes.first)
+        stream.finish()
+    left = {name: p for name, p in task.parameters.items() if id(p) not in done}
+    if left:
+        emit(_row_by_row(task, left, ways))
+    plan.checked = plan.checked or (checking and all(lasting) and passes.conclusive)
+
+
+def _row_by_row(task: Task, left: dict[str, Tensor], ways: Sequence[str]) -> Found:
+    """Blocks of the parameters that are left, if they may go this way."""
+    if "rows" in ways:
+        _refuse_mixed(task, left, ways)
+        found = by_rows(task, left)
+        task.plan.ways.update(dict.fromkeys(map(id, left.values()), "rows"))
+        return found
+    name, p = next(iter(left.items()))
+    cause = task.plan.causes.get(id(p), "no registered module call used it")
+    remedy = "Allow more ways (the default of Engine tries all), or freeze the parameter."
+    if task.lockstep is not None:
+        remedy = (
+            "Under fully_shard there is no way row by row, whose backward passes ranks would not run in "
+            "step: leave the module unsharded (DistributedDataParallel), or freeze the parameter."
+        )
+    raise CheckFailedError(
+        f"The Gramian of {name!r} could not be computed by {' or '.join(ways)}: {cause}. {remedy}"
+    )
+
+
+def _first_exact(task: Task, probe: Probe, ways: Sequence[str], checking: bool) -> Found:
+    """Blocks of a region's parameters by the ops or by replays of calls, where these are exact."""
+    plan, found, outside = task.plan, Found(), task.graph.outside
+    plan.causes.update(dict.fromkeys(outside, "it was used outside of the calls of registered modules"))
+    for way in ways:
+        left = {n: p for n, p in task.parameters.items() if p not in found and id(p) not in outside}
+        planned = {n: p for n, p in left.items()
+                   if WAYS.index(plan.ways.get(id(p), way)) <= WAYS.index(way)}  # fmt: skip
+        if way == "rows" or not planned:
+            continue
+        candidates = BY_WAY[way](task, planned)
+        for name, p in planned.items():
+            blocks = candidates.get(p)
+            if blocks is None:
+                continue
+            if checking and not agrees(probe, name, blocks):
+                plan.causes[id(p)] = "its uses that were seen do not add up to autograd's gradient"
+                continue
+            found[p] = blocks
+            plan.ways[id(p)] = way
+    return found
+
+
+def _refuse_overflow(weighted: Pass) -> None:
+    """Raise where a pass met NaN or infinity."""
+    if not weighted.is_finite:
+        raise NotFiniteError(OVERFLOWED.format("gradient"))
+
+
+def _expand(task: Task, probe: Probe) -> None:
+    """Put the nodes of its replay in the place of every fused op."""
+    if not any(is_fused(node) for node in task.graph.nodes):
+        return
+    nodes: list[Any] = []
+    cotangents: list[Cotangents] = []
+    probed: list[Cotangents] = []
+    precisions: list[torch.dtype | None] = []
+    places: list[int] = []
+    measuring = task.batch_dim is not None and task.region not in task.plan.layouts
+    for index, (node, cs) in enumerate(zip(task.graph.nodes, task.cotangents, strict=True)):
+        given = probe.first.cotangents[index] if measuring else None
+        found = Replayed([node], [cs], [given or []])
+        if measuring and is_fused(node) and is_noise(task, probe, index):
+            found = Replayed([node], [[None] * len(cs)], [given or []])
+        elif is_fused(node) and any(c is not None for c in cs):
+            try:
+                found = replay(node, cs, given)
+            except (ValueError, RuntimeError) as error:  # a slower way is left
+                for slot in node.record.record.slots:
+                    for root in roots(slot.source):
+                        task.plan.causes.setdefault(root, str(error))
+        nodes += found.nodes
+        cotangents += found.cotangents
+        probed += found.probed
+        # under autocast the op computed with fewer digits than its replay does
+        precision = next(c.dtype for c in cs if c is not None) if found.graph is not None else None
+        precisions += [precision] * len(found.nodes)
+        places += [index] * len(found.nodes)
+        task.replays.append(found)
+    task.graph, task.cotangents = replace(task.graph, nodes=nodes), cotangents
+    task.precisions, task.places = precisions, places
+    if measuring:
+        probe.first.cotangents = probed
+
+
+def _refuse_mixed(task: Task, planned: dict[str, Tensor], ways: Sequence[str]) -> None:
+    """Rows are exact whatever ``batch_dim`` is; but a wrong one is an error, not a slow path."""
+    layouts, plan = task.met, task.plan
+    plan.mixed.update(root for root, sizes in plan.flattened.items() if sizes & plan.sizes)
+    mixed = [name for name, p in planned.items() if id(p) in plan.mixed]
+    if task.samples == 1 or len(ways) == 1 or not (mixed or (None in layouts and layouts <= {None, ZERO})):
+        return
+    shape, dim = list(task.output.shape), task.batch_dim
+    if not mixed or layouts <= {None, ZERO}:
+        found = f"Nothing in the graph of the output, of shape {shape}, treats"
+    else:
+        cause = task.plan.causes.get(id(planned[mixed[0]]), "samples are mixed")
+        found = f"For {mixed[0]!r} {cause}: the graph of the output, of shape {shape}, does not treat"
+    raise NotSeparableError(
+        f"{found} the {task.samples} entries of dimension {dim} as independent samples. Either batch_dim "
+        "is not the batch dimension, or the loss or a layer mixes samples (a mean over the batch, batch "
+        "normalisation in training mode), or an input of that size has no batch dimension (give it one of "
+        "size 1: [1, ...]). Correct it, or use Engine(..., batch_dim=None), which is "
+        "exact for any computation."
+    )
