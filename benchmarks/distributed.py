@@ -163,15 +163,21 @@ def work(rank: int, size: int, cases: Mapping[str, Mapping[str, int]], budget: f
     """What one process of a group does."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store-{size}", rank=rank, world_size=size)
-    records = []
+    records = measured(cases, budget)
+    if rank == 0:
+        Path(folder, f"{size}.json").write_text(json.dumps({"setting": setting("cpu"), "records": records}))
+    dist.destroy_process_group()
+
+
+def measured(cases: Mapping[str, Mapping[str, int]], budget: float) -> list[Record]:
+    """All cases by the ranks of the group."""
+    size, records = dist.get_world_size(), []
     for case, sizes in cases.items():
         torch.manual_seed(0)  # the same weights and data on every rank
         job = Job(CASES[case](**sizes))
         record = {"case": case, "ranks": size, **job.bytes()}
         records.append(record | (job.times(budget) if size <= TIMED else {}))
-    if rank == 0:
-        Path(folder, f"{size}.json").write_text(json.dumps({"setting": setting("cpu"), "records": records}))
-    dist.destroy_process_group()
+    return records
 
 
 def measure(cases: Mapping[str, Mapping[str, int]], ranks: Sequence[int], budget: float) -> Record:

@@ -29,9 +29,10 @@ def of(results: list[dict[str, Any]], case: str) -> list[Any]:
 
 def _work(rank: int, modules: Sequence[str], size: int, folder: str) -> None:
     torch.set_num_threads(1)
+    imported = [importlib.import_module(module) for module in modules]
     store = f"file://{folder}/store"  # one rank that fails leaves the others waiting: not for long
     dist.init_process_group("gloo", store, timedelta(seconds=60), rank=rank, world_size=size)
-    cases = {name: case for module in modules for name, case in vars(importlib.import_module(module)).items()}
+    cases = {name: case for module in imported for name, case in vars(module).items()}
     found: dict[str, Any] = {}
     for name in sorted(name for name in cases if name.startswith("case_")):
         torch.manual_seed(0)

@@ -198,9 +198,7 @@ def test_ddp_digits(tmp_path: Path) -> None:
         start = [] if out == "one" else torchrun
         script = [str(EXAMPLES / "ddp_digits.py"), *options, *command, "--out", str(tmp_path / out)]
         ended = subprocess.run([sys.executable, *start, *script], capture_output=True, text=True, timeout=120)
-        # on a busy machine, a process of gloo now and then aborts when it ends, with all its work done
-        aborted = "terminate called without an active exception" in ended.stderr and "at last" in ended.stdout
-        assert ended.returncode == 0 or aborted, ended.stderr
+        assert ended.returncode == 0, ended.stderr
     one, two = (json.loads((tmp_path / out / "losses.json").read_text()) for out in ("one", "two"))
     assert len(one) == 13
     assert one[-1] < one[0]

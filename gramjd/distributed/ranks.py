@@ -10,6 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+if dist.is_available():
+    # Where these are imported after a group exists (DistributedDataParallel does so), default arguments hold
+    # that group for ever; its threads outlive it and abort gloo's process now and then while Python ends.
+    import torch.distributed.nn
+
 _ON_HOST = ("gloo", "mpi")  # backends that want what is sent in the memory of the host
 
 
