@@ -220,12 +220,17 @@ class Estimate:
         """Of the table."""
         gb, fits = 1e9, "" if self.held <= self.machine.memory else " (!)"
         cells = [
-            str(self.gpus), str(self.samples), f"{self.held / gb:.3g}{fits}",
+            str(self.gpus), str(self.samples), f"{_short(self.held / gb)}{fits}",
             f"{len(self.which) - len(self.plan.sliced)} / {len(self.plan.sliced)}",
-            f"{self.sent / gb:.3g}", f"{self.reduced / gb:.3g}", f"{self.training:.3g}",
-            f"{self.multiplying:.3g}", f"{self.sending:.3g}", f"{self.ratio:.2f}",
+            _short(self.sent / gb), _short(self.reduced / gb), _short(self.training),
+            _short(self.multiplying), _short(self.sending), f"{self.ratio:.2f}",
         ]  # fmt: skip
         return "| " + " | ".join(cells) + " |"
+
+
+def _short(number: float) -> str:
+    """Three digits."""
+    return f"{float(f'{number:.3g}'):,g}"
 
 
 HEAD = """\

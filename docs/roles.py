@@ -1,6 +1,10 @@
-"""Turns the roles of our docstrings, ``:class:`~gramjd.Jacobian```, into links of mkdocstrings."""
+"""What mkdocstrings does not do by itself for the reference.
+
+The roles of our docstrings, ``:class:`~gramjd.Jacobian```, become links; aliases of types are spelled out.
+"""
 
 import re
+from dataclasses import fields, replace
 from typing import Any
 
 import griffe
@@ -10,6 +14,10 @@ ROLE = re.compile(r":(?:class|func|meth|mod|data|attr):`(~?)([\w.]+)`")
 
 class Roles(griffe.Extension):
     """Run on every object after it was read."""
+
+    def on_function(self, *, func: griffe.Function, **kwargs: Any) -> None:
+        for parameter in func.parameters:
+            parameter.annotation = _spelled_out(func.package, parameter.annotation)
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring is not None:
@@ -46,3 +54,21 @@ def _canonical(package: griffe.Module, path: str) -> str:
     holder, _, name = path.rpartition(".")
     module = package["weighting"] if holder == "gramjd.weighting" else package
     return module.imports.get(name, path) if holder == module.path else path
+
+
+def _spelled_out(package: griffe.Module, shown: Any) -> Any:
+    """An annotation with our aliases of types (``Labels``, ``When``, ...) replaced by what they stand for."""
+    if isinstance(shown, griffe.ExprName):
+        path = shown.canonical_path
+        if not path.startswith("gramjd.") or shown.name == "PyTree":  # which says more than Any
+            return shown
+        try:
+            named = package[path.removeprefix("gramjd.")]
+        except KeyError:
+            return shown
+        named = named.final_target if named.is_alias else named
+        return _spelled_out(package, named.value) if named.is_attribute else shown
+    if isinstance(shown, griffe.Expr):
+        names = [field.name for field in fields(shown) if field.name != "parent"]
+        return replace(shown, **{name: _spelled_out(package, getattr(shown, name)) for name in names})
+    return [_spelled_out(package, each) for each in shown] if isinstance(shown, list) else shown

@@ -108,7 +108,7 @@ def train(args: argparse.Namespace) -> None:
     if dist.get_rank() == 0 and run.curve:
         (args.out / "losses.json").write_text(json.dumps(run.curve))
         print(
-            f"{dist.get_world_size()} processes, steps {first + 1} to {len(run.curve)}: loss "
+            f"Processes: {dist.get_world_size()}. Steps {first + 1} to {len(run.curve)}: loss "
             f"{run.curve[0]:.3f} at first, {run.curve[-1]:.3f} at last, test accuracy "
             f"{accuracy(run.model.module, data.test_x.double(), data.test_y):.1%}."
         )

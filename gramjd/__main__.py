@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m gramjd", description=PURPOSE, epilog=CODES, formatter_class=argparse.RawTextHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,explain,check}")
     commands.add_parser("info", help="versions, devices and defaults")
     _of_a_model(commands, "explain", "the blocks, plans and costs of a model of yours")
     check = _of_a_model(commands, "check", "its Gramian against autograd's gradients, and what a step costs")

@@ -1,4 +1,8 @@
-"""The exceptions that gramjd raises by name, and the warning for its slowest path."""
+"""The exceptions that gramjd raises by name, and the warning for its slowest path.
+
+Errors about a computation derive from ``GramjdError``, a ``RuntimeError``. Wrong arguments raise
+``TypeError`` or ``ValueError``, as usual.
+"""
 
 from __future__ import annotations
 

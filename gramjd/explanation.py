@@ -14,16 +14,27 @@ from gramjd.jacobian import Jacobian
 
 @dataclass(frozen=True)
 class Row:
-    """A pair of blocks of one parameter (mostly a block and itself), as it will be contracted."""
+    """A pair of blocks of one parameter (mostly a block and itself), as it will be contracted.
+
+    Attributes:
+        parameter: its name.
+        shape: of the parameter.
+        op: that used it.
+        block: type and sizes.
+        plan: how the blocks are contracted.
+        multiply_adds: that this takes.
+        bytes: of working memory.
+        reason: why a parameter of several dimensions has a ``Dense`` block; empty otherwise.
+    """
 
     parameter: str
     shape: tuple[int, ...]
-    op: str  # that used the parameter
-    block: str  # its type and sizes
+    op: str
+    block: str
     plan: str
     multiply_adds: int
-    bytes: int  # of working memory
-    reason: str  # why a parameter of several dimensions has a ``Dense`` block; empty otherwise
+    bytes: int
+    reason: str
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -37,7 +48,11 @@ _TITLES = ("parameter", "shape", "op", "block", "plan", "multiply-adds", "bytes"
 
 @dataclass(frozen=True)
 class Explanation:
-    """Rows to iterate over; ``str()`` of it is a table with totals."""
+    """Rows to iterate over; ``str()`` of it is a table with totals.
+
+    Attributes:
+        rows: of each parameter, one for each pair of its blocks.
+    """
 
     rows: Sequence[Row]
 

@@ -57,6 +57,15 @@ def test_every_public_name_is_in_the_reference() -> None:
         assert re.search(rf"\b{name}\b", pictures), name
 
 
+def test_every_public_member_of_a_jacobian_is_in_the_reference() -> None:
+    from gramjd import Jacobian
+
+    page = (DOCS / "reference" / "jacobian.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^::: gramjd\.Jacobian\.(\w+)$", page, re.MULTILINE)
+    public = {name for name in vars(Jacobian) if not name.startswith("_")}
+    assert sorted(listed) == sorted(public - {"of"})  # which is for the library itself
+
+
 def test_excerpts_of_examples_are_whole() -> None:
     """They begin at a definition and end before two empty lines."""
     found = [m for page in PAGES for m in re.findall(r'--8<-- "(.+):(\d+):(\d+)"', (DOCS / page).read_text())]

@@ -1,5 +1,6 @@
-"""The Python snippets of the README run, each by itself, and its links lead somewhere."""
+"""The Python snippets of the README run, each by itself; links lead somewhere; the map of files is whole."""
 
+import fnmatch
 import re
 from pathlib import Path
 
@@ -26,3 +27,15 @@ def test_relative_links(page: str) -> None:
     text = (README.parent / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", text):
         assert (README.parent / target).exists(), target
+
+
+def test_the_map_of_files_is_whole() -> None:
+    root = README.parent
+    text = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text[text.index("## Where things live") : text.index("## Add a rule")]
+    named = {Path(name).name for name in re.findall(r"`([\w./*]+(?:\.py|/))`", section)}
+    folders = [root / name for name in ("benchmarks", "docs", "examples", "gramjd", "tests")]
+    files = [path.name for folder in folders for path in (folder, *folder.rglob("*"))]
+    assert [name for name in named if not fnmatch.filter(files, name)] == []
+    there = {path.name for path in (root / "gramjd").iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert there - {"__init__.py", "__pycache__"} <= named

@@ -23,11 +23,19 @@ class Conv:
 
     The windows slide over the input of a convolution, and the points are the cotangents of its
     output; a transposed convolution is the other way round. The cotangents carry K.
+
+    Attributes:
+        points: ``[K or 1, B, m, G, p, *out]``, of ``m`` calls of the op for each sample.
+        windows: ``[K or 1, B, m, G, q, *padded]``.
+        shape: of the parameter, ``[G * p, q, *kernel]``.
+        stride: of the windows, in each dimension.
+        dilation: likewise.
+        origin: name of the op, for ``explain``; a rule leaves it empty.
     """
 
-    points: Tensor  # [K or 1, B, m, G, p, *out], m calls of the op for each sample
-    windows: Tensor  # [K or 1, B, m, G, q, *padded]
-    shape: tuple[int, ...]  # of the parameter, [G * p, q, *kernel]
+    points: Tensor
+    windows: Tensor
+    shape: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     origin: str = field(default="", kw_only=True, compare=False)

@@ -12,9 +12,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Dense:
-    """The rows themselves: biases, norm scales, and whatever has no structure."""
+    """The rows themselves: biases, norm scales, and whatever has no structure.
 
-    values: Tensor  # [K, B, *shape]
+    Attributes:
+        values: ``[K, B, *shape]``, with the ``shape`` of the parameter.
+        origin: name of the op, for ``explain``; a rule leaves it empty.
+    """
+
+    values: Tensor
     origin: str = field(default="", kw_only=True, compare=False)
 
     @property

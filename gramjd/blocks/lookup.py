@@ -12,11 +12,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Lookup:
-    """Row ``Σ_t onehot(id_t) ⊗ c_t``: embedding."""
+    """Row ``Σ_t onehot(id_t) ⊗ c_t``: embedding.
 
-    c: Tensor  # [K, B, T, d]
-    ids: Tensor  # [B, T]
-    shape: tuple[int, ...]  # [V, d], or reshaped from that
+    Attributes:
+        c: cotangents, ``[K, B, T, d]``.
+        ids: which rows of the table, ``[B, T]``.
+        shape: of the parameter, ``[V, d]`` or reshaped from that.
+        origin: name of the op, for ``explain``; a rule leaves it empty.
+    """
+
+    c: Tensor
+    ids: Tensor
+    shape: tuple[int, ...]
     origin: str = field(default="", kw_only=True, compare=False)
 
     @property

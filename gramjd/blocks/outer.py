@@ -11,12 +11,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Outer:
-    """Row ``Σ_t c_t ⊗ a_t``: linear, matmul, addmm; a convolution after unfolding."""
+    """Row ``Σ_t c_t ⊗ a_t``: linear, matmul, addmm; a convolution after unfolding.
 
-    c: Tensor  # [K, B, T, G, o]
-    a: Tensor  # [B, T, G, i]
-    shape: tuple[int, ...]  # of the parameter
-    transposed: bool = False  # the parameter is [G * i, o] instead of [G * o, i]
+    Attributes:
+        c: cotangents, ``[K, B, T, G, o]``.
+        a: activations, ``[B, T, G, i]``.
+        shape: of the parameter.
+        transposed: the parameter is ``[G * i, o]`` instead of ``[G * o, i]``.
+        origin: name of the op, for ``explain``; a rule leaves it empty.
+    """
+
+    c: Tensor
+    a: Tensor
+    shape: tuple[int, ...]
+    transposed: bool = False
     origin: str = field(default="", kw_only=True, compare=False)
 
     @property

@@ -38,6 +38,8 @@ class Report:
             except (GramjdError, ValueError) as error:
                 self.code = REFUSED
                 self.lines.append(f"refused: {type(error).__name__}: {error}")
+                if "batch_dim=None" in str(error):
+                    self.lines.append("On this command line, batch_dim=None is --batch-dim none.")
         self.lines += [f"note: {w.message}" for w in caught]
 
 

@@ -98,6 +98,7 @@ class Jacobian:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of products with it: that of the parameters."""
         return self._like.dtype
 
     def __repr__(self) -> str:
