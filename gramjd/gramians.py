@@ -13,12 +13,9 @@ import torch
 from torch import Tensor
 
 
-def mirror(matrix: Tensor, left: Sequence[int], right: Sequence[int]) -> Tensor:
-    """``[prod(left), prod(right)]`` → ``[*left, *reversed(right)]``."""
-    unflat = matrix.reshape((*left, *right))
-    first = len(left)
-    order = [*range(first), *reversed(range(first, first + len(right)))]
-    return unflat.permute(order)
+def mirror(tensor: Tensor, ndim: int) -> Tensor:
+    """``[*right, *left]`` → ``[*left, *reversed(right)]``, a view; ``right`` has ``ndim`` dimensions."""
+    return tensor.permute(*range(ndim, tensor.ndim), *reversed(range(ndim)))
 
 
 def symmetrize(matrix: Tensor) -> Tensor:

@@ -149,6 +149,11 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and not _functorch.is_functorch_wrapped_tensor(tensor)
 
 
+def is_ours(tensor: Tensor) -> bool:
+    """May results made of it be written in place: does nothing trace, transform or differentiate it?"""
+    return not is_compiling() and is_plain(tensor) and not tensor.requires_grad
+
+
 def value_of(flag: Tensor) -> bool | None:
     """What a flag is, where programs may branch on it; ``None`` in transforms and where tracing goes on."""
     if is_compiling() or inside_transform() or flag.is_meta:

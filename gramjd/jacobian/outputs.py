@@ -95,9 +95,10 @@ class Outputs:
         for out in right.each:
             part = total[left.start : left.stop, :, out.start : out.stop]
             rows = gramians.from_rows(part, left.shape, left.batch_dim)  # [*left, K₂, B₂]
-            flat = rows.reshape(-1, out.objectives, right.samples).movedim(0, -1)
-            both = gramians.from_rows(flat, out.shape, out.batch_dim).reshape(prod(out.shape), -1)
-            found.append(gramians.mirror(both.mT, left.shape, out.shape))
+            flipped = rows.movedim((-2, -1), (0, 1))
+            found.append(
+                gramians.mirror(gramians.from_rows(flipped, out.shape, out.batch_dim), len(out.shape))
+            )
         return pytree.unflatten(right.spec, found)
 
     def ravel(self, values: PyTree) -> Tensor:

@@ -210,10 +210,7 @@ def _cross(u: Part, v: Part, which: Sequence[int], objectives: tuple[int, int], 
 
 def _sum(shares: Iterable[Tensor], shape: Sequence[int], like: Tensor) -> Tensor:
     """The sum of some tensors, zero if there is none."""
-    total = None
-    for share in shares:
-        total = share if total is None else total + share
-        del share  # before the next one is made
+    total = plan.sum_of(shares)
     return torch.zeros(tuple(shape), dtype=like.dtype, device=like.device) if total is None else total
 
 

@@ -23,7 +23,7 @@ from gramjd.plan.choice import plans, swapped
 from gramjd.plan.kept import kept_rows, of_rows
 from gramjd.plan.options import Limits, Options, default_budget, limits
 from gramjd.plan.pairwise import with_bias
-from gramjd.plan.tiles import added, ranges
+from gramjd.plan.tiles import added, ranges, sum_of
 from gramjd.plan.together import biased
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "ranges",
     "squared_norms",
     "steps",
+    "sum_of",
 ]
 
 DEFAULT = Options()

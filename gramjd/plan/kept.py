@@ -9,7 +9,7 @@ from typing import TypeGuard
 from torch import Tensor
 
 from gramjd.blocks import Block, Conv, Outer
-from gramjd.internals import is_compiling, is_plain
+from gramjd.internals import is_ours
 from gramjd.plan.choice import plans
 from gramjd.plan.conv import METHODS
 from gramjd.plan.options import Limits, Options, limits
@@ -60,9 +60,9 @@ def positions(block: Outer | Conv) -> int:
 
 def _builds_rows(block: Block) -> TypeGuard[Outer | Conv]:
     """Are rows what its plan builds, of so many positions that they are worth it?"""
-    if not isinstance(block, (Outer, Conv)) or is_compiling() or positions(block) < POSITIONS:
+    if not isinstance(block, (Outer, Conv)) or positions(block) < POSITIONS:
         return False
-    if not all(is_plain(factor) and not factor.requires_grad for factor in block.factors):
+    if not all(map(is_ours, block.factors)):
         return False
     return plans(block, block)[0][0].name in ("rows", *_METHODS)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import reduce
-from operator import add
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gramjd.gramians import symmetrize
+from gramjd.internals import is_ours
 
 HALVES = 4  # tiles along each side of a symmetric product
 LEAF = 512  # rows of a tile below which halving a symmetric product no longer pays
@@ -46,29 +45,54 @@ def over_positions(x: Any, y: Any, side: int, kernel: Callable[[Any, Any], Tenso
 
 def added(terms: Iterable[Tensor]) -> Tensor:
     """The sum of at least one tensor, of which no more than two exist at a time."""
-    return reduce(add, terms)
+    total = sum_of(terms)
+    assert total is not None
+    return total
+
+
+def sum_of(terms: Iterable[Tensor]) -> Tensor | None:
+    """The same; ``None`` if there is none."""
+    total = None
+    for number, term in enumerate(terms):
+        if total is None:
+            total = term
+        elif number > 1 and total.dtype == term.dtype and is_ours(total) and is_ours(term):
+            total += term  # the sum of the first two is nobody else's
+        else:
+            total = total + term
+        del term  # before the next one is made
+    return total
 
 
 def _cat(tiles: list[list[Tensor]]) -> Tensor:
     """Tiles ``[K, b, K, b']`` put together."""
+    first = tiles[0][0]
+    if is_ours(first) and (tiles[1:] or tiles[0][1:]):
+        sizes, others = [row[0].shape[1] for row in tiles], [tile.shape[3] for tile in tiles[0]]
+        found = first.new_empty(len(first), sum(sizes), first.shape[2], sum(others))
+        for strip, row in zip(found.split(sizes, 1), tiles, strict=True):
+            for place, tile in zip(strip.split(others, 3), row, strict=True):
+                place.copy_(tile)
+        return found
     strips = [torch.cat(row, 3) if len(row) > 1 else row[0] for row in tiles]
     return torch.cat(strips, 1) if len(strips) > 1 else strips[0]
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ rightᵀ`` of matrices of rows; half of it and exactly symmetric, if ``left is right``."""
+    """``left @ rightᵀ`` of matrices of rows; exactly symmetric, and half of it, if ``left is right``."""
     if left is not right:
         return _inner(left, right)
-    count = min(HALVES, len(left) // LEAF)
-    if count < 2:
+    n = len(left)
+    count = min(HALVES, n // LEAF)
+    if count < 2 or not is_ours(left):
         return symmetrize(_inner(left, left))
-    pieces = [left[start:stop] for start, stop in ranges(len(left), -(-len(left) // count))]
-    tiles: list[list[Tensor]] = []
-    for i, piece in enumerate(pieces):
-        mirrored = [tiles[j][i].mT for j in range(i)]
-        rest = [piece @ other.mT for other in pieces[i + 1 :]]
-        tiles.append([*mirrored, symmetrize(piece @ piece.mT), *rest])
-    return torch.cat([torch.cat(row, 1) for row in tiles])
+    found = left.new_empty(n, n)
+    for start, stop in ranges(n, -(-n // count)):
+        strip = found[start:stop, start:]
+        torch.mm(left[start:stop], left[start:].mT, out=strip)
+        found[start:stop, start:stop] = symmetrize(found[start:stop, start:stop])
+        found[stop:, start:stop] = strip[:, stop - start :].mT
+    return found
 
 
 def _inner(left: Tensor, right: Tensor) -> Tensor:
