@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from dataclasses import fields, replace
 
 import pytest
@@ -238,3 +240,35 @@ def test_sums_over_no_samples() -> None:
         assert torch.equal(jac.norms(), torch.zeros_like(jac.norms()))
         jac.backward(torch.ones_like(jac.norms()))
         assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+TF32 = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from gramjd.blocks import Conv
+from gramjd.plan import gramian
+from gramjd.plan.choice import plans
+
+def block(device):
+    points, windows = (torch.ones(1, 2, 1, 1, 3, n, n, device=device) for n in (4, 6))
+    return Conv(points, windows, (3, 3, 3, 3), (1, 1), (1, 1))
+
+def grouped(device):
+    u = block(device)
+    return "grouped" in [plan.name for plan, _ in plans(u, u)]
+
+for setting in ("allow_tf32 = True", "allow_tf32 = False", "conv.fp32_precision = 'tf32'",
+                "conv.fp32_precision = 'ieee'", "rnn.fp32_precision = 'tf32'"):
+    exec("torch.backends.cudnn." + setting)
+    gramian([block("cpu")])
+    with FakeTensorMode():
+        print(grouped("cuda"), grouped("cpu"))
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="older than these settings")
+def test_convolutions_that_round_to_tf32_are_no_plan() -> None:
+    """In a process of its own: torch cannot go back from the newer settings to the older ones."""
+    done = subprocess.run([sys.executable, "-c", TF32], capture_output=True, text=True, check=True)
+    found = [line.split() for line in done.stdout.splitlines()]
+    assert found == [[cuda, "True"] for cuda in ("False", "True", "False", "True", "True")]

@@ -91,7 +91,7 @@ class Method:
 
     def cost_of(self, u: Conv, v: Conv) -> Cost | None:
         """Of building the rows, and of multiplying them."""
-        if not alike(u, v) or (self.build is grouped and _rounded(u)):
+        if not alike(u, v) or (self.build is grouped and rounded(u)):
             return None
         x, y, same = Sizes.of(u), Sizes.of(v), u is v
         n1, n2, P, taps = x.K * x.B, y.K * y.B, prod(u.shape), prod(u.kernel)
@@ -141,9 +141,16 @@ def alike(u: Conv, v: Conv) -> bool:
     return u.points.shape[3:5] == v.points.shape[3:5] and u.shape == v.shape
 
 
-def _rounded(block: Conv) -> bool:
+def rounded(block: Conv) -> bool:
     """Would cuDNN round factors to TF32? It does by default, unlike matrix products."""
-    return block.points.is_cuda and torch.backends.cudnn.allow_tf32
+    return block.points.is_cuda and _allows_tf32()
+
+
+def _allows_tf32() -> bool:
+    try:
+        return torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # set by its newer name, for convolutions and recurrent networks apart
+        return torch.backends.cudnn.conv.fp32_precision != "ieee"  # type: ignore[attr-defined]
 
 
 def _windows(block: Conv) -> int:
