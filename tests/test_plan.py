@@ -11,11 +11,12 @@ import pytest
 import torch
 from oracle import assert_close
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import gramjd
 from gramjd import plan
 from gramjd.blocks import Block, Conv, Dense, Lookup, Outer
-from gramjd.plan import Options
+from gramjd.plan import Options, tiles
 from gramjd.plan.choice import plans, swapped
 from gramjd.plan.options import limits
 
@@ -58,6 +59,7 @@ def convolutions(K: int = K, B: int = B) -> dict[str, Block]:
         "conv": Conv(randn(K, B, 1, 1, 6, 4, 3), randn(1, B, 1, 1, 2, 6, 4), shape, (1, 1), (1, 1)),
         "strided": Conv(randn(K, B, 2, 2, 3, 3, 2), randn(1, B, 2, 2, 2, 10, 7), shape, (2, 3), (2, 1)),
         "grouped": Conv(randn(K, B, 1, 3, 2, 4, 3), randn(1, B, 1, 3, 2, 6, 4), shape, (1, 1), (1, 1)),
+        "depthwise": Conv(randn(K, B, 1, 6, 1, 4, 3), randn(1, B, 1, 6, 2, 6, 4), shape, (1, 1), (1, 1)),
         "backwards": Conv(randn(1, B, 1, 1, 6, 4, 3), randn(K, B, 1, 1, 2, 7, 5), shape, (1, 1), (1, 1)),
         "outer": Outer(randn(K, B, 3, 1, 6), randn(B, 3, 1, 12), shape),
         "dense": Dense(randn(K, B, *shape)),
@@ -111,6 +113,41 @@ def test_sums_of_blocks(kinds: object, left: str, right: str, budget: int | None
     assert_close(plan.cross(found, other, options).reshape(K * B, 4), total @ rows(*other).T)
     steps = plan.steps(found, options)
     assert all(step.plan and step.multiply_adds >= 0 and step.bytes >= 0 for step in steps)
+
+
+def _large() -> dict[str, Block]:
+    """So many rows that half of a symmetric product is enough, and so long ones that sums are split."""
+    n, entries = tiles.HALVES * tiles.LEAF, 128 * tiles.STRETCHES
+    ids = torch.randint(0, V, (2, 4))
+    return {
+        "one position": Outer(randn(1, n, 1, 1, 2), randn(n, 1, 1, 3), (2, 3)),
+        "many positions": Outer(randn(1, n, 2, 1, 2), randn(n, 2, 1, 3), (2, 3)),
+        "many objectives": Outer(randn(n, 1, 2, 1, 2), randn(1, 2, 1, 3), (2, 3)),
+        "conv": Conv(randn(1, n, 1, 1, 2, 2), randn(1, n, 1, 1, 1, 3), (2, 1, 2), (1,), (1,)),
+        "lookup": Lookup(randn(n // 2, 2, 4, D), ids, (V, D)),
+        "dense": Dense(randn(1, n, 3)),
+        "long": Outer(randn(1, 64, 3, 1, entries // 8), randn(64, 3, 1, 32), (entries // 8, 32)),
+        "long and dense": Dense(randn(2, 32, 4 * entries)),
+    }
+
+
+@pytest.mark.parametrize("kind", _large())
+def test_halves_and_stretches(kind: str) -> None:
+    u = _large()[kind]
+    want = inner(u, u)
+    for way, cost in plans(u, u):
+        if cost.multiply_adds < 1e10:
+            got = way.run(u, u, limits(Options(), u.dense(), torch.float64))
+            assert_close(got, want)
+            assert torch.equal(got, got.permute(2, 3, 0, 1)), way.name
+
+
+def test_half_of_a_symmetric_product_is_not_computed() -> None:
+    rows = torch.randn(tiles.HALVES * tiles.LEAF, 2)
+    with FlopCounterMode(display=False) as counter:
+        got = tiles.product(rows, rows)
+    assert_close(got, rows @ rows.T, 1e-6)
+    assert counter.get_total_flops() <= 2 * len(rows) ** 2 * 2 * (tiles.HALVES + 1) / (2 * tiles.HALVES)
 
 
 def _outers(c: Tensor, a: Tensor) -> list[Block]:
