@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 
 import pytest
 import torch
 from oracle import assert_close
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import gramjd
@@ -18,7 +20,8 @@ from gramjd import plan
 from gramjd.blocks import Block, Conv, Dense, Lookup, Outer
 from gramjd.plan import Options, tiles
 from gramjd.plan.choice import plans, swapped
-from gramjd.plan.options import limits
+from gramjd.plan.conv import METHODS, Method
+from gramjd.plan.options import Limits, limits
 
 V, D, K, B = 6, 4, 2, 3
 
@@ -277,6 +280,47 @@ def test_sums_over_no_samples() -> None:
         assert torch.equal(jac.norms(), torch.zeros_like(jac.norms()))
         jac.backward(torch.ones_like(jac.norms()))
         assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of torch itself, for jvp
+@pytest.mark.parametrize("of", ["points", "windows", "both"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("kind", ["conv", "strided", "backwards"])
+def test_memory_used_again_is_no_part_of_derivatives(kind: str, method: Method, of: str) -> None:
+    """Of rows that are built some samples at a time, by autograd and by transforms, in either factor."""
+    block, few = convolutions(2, 4)[kind], Limits(300, torch.float64)
+    assert isinstance(block, Conv)
+    names = ["points", "windows"] if of == "both" else [of]
+    inputs = tuple(getattr(block, name) for name in names)
+
+    def rows(*factors: Tensor) -> Tensor:
+        return method.rows(replace(block, **dict(zip(names, factors, strict=True))), few)
+
+    def dense(*factors: Tensor) -> Tensor:
+        found = replace(block, **dict(zip(names, factors, strict=True))).dense()
+        return found.transpose(0, 1).flatten(0, 1).flatten(1)
+
+    tangents = tuple(map(torch.randn_like, inputs))
+    weights = torch.randn_like(dense(*inputs))
+    for transform in (
+        lambda f: torch.func.jvp(f, inputs, tangents)[1],
+        lambda f: torch.func.grad(lambda *x: (f(*x).square() * weights).sum())(*inputs),
+        lambda f: torch.vmap(f)(*(torch.stack([x, 2 * x]) for x in inputs)),
+        lambda f: _forward(f, inputs, tangents),
+        lambda f: _reverse(f, inputs, weights),
+    ):
+        assert_close(transform(rows), transform(dense))
+
+
+def _forward(f: Callable[..., Tensor], inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x, t) for x, t in zip(inputs, tangents, strict=True)]
+        return forward_ad.unpack_dual(f(*duals)).tangent
+
+
+def _reverse(f: Callable[..., Tensor], inputs: Sequence[Tensor], weights: Tensor) -> Tensor:
+    tracked = [x.clone().requires_grad_() for x in inputs]
+    return torch.autograd.grad((f(*tracked).square() * weights).sum(), tracked)[0]
 
 
 TF32 = """
