@@ -67,10 +67,10 @@ def _sizes(block: Block) -> Hashable:
     if isinstance(block, Lookup):
         return block.c.shape, block.shape, shared(block.ids, 0).shape
     x, y = block.factors
-    of_op = (
-        (block.stride, block.dilation, conv.rounded(block)) if isinstance(block, Conv) else block.transposed
-    )
-    return block.shape, x.shape, y.shape, shared(x, 1).shape, shared(y, 1).shape, of_op
+    sizes = block.shape, x.shape, y.shape, shared(x, 1).shape, shared(y, 1).shape
+    if isinstance(block, Conv):
+        return *sizes, block.stride, block.dilation, conv.rounded(block)
+    return *sizes, block.transposed
 
 
 def swapped(u: Block, v: Block) -> bool:

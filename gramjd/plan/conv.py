@@ -28,7 +28,7 @@ class Room:
 
     def __init__(self, block: Conv) -> None:
         self._held: Tensor | None = None
-        # derivatives need what was in it
+        # where nothing is differentiated: that would need what was in it before
         self._reused = not is_compiling() and all(is_plain(x) and not x.requires_grad for x in block.factors)
 
     def filled(self, x: Tensor) -> Tensor:
@@ -54,9 +54,8 @@ def lined(block: Conv, room: Room) -> Tensor:
     """The windows unfolded along all dimensions but the first, where each tap takes other lines of them."""
     n, k, l = len(block.kernel), *map(len, block.factors)  # one of k and l is 1  # noqa: E741
     rooms = [room, *(Room(block) for _ in range(1, block.stride[0]))]
-    points = (
-        block.points.permute([1, 2, 3, 0, *range(4, 5 + n)]).flatten(3, 4).flatten(4)
-    )  # [B, m, G, k p, T]
+    points = block.points.permute([1, 2, 3, 0, *range(4, 5 + n)])
+    points = points.flatten(3, 4).flatten(4)  # [B, m, G, k p, T]
     windows = block.taps(1).permute([1, 2, 3, 0, 4, *range(5 + n, 4 + 2 * n), *range(5, 5 + n)])
     step, high, found = block.stride[0], block.points.shape[5], []
     unfolded: dict[int, Tensor] = {}  # by the first line: [B, m, G, l q taps, lines, *out]
@@ -121,9 +120,8 @@ class Method:
     """One way to build the rows of convolutions."""
 
     name: str
-    build: Callable[
-        ..., Tensor
-    ]  # a block, room, and a tap if it goes by taps → [B, K, entries] in its own order
+    # a block, room, and a tap if it goes by taps → [B, K, entries] in its own order
+    build: Callable[..., Tensor]
     by_taps: bool
     workspace: Callable[[Conv], int]  # elements for each sample besides the result
     cost: Callable[[Conv, Sizes, int], Cost]  # of a block with these sizes and number of taps
