@@ -23,7 +23,8 @@ def explain(target: Jacobian | nn.Module, *args: Any, batch_dim: int | None = 0,
         loss: makes a tensor of objectives of the module's output; the output itself by default.
 
     Returns:
-        An :class:`Explanation` to iterate over or to print.
+        An :class:`Explanation` to iterate over or to print. A bias whose plan is ``with its weight``
+        shares the products of that and costs none of its own.
 
     Raises:
         TypeError: ``target`` is something else, or a module's output is no tensor and ``loss`` is

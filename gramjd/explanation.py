@@ -10,6 +10,7 @@ from torch import Tensor
 from gramjd import plan
 from gramjd.blocks import Block, Conv, Dense, Lookup, Outer
 from gramjd.jacobian import Jacobian
+from gramjd.plan import Options
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,14 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explanation(jacobian: Jacobian) -> Explanation:
+def explanation(jacobian: Jacobian, options: Options | None = None) -> Explanation:
     """Every pair of blocks that the Gramian of a Jacobian is made of."""
     rows: list[Row] = []
     for part in jacobian.parts:
-        for name, parameter, blocks in zip(jacobian.names, jacobian.parameters, part.blocks, strict=True):
-            rows += [_row(name, parameter, step) for step in (plan.steps(blocks) if blocks else ())]
+        live = [part.live(n) for n in range(len(part.blocks))]
+        steps = plan.steps_of_all(live, options or Options())
+        for name, parameter, mine in zip(jacobian.names, jacobian.parameters, steps, strict=True):
+            rows += [_row(name, parameter, step) for step in mine]
     return Explanation(rows)
 
 

@@ -77,8 +77,9 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
     return (*floats, PADDED)  # type: ignore[return-value]
 
 
-def losses(out: Tensor) -> Tensor:
-    return torch.stack([out.sin().sum((1, 2)), out.square().mean((1, 2))], 1)
+def losses(out: Tensor, several: bool) -> Tensor:
+    found = [out.sin().sum((1, 2)), out.square().mean((1, 2))]
+    return torch.stack(found, 1) if several else found[0]
 
 
 def assert_structured(jacobian: gramjd.Jacobian) -> None:
@@ -89,14 +90,15 @@ def assert_structured(jacobian: gramjd.Jacobian) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors.*")
 @pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
 @pytest.mark.parametrize("name", list(CASES))
-def test_attention(name: str, train: bool) -> None:
+def test_attention(name: str, train: bool, several: bool) -> None:
     model = CASES[name]().double().train(train)
     args = inputs()
 
     def run() -> Tensor:
         torch.manual_seed(1)
-        return losses(model(*args))
+        return losses(model(*args), several)
 
     want = dense_gramian(run(), model.parameters())
     for batch_dim in (0, None):
@@ -115,7 +117,7 @@ def test_attention(name: str, train: bool) -> None:
     want = dense_gramian(run(), model.parameters())
 
     def f(params: dict[str, Tensor], *sample: Tensor) -> Tensor:
-        return losses(functional_call(model, params, tuple(x[None] for x in sample)))[0]
+        return losses(functional_call(model, params, tuple(x[None] for x in sample)), several)[0]
 
     jacobian = gramjd.jacobian(f)({name: p.detach() for name, p in model.named_parameters()}, *args)
     assert_close(jacobian.gramian(), want)

@@ -85,20 +85,21 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
 }
 
 
-def losses(out: Tensor) -> Tensor:
-    return torch.stack([out.sin().sum(1), out.square().mean(1)], 1)
+def losses(out: Tensor, several: bool) -> Tensor:
+    return torch.stack([out.sin().sum(1), out.square().mean(1)], 1) if several else out.sin().sum(1)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's, of householder products
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
 @pytest.mark.parametrize("name", list(MODELS))
-def test_derived_weights(name: str) -> None:
+def test_derived_weights(name: str, several: bool) -> None:
     build, structured = MODELS[name]
     model, x = build().double(), torch.randn(3, 4, dtype=torch.float64)
-    want = dense_gramian(losses(model(x)), model.parameters())
+    want = dense_gramian(losses(model(x), several), model.parameters())
     for batch_dim in (0, None):
         engine = Engine(model, batch_dim=batch_dim, ways=["ops"])
         for _ in range(2):
-            got = engine.jacobian(losses(model(x)))
+            got = engine.jacobian(losses(model(x), several))
             assert_close(got.gramian(), want)
         for blocks, parameter in zip(got.blocks, got.parameters, strict=True):
             if structured and parameter.ndim > 1:
@@ -106,7 +107,7 @@ def test_derived_weights(name: str) -> None:
         engine.close()
 
     def f(params: dict[str, Tensor], sample: Tensor) -> Tensor:
-        return losses(functional_call(model, params, (sample[None],)))[0]
+        return losses(functional_call(model, params, (sample[None],)), several)[0]
 
     params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     got = gramjd.jacobian(f)(params, x)

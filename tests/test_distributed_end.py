@@ -1,4 +1,4 @@
-"""A process group ends when it is destroyed: gloo's threads, left running, may abort the process at its end."""
+"""A process group ends when it is destroyed: threads of gloo, left running, may abort the process."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,16 +36,16 @@ class Bag(nn.Module):
         return self.bag(*inputs).tanh()
 
 
-def losses(out: Tensor) -> Tensor:
-    return torch.stack([out.sum(1), out.square().mean(1)], 1)
+def losses(out: Tensor, several: bool = True) -> Tensor:
+    return torch.stack([out.sum(1), out.square().mean(1)], 1) if several else out.square().sum(1)
 
 
 def check(model: nn.Module, *inputs: Any) -> None:
-    want = dense_gramian(losses(model(*inputs)), model.parameters())
-    for batch_dim in (0, None):
+    for several, batch_dim in itertools.product((False, True), (0, None)):
+        want = dense_gramian(losses(model(*inputs), several), model.parameters())
         engine = Engine(model, batch_dim=batch_dim, ways=["ops"])
         for _ in range(2):
-            got = engine.jacobian(losses(model(*inputs)))
+            got = engine.jacobian(losses(model(*inputs), several))
             assert_close(got.gramian(), want)
             assert {type(block) for block in got.blocks[0]} == {Lookup}
         engine.close()
@@ -52,11 +53,12 @@ def check(model: nn.Module, *inputs: Any) -> None:
 
 def check_transform(model: nn.Module, *inputs: Tensor) -> None:
     def f(params: dict[str, Tensor], *sample: Tensor) -> Tensor:
-        return losses(functional_call(model, params, tuple(x[None] for x in sample)))[0]
+        return losses(functional_call(model, params, tuple(x[None] for x in sample)), several)[0]
 
     params = {name: p.detach() for name, p in model.named_parameters()}
-    want = dense_gramian(losses(model(*inputs)), model.parameters())
-    assert_close(gramjd.gramian(f)(params, *inputs), want)
+    for several in (False, True):
+        want = dense_gramian(losses(model(*inputs), several), model.parameters())
+        assert_close(gramjd.gramian(f)(params, *inputs), want)
 
 
 @pytest.mark.parametrize("options", BAGS)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import gramjd
 from gramjd import Explanation, explain
@@ -161,3 +162,35 @@ def test_engine_explains_its_output() -> None:
     engine = gramjd.Engine(model, batch_dim=0)
     found = engine.explain(model(torch.randn(4, 3)).sum(1))
     assert [(row.parameter, row.op) for row in found] == [("bias", "linear"), ("weight", "linear")]
+
+
+@pytest.mark.parametrize("case", ["shared", "other cotangents", "no room", "positions"])
+def test_a_bias_that_shares_the_products_of_its_weight(case: str) -> None:
+    """What is listed is what is run: multiply-adds of the products, counted."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(300, 200)), nn.Parameter(torch.randn(300))
+
+        def forward(self, x: Tensor) -> Tensor:
+            bias = self.bias * 2 if case == "other cotangents" else self.bias
+            return F.linear(x, self.weight, bias).square()
+
+    samples = 400 if case == "no room" else 8
+    x = torch.randn(samples, *([3] if case == "positions" else []), 200)
+    model = Layer()
+    engine = gramjd.Engine(model, batch_dim=0, ways=["ops"], memory_budget=2**20)
+    out = model(x)
+    losses = out.flatten(1).sum(1)
+    listed = {row.parameter: row for row in engine.explain(losses)}
+    assert (listed["bias"].plan == "with its weight") == (case == "shared")
+    J = engine.jacobian(losses)
+    with FlopCounterMode(display=False) as counter:
+        J.gramian(memory_budget=2**20)
+    run, found = counter.get_total_flops() / 2, sum(row.multiply_adds for row in listed.values())
+    if case == "shared":
+        assert run == samples**2 * (200 + 300) <= found <= 1.01 * run
+        assert listed["bias"].multiply_adds == 0
+    else:
+        assert listed["bias"].multiply_adds == samples**2 * 300

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import assert_close
-from test_plan import convolutions
+from test_plan import convolutions, randn
 from test_products import Ops
 from torch import Tensor, nn
 
@@ -44,7 +44,10 @@ CASES = {"images": (model, (3, 12, 12)), "tokens": (Tokens, (80, 6))}
 @pytest.mark.parametrize("K", [1, 2])
 @pytest.mark.parametrize("elements", [300, 2**20])
 def test_rows_are_in_the_parameter_s_order(method: object, K: int, elements: int) -> None:
-    for block in convolutions(K).values():
+    points, windows = randn(K, 3, 2, 2, 2, 2, 3, 2), randn(1, 3, 2, 2, 2, 8, 5, 4)
+    volume = Conv(points, windows, (4, 2, 3, 2, 2), (3, 1, 2), (2, 2, 1))
+    signal = Conv(randn(1, 3, 1, 1, 2, 5), randn(K, 3, 1, 1, 3, 12), (2, 3, 2), (2,), (3,))
+    for block in (*convolutions(K).values(), volume, signal):
         if isinstance(block, Conv):
             rows = method.rows(block, Limits(elements, torch.float64))  # type: ignore[attr-defined]
             assert_close(rows, block.dense().transpose(0, 1).flatten(0, 1).flatten(1))

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 
 import pytest
 import torch
 from oracle import assert_close
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 import gramjd
 from gramjd import plan
 from gramjd.blocks import Block, Conv, Dense, Lookup, Outer
-from gramjd.plan import Options
+from gramjd.plan import Options, tiles
 from gramjd.plan.choice import plans, swapped
-from gramjd.plan.options import limits
+from gramjd.plan.conv import METHODS, Method
+from gramjd.plan.options import Limits, limits
 
 V, D, K, B = 6, 4, 2, 3
 
@@ -56,6 +62,7 @@ def convolutions(K: int = K, B: int = B) -> dict[str, Block]:
         "conv": Conv(randn(K, B, 1, 1, 6, 4, 3), randn(1, B, 1, 1, 2, 6, 4), shape, (1, 1), (1, 1)),
         "strided": Conv(randn(K, B, 2, 2, 3, 3, 2), randn(1, B, 2, 2, 2, 10, 7), shape, (2, 3), (2, 1)),
         "grouped": Conv(randn(K, B, 1, 3, 2, 4, 3), randn(1, B, 1, 3, 2, 6, 4), shape, (1, 1), (1, 1)),
+        "depthwise": Conv(randn(K, B, 1, 6, 1, 4, 3), randn(1, B, 1, 6, 2, 6, 4), shape, (1, 1), (1, 1)),
         "backwards": Conv(randn(1, B, 1, 1, 6, 4, 3), randn(K, B, 1, 1, 2, 7, 5), shape, (1, 1), (1, 1)),
         "outer": Outer(randn(K, B, 3, 1, 6), randn(B, 3, 1, 12), shape),
         "dense": Dense(randn(K, B, *shape)),
@@ -109,6 +116,41 @@ def test_sums_of_blocks(kinds: object, left: str, right: str, budget: int | None
     assert_close(plan.cross(found, other, options).reshape(K * B, 4), total @ rows(*other).T)
     steps = plan.steps(found, options)
     assert all(step.plan and step.multiply_adds >= 0 and step.bytes >= 0 for step in steps)
+
+
+def _large() -> dict[str, Block]:
+    """So many rows that half of a symmetric product is enough, and so long ones that sums are split."""
+    n, entries = tiles.HALVES * tiles.LEAF, 128 * tiles.STRETCHES
+    ids = torch.randint(0, V, (2, 4))
+    return {
+        "one position": Outer(randn(1, n, 1, 1, 2), randn(n, 1, 1, 3), (2, 3)),
+        "many positions": Outer(randn(1, n, 2, 1, 2), randn(n, 2, 1, 3), (2, 3)),
+        "many objectives": Outer(randn(n, 1, 2, 1, 2), randn(1, 2, 1, 3), (2, 3)),
+        "conv": Conv(randn(1, n, 1, 1, 2, 2), randn(1, n, 1, 1, 1, 3), (2, 1, 2), (1,), (1,)),
+        "lookup": Lookup(randn(n // 2, 2, 4, D), ids, (V, D)),
+        "dense": Dense(randn(1, n, 3)),
+        "long": Outer(randn(1, 64, 3, 1, entries // 8), randn(64, 3, 1, 32), (entries // 8, 32)),
+        "long and dense": Dense(randn(2, 32, 4 * entries)),
+    }
+
+
+@pytest.mark.parametrize("kind", _large())
+def test_halves_and_stretches(kind: str) -> None:
+    u = _large()[kind]
+    want = inner(u, u)
+    for way, cost in plans(u, u):
+        if cost.multiply_adds < 1e10:
+            got = way.run(u, u, limits(Options(), u.dense(), torch.float64))
+            assert_close(got, want)
+            assert torch.equal(got, got.permute(2, 3, 0, 1)), way.name
+
+
+def test_half_of_a_symmetric_product_is_not_computed() -> None:
+    rows = torch.randn(tiles.HALVES * tiles.LEAF, 2)
+    with FlopCounterMode(display=False) as counter:
+        got = tiles.product(rows, rows)
+    assert_close(got, rows @ rows.T, 1e-6)
+    assert counter.get_total_flops() <= 2 * len(rows) ** 2 * 2 * (tiles.HALVES + 1) / (2 * tiles.HALVES)
 
 
 def _outers(c: Tensor, a: Tensor) -> list[Block]:
@@ -238,3 +280,76 @@ def test_sums_over_no_samples() -> None:
         assert torch.equal(jac.norms(), torch.zeros_like(jac.norms()))
         jac.backward(torch.ones_like(jac.norms()))
         assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of torch itself, for jvp
+@pytest.mark.parametrize("of", ["points", "windows", "both"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("kind", ["conv", "strided", "backwards"])
+def test_memory_used_again_is_no_part_of_derivatives(kind: str, method: Method, of: str) -> None:
+    """Of rows that are built some samples at a time, by autograd and by transforms, in either factor."""
+    block, few = convolutions(2, 4)[kind], Limits(300, torch.float64)
+    assert isinstance(block, Conv)
+    names = ["points", "windows"] if of == "both" else [of]
+    inputs = tuple(getattr(block, name) for name in names)
+
+    def rows(*factors: Tensor) -> Tensor:
+        return method.rows(replace(block, **dict(zip(names, factors, strict=True))), few)
+
+    def dense(*factors: Tensor) -> Tensor:
+        found = replace(block, **dict(zip(names, factors, strict=True))).dense()
+        return found.transpose(0, 1).flatten(0, 1).flatten(1)
+
+    tangents = tuple(map(torch.randn_like, inputs))
+    weights = torch.randn_like(dense(*inputs))
+    for transform in (
+        lambda f: torch.func.jvp(f, inputs, tangents)[1],
+        lambda f: torch.func.grad(lambda *x: (f(*x).square() * weights).sum())(*inputs),
+        lambda f: torch.vmap(f)(*(torch.stack([x, 2 * x]) for x in inputs)),
+        lambda f: _forward(f, inputs, tangents),
+        lambda f: _reverse(f, inputs, weights),
+    ):
+        assert_close(transform(rows), transform(dense))
+
+
+def _forward(f: Callable[..., Tensor], inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x, t) for x, t in zip(inputs, tangents, strict=True)]
+        return forward_ad.unpack_dual(f(*duals)).tangent
+
+
+def _reverse(f: Callable[..., Tensor], inputs: Sequence[Tensor], weights: Tensor) -> Tensor:
+    tracked = [x.clone().requires_grad_() for x in inputs]
+    return torch.autograd.grad((f(*tracked).square() * weights).sum(), tracked)[0]
+
+
+TF32 = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from gramjd.blocks import Conv
+from gramjd.plan import gramian
+from gramjd.plan.choice import plans
+
+def block(device):
+    points, windows = (torch.ones(1, 2, 1, 1, 3, n, n, device=device) for n in (4, 6))
+    return Conv(points, windows, (3, 3, 3, 3), (1, 1), (1, 1))
+
+def grouped(device):
+    u = block(device)
+    return "grouped" in [plan.name for plan, _ in plans(u, u)]
+
+for setting in ("allow_tf32 = True", "allow_tf32 = False", "conv.fp32_precision = 'tf32'",
+                "conv.fp32_precision = 'ieee'", "rnn.fp32_precision = 'tf32'"):
+    exec("torch.backends.cudnn." + setting)
+    gramian([block("cpu")])
+    with FakeTensorMode():
+        print(grouped("cuda"), grouped("cpu"))
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="older than these settings")
+def test_convolutions_that_round_to_tf32_are_no_plan() -> None:
+    """In a process of its own: torch cannot go back from the newer settings to the older ones."""
+    done = subprocess.run([sys.executable, "-c", TF32], capture_output=True, text=True, check=True)
+    found = [line.split() for line in done.stdout.splitlines()]
+    assert found == [[cuda, "True"] for cuda in ("False", "True", "False", "True", "True")]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import gramjd
-from gramjd import Engine
+from gramjd import Engine, pytree
 from gramjd.blocks import Outer
 
 OPTIONS: list[dict[str, Any]] = [
@@ -34,12 +34,13 @@ def state_of(network: nn.Module, out: Any) -> Tensor:
     return last.cos().sum((0, 2))
 
 
-def objectives(network: nn.RNNBase, x: Tensor, hx: Any = None) -> Tensor:
-    """``[B, 2]`` from all outputs and the last state."""
+def objectives(network: nn.RNNBase, x: Tensor, hx: Any = None, several: bool = True) -> Tensor:
+    """``[B]``, or ``[B, 2]`` from all outputs and from the last state."""
     out = network(x, hx)
     time = 1 if network.batch_first else 0
     scale = torch.linspace(1, 2, out[0].shape[2], dtype=x.dtype)
-    return torch.stack([(out[0] * scale).sin().sum((time, 2)), state_of(network, out)], 1)
+    found = [(out[0] * scale).sin().sum((time, 2)), state_of(network, out)]
+    return torch.stack(found, 1) if several else found[0] + found[1]
 
 
 def draw(network: nn.RNNBase, samples: int, steps: int = 7) -> Tensor:
@@ -62,27 +63,55 @@ def check(network: nn.Module, loss: Any, *args: Any) -> None:
         engine.close()
 
 
+def state(network: nn.RNNBase, samples: int) -> Any:
+    """Hidden states of every layer, ``[layers, B, h]``; of an LSTM, cells as well."""
+    layers = network.num_layers * (2 if network.bidirectional else 1)
+    h = torch.randn(layers, samples, network.proj_size or network.hidden_size, dtype=torch.float64)
+    cells = torch.randn(layers, samples, network.hidden_size, dtype=torch.float64)
+    return (h, cells) if isinstance(network, nn.LSTM) else h
+
+
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+@pytest.mark.parametrize("given", [False, True], ids=["from zero", "from a state"])
 @pytest.mark.parametrize(("kind", "kw"), NETWORKS)
-def test_networks(kind: type[nn.RNNBase], kw: dict[str, Any]) -> None:
+def test_networks(kind: type[nn.RNNBase], kw: dict[str, Any], given: bool, several: bool) -> None:
     network = kind(3, 4, **kw).double()
-    x = draw(network, 5)
-    check(network, objectives, x)
-    want = dense_gramian(objectives(network, x), network.parameters())
+    x, hx = draw(network, 5), state(network, 5) if given else None
 
-    def per_sample(params: dict[str, Tensor], sample: Tensor) -> Tensor:
-        return functional_call(network, params, (sample,))  # type: ignore[no-any-return]
+    def loss(network: nn.Module, x: Tensor, hx: Any = None) -> Tensor:
+        return objectives(network, x, hx, several)  # type: ignore[arg-type]
 
-    def loss(params: dict[str, Tensor], sample: Tensor) -> Tensor:
-        batched = sample.unsqueeze(0 if network.batch_first else 1)
-        out = per_sample(params, batched)
-        time = 1 if network.batch_first else 0
-        scale = torch.linspace(1, 2, out[0].shape[2], dtype=x.dtype)
-        return torch.stack([(out[0] * scale).sin().sum((time, 2)), state_of(network, out)], 1)[0]
+    check(network, loss, x, hx)
+    want = dense_gramian(loss(network, x, hx), network.parameters())
 
-    params = {name: p.detach() for name, p in network.named_parameters()}
+    class Losses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, x: Tensor, hx: Any = None) -> Tensor:
+            return loss(network, x, hx)
+
+    def per_sample(params: dict[str, Tensor], x: Tensor, hx: Any = None) -> Tensor:
+        batched = x.unsqueeze(0 if network.batch_first else 1)
+        states = pytree.map(lambda h: h.unsqueeze(1), hx) if given else None
+        return functional_call(Losses(), params, (batched, states))[0]  # type: ignore[no-any-return]
+
+    params = {f"network.{name}": p.detach() for name, p in network.named_parameters()}
     in_dims = 0 if network.batch_first else 1
-    assert_close(gramjd.gramian(loss, in_dims=in_dims)(params, x), want)
+    got = gramjd.gramian(per_sample, in_dims=(None, in_dims, 1) if given else in_dims)
+    assert_close(got(params, x, *([hx] if given else [])), want)
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_a_sequence_without_a_batch_dimension(kind: type[nn.RNNBase]) -> None:
+    """What a per-sample function is given, as it is."""
+    network, x = kind(3, 4, 2).double(), torch.randn(5, 7, 3, dtype=torch.float64)
+    params = {name: p.detach() for name, p in network.named_parameters()}
+    got = gramjd.gramian(lambda p, x: functional_call(network, p, (x,))[0].sin().sum())(params, x)
+    want = torch.stack([network(sample)[0].sin().sum() for sample in x])
+    assert_close(got, dense_gramian(want, network.parameters()))
 
 
 @pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])

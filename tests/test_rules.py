@@ -17,7 +17,7 @@ from gramjd import Engine
 from gramjd.rules import registered
 from gramjd.rules.conv import CONVS, TRANSPOSED_CONVS
 from gramjd.rules.elementwise import ADDCMULS, ADDS, ADDS_INPLACE, DIVS, LERPS, MULS, SUBS, SUBS_INPLACE
-from gramjd.rules.linear import ADDMMS, BADDBMMS, BMMS, MATMULS
+from gramjd.rules.linear import ADDMMS, BADDBMMS, BMMS, MATMULS, MVS
 
 REGISTERED = registered()  # before any example adds rules of its own
 
@@ -30,6 +30,7 @@ class Case:
     sample: tuple[int, ...]
     call: Callable[[Tensor, Tensor], Tensor]
     integers: int = 0  # x holds integers below this number
+    alone: bool = False  # the op takes one sample at a time
 
 
 _CONSTANTS = torch.randn(2000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -133,7 +134,10 @@ CASES: dict[tuple[object, str], list[Case]] = {
         Case((4,), (4, 2, 3), lambda p, x: F.group_norm(x, 2, p, w(4), 1e-3)),
     ],
     (F.group_norm, "bias"): [Case((4,), (4, 2, 3), lambda p, x: F.group_norm(x, 2, w(4), p))],
-    (F.instance_norm, "weight"): [Case((4,), (4, 2, 3), lambda p, x: F.instance_norm(x, weight=p))],
+    (F.instance_norm, "weight"): [
+        Case((4,), (4, 2, 3), lambda p, x: F.instance_norm(x, weight=p)),
+        Case((4,), (4, 2), lambda p, x: F.instance_norm(x, w(4), w(4) ** 2, p, use_input_stats=False)),
+    ],
     (F.instance_norm, "bias"): [Case((4,), (4, 5), lambda p, x: F.instance_norm(x, None, None, w(4), p))],
     (F.batch_norm, "weight"): [
         Case((4,), (4,), lambda p, x: F.batch_norm(x, w(4), w(4) ** 2, p)),
@@ -209,8 +213,13 @@ for op in MATMULS:
         CASES[op, "input"].append(Case((5, 4), (2, 4, 3), lambda p, x, op=op: op(p, x)))
         CASES[op, "other"].append(Case((2, 4, 5), (2, 3, 4), lambda p, x, op=op: op(x, p)))
         CASES[op, "other"].append(Case((4,), (3, 4), lambda p, x, op=op: op(x, p)))
+        CASES[op, "input"].append(Case((5, 4), (4,), lambda p, x, op=op: op(p, x[0])[None], alone=True))
         CASES[op, "input"].append(Case((2, 5, 4), (3, 2, 4, 3), lambda p, x, op=op: op(p, x)))
+for op in MVS:
+    CASES[op, "vec"] = [Case((4,), (4,), lambda p, x, op=op: op(x, p))]
+    CASES[op, "input"] = [Case((3, 4), (4,), lambda p, x, op=op: op(p, x[0])[None], alone=True)]
 for op in ADDMMS:
+    CASES[op, "mat1"] = [Case((5, 4), (4,), lambda p, x, op=op: op(w(5, 1), p, x.T, beta=2, alpha=3).T)]
     CASES[op, "mat2"] = [Case((4, 5), (4,), lambda p, x, op=op: op(w(5), x, p, beta=2, alpha=3))]
     CASES[op, "input"] = [Case((5,), (4,), lambda p, x, op=op: op(p, x, w(4, 5), beta=2, alpha=3))]
 for op in ADDCMULS:
@@ -277,13 +286,16 @@ def objectives(out: Tensor, several: bool) -> Tensor:
 @pytest.mark.parametrize("case", list(cases()))
 def test_rule(case: Case, several: bool) -> None:
     model, x = Uses(case), draw(case, 3)
-    out = objectives(model(x), several)
-    want = dense_gramian(out, model.parameters())
-    for batch_dim in (0, None):
+
+    def run() -> Tensor:
+        outs = [model(samples) for samples in (x.split(1) if case.alone else [x])]
+        return objectives(torch.cat(outs), several)
+
+    want = dense_gramian(run(), model.parameters())
+    for batch_dim in (0, None)[case.alone :]:
         engine = Engine(model, batch_dim=batch_dim, ways=["ops"])
         for _ in range(2):  # measured and checked first, then from what is known
-            got = engine.compute_gramian(objectives(model(x), several))
-            assert_close(got, want)
+            assert_close(engine.compute_gramian(run()), want)
         engine.close()
 
     def per_sample(p: Tensor, sample: Tensor) -> Tensor:

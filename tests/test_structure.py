@@ -203,21 +203,23 @@ def cases() -> Iterator[Any]:
             yield pytest.param(case, id=f"{name}-{number}", marks=marks)
 
 
-def losses(out: Tensor) -> Tensor:
-    return torch.stack([out.flatten(1).sin().sum(1), out.flatten(1).square().sum(1)], 1)
+def losses(out: Tensor, several: bool = True) -> Tensor:
+    both = torch.stack([out.flatten(1).sin().sum(1), out.flatten(1).square().sum(1)], 1)
+    return both if several else both[:, 0]
 
 
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
 @pytest.mark.parametrize("case", list(cases()))
-def test_structure_is_kept(case: Case) -> None:
+def test_structure_is_kept(case: Case, several: bool) -> None:
     x = torch.randn(3, case.output[-1] if len(case.output) == 2 else 4, dtype=torch.float64)
     for kind in (Mapped, LookedUp):
         model = kind(case)
         if kind is LookedUp and len(case.output) == 3:
             continue
-        want = dense_gramian(losses(model(x)), [model.p])
+        want = dense_gramian(losses(model(x), several), [model.p])
         for batch_dim in (0, None):
             engine = Engine(model, batch_dim=batch_dim, ways=["ops"])
-            got = engine.jacobian(losses(model(x)))
+            got = engine.jacobian(losses(model(x), several))
             assert_close(got.gramian(), want, case.tolerance)
             if kind is Mapped and case.structured is not None:
                 wanted = Outer if case.structured else Dense
@@ -225,7 +227,7 @@ def test_structure_is_kept(case: Case) -> None:
             engine.close()
 
         def per_sample(p: Tensor, sample: Tensor, model: nn.Module = model) -> Tensor:
-            return losses(torch.func.functional_call(model, {"p": p}, (sample[None],)))[0]
+            return losses(torch.func.functional_call(model, {"p": p}, (sample[None],)), several)[0]
 
         assert_close(gramjd.gramian(per_sample)(model.p.detach(), x), want, case.tolerance)
 

@@ -86,11 +86,15 @@ class Conv:
     def to(self, dtype: torch.dtype) -> Conv:
         return replace(self, points=self.points.to(dtype), windows=self.windows.to(dtype))
 
-    def taps(self) -> Tensor:
-        """The windows as a view, ``[K or 1, B, m, G, q, *out, *kernel]``."""
+    def taps(self, first: int = 0) -> Tensor:
+        """The windows as a view, ``[K or 1, B, m, G, q, *out, *kernel]``.
+
+        From the spatial dimension ``first`` on: those before stay as they are, and have no taps.
+        """
         x = self.windows
-        for d, (size, hole, step) in enumerate(zip(self.kernel, self.dilation, self.stride, strict=True)):
-            x = x.unfold(5 + d, (size - 1) * hole + 1, step)[..., ::hole]  # appends its dimension
+        for d in range(first, len(self.kernel)):
+            hole = self.dilation[d]
+            x = x.unfold(5 + d, (self.kernel[d] - 1) * hole + 1, self.stride[d])[..., ::hole]  # appends one
             x = x.narrow(5 + d, 0, self.points.shape[5 + d])  # output padding adds windows
         return x
 

@@ -9,6 +9,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from gramjd.internals import is_ours
+
 
 @dataclass(frozen=True)
 class Lookup:
@@ -82,13 +84,12 @@ class Lookup:
     def vjp(self, w: Tensor) -> Tensor:
         """``Jᵀ w`` for ``w [K, B]``."""
         c = (self.c * w[:, :, None, None]).sum(0).flatten(0, 1)
-        zeros = c.new_zeros(self.entries, self.grain)
-        return zeros.index_add(0, self.ids.flatten(), c).view(self.shape)
+        return _summed(c, self.ids.flatten(), self.entries).view(self.shape)
 
     def sketch(self, w: Tensor, y: Tensor) -> Tensor:
         """``Jᵀ w`` as a matrix of ``grain`` columns times ``y [grain, n]``, without forming it."""
         c = (self.c * w[:, :, None, None]).sum(0).flatten(0, 1) @ y
-        return c.new_zeros(self.entries, y.shape[1]).index_add(0, self.ids.flatten(), c)
+        return _summed(c, self.ids.flatten(), self.entries)
 
     def bound(self, w: Tensor) -> Tensor:
         """An upper bound of the norm of ``Jᵀ w`` that no cancellation lowers."""
@@ -99,6 +100,13 @@ def scattered(c: Tensor, ids: Tensor, size: int) -> Tensor:
     """``c [K, B, T, d]`` added up by ``ids [B, T]`` in tables of ``size`` entries, ``[B, K, size, d]``."""
     K, B, _, d = c.shape
     row = torch.arange(B * K, device=c.device).view(B, K, 1) * size
-    zero = c.new_zeros(B * K * size, d)
     index, values = (row + ids[:, None]).flatten(), c.transpose(0, 1).flatten(0, 2)
-    return zero.index_add(0, index, values).view(B, K, size, d)
+    return _summed(values, index, B * K * size).view(B, K, size, d)
+
+
+def _summed(values: Tensor, index: Tensor, size: int) -> Tensor:
+    """``values [n, d]`` added up by ``index [n]``, ``[size, d]``; in place, where no transform may object."""
+    zeros = values.new_zeros(size, values.shape[1])
+    if is_ours(index) and is_ours(values):
+        return zeros.index_add_(0, index, values)
+    return zeros.index_add(0, index, values)

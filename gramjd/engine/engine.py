@@ -220,7 +220,7 @@ class Engine:
         Parameters whose Jacobian is computed row by row say why. The arguments and errors are those
         of :meth:`compute_gramian`.
         """
-        return explanation(self.jacobian(output))
+        return explanation(self.jacobian(output), self._options)
 
     def close(self) -> None:
         """Remove the engine's hooks; the modules are as they were. May be called again."""

@@ -13,7 +13,7 @@ pays, and its share is exactly symmetric.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ from gramjd.plan import diagonals
 from gramjd.plan.choice import plans, swapped
 from gramjd.plan.kept import kept_rows, of_rows
 from gramjd.plan.options import Limits, Options, default_budget, limits
-from gramjd.plan.pairwise import with_bias
+from gramjd.plan.pairwise import takes_bias, with_bias
 from gramjd.plan.tiles import added, ranges, sum_of
 from gramjd.plan.together import biased
 
@@ -39,10 +39,12 @@ __all__ = [
     "ranges",
     "squared_norms",
     "steps",
+    "steps_of_all",
     "sum_of",
 ]
 
 DEFAULT = Options()
+WITH_WEIGHT = "with its weight"  # the plan of a bias that costs no product of its own
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,14 @@ def steps(blocks: Sequence[Block], options: Options = DEFAULT) -> list[Step]:
     return found
 
 
+def steps_of_all(each: Sequence[Sequence[Block]], options: Options = DEFAULT) -> list[list[Step]]:
+    """What :func:`gramians` will do with the blocks of each of several parameters."""
+    found = [steps(blocks, options) for blocks in each]
+    for n in _joined(each, options).values():
+        found[n] = [replace(step, plan=WITH_WEIGHT, multiply_adds=0, bytes=0) for step in found[n]]
+    return found
+
+
 def gramian(blocks: Sequence[Block], options: Options = DEFAULT) -> Tensor:
     """``J Jᵀ [K, B, K, B]`` of one parameter, ``J`` the sum of its ``blocks``; exactly symmetric."""
     return added(_shares(merge(blocks), options))
@@ -87,20 +97,29 @@ def gramians(each: Sequence[Sequence[Block]], options: Options = DEFAULT) -> Ite
 
     A bias whose rows are the very cotangents of its weight costs no product of its own.
     """
-    done = set()
-    for n, bias in biased(each).items():
-        (u,) = each[n]
-        assert isinstance(u, Outer)
-        share = None
-        if plans(u, u)[0][0].name == "pairwise":
-            share = with_bias(u, _limits(u, u, options))
-        if share is not None:
-            done |= {n, bias}
-            yield share
-            del share  # before the next one
+    joined = _joined(each, options)
+    for n in joined:
+        u = _only(each[n])
+        yield with_bias(u, _limits(u, u, options).dtype)
+    done = {*joined, *joined.values()}
     for n, blocks in enumerate(each):
         if n not in done:
             yield gramian(blocks, options)
+
+
+def _joined(each: Sequence[Sequence[Block]], options: Options) -> dict[int, int]:
+    """Positions of weights, and of the biases that are contracted with them."""
+    return {
+        n: bias
+        for n, bias in biased(each).items()
+        if plans(u := _only(each[n]), u)[0][0].name == "pairwise" and takes_bias(u, _limits(u, u, options))
+    }
+
+
+def _only(blocks: Sequence[Block]) -> Outer:
+    (block,) = blocks
+    assert isinstance(block, Outer)
+    return block
 
 
 def cross(left: Sequence[Block], right: Sequence[Block], options: Options = DEFAULT) -> Tensor:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
-import torch
-
 from gramjd.blocks import Block, Conv, Dense, Lookup, Outer
 from gramjd.blocks.outer import shared
 from gramjd.internals import is_compiling
@@ -44,7 +42,7 @@ def plans(u: Block, v: Block) -> list[tuple[Plan, Cost]]:
     """The plans that apply to two blocks, the cheapest first."""
     if is_compiling():
         return _sorted(u, v)
-    key = (type(u), _sizes(u), None if u is v else (type(v), _sizes(v)), torch.backends.cudnn.allow_tf32)
+    key = (type(u), _sizes(u), None if u is v else (type(v), _sizes(v)))
     try:
         found = _CHOICES.get(key)
     except TypeError:  # sizes that a tracer knows by name only
@@ -69,8 +67,10 @@ def _sizes(block: Block) -> Hashable:
     if isinstance(block, Lookup):
         return block.c.shape, block.shape, shared(block.ids, 0).shape
     x, y = block.factors
-    of_op = (block.stride, block.dilation, x.is_cuda) if isinstance(block, Conv) else block.transposed
-    return block.shape, x.shape, y.shape, shared(x, 1).shape, shared(y, 1).shape, of_op
+    sizes = block.shape, x.shape, y.shape, shared(x, 1).shape, shared(y, 1).shape
+    if isinstance(block, Conv):
+        return *sizes, block.stride, block.dilation, conv.rounded(block)
+    return *sizes, block.transposed
 
 
 def swapped(u: Block, v: Block) -> bool:

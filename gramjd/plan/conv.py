@@ -1,4 +1,4 @@
-"""Plans of convolutions: four ways to build their rows, some features of the points at a time."""
+"""Plans of convolutions: five ways to build their rows, some features of the points at a time."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gramjd.blocks import Conv
 from gramjd.blocks.conv import weight_gradient
+from gramjd.internals import is_ours
 from gramjd.plan.cost import SMALL, Cost, Plan, half
 from gramjd.plan.options import Limits
 from gramjd.plan.pairwise import Sizes
@@ -22,25 +23,63 @@ from gramjd.plan.tiles import added, canonical, over_samples, product, ranges
 CACHED = 2**21  # elements of the rows that are built at once
 
 
-def unfolded(block: Conv) -> Tensor:
+class Room:
+    """Memory that is filled again and again: fresh pages take longer to get than to fill."""
+
+    def __init__(self, block: Conv) -> None:
+        self._held: Tensor | None = None
+        # where nothing is differentiated: that would need what was in it before
+        self._reused = all(map(is_ours, block.factors))
+
+    def filled(self, x: Tensor) -> Tensor:
+        """A contiguous copy, valid until the next one."""
+        if x.is_contiguous() or not self._reused:
+            return x.contiguous()
+        if self._held is None or self._held.numel() < x.numel():
+            self._held = x.new_empty(x.numel())
+        return self._held[: x.numel()].view(x.shape).copy_(x)
+
+
+def unfolded(block: Conv, room: Room) -> Tensor:
     """All windows as a matrix for each sample, in one product."""
     n = len(block.kernel)
     out, kernel = range(5, 5 + n), range(5 + n, 5 + 2 * n)
     windows = block.taps().permute([0, 1, 3, 4, *kernel, 2, *out])  # [., B, G, q, *kernel, m, *out]
-    windows = windows.reshape(*windows.shape[:3], -1, block.T)
+    windows = room.filled(windows).view(*windows.shape[:3], -1, block.T)
     rows = torch.einsum("kbgpt,lbgqt->bklgpq", _points(block), windows)
     return rows.reshape(block.rows[1], block.rows[0], -1)
 
 
-def tapped(block: Conv, tap: Sequence[int]) -> Tensor:
+def lined(block: Conv, room: Room) -> Tensor:
+    """The windows unfolded along all dimensions but the first, where each tap takes other lines of them."""
+    n, k, l = len(block.kernel), *map(len, block.factors)  # one of k and l is 1  # noqa: E741
+    rooms = [room, *(Room(block) for _ in range(1, block.stride[0]))]
+    points = block.points.permute([1, 2, 3, 0, *range(4, 5 + n)])
+    points = points.flatten(3, 4).flatten(4)  # [B, m, G, k p, T]
+    windows = block.taps(1).permute([1, 2, 3, 0, 4, *range(5 + n, 4 + 2 * n), *range(5, 5 + n)])
+    step, high, found = block.stride[0], block.points.shape[5], []
+    unfolded: dict[int, Tensor] = {}  # by the first line: [B, m, G, l q taps, lines, *out]
+    for tap in range(block.kernel[0]):
+        skipped, first = divmod(tap * block.dilation[0], step)
+        if first not in unfolded:
+            lines = windows[(slice(None),) * (4 + n) + (slice(first, None, step),)]
+            unfolded[first] = rooms[first].filled(lines).flatten(3, 3 + n)
+        shifted = unfolded[first].narrow(4, skipped, high).flatten(4)  # a view: no copy for each tap
+        found.append((points @ shifted.mT).sum(1))
+    rows = torch.stack(found, -1)  # [B, G, k p, l q taps, taps of the first dimension]
+    rows = rows.unflatten(3, (l, block.windows.shape[4], -1)).unflatten(2, (k, -1))
+    return rows.permute(0, 2, 4, 1, 3, 5, 7, 6).reshape(len(rows), block.rows[0], -1)
+
+
+def tapped(block: Conv, room: Room, tap: Sequence[int]) -> Tensor:
     """The windows at one tap of the kernel."""
     windows = _at(block, tap).transpose(2, 3).transpose(3, 4)  # [., B, G, q, m, *out]
-    windows = windows.reshape(*windows.shape[:4], -1)
+    windows = room.filled(windows).flatten(4)
     rows = torch.einsum("kbgpt,lbgqt->bklgpq", _points(block), windows)
     return rows.reshape(block.rows[1], block.rows[0], -1)
 
 
-def depthwise(block: Conv, tap: Sequence[int]) -> Tensor:
+def depthwise(block: Conv, room: Room, tap: Sequence[int]) -> Tensor:
     """The windows at one tap of the kernel, entry by entry: for one or two features a group."""
     windows = _at(block, tap)
     parts = [
@@ -51,7 +90,7 @@ def depthwise(block: Conv, tap: Sequence[int]) -> Tensor:
     return (torch.cat(parts, 2) if len(parts) > 1 else parts[0]).transpose(0, 1)
 
 
-def grouped(block: Conv) -> Tensor:
+def grouped(block: Conv, room: Room) -> Tensor:
     """One ordinary weight gradient, with the samples as groups of the convolution."""
     (K, B), (G, p) = block.rows, block.points.shape[3:5]
     points, windows = (x.transpose(0, 2).transpose(2, 3) for x in (block.points, block.windows))
@@ -81,7 +120,8 @@ class Method:
     """One way to build the rows of convolutions."""
 
     name: str
-    build: Callable[..., Tensor]  # a block, and a tap if it goes by taps → [B, K, entries] in its own order
+    # a block, room, and a tap if it goes by taps → [B, K, entries] in its own order
+    build: Callable[..., Tensor]
     by_taps: bool
     workspace: Callable[[Conv], int]  # elements for each sample besides the result
     cost: Callable[[Conv, Sizes, int], Cost]  # of a block with these sizes and number of taps
@@ -91,7 +131,7 @@ class Method:
 
     def cost_of(self, u: Conv, v: Conv) -> Cost | None:
         """Of building the rows, and of multiplying them."""
-        if not alike(u, v) or (self.build is grouped and _rounded(u)):
+        if not alike(u, v) or (self.build is grouped and rounded(u)):
             return None
         x, y, same = Sizes.of(u), Sizes.of(v), u is v
         n1, n2, P, taps = x.K * x.B, y.K * y.B, prod(u.shape), prod(u.kernel)
@@ -132,8 +172,8 @@ class Method:
 
     def _rows(self, block: Conv, tap: Sequence[int] | None, limits: Limits) -> Tensor:
         at = () if tap is None else (tap,)
-        few = Limits(limits.cached(CACHED), limits.dtype)
-        return matrix(block, few, self.workspace(block), lambda b: self.build(b.to(limits.dtype), *at))
+        few, room = Limits(limits.cached(CACHED), limits.dtype), Room(block)
+        return matrix(block, few, self.workspace(block), lambda b: self.build(b.to(limits.dtype), room, *at))
 
 
 def alike(u: Conv, v: Conv) -> bool:
@@ -141,9 +181,16 @@ def alike(u: Conv, v: Conv) -> bool:
     return u.points.shape[3:5] == v.points.shape[3:5] and u.shape == v.shape
 
 
-def _rounded(block: Conv) -> bool:
+def rounded(block: Conv) -> bool:
     """Would cuDNN round factors to TF32? It does by default, unlike matrix products."""
-    return block.points.is_cuda and torch.backends.cudnn.allow_tf32
+    return block.points.is_cuda and _allows_tf32()
+
+
+def _allows_tf32() -> bool:
+    try:
+        return torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # set by its newer name, for convolutions and recurrent networks apart
+        return torch.backends.cudnn.conv.fp32_precision != "ieee"  # type: ignore[attr-defined]
 
 
 def _windows(block: Conv) -> int:
@@ -151,15 +198,33 @@ def _windows(block: Conv) -> int:
     return len(block.windows) * block.T * block.points.shape[3] * block.windows.shape[4]
 
 
+def _of_line(block: Conv) -> int:
+    """Elements of the windows of one sample, unfolded along all dimensions but the first."""
+    return _windows(block) * prod(block.kernel[1:]) * block.windows.shape[5] // block.points.shape[5]
+
+
+def _products_cost(block: Conv, s: Sizes, times: int) -> tuple[int, int]:
+    """Multiply-adds of so many products that give all rows together; elements read by them, in halves."""
+    products = s.K * s.B * s.T * prod(block.shape) + SMALL * s.B * s.G * times
+    return products, s.T * s.G * (s.rights * s.q + s.lefts * s.p * times)
+
+
 def _unfolded_cost(block: Conv, s: Sizes, taps: int) -> Cost:
-    products = s.K * s.B * s.T * prod(block.shape) + SMALL * s.B * s.G
-    read = 6 if s.K * s.p == 1 else 3  # halves: a product of one row takes as long as reading the windows
-    return Cost(products, s.rights * s.T * s.G * s.q * read // 2 if taps > 1 else 0, 6)
+    products, read = _products_cost(block, s, 1)
+    written = s.rights * s.T * s.G * s.q if taps > 1 else 0
+    return Cost(products, written + read // 2, 6)
+
+
+def _lined_cost(block: Conv, s: Sizes, taps: int) -> Cost:
+    lines = block.kernel[0]
+    products, read = _products_cost(block, s, lines)
+    written = s.B * _of_line(block) + 2 * s.K * s.B * prod(block.shape)  # rows are put in order, too
+    return Cost(products, written + read // 2, 6 * lines)
 
 
 def _tapped_cost(block: Conv, s: Sizes, taps: int) -> Cost:
-    products = s.K * s.B * s.T * prod(block.shape) + SMALL * s.B * s.G * taps
-    return Cost(products, s.rights * s.T * s.G * s.q * 3 // 2, 6 * taps)
+    products, read = _products_cost(block, s, taps)
+    return Cost(products, s.rights * s.T * s.G * s.q + read // 2, 6 * taps)
 
 
 def _depthwise_cost(block: Conv, s: Sizes, taps: int) -> Cost:
@@ -171,13 +236,14 @@ def _grouped_cost(block: Conv, s: Sizes, taps: int) -> Cost:
     if p * q == 1 and set(block.kernel) == {3}:  # has kernels of its own
         return Cost(2 * s.B * s.T * s.G * taps, s.B * s.G * (taps + 2 * s.T), 10)
     if p * q == 1:  # one small product after the other, slower still beyond 400 positions
-        return Cost(s.B * s.G * (2 * SMALL + s.T * taps * (45 if s.T <= 400 else 180)), 0, 10)
+        return Cost(s.B * s.G * (4 * SMALL + s.T * taps * (45 if s.T <= 400 else 180)), 0, 10)
     products = s.B * s.T * s.G * taps * (-(-p // 16) * 16) * (-(-q // 16) * 16)
     return Cost(products * 8 // 5, 4 * s.K * s.B * prod(block.shape), 10)
 
 
 METHODS = (
     Method("unfolded", unfolded, False, lambda b: _windows(b) * prod(b.kernel), _unfolded_cost),
+    Method("by lines", lined, False, _of_line, _lined_cost),
     Method("by taps", tapped, True, _windows, _tapped_cost),
     Method("depthwise", depthwise, True, lambda b: max(_windows(b), b.points[:, 0].numel()), _depthwise_cost),
     Method("grouped", grouped, False, lambda b: _windows(b), _grouped_cost),

@@ -14,7 +14,7 @@ from gramjd.plan.tiles import HALVES, LEAF
 # Calibrated by benchmarks/plans.py; see benchmarks/NOTES.md, "Plans".
 MOVE = 40  # multiply-adds that take as long as writing and reading an element
 CALL = 400_000  # multiply-adds that take as long as a call of an op
-SMALL = 30_000  # multiply-adds that take as long as starting on one more matrix of a batch
+SMALL = 15_000  # multiply-adds that take as long as starting on one more matrix of a batch
 
 
 @dataclass(frozen=True)

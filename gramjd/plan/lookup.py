@@ -15,6 +15,8 @@ from gramjd.plan.options import Limits
 from gramjd.plan.tiles import added, canonical, over_positions, over_samples, product, ranges
 
 CACHED = 2**20  # elements of a tile
+SLAB = 2**21  # elements of the rows over distinct entries that are built at once,
+FEATURES = 16  # though no fewer features of them than these
 
 
 def pairwise_cost(u: Lookup, v: Lookup) -> Cost:
@@ -49,7 +51,7 @@ def distinct_cost(u: Lookup, v: Lookup) -> Cost:
     built = n1 if u is v else n1 + n2
     found = B1 * T1 + (0 if u is v else B2 * T2)
     products = half(u is v, n1 * n2 * D * d, n1)
-    return Cost(products, 3 * built * D * d + 10 * found, 20, built * D * d)
+    return Cost(products, 3 * built * D * d // 2 + 10 * found, 30, built * D * d)
 
 
 def distinct(u: Lookup, v: Lookup, limits: Limits) -> Tensor:
@@ -66,7 +68,9 @@ def distinct(u: Lookup, v: Lookup, limits: Limits) -> Tensor:
         rows = _rows(u, left, D, start, stop, limits.dtype)
         return product(rows, rows if u is v else _rows(v, right, D, start, stop, limits.dtype))
 
-    total = added(slab(*r) for r in ranges(u.grain, most // max(K1 * B1, K2 * B2)))
+    n = max(K1 * B1, K2 * B2)
+    step = min(most // n, max(FEATURES, SLAB // (n * D)))
+    total = added(slab(*r) for r in ranges(u.grain, step))
     return canonical(total, u.rows, v.rows)
 
 

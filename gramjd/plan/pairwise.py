@@ -71,11 +71,14 @@ def pairwise(u: Outer, v: Outer, limits: Limits) -> Tensor:
     return over_samples(u, v, step, lambda x, y: over_positions(x, y, side, tile))
 
 
-def with_bias(u: Outer, limits: Limits) -> Tensor | None:
+def takes_bias(u: Outer, limits: Limits) -> bool:
+    """Is :func:`with_bias` for this weight?"""
+    return u.c.shape[2] == u.c.shape[3] == 1 and _fits(u, u, limits)
+
+
+def with_bias(u: Outer, dtype: torch.dtype) -> Tensor:
     """Share of a weight and of a bias that got the same cotangents, ``(a aᵀ + 1) ∘ (c cᵀ)``, at ``T = 1``."""
-    if u.c.shape[2] > 1 or u.c.shape[3] > 1 or not _fits(u, u, limits):
-        return None
-    return _one_position(u, u, limits.dtype, bias=True)
+    return _one_position(u, u, dtype, bias=True)
 
 
 def _fits(u: Outer, v: Outer, limits: Limits) -> bool:

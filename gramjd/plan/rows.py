@@ -101,6 +101,7 @@ def matrix(block: Any, limits: Limits, workspace: int, build: Callable[[Any], Te
     step = limits.elements // max(1, workspace)
     if step < 1 and isinstance(block, (Outer, Conv)) and block.lines > 1:
         pieces = ranges(block.lines, block.lines * limits.elements // workspace)
-        return added(matrix(block.positions(*r), limits, 0, build) for r in pieces)
+        needs = [(r, workspace * (r[1] - r[0]) // block.lines) for r in pieces]
+        return added(matrix(block.positions(*r), limits, need, build) for r, need in needs)
     parts = [build(block.samples(*r)) for r in ranges(block.rows[1], step)]
     return (torch.cat(parts) if len(parts) > 1 else parts[0]).flatten(0, 1)

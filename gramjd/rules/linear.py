@@ -14,6 +14,7 @@ from gramjd.rules.registry import register_rule
 from gramjd.rules.shapes import broadcast_rows, outer, sum_to
 
 MATMULS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+MVS = (torch.mv, Tensor.mv)
 BMMS = (torch.bmm, Tensor.bmm)
 ADDMMS = (torch.addmm, Tensor.addmm)
 BADDBMMS = (torch.baddbmm, Tensor.baddbmm)
@@ -31,10 +32,10 @@ def _right(arguments: Mapping[Any, Any]) -> bool:
 
 
 def _left(arguments: Mapping[Any, Any]) -> bool:
-    """Is the left operand a matrix, or one for each of the right operand's, which are matrices?"""
+    """Is the left operand a matrix, or one for each of the right operand's?"""
     left, right = arguments["input"], arguments["other"]
     if left.ndim == 2:
-        return right.ndim >= 2
+        return True
     return left.ndim == 3 and right.ndim >= 3 and right.shape[-3] == left.shape[0]
 
 
@@ -61,7 +62,19 @@ def matmul_right(c: Tensor, input: Tensor, other: Tensor) -> Block:
 def matmul_left(c: Tensor, input: Tensor, other: Tensor) -> Outer:
     if input.ndim == 3:
         return _one_each(c.mT, other.mT, input)
+    if other.ndim == 2:  # a vector for each sample
+        return outer(c, other, input)
     return outer(c.mT, other.mT, input)  # every column of every sample is a position
+
+
+@register_rule(*MVS, wrt="vec", needs=["input"])
+def mv_right(c: Tensor, input: Tensor, vec: Tensor) -> Dense:
+    return broadcast_rows(c.unsqueeze(-1), input, vec)
+
+
+@register_rule(*MVS, wrt="input", needs=["vec"])
+def mv_left(c: Tensor, input: Tensor, vec: Tensor) -> Outer:
+    return outer(c, vec, input)
 
 
 @register_rule(*BMMS, wrt="mat2", needs=["input"])
@@ -93,6 +106,13 @@ def addmm_right(
     c: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, beta: float = 1, alpha: float = 1
 ) -> Outer:
     return outer(alpha * c, mat1, mat2, transposed=True)
+
+
+@register_rule(*ADDMMS, wrt="mat1", needs=["mat2"], align="right")
+def addmm_left(
+    c: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, beta: float = 1, alpha: float = 1
+) -> Outer:
+    return outer(alpha * c.mT, mat2.mT, mat1)
 
 
 @register_rule(*ADDMMS, wrt="input")

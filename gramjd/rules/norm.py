@@ -65,12 +65,13 @@ def group_norm_bias(
     return _per_channel(c)
 
 
-def _of_input(arguments: Mapping[Any, Any]) -> bool:
-    """Does an instance norm use the statistics of its input?"""
-    return bool(arguments.get("use_input_stats", True))
+def _only_input(arguments: Mapping[Any, Any], name: str, dim: int) -> int | None:
+    """Running statistics belong to no sample."""
+    return dim if name == "input" else None
 
 
-@register_rule(F.instance_norm, wrt="weight", needs=["input"], when=_of_input)
+@register_rule(F.instance_norm, wrt="weight", needs=["input", "running_mean", "running_var"],
+               align=_only_input)  # fmt: skip
 def instance_norm_weight(
     c: Tensor,
     input: Tensor,
@@ -82,10 +83,12 @@ def instance_norm_weight(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Dense:
-    return _per_channel(times(c, _each(input, lambda x: F.instance_norm(x, eps=eps))))
+    if use_input_stats or running_mean is None or running_var is None:
+        return _per_channel(times(c, _each(input, lambda x: F.instance_norm(x, eps=eps))))
+    return _per_channel(times(c, _standardized(input, running_mean, running_var, eps)))
 
 
-@register_rule(F.instance_norm, wrt="bias", when=_of_input)
+@register_rule(F.instance_norm, wrt="bias", align=_only_input)
 def instance_norm_bias(
     c: Tensor,
     input: Tensor,
@@ -105,11 +108,6 @@ def _in_evaluation(arguments: Mapping[Any, Any]) -> bool:
     return not arguments.get("training", False)
 
 
-def _only_input(arguments: Mapping[str, Any], name: str, dim: int) -> int | None:
-    """The statistics of a batch normalisation belong to no sample."""
-    return dim if name == "input" else None
-
-
 @register_rule(F.batch_norm, wrt="weight", needs=["input", "running_mean", "running_var"],
                align=_only_input, when=_in_evaluation)  # fmt: skip
 def batch_norm_weight(
@@ -123,9 +121,7 @@ def batch_norm_weight(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Dense:
-    per_channel = (input.shape[0], 1, -1, *[1] * (input.ndim - 3))
-    scale = (running_var + eps).rsqrt().reshape(per_channel)
-    return _per_channel(times(c, (input - running_mean.reshape(per_channel)) * scale))
+    return _per_channel(times(c, _standardized(input, running_mean, running_var, eps)))
 
 
 @register_rule(F.batch_norm, wrt="bias", when=_in_evaluation)
@@ -146,6 +142,12 @@ def batch_norm_bias(
 def _each(x: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
     """``norm`` of ``x [B, n, C, ...]``, which takes one batch dimension."""
     return norm(x.flatten(0, 1)).reshape(x.shape)
+
+
+def _standardized(x: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
+    """``x [B, n, C, ...]`` by statistics ``[B, C]``."""
+    per_channel = (x.shape[0], 1, -1, *[1] * (x.ndim - 3))
+    return (x - mean.reshape(per_channel)) * (variance + eps).rsqrt().reshape(per_channel)
 
 
 def _per_channel(c: Tensor) -> Dense:
