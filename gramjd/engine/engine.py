@@ -234,11 +234,11 @@ class Engine:
     def _plan(self, graph: Graph) -> Plan:
         """What is known of a graph: nothing, where the data may put its samples anywhere."""
         if self._check == "always" or not graph.steady:
-            return Plan()
+            return Plan(lasts=False)
         plan = self._plans.setdefault((graph.signature, *map(id, self._registry.held()[0])), Plan())
         if len(self._plans) > _PLANS:
             self._plans.pop(next(iter(self._plans)))
-        return plan
+        return plan if plan.lasts else Plan(lasts=False)
 
     def _validate(self, output: Tensor) -> int | None:
         """The batch dimension as a dimension of this output."""
