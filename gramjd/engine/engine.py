@@ -44,9 +44,9 @@ class Engine:
             computation treats samples independently; ``None`` for any other computation. May be
             given positionally after an iterable.
         check: whether the blocks are proved equal to autograd's gradients with random weights:
-            ``"first"``, once for each structure of the graph, and every time where tensors index
-            others, so that samples may move; ``"always"``, for models that mix samples or not
-            depending on their data in other ways, such as multiplying by it; ``"never"``.
+            ``"first"``, once for each structure of the graph in which samples cannot meet, whatever
+            the data are, and every time where they can, or where tensors index others; ``"always"``;
+            ``"never"``.
         ways: how blocks may be obtained, best first: from the ``"ops"`` of the forward that ran, by
             ``"functional"`` replay of a module call under ``vmap(vjp)``, by autograd's ``"rows"``.
         memory_budget: bytes of working memory that the contractions of :meth:`compute_gramian` may
