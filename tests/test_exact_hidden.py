@@ -89,6 +89,35 @@ def test_mixing_that_the_first_batch_does_not_show(name: str, samples: int) -> N
     assert refused  # in the end; a convolution that had no derivatives at first goes by rows once
 
 
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "dense": lambda a, h: a @ h,
+    "torch.sparse.mm": lambda a, h: torch.sparse.mm(a.to_sparse(), h),
+    "torch.sparse.addmm": lambda a, h: torch.sparse.addmm(h, a.to_sparse(), h),
+    "@": lambda a, h: a.to_sparse() @ h,
+    "@, compressed": lambda a, h: a.to_sparse_csr() @ h,
+    "from the right": lambda a, h: (h.T @ a.T.to_sparse()).T,
+    "columns": lambda a, h: torch.stack([torch.mv(a.to_sparse(), column) for column in h.unbind(1)], 1),
+    "batched": lambda a, h: torch.bmm(torch.stack([a]).to_sparse(), h.unsqueeze(0))[0],
+}
+
+
+@pytest.mark.parametrize("name", list(PRODUCTS))
+@pytest.mark.filterwarnings("ignore::gramjd.SlowPathWarning", "ignore:Sparse CSR tensor support")
+def test_an_adjacency_that_links_no_graphs_in_the_first_batch(name: str) -> None:
+    """Graphs of three nodes each; an edge from one to another comes with the second batch."""
+    net = Net(lambda m, a, x: m.last(PRODUCTS[name](a, m.first(x)).tanh()),
+              first=nn.Linear(4, 5), last=nn.Linear(5, 3))  # fmt: skip
+    engine = Engine(net, batch_dim=0)
+    adjacency = torch.block_diag(*draw(4, 3, 3))
+    for _ in range(2):
+        losses = net(adjacency, draw(12, 4)).square().sum(1).view(4, 3).sum(1)
+        assert_close(engine.compute_gramian(losses), dense_gramian(losses, net.parameters()))
+    adjacency[0, 4] = 1.0
+    losses = net(adjacency, draw(12, 4)).square().sum(1).view(4, 3).sum(1)
+    with pytest.raises(gramjd.NotSeparableError):
+        engine.compute_gramian(losses)
+
+
 SEPARABLE: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a gate": lambda m, h: h + h.sin() * m.gate,
     "a dead ReLU": lambda m, h: h + (h - 9).relu() + m.gate,

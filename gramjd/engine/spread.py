@@ -27,6 +27,7 @@ _SELECT = ("Clamp", "Fmax", "Fmin", "Hard", "MaskedFill", "Maximum", "Minimum", 
            "Threshold", "Where")  # fmt: skip
 
 _HOOK = "BackwardHookFunctionBackward"  # of nn.Module.register_full_backward_hook
+_PRODUCTS = ("Addmm", "Bmm", "Mm", "Mv")
 _FEW = 8  # samples, of which each is told from each other one
 
 Masks = dict[Any, list[Tensor | None]]  # of each node of the graph: is its cotangent NaN?
@@ -40,6 +41,9 @@ class Spread:
         nodes = _all_nodes(task.output)
         if any(type(node).__name__ == _HOOK for node in nodes):
             return  # what users' hooks keep of gradients must not become NaN
+        unpacked = any(node.hooked for node in task.graph.nodes)  # or a checkpoint runs again for each
+        if any(_is_sparse(node, not unpacked) for node in nodes):
+            return  # the next batch may have its zeros elsewhere
         with _passed_on(nodes), torch.autograd.set_detect_anomaly(False):
             try:
                 self.passes += [_run(task, chosen) for chosen in self.chosen]
@@ -117,6 +121,15 @@ def _all_nodes(output: Tensor) -> set[Any]:
         seen |= children
         stack += children
     return seen
+
+
+def _is_sparse(node: Any, look: bool) -> bool:
+    """Is a node that of a product with a sparse tensor? If its factors may be looked at."""
+    name = type(node).__name__
+    if name.startswith("Sparse") or not (look and name.startswith(_PRODUCTS)):
+        return name.startswith("Sparse")
+    factors = (getattr(node, f"_saved_{factor}", None) for factor in ("self", "mat1", "mat2"))
+    return any(isinstance(t, Tensor) and t.layout is not torch.strided for t in factors)
 
 
 @contextmanager
