@@ -176,7 +176,7 @@ def outcome(recipe: Recipe) -> tuple[list[str], set[str]]:
         if step:
             train(model)
         losses, _ = run(recipe, model, step)
-        if step == 0 and (losses - plain).abs().max() > 1e-12 * plain.abs().max():
+        if step == 0 and (losses - plain).abs().max() > tolerance(1e-12, did) * plain.abs().max():
             found.append("wrong: the forward itself")
         results = {d: _try(engine, losses) for d, engine in engines.items()}
         want = dense_gramian(losses, parameters)
@@ -220,13 +220,17 @@ def _try(engine: Engine, losses: Tensor) -> Tensor | Exception:
         assert torch.equal(state, torch.get_rng_state())
 
 
+def tolerance(least: float, did: set[str]) -> float:
+    """Of what a model computed, by its least precise op."""
+    return max([least, *(each for name, each in PRECISIONS.items() if name in did)])
+
+
 def _compare(got: Tensor, want: Tensor, did: set[str]) -> str:
     assert_symmetric(got)
-    tolerance = max([1e-8, *(tolerance for name, tolerance in PRECISIONS.items() if name in did)])
     noise = 1e-24  # what is zero but for rounding
     size = float(want.abs().max())
     off = float((got - want).abs().max()) if got.shape == want.shape else torch.inf
-    return "exact" if off <= tolerance * size + noise else f"wrong by {off:.1e} of {size:.1e}"
+    return "exact" if off <= tolerance(1e-8, did) * size + noise else f"wrong by {off:.1e} of {size:.1e}"
 
 
 def _refusal(error: Exception, why: str) -> str:

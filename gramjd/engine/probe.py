@@ -26,7 +26,7 @@ from gramjd.uses import roots
 
 _SMALL = 0.2  # relative differences above it are no rounding
 _VECTORS = 8  # at random, that gradients are multiplied by
-_NOISE = 4  # times the rounding measured that a difference may be
+_NOISE = 8  # times the rounding of one pass that a difference, of several of them, may be
 
 
 @dataclass
