@@ -91,14 +91,14 @@ def _layout(task: Task, probe: Probe, index: int, which: int) -> Layout | None:
         off > _SMALL or off > _NOISE * _noise(task, probe, index, which)
     ):
         layout = None if task.is_unbatched(index) else owned(c, first[0], probe.v)
-    if layout is None and _mixes(task, index, c, first[0], probe.v):
+    if layout is None and not task.is_unbatched(index):
         noise = _noise(task, probe, index, which)
-        if noise > _SMALL:
+        mixed = _mixes(task, index, c, first[0], probe.v)
+        if mixed and noise > _SMALL:
             return ZERO  # nothing but rounding: a running maximum, subtracted and added again
         layout = owned(c, first[0], probe.v, min(_SMALL, _NOISE * noise))
-        if layout is not None:
-            return layout
-        _note_mixed(task, index, first[0].shape)
+        if layout is None and mixed:
+            _note_mixed(task, index, first[0].shape)
     elif layout is not None:
         _note_sizes(task, layout, first[0].shape)
     return layout

@@ -87,7 +87,8 @@ def solve(task: Task, ways: Sequence[str], check: bool, emit: Emit) -> None:
         _refuse_overflow(passes.first)  # or what is measured now would be wrong, and remembered
     stream = Stream(nodes, plan.regions, early, solve_region)
     passes.busy = True
-    backward.stream(task.output, nodes, backward.basis(task.output, task.batch_dim), stream)
+    basis = backward.basis(task.output, task.batch_dim)
+    backward.stream(task.output, nodes, basis, stream, task.graph.batched)
     passes.busy = False
     with nullcontext() if lockstep is None else lockstep.gather(weighted):
         if not task.samples:
