@@ -80,7 +80,7 @@ def recipes(body: st.SearchStrategy[tuple[Instruction, ...]], losses: list[str])
 
 SEPARATE = recipes(instructions([*SEPARABLE, *4 * ["child"], "rearrange"], 2, 7), list(LOSSES))
 MIXED = recipes(instructions([*OPS, *3 * ["mix"], "child"], 2, 7), [*LOSSES, *MIXED_LOSSES])
-ALLOWED = re.compile(": (exact|warranted|out of sight|cancelled)|^(nothing|overflow)")
+ALLOWED = re.compile(": (exact|warranted|out of sight|cancelled|rounding)|^(nothing|overflow)")
 RECIPES = st.one_of(SEPARATE, SEPARATE, SEPARATE, MIXED)
 
 
@@ -117,7 +117,7 @@ def test_random_models_are_exact_or_refused(capsys: pytest.CaptureFixture[str]) 
                 print("", *(f"{count:7} {name}" for name, count in table.most_common()), sep="\n")
     assert not failed, "\n".join(map(str, failed))
     assert results["nothing to differentiate"] + results["overflow"] < 0.02 * results.total()
-    excuses = re.compile("out of sight|cancelled")
+    excuses = re.compile("out of sight|cancelled|rounding")
     excused = sum(count for name, count in results.items() if excuses.search(name))
     assert excused < 0.02 * results.total()
     rare = {name: features[name] for name in FEATURES if features[name] < int(BY_HAND or 500) // 20}
