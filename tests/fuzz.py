@@ -168,6 +168,8 @@ def outcome(recipe: Recipe) -> tuple[list[str], set[str]]:
     did |= {name for name in ("frozen", "training") if getattr(recipe, name)}
     for p in reached[1::2]:
         p.requires_grad_(not recipe.frozen)
+    if recipe.frozen:  # torch has other kernels then
+        plain, _ = run(recipe, model)
     dims = {"batch": [dim], "none": [None], "both": [dim, None]}[recipe.engines]
     engines = {d: Engine(*modules, batch_dim=d) for d in dims}
     found = []

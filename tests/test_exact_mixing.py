@@ -110,3 +110,22 @@ def test_micro_batches_of_one_sample_in_front_of_a_float32_island() -> None:
     for _ in range(2):
         losses = torch.cat([island(part) for part in (x[:1], x[1:])]).sin().sum((1, 2))
         assert_close(engine.compute_gramian(losses), dense_gramian(losses, island.parameters()), 1e-5)
+
+
+def test_a_wrong_view_in_a_batch_of_another_size() -> None:
+    """Of 3 samples, each has positions of its own in it; of 4, they are mixed. Refused, by our own error."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.first(x)
+        return h.transpose(0, 1).reshape(h.shape)[:, :2].square().sum((1, 2))
+
+    viewed = Net(forward, first=nn.Linear(4, 5))
+    engine = Engine(viewed, batch_dim=0)
+    for samples in (3, 4):
+        losses = viewed(draw(samples, 6, 4))
+        try:
+            found = engine.compute_gramian(losses)
+        except gramjd.NotSeparableError:
+            assert samples == 4
+        else:
+            assert_close(found, dense_gramian(losses, viewed.parameters()))

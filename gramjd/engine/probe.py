@@ -20,7 +20,7 @@ from gramjd.engine.layouts import ZERO, Layout, Scattered, follows_samples, meas
 from gramjd.engine.marks import OpMark
 from gramjd.engine.nodes import Cotangents
 from gramjd.engine.passes import Pass, Passes, rounding_of
-from gramjd.engine.task import Task, is_fused
+from gramjd.engine.task import Layouts, Task, is_fused
 from gramjd.rounding import tolerance
 from gramjd.uses import roots
 
@@ -64,7 +64,7 @@ def find_layouts(task: Task, probe: Probe) -> bool:
         return True
     assert task.region is not None
     known = task.plan.layouts.get(task.region)
-    if known is not None:
+    if known is not None and _fit(task, known):
         task.layouts = known
         return True
     lasting = task.samples > 1  # a single sample fits everywhere
@@ -78,6 +78,15 @@ def find_layouts(task: Task, probe: Probe) -> bool:
     if lasting:
         task.plan.layouts[task.region] = task.layouts
     return lasting
+
+
+def _fit(task: Task, layouts: Sequence[Layouts]) -> bool:
+    """Have cotangents the sizes that layouts ask for? A view may not, in a batch of another size."""
+    return all(
+        c is None or layout is None or layout is ZERO or c.shape[layout.dim + 1] % task.samples == 0
+        for cs, mine in zip(task.cotangents, layouts, strict=True)
+        for c, layout in zip(cs, mine, strict=True)
+    )
 
 
 def _layout(task: Task, probe: Probe, index: int, which: int) -> Layout | None:
