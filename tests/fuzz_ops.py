@@ -191,6 +191,11 @@ def child(p: Program, v: Value, a: int) -> Value:
     return Value(out, "BTD" if a % 5 == 4 else dims)
 
 
+def recurrent(p: Program, v: Value, a: int) -> Value:
+    """A module of those that are rarely drawn."""
+    return module(p, v, list(PARTS).index(("lstm", "gru", "cell")[a % 3]) + a // 3 * len(PARTS))
+
+
 def module(p: Program, v: Value, a: int) -> Value:
     kind = list(PARTS)[a % len(PARTS)]
     part: Any = p.part(kind, a // len(PARTS))
@@ -358,9 +363,16 @@ def gate(p: Program, v: Value, a: int) -> Value:
 
 
 SEPARABLE: dict[str, Op] = {
-    f.__name__: f for f in [activate, linear, scale, norm, convolve, embed, rearrange, child, module, combine,
-                            attend, write, derived, pool, flow, move, gate]
+    f.__name__: f for f in [activate, linear, scale, norm, convolve, embed, rearrange, child, module,
+                            recurrent, combine, attend, write, derived, pool, flow, move, gate]
 }  # fmt: skip
+
+
+def _nearest(h: Tensor, sharpness: Tensor) -> Tensor:
+    """Attention across the batch by distance; others than one's own weigh ``exp(-sharpness)`` at most."""
+    squares = (h.unsqueeze(0) - h.unsqueeze(1)).square().sum((2, 3))
+    closest = (squares.detach() + 1e9 * torch.eye(len(h))).min() + 1e-3
+    return torch.einsum("bc,ctd->btd", (-squares * sharpness.mean() / closest).softmax(1), h)
 
 
 def mix(p: Program, v: Value, a: int) -> Value:
@@ -378,6 +390,10 @@ def mix(p: Program, v: Value, a: int) -> Value:
         "module of the mean": lambda: p.part("linear module", a)(h.mean(0)) + h,
         "wrong view": lambda: h.transpose(0, 1).reshape(h.shape).cumsum(1),
         "whole norm": lambda: h / h.norm(),
+        "gate": lambda: h + h.mean(0) * p.gate(),
+        "gated attention": lambda: h + _nearest(h, torch.ones(1)) * p.gate(),
+        "saturated attention": lambda: _nearest(h, 60 - 110 * p.gate().detach()) + p.gate(),
+        "dead": lambda: h + (h.mean(0) - 9 + 20 * p.gate().detach()).relu() + p.gate(),
     })  # fmt: skip
     return Value(out, "BTD")
 

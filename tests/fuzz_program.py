@@ -74,6 +74,12 @@ class Program(nn.Module):
             self.own[name] = nn.Parameter(values / self.sizes["D"] ** 0.5)
         return self.own[name]
 
+    def gate(self) -> Tensor:
+        """A parameter that starts at zero."""
+        if "gate" not in self.own:
+            self.own["gate"] = nn.Parameter(torch.zeros(self.sizes["D"], dtype=torch.float64))
+        return self.own["gate"]
+
     def part(self, kind: str, which: int) -> nn.Module:
         name = f"{kind}{which % 2}"
         self.note("nested module", kind, *(["reuse"] if name in self.parts else []))

@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from exactness import Net, check, draw
+from oracle import assert_close, dense_gramian
 from torch import Tensor, nn
 
 import gramjd
 from gramjd import Engine
+from gramjd.engine.layouts import owned
 
 X, Y = draw(6, 4), draw(6, 4)
 
@@ -87,3 +89,43 @@ def test_mixing_losses(name: str, dtype: torch.dtype) -> None:
     engine.close()
     check(mixing, LOSSES[name], batch_dims=[None], rows=["scale", "shift"],
           tolerance=1e-10 if dtype == torch.float64 else 1e-4)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_few_digits_hide_no_mixing(dtype: torch.dtype) -> None:
+    """Places with a sample each are told from those with 0.3 of another one, by their cotangents."""
+    own, other = (draw(1, 4, 6, 3).to(dtype) for _ in range(2))
+    v = torch.rand(1, 4, dtype=torch.float64).to(dtype) + 0.5
+    mine, others = (weights.view(4, 1, 1) for weights in (v[0], v[0].roll(1)))
+    found = owned(own, mine * own[0], v)
+    assert found is not None and found.owners.tolist() == [0, 1, 2, 3]  # type: ignore[attr-defined]
+    assert owned(own + 0.3 * other, mine * own[0] + 0.3 * others * other[0], v) is None
+
+
+def test_micro_batches_of_one_sample_in_front_of_a_float32_island() -> None:
+    """Their owners are found within its rounding, which is measured."""
+    island = Net(lambda m, x: F.normalize(m.first(x).float(), dim=-1).double() * m.scale,
+                 first=nn.Linear(4, 2), scale=nn.Parameter(torch.rand(2)))  # fmt: skip
+    engine, x = Engine(island, batch_dim=0, ways=("ops", "functional")), draw(3, 6, 4)
+    for _ in range(2):
+        losses = torch.cat([island(part) for part in (x[:1], x[1:])]).sin().sum((1, 2))
+        assert_close(engine.compute_gramian(losses), dense_gramian(losses, island.parameters()), 1e-5)
+
+
+def test_a_wrong_view_in_a_batch_of_another_size() -> None:
+    """Of 3 samples, each has positions of its own in it; of 4, they are mixed. Refused, by our own error."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.first(x)
+        return h.transpose(0, 1).reshape(h.shape)[:, :2].square().sum((1, 2))
+
+    viewed = Net(forward, first=nn.Linear(4, 5))
+    engine = Engine(viewed, batch_dim=0)
+    for samples in (3, 4):
+        losses = viewed(draw(samples, 6, 4))
+        try:
+            found = engine.compute_gramian(losses)
+        except gramjd.NotSeparableError:
+            assert samples == 4
+        else:
+            assert_close(found, dense_gramian(losses, viewed.parameters()))

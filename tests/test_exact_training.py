@@ -287,6 +287,25 @@ def test_gradient_penalties() -> None:
     check(net(), losses, rows=HIDDEN)
 
 
+@pytest.mark.parametrize("objectives", [1, 2])
+@pytest.mark.parametrize("sizes", [(2, 2), (2, 3), (3, 2), (4, 2)])
+@pytest.mark.parametrize("batch_dim", [0, None])
+@pytest.mark.filterwarnings("ignore::gramjd.SlowPathWarning")
+def test_penalties_through_a_group_normalisation(
+    batch_dim: int | None, sizes: tuple[int, int], objectives: int
+) -> None:
+    """Of several cotangents at once, torch's backward pass gives something else for some sizes."""
+    samples, steps = sizes
+    model = Net(lambda m, x: F.group_norm(m.first(x.mT).mT.tanh(), 1, eps=0.1), first=nn.Linear(2, 2))
+    x = draw(samples, 2, steps).requires_grad_()
+    h = model(x)
+    (gradient,) = torch.autograd.grad(h.square().sum(), x, create_graph=True)
+    h = h + gradient
+    losses = torch.stack([h.sin().sum((1, 2)), h.square().mean((1, 2))][:objectives], 1)
+    found = Engine(model, batch_dim=batch_dim).compute_gramian(losses)
+    assert_close(found, dense_gramian(losses, model.parameters()))
+
+
 def test_penalties_on_the_gradients_of_parameters() -> None:
     """They mix samples, as the parameters are everyone's."""
     x, model = draw(B, D), net()

@@ -13,7 +13,7 @@ from fuzz_ops import OPS, SEPARABLE
 from fuzz_program import Instruction
 from hypothesis import HealthCheck, given, settings
 
-# What must occur in at least every fiftieth model, as patterns of what models note.
+# What must occur in at least every twentieth model, as patterns of what models note.
 FEATURES = {
     "reuse": "reuse",
     "tied weights": "tying|tied",
@@ -46,6 +46,7 @@ FEATURES = {
     "values used twice": "double use",
     "control flow": "branch|one by one|reorder",
     "index ops": "^move|rows chosen",
+    "mixing behind a closed gate": "mix: (gate|satur|dead)",
 }
 BY_HAND = os.environ.get("GRAMJD_FUZZ")  # how many; these are other ones every time, and counted
 
@@ -77,9 +78,9 @@ def recipes(body: st.SearchStrategy[tuple[Instruction, ...]], losses: list[str])
     )
 
 
-SEPARATE = recipes(instructions([*SEPARABLE, "child", "child"], 2, 7), list(LOSSES))
-MIXED = recipes(instructions([*OPS, "mix", "mix"], 2, 7), [*LOSSES, *MIXED_LOSSES])
-ALLOWED = re.compile(": (exact|warranted|out of sight|cancelled|rounding)|^nothing")
+SEPARATE = recipes(instructions([*SEPARABLE, *4 * ["child"], "rearrange"], 2, 7), list(LOSSES))
+MIXED = recipes(instructions([*OPS, *3 * ["mix"], "child"], 2, 7), [*LOSSES, *MIXED_LOSSES])
+ALLOWED = re.compile(": (exact|warranted|out of sight|cancelled|rounding)|^(nothing|overflow)")
 RECIPES = st.one_of(SEPARATE, SEPARATE, SEPARATE, MIXED)
 
 
@@ -115,9 +116,9 @@ def test_random_models_are_exact_or_refused(capsys: pytest.CaptureFixture[str]) 
             for table in results, features, notes:
                 print("", *(f"{count:7} {name}" for name, count in table.most_common()), sep="\n")
     assert not failed, "\n".join(map(str, failed))
-    assert results["nothing to differentiate"] < 0.02 * results.total()
+    assert results["nothing to differentiate"] + results["overflow"] < 0.02 * results.total()
     excuses = re.compile("out of sight|cancelled|rounding")
     excused = sum(count for name, count in results.items() if excuses.search(name))
     assert excused < 0.02 * results.total()
-    rare = {name: features[name] for name in FEATURES if features[name] < int(BY_HAND or 500) // 50}
+    rare = {name: features[name] for name in FEATURES if features[name] < int(BY_HAND or 500) // 20}
     assert not rare, f"hardly any model has {rare}"

@@ -14,6 +14,7 @@ from gramjd.engine.nodes import taps_of
 from gramjd.engine.regions import Stream
 from gramjd.errors import NoGraphError
 from gramjd.internals import batched_gradients_level, outside_batched_gradients, unbatched
+from gramjd.rounding import tolerance
 
 Sink = Callable[[Any, Sequence[Tensor | None]], Sequence[Tensor | None]]
 
@@ -51,7 +52,11 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -> l
     found = _at_once(output, inputs, cotangents)
     if found is not None:
         return found
-    # some op has no batching rule for its backward: one objective after the other
+    return _one_by_one(output, inputs, cotangents)
+
+
+def _one_by_one(output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -> list[Tensor | None]:
+    """The gradients where some op has no batching rule for its backward."""
     rows = [_grad(output, inputs, cotangent) for cotangent in cotangents]
     return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
 
@@ -85,8 +90,12 @@ def _grad(output: Tensor, inputs: Sequence[Tensor], cotangent: Tensor, batched: 
         raise
 
 
-def stream(output: Tensor, nodes: Sequence[Any], cotangents: Tensor, sink: Stream) -> None:
+def stream(
+    output: Tensor, nodes: Sequence[Any], cotangents: Tensor, sink: Stream, batched: bool = True
+) -> None:
     """One backward pass, the cotangents ``[K, *y]`` of whose nodes go to ``sink`` as they are reached.
+
+    One after the other, as many as there are objectives, unless they may be ``batched``.
 
     Raises:
         NoGraphError: the graph was freed by an earlier backward pass.
@@ -102,14 +111,16 @@ def stream(output: Tensor, nodes: Sequence[Any], cotangents: Tensor, sink: Strea
         return (None,) * len(grads)
 
     with tapped(nodes, receive) as taps:
-        whole = _at_once(output, [tap for mine in taps for tap in mine], cotangents) is not None
+        whole = (batched or K == 1) and _at_once(
+            output, [tap for mine in taps for tap in mine], cotangents
+        ) is not None
     left = sink.missing()
     if whole:  # no cotangents come where the output does not depend on a node's outputs
         for node in left:
             sink.receive(node, [None] * len(taps_of(node)))
         return
     with tapped(left) as taps:
-        flat = gradients(output, [tap for mine in taps for tap in mine], cotangents)
+        flat = _one_by_one(output, [tap for mine in taps for tap in mine], cotangents)
     for node, found in zip(left, grouped(flat, [len(mine) for mine in taps]), strict=True):
         sink.receive(node, found)
 
@@ -123,9 +134,29 @@ def grouped(flat: Sequence[Tensor | None], counts: Sequence[int]) -> list[list[T
 def row_gradients(output: Tensor, inputs: Sequence[Tensor], batch_dim: int | None) -> list[Tensor | None]:
     """Way 3: rows ``[K, B, *p.shape]`` of each parameter, one objective of one sample at a time."""
     eye = torch.eye(output.numel(), device=output.device).to(output.dtype)
-    rows = gradients(output, inputs, eye.view(-1, *output.shape))
+    cotangents = eye.view(-1, *output.shape)
+    rows = gradients(output, inputs, cotangents)
+    if not _add_up(output, inputs, cotangents, rows):
+        rows = _one_by_one(output, inputs, cotangents)
     shaped = (row if row is None else row.view(*output.shape, *row.shape[1:]) for row in rows)
     return [row if row is None else _rows_first(row, output.ndim, batch_dim) for row in shaped]
+
+
+def _add_up(
+    output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor, rows: Sequence[Tensor | None]
+) -> bool:
+    """Is a random sum of rows what an ordinary backward pass gives? Not all batching rules are right."""
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(len(cotangents), generator=generator, dtype=torch.float64).to(cotangents)
+    wanted = _grad(output, inputs, torch.tensordot(v, cotangents, 1))
+    pairs = [
+        (row, want) for row, want in zip(rows, wanted, strict=True) if row is not None and want is not None
+    ]
+    return all(
+        float((torch.tensordot(v.to(row), row, 1) - want).norm())
+        <= tolerance(want.dtype) * float(want.norm())
+        for row, want in pairs
+    )
 
 
 def _rows_first(row: Tensor, ndim: int, batch_dim: int | None) -> Tensor:

@@ -41,12 +41,12 @@ class Engine:
         modules: modules, each of which stands for its whole subtree; or one iterable of modules,
             each of which stands for its direct parameters. Overlaps count once.
         batch_dim: the dimension of the outputs along which the samples are, if there is one and the
-            computation treats samples independently; ``None`` for any other computation. May be
-            given positionally after an iterable.
+            computation treats samples independently; ``None`` for any other computation. Always
+            to be given, by name or after an iterable: the default stands for nothing.
         check: whether the blocks are proved equal to autograd's gradients with random weights:
-            ``"first"``, once for each structure of the graph, and every time where tensors index
-            others, so that samples may move; ``"always"``, for models that mix samples or not
-            depending on their data in other ways, such as multiplying by it; ``"never"``.
+            ``"first"``, once for each structure of the graph in which samples cannot meet, whatever
+            the data are, and every time where they can, or where tensors index others; ``"always"``;
+            ``"never"``.
         ways: how blocks may be obtained, best first: from the ``"ops"`` of the forward that ran, by
             ``"functional"`` replay of a module call under ``vmap(vjp)``, by autograd's ``"rows"``.
         memory_budget: bytes of working memory that the contractions of :meth:`compute_gramian` may
@@ -234,11 +234,11 @@ class Engine:
     def _plan(self, graph: Graph) -> Plan:
         """What is known of a graph: nothing, where the data may put its samples anywhere."""
         if self._check == "always" or not graph.steady:
-            return Plan()
+            return Plan(lasts=False)
         plan = self._plans.setdefault((graph.signature, *map(id, self._registry.held()[0])), Plan())
         if len(self._plans) > _PLANS:
             self._plans.pop(next(iter(self._plans)))
-        return plan
+        return plan if plan.lasts else Plan(lasts=False)
 
     def _validate(self, output: Tensor) -> int | None:
         """The batch dimension as a dimension of this output."""

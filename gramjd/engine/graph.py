@@ -23,11 +23,15 @@ class Graph:
     signature: Hashable  # equal for graphs of the same ops over the same leaves
     outside: set[int]  # ids of leaves that it leads to by a path on which there is no such node
     steady: bool  # does the signature tell where the samples go? Not where data index them
+    batched: bool  # can its backward pass take several cotangents at once?
 
 
 # Numbers that say where an op takes its entries from, and do not follow the size of the batch.
 _PLACES = tuple(f"_saved_{name}" for name in ("dim", "dims", "dim0", "dim1", "start", "step", "shifts"))
 
+
+# With derivatives of its mean and deviation, as a loss of gradients has them, torch's batching rule is wrong.
+_UNBATCHED = "NativeGroupNormBackward0"
 
 _REENTRANT = (
     "The output was computed through a reentrant checkpoint, which hides its parameters from "
@@ -83,7 +87,7 @@ def walk(output: Tensor) -> Graph:
     nodes: list[Any] = []
     leaves: dict[int, Tensor] = {}
     shape: list[Hashable] = []
-    steady = True
+    steady = batched = True
     while stack:
         node = stack.pop()
         kind: Any = type(node)
@@ -107,9 +111,10 @@ def walk(output: Tensor) -> Graph:
                 seen[child] = len(seen)
                 stack.append(child)
             edges += [seen[child], number]
+            batched = batched and not (number and type(child).__name__ == _UNBATCHED)
         shape.append(tuple(edges))
     nodes.sort(key=lambda node: node.record.number)
-    return Graph(nodes, leaves, (output.ndim, tuple(shape)), _outside(output), steady)
+    return Graph(nodes, leaves, (output.ndim, tuple(shape)), _outside(output), steady, batched)
 
 
 def _outside(output: Tensor) -> set[int]:

@@ -119,7 +119,7 @@ def owned(c: Tensor, probed: Tensor, v: Tensor, noise: float = 0.0) -> Layout | 
     """
     if probed.ndim == 0:
         return None
-    samples, v, slack = v.shape[1], v.double(), 64 * torch.finfo(c.dtype).eps
+    samples, v, slack = v.shape[1], v.double(), min(64 * torch.finfo(c.dtype).eps, tolerance(c.dtype))
     for dim in range(max(1, probed.ndim - 1)):  # the last one holds features
         rows = c.unsqueeze(-1).movedim(dim + 1, 1).flatten(2).double()  # [K, N, m]
         wanted = probed.unsqueeze(-1).movedim(dim, 0).flatten(1).double()  # [N, m]
@@ -128,7 +128,7 @@ def owned(c: Tensor, probed: Tensor, v: Tensor, noise: float = 0.0) -> Layout | 
         owners = distances.argmin(1)
         weighted = torch.einsum("knm,kn->nm", rows, v[:, owners])
         off, size = (weighted - wanted).norm(dim=1), weighted.norm(dim=1)
-        if bool((off <= max(tolerance(c.dtype), noise) * size + slack * size.max()).all()):
+        if bool((off <= tolerance(c.dtype) * size + slack * size.max() + noise * size.norm()).all()):
             owners = torch.where(rows.ne(0).any(2).any(0), owners, samples)
             return Scattered(dim, owners=owners, samples=samples)
     return None

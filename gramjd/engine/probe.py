@@ -20,13 +20,13 @@ from gramjd.engine.layouts import ZERO, Layout, Scattered, follows_samples, meas
 from gramjd.engine.marks import OpMark
 from gramjd.engine.nodes import Cotangents
 from gramjd.engine.passes import Pass, Passes, rounding_of
-from gramjd.engine.task import Task, is_fused
+from gramjd.engine.task import Layouts, Task, is_fused
 from gramjd.rounding import tolerance
 from gramjd.uses import roots
 
 _SMALL = 0.2  # relative differences above it are no rounding
 _VECTORS = 8  # at random, that gradients are multiplied by
-_NOISE = 4  # times the rounding measured that a difference may be
+_NOISE = 8  # times the rounding of one pass that a difference, of several of them, may be
 
 
 @dataclass
@@ -64,7 +64,7 @@ def find_layouts(task: Task, probe: Probe) -> bool:
         return True
     assert task.region is not None
     known = task.plan.layouts.get(task.region)
-    if known is not None:
+    if known is not None and _fit(task, known):
         task.layouts = known
         return True
     lasting = task.samples > 1  # a single sample fits everywhere
@@ -80,6 +80,15 @@ def find_layouts(task: Task, probe: Probe) -> bool:
     return lasting
 
 
+def _fit(task: Task, layouts: Sequence[Layouts]) -> bool:
+    """Have cotangents the sizes that layouts ask for? A view may not, in a batch of another size."""
+    return all(
+        c is None or layout is None or layout is ZERO or c.shape[layout.dim + 1] % task.samples == 0
+        for cs, mine in zip(task.cotangents, layouts, strict=True)
+        for c, layout in zip(cs, mine, strict=True)
+    )
+
+
 def _layout(task: Task, probe: Probe, index: int, which: int) -> Layout | None:
     """The layout of one output of a node; whether samples are mixed there goes to the plan."""
     c, first = task.cotangents[index][which], probe.first.cotangents[index][which]
@@ -91,14 +100,14 @@ def _layout(task: Task, probe: Probe, index: int, which: int) -> Layout | None:
         off > _SMALL or off > _NOISE * _noise(task, probe, index, which)
     ):
         layout = None if task.is_unbatched(index) else owned(c, first[0], probe.v)
-    if layout is None and _mixes(task, index, c, first[0], probe.v):
+    if layout is None and not task.is_unbatched(index):
         noise = _noise(task, probe, index, which)
-        if noise > _SMALL:
+        mixed = _mixes(task, index, c, first[0], probe.v)
+        if mixed and noise > _SMALL:
             return ZERO  # nothing but rounding: a running maximum, subtracted and added again
         layout = owned(c, first[0], probe.v, min(_SMALL, _NOISE * noise))
-        if layout is not None:
-            return layout
-        _note_mixed(task, index, first[0].shape)
+        if layout is None and mixed:
+            _note_mixed(task, index, first[0].shape)
     elif layout is not None:
         _note_sizes(task, layout, first[0].shape)
     return layout

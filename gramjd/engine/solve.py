@@ -19,6 +19,7 @@ from gramjd.engine.probe import Probe, agrees, find_layouts, is_noise
 from gramjd.engine.regions import Later, Stream, regions_of
 from gramjd.engine.replay import Replayed, replay
 from gramjd.engine.sharded import needs_weights
+from gramjd.engine.spread import Spread
 from gramjd.engine.task import Task, is_fused
 from gramjd.engine.ways import BY_WAY, WAYS, Found, by_rows
 from gramjd.errors import CheckFailedError, NotFiniteError, NotSeparableError
@@ -54,6 +55,7 @@ def solve(task: Task, ways: Sequence[str], check: bool, emit: Emit) -> None:
     passes = Passes(task, checking)
     done: set[int] = set()  # ids of parameters
     lasting = [True] * len(plan.regions)
+    spread: Spread | None = None
 
     def solve_region(number: int, cotangents: list[Cotangents]) -> None:
         part = task.of_region(number, cotangents)
@@ -80,11 +82,13 @@ def solve(task: Task, ways: Sequence[str], check: bool, emit: Emit) -> None:
         lockstep.agree(probing, lockstep.units_of(weighted), None)
         if lockstep.passes:
             passes.run_all()
+            spread = Spread(task) if check else None
     elif probing:
         _refuse_overflow(passes.first)  # or what is measured now would be wrong, and remembered
     stream = Stream(nodes, plan.regions, early, solve_region)
     passes.busy = True
-    backward.stream(task.output, nodes, backward.basis(task.output, task.batch_dim), stream)
+    basis = backward.basis(task.output, task.batch_dim)
+    backward.stream(task.output, nodes, basis, stream, task.graph.batched)
     passes.busy = False
     with nullcontext() if lockstep is None else lockstep.gather(weighted):
         if not task.samples:
@@ -95,7 +99,9 @@ def solve(task: Task, ways: Sequence[str], check: bool, emit: Emit) -> None:
     left = {name: p for name, p in task.parameters.items() if id(p) not in done}
     if left:
         emit(_row_by_row(task, left, ways))
-    plan.checked = plan.checked or (checking and all(lasting) and passes.conclusive)
+    if checking and plan.lasts and not plan.checked and all(lasting) and passes.conclusive:
+        plan.lasts = task.batch_dim is None or (spread or Spread(task)).stays_within()
+        plan.checked = plan.lasts
 
 
 def _row_by_row(task: Task, left: dict[str, Tensor], ways: Sequence[str]) -> Found:

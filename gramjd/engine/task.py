@@ -34,6 +34,7 @@ class Plan:
     ways: dict[int, str] = field(default_factory=dict)  # of each parameter, by id
     causes: dict[int, str] = field(default_factory=dict)  # why it did not go an earlier way
     checked: bool = False
+    lasts: bool = True  # may it hold for the next one? Not where the data decide on whether samples meet
 
 
 def is_fused(node: Any) -> bool:
