@@ -15,7 +15,7 @@ from torch import Tensor
 
 def mirror(tensor: Tensor, ndim: int) -> Tensor:
     """``[*right, *left]`` → ``[*left, *reversed(right)]``, a view; ``right`` has ``ndim`` dimensions."""
-    return tensor.permute(*range(ndim, tensor.ndim), *reversed(range(ndim)))
+    return tensor.permute([*range(ndim, tensor.ndim), *reversed(range(ndim))])
 
 
 def symmetrize(matrix: Tensor) -> Tensor:
