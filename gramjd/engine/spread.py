@@ -37,7 +37,8 @@ class Spread:
     """Where NaN comes to from some of the samples, time and again from others."""
 
     def __init__(self, task: Task) -> None:
-        self.task, self.chosen, self.passes = task, _choices(task.samples), list[Masks]()
+        self.task, self.passes = task, list[Masks]()
+        self.chosen = _choices(task.samples, in_step=task.lockstep is not None)
         nodes = _all_nodes(task.output)
         if any(type(node).__name__ == _HOOK for node in nodes):
             return  # what users' hooks keep of gradients must not become NaN
@@ -67,10 +68,13 @@ class Spread:
         return zip(nodes, self.task.plan.layouts[number], strict=True)
 
 
-def _choices(samples: int) -> list[Tensor]:
-    """Halves of the samples: of up to eight, each is without each other one in one of them."""
+def _choices(samples: int, in_step: bool) -> list[Tensor]:
+    """Halves of the samples: of up to eight, each is without each other one in one of them.
+
+    For ranks in step as many whatever their samples are.
+    """
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(samples))
-    bits = (samples - 1).bit_length() if samples <= _FEW else 1
+    bits = _FEW.bit_length() - 1 if in_step else (samples - 1).bit_length() if samples <= _FEW else 1
     halves = [order % 2 ** (bit + 1) >= 2**bit for bit in range(bits)]
     return [*halves, *(~half for half in halves)]
 
