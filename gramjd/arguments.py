@@ -37,6 +37,8 @@ class Arguments:
         if not argnums or any(not -len(args) <= n < len(args) for n in argnums):
             raise ValueError(f"argnums {argnums} are not positions among {len(args)} positional arguments.")
         numbers = tuple(n % len(args) for n in argnums)
+        if len(set(numbers)) < len(numbers):
+            raise ValueError(f"argnums {argnums} name an argument twice.")
         chosen = args[numbers[0]] if single else tuple(args[n] for n in numbers)
         what = f"Argument {argnums[0] if single else argnums}"
         parameters, parameters_spec = pytree.tensor_leaves(chosen, what)
@@ -93,11 +95,12 @@ def _batch_dims(others: Sequence[PyTree], kwargs: Mapping[str, Any], numbers: Se
                 f"in_dims is {dim!r} for argument {n}, which is differentiated and so shared by all "
                 "samples: its entry must be None."
             )
-        leaves = pytree.leaves(arg)
-        same = [dim] * len(leaves) if dim is None or isinstance(dim, int) else pytree.leaves(dim)
-        if len(same) != len(leaves):
-            raise ValueError(f"in_dims {dim!r} does not match the structure of its argument.")
-        dims += [d if isinstance(x, Tensor) else None for x, d in zip(leaves, same, strict=True)]
+        try:
+            found = pytree.prefix(dim, arg)
+        except ValueError as error:
+            raise ValueError(f"in_dims {dim!r} does not match the structure of its argument.") from error
+        pairs = zip(pytree.leaves(arg), found, strict=True)
+        dims += [d if isinstance(x, Tensor) else None for x, d in pairs]
     return dims + [0 if isinstance(x, Tensor) else None for x in pytree.leaves(list(kwargs.values()))]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FrameType
 from typing import Any, TypeVar
@@ -144,6 +144,19 @@ def unbatched(gradient: Tensor, level: int, size: int) -> Tensor:
 is_compiling: Callable[[], bool] = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling
 
 
+@contextmanager
+def without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """A context in which gradients come to these tensors as they are: no hook of theirs runs."""
+    held = [(hooks, dict(hooks)) for t in tensors if (hooks := t._backward_hooks)]
+    for hooks, _ in held:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, mine in held:
+            hooks.update(mine)
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Has it memory of its own to look at: is it neither wrapped by a transform nor of a subclass?"""
     return type(tensor) is Tensor and not _functorch.is_functorch_wrapped_tensor(tensor)
@@ -151,7 +164,9 @@ def is_plain(tensor: Tensor) -> bool:
 
 def is_ours(tensor: Tensor) -> bool:
     """May results made of it be written in place: does nothing trace, transform or differentiate it?"""
-    return not is_compiling() and is_plain(tensor) and not tensor.requires_grad
+    if is_compiling() or torch.autograd.forward_ad._current_level >= 0:  # a dual tensor looks like any other
+        return False
+    return is_plain(tensor) and not tensor.requires_grad
 
 
 def value_of(flag: Tensor) -> bool | None:

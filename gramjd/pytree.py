@@ -41,6 +41,15 @@ def map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
     return optree.tree_map(fn, tree, *rest, **_OPTIONS)
 
 
+def prefix(tree: PyTree, full: PyTree) -> list[Any]:
+    """For every leaf of ``full`` the leaf of ``tree``, of the same structure as far as it goes, above it.
+
+    Raises:
+        ValueError: it is not.
+    """
+    return leaves(map(lambda leaf, part: [leaf] * len(leaves(part)), tree, full))
+
+
 def paths(tree: PyTree) -> list[str]:
     """A readable name for every leaf: the keys that lead to it, joined by dots."""
     return [".".join(str(key) for key in path) for path in optree.tree_paths(tree, **_OPTIONS)]

@@ -38,10 +38,10 @@ def jacobian(
         argnums: position of the argument to differentiate with respect to, or a tuple of several,
             whose Jacobian is then with respect to the tuple. All samples share them.
         in_dims: which dimension of each argument is the batch, as in ``torch.func.vmap``: one entry
-            for each positional argument, ``None`` for what all samples share, such as those that
-            ``argnums`` names. An ``int`` stands for all arguments but these. ``None`` alone: there is
-            no batch, and the function is called as it is. Keyword arguments are batched along
-            dimension 0 wherever there is a batch.
+            for each positional argument (an ``int`` or a PyTree of them that is a prefix of it), ``None``
+            for what all samples share, such as those that ``argnums`` names. An ``int`` stands for all
+            arguments but these. ``None`` alone: there is no batch, and the function is called as it is.
+            Keyword arguments are batched along dimension 0 wherever there is a batch.
         has_aux: ``func`` returns ``(output, aux)``; the result is then ``(jacobian, aux)``. Tensors
             in ``aux`` come back as a batch; what else there is, as in the function's last call.
         randomness, chunk_size: as in ``torch.func.vmap``.
@@ -53,7 +53,8 @@ def jacobian(
 
     Raises:
         TypeError: parameters or outputs hold something other than real tensors, or a tensor subclass.
-        ValueError: batch sizes differ, no argument is batched, or a differentiated one is.
+        ValueError: batch sizes differ, no argument is batched, or a differentiated one is; ``argnums``
+            or ``in_dims`` do not fit the arguments; there is no output, or one without entries.
         NotImplementedError: the function writes into a parameter in place.
 
     Examples:
@@ -184,7 +185,11 @@ class _Run:
                 raise TypeError("With has_aux=True, the function must return a tuple (output, aux).")
             found, aux = found
         outputs, self.output_spec = pytree.tensor_leaves(found, "The function's output")
+        if not outputs:
+            raise ValueError("The function returned no tensor, so there is no Jacobian.")
         for out in outputs:
+            if out.numel() == 0:
+                raise ValueError(f"The function returned a tensor without entries, {list(out.shape)}.")
             if not out.is_floating_point():
                 raise TypeError(
                     f"The function's output must hold real floating-point tensors, not {out.dtype}. "

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from oracle import assert_close
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 import gramjd
@@ -271,6 +273,45 @@ def test_weights_computed_from_parameters_without_a_batch() -> None:
     """Where nothing is batched, a tensor made of parameters alone is like any other."""
     x, params = torch.randn(3).double(), make_params()
     assert_close(gramjd.gramian(mlp, in_dims=None)(params, x), dense(mlp)(params, x[None])[0, ..., 0])
+
+
+def wide(p: Params, x: Tensor) -> Tensor:
+    """Four outputs a sample: of 260 samples, more rows than one product takes at once."""
+    return torch.tanh(x @ p["w1"].T + p["b1"]) @ p["w2"].T
+
+
+def wide_params(*lead: int) -> Params:
+    shapes = {"w1": (5, 3), "b1": (5,), "w2": (4, 5)}
+    return {name: torch.randn(*lead, *shape).double() for name, shape in shapes.items()}
+
+
+def test_products_in_pieces_inside_transforms() -> None:
+    """What is written in place elsewhere is not where something differentiates, maps or traces it."""
+    x, params, tangent = torch.randn(260, 3).double(), wide_params(), wide_params()
+    found, want = (g(wide)(params, x) for g in (gramjd.gramian, dense))
+    assert_close(found, want)
+    grads, wanted = (grad(lambda p, g=g: alignment(g(wide)(p, x)))(params) for g in (gramjd.gramian, dense))
+    for key in params:
+        assert_close(grads[key], wanted[key])
+    found, tangents = (jvp(lambda p, g=g: g(wide)(p, x), (params,), (tangent,))[1]
+                       for g in (gramjd.gramian, dense))  # fmt: skip
+    assert_close(found, tangents)
+    members = wide_params(2)
+    found = vmap(gramjd.gramian(wide), (0, None))(members, x)
+    for n in range(2):
+        assert_close(found[n], dense(wide)({k: v[n] for k, v in members.items()}, x))
+    with forward_ad.dual_level():
+        dual = {k: forward_ad.make_dual(v, tangent[k]) for k, v in params.items()}
+        found = forward_ad.unpack_dual(gramjd.gramian(wide)(dual, x))
+    assert_close(found.primal, want)
+    assert_close(found.tangent, tangents)
+    with torch.inference_mode():
+        J = gramjd.jacobian(wide)(params, x)
+        assert_close(J.gramian().clone(), want)
+    assert_close(J.gramian(), want)
+    traced = make_fx(gramjd.gramian(wide))(params, x)
+    assert_close(traced(members := wide_params(), x), dense(wide)(members, x))
+    assert_close(torch.func.functionalize(gramjd.gramian(wide))(params, x), want)
 
 
 def test_inside_no_grad() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_close, assert_symmetric
+from oracle import assert_close, assert_symmetric, dense_gramian
 from torch import Tensor, nn
 
 import gramjd
@@ -239,6 +239,46 @@ def test_backward_is_autograd_s(batch_dim: int | None) -> None:
         losses.backward(weights, retain_graph=True)
     for name, grad in got.items():
         assert_close(grad, model.get_parameter(name).grad)
+
+
+def scaled(grad: Tensor) -> Tensor:
+    return grad.clamp(-0.1, 0.1) * 3
+
+
+@pytest.mark.filterwarnings("error::gramjd.errors.SlowPathWarning")
+@pytest.mark.parametrize("preset", [False, True])
+def test_backward_with_hooks_that_change_gradients(preset: bool) -> None:
+    """They run when something is added to ``.grad``, once each, on ``Jᵀ w``; not in what finds ``J``."""
+    torch.manual_seed(0)
+    model, x = Model().double(), ids(4)
+    trainable = [p for name, p in model.named_parameters() if name != "idle"]
+    want = dense_gramian(model(x), trainable)
+    seen: list[Tensor] = []
+    for p in trainable:
+        p.register_hook(scaled)
+        p.register_post_accumulate_grad_hook(seen.append)
+        p.retain_grad()
+        p.grad = torch.ones_like(p) if preset else None
+    before = [p.grad for p in trainable]
+    hooks = [dict(p._backward_hooks or {}) for p in trainable]
+    engine = Engine(model, batch_dim=0)
+    losses, w = model(x), torch.randn(4, 3).double()
+    J = engine.jacobian(losses)
+    assert not seen
+    assert hooks == [dict(p._backward_hooks or {}) for p in trainable]
+    assert_close(J.gramian(), want)
+    for factor in (1, 2):
+        J.backward(factor * w)
+    assert len(seen) == 2 * len(trainable)
+    got = [p.grad for p in trainable]
+    for p in trainable:
+        p.grad = torch.ones_like(p) if preset else None
+    for factor in (1, 2):
+        losses.backward(factor * w, retain_graph=True)
+    for p, grad, old in zip(trainable, got, before, strict=True):
+        assert p.grad is not None and grad is not None
+        assert_close(grad, p.grad)
+        assert grad.stride() == p.grad.stride() and (grad is old) == preset
 
 
 def test_backward_leaves_other_parameters_alone() -> None:

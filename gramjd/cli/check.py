@@ -14,6 +14,7 @@ from gramjd.cli.cost import cost
 from gramjd.cli.load import CannotRunError, Problem
 from gramjd.engine import Engine
 from gramjd.errors import GramjdError, SlowPathWarning
+from gramjd.internals import without_hooks
 
 EXACT, DIFFERS, CANNOT_RUN, REFUSED = range(4)  # exit codes
 # Relative errors that rounding explains, by the precision in which a Gramian is judged.
@@ -145,6 +146,7 @@ def _jacobian(losses: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """``[m, n]``: the gradient of each loss by ordinary autograd, in float64."""
     rows = []
     for loss in losses:
-        found = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+        with without_hooks(parameters):
+            found = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
         rows.append(torch.cat([g.flatten().double() for g in found]))
     return torch.stack(rows)

@@ -13,7 +13,12 @@ from gramjd import gramians
 from gramjd.engine.nodes import taps_of
 from gramjd.engine.regions import Stream
 from gramjd.errors import NoGraphError
-from gramjd.internals import batched_gradients_level, outside_batched_gradients, unbatched
+from gramjd.internals import (
+    batched_gradients_level,
+    outside_batched_gradients,
+    unbatched,
+    without_hooks,
+)
 from gramjd.rounding import tolerance
 
 Sink = Callable[[Any, Sequence[Tensor | None]], Sequence[Tensor | None]]
@@ -78,9 +83,10 @@ def _grad(output: Tensor, inputs: Sequence[Tensor], cotangent: Tensor, batched: 
     if not inputs:
         return []
     try:
-        return torch.autograd.grad(
-            output, inputs, cotangent, retain_graph=True, allow_unused=True, is_grads_batched=batched
-        )
+        with without_hooks(inputs):  # those of parameters are for what is added to .grad
+            return torch.autograd.grad(
+                output, inputs, cotangent, retain_graph=True, allow_unused=True, is_grads_batched=batched
+            )
     except RuntimeError as error:
         if "backward through the graph a second time" in str(error):
             raise NoGraphError(
