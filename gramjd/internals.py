@@ -169,6 +169,11 @@ def is_ours(tensor: Tensor) -> bool:
     return is_plain(tensor) and not tensor.requires_grad
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often it, or what it is a view of, has been written in place; 0 where that is not counted."""
+    return 0 if is_compiling() or tensor.is_inference() else tensor._version
+
+
 def value_of(flag: Tensor) -> bool | None:
     """What a flag is, where programs may branch on it; ``None`` in transforms and where tracing goes on."""
     if is_compiling() or inside_transform() or flag.is_meta:

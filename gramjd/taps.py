@@ -65,6 +65,7 @@ def tapped(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor], g
             outputs, aux = function(wrapped, batch)
         trace = tracker.trace
         cs = list(_pull(outputs, [*tracker.taps, *wrapped], list(given) or basis(outputs), trace))
+        tracker.check_versions()
         return torch.zeros(()), (cs, tracker.saved, list(outputs), list(aux))
 
     found = torch.func.vjp(run, raw, torch.zeros(()), has_aux=True)[2]  # type: ignore[misc]

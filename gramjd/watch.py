@@ -19,9 +19,11 @@ from gramjd.internals import (
     below_transform,
     innermost_level,
     unfused_attention,
+    version_of,
     vmaps_in_progress,
 )
 from gramjd.rules import expansion_of, tensors_of
+from gramjd.rules.registry import op_name
 from gramjd.tracker import Tracker, is_inplace
 from gramjd.uses import Record, describe
 
@@ -68,6 +70,7 @@ class Watch(Tracker):
         self.level = innermost_level()
         self.trace = Trace()
         self.saved: list[list[Tensor]] = []
+        self.versions: list[list[tuple[Tensor, int]]] = []  # what each record saves, as it was then
 
     def mark(self, out: Tensor) -> Tensor:
         """Make the output of a use something that cotangents can be had of."""
@@ -105,7 +108,7 @@ class Watch(Tracker):
             out = op(*self.bare(args), **self.bare(kwargs))
         if not isinstance(out, Tensor):
             return op(*args, **kwargs), None
-        self._keep(record, leaves, [leaves[i] for i in record.saved], [], 1)
+        self._keep(record, leaves, [self.held(leaves[i]) for i in record.saved], [], 1)
         return self.mark(out), record
 
     def _derive(self, op: Any, args: Any, kwargs: dict[str, Any], record: Record, leaves: Sequence[Any]
@@ -117,9 +120,20 @@ class Watch(Tracker):
         if below is None:
             return out, None
         self.below.update((id(t), value) for t, value in zip(outs, below, strict=True))
-        constants = [below_transform(leaves[i], self.level) for i in record.saved]
+        constants = [below_transform(self.held(leaves[i]), self.level) for i in record.saved]
         self._keep(record, leaves, [], constants, len(outs))
         return out, record
+
+    def held(self, leaf: Tensor) -> Tensor:
+        """A tensor whose values a rule will read when the function has ended."""
+        return leaf
+
+    def check_versions(self) -> None:
+        """Raise, as autograd would, if the function wrote into what the rules of its uses are to read."""
+        reached = iter(self.trace.reached)
+        for record, saved in zip(self.trace.records, self.versions, strict=True):
+            if (record.derived or next(reached)) and any(version_of(t) != first for t, first in saved):
+                raise RuntimeError(_WRITTEN.format(op=op_name(record.call.op)))
 
     def _keep(self, record: Record, leaves: Sequence[Any], saved: list[Tensor], constants: list[Tensor],
               outputs: int) -> None:  # fmt: skip
@@ -128,6 +142,7 @@ class Watch(Tracker):
         self.trace.constants.append(constants)
         self.trace.outputs.append(outputs)
         self.saved.append(saved)
+        self.versions.append([(leaves[i], version_of(leaves[i])) for i in record.saved])
 
     def _refuse_nesting(self, op: str) -> None:
         """Raise if torch would differentiate the op wrongly here; note that one more level would be."""
@@ -143,6 +158,10 @@ class Watch(Tracker):
         return pytree.map(lambda leaf: self.below.get(id(leaf), leaf), tree)
 
 
+_WRITTEN = (
+    "A tensor that {op} received with a parameter, and that its gradient needs, was modified by an inplace "
+    "operation afterwards. Use the out-of-place form, or write into a clone."
+)
 _INPLACE = (
     "The function writes into a parameter, or into a tensor made of parameters alone, in place ({op}), "
     "which cannot be followed under a transform. Use the out-of-place form (w = w * s) instead."

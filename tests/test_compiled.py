@@ -11,16 +11,19 @@ import torch.nn.functional as F
 from oracle import assert_close
 from test_composition import (
     INSIDE,
+    WRITES,
     Params,
     dense,
     derived_inside,
     forward_over_reverse,
+    harmless,
     inner_vmap,
     logdet,
     loss,
     make_params,
     maml,
     mlp,
+    writing,
 )
 from torch import Tensor, nn
 
@@ -143,6 +146,18 @@ def test_ways_that_tracing_hides() -> None:
     params, x = make_params(), torch.randn(4, 3).double()
     got = torch.compile(gramjd.gramian(hidden), fullgraph=True, backend="aot_eager")(params, x)
     assert_close(got, dense(hidden)(params, x))
+
+
+@pytest.mark.parametrize("how", WRITES)
+def test_writes_come_after_what_is_read(how: str) -> None:
+    """In eager mode they are an error; a graph has no writes, so that it gives what the function means."""
+    params, x = make_params(), torch.randn(4, 3).double()
+    got = torch.compile(gramjd.gramian(writing(how)), fullgraph=True, backend="aot_eager")(params, x)
+    assert_close(got, dense(writing("nothing"))(params, x))
+
+
+def test_harmless_writes() -> None:
+    check(gramjd.gramian(harmless), make_params(), torch.randn(4, 3).double())
 
 
 def test_new_parameters_need_no_new_graph() -> None:

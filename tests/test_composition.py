@@ -236,6 +236,45 @@ def written(p: Params, x: Tensor) -> Tensor:
     return (gate * frozen).sum() + (h @ also).sum() + (p["t"].detach() * h).sum() + row.sin().sum()
 
 
+def writing(how: str) -> Callable[[Params, Tensor], Tensor]:
+    """A function that writes into what the gradient of an earlier op needs."""
+
+    def func(p: Params, x: Tensor) -> Tensor:
+        h, scale = x - 0.1, torch.ones(4, 1, dtype=torch.float64)
+        y = F.linear(h, p["w1"] * scale)
+        if how == "method":
+            h.add_(1)
+        elif how == "operator":
+            h += 1
+        elif how == "item":
+            h[0] = 1
+        elif how == "view":
+            h[:2].zero_()
+        elif how == "flag":
+            F.relu(h, inplace=True)
+        elif how == "constant":  # of a tensor made of parameters
+            scale.mul_(2)
+        return y.sin().sum()
+
+    return func
+
+
+WRITES = ["method", "operator", "item", "view", "flag", "constant"]
+
+
+def harmless(p: Params, x: Tensor) -> Tensor:
+    """Writes after which every gradient can be had: into what no gradient needs, or of no effect."""
+    h, buffer = x * 1, torch.cat([x, x[:1]])
+    y = h + p["w1"][0]
+    unused = F.linear(h, p["w1"])
+    h.add_(3)
+    buffer[:3] = h
+    buffer = buffer * p["t"]
+    z = F.linear(h, p["w1"]).add_(1)
+    unused.zero_()
+    return y.square().sum() + (z * buffer).sum()
+
+
 def closed_over(p: Params, x: Tensor) -> Tensor:
     """Another level's tensors, by a closure."""
     return grad(lambda y: F.linear(torch.sin(y * x), p["w1"]).square().sum())(x).square().sum()
@@ -258,6 +297,26 @@ def test_transforms_inside(func: Callable[..., Tensor], several: bool) -> None:
     members = make_params(2)
     found, wanted = (vmap(g(objectives), (0, None))(members, x) for g in (gramjd.gramian, dense))
     assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("how", WRITES)
+def test_writes_that_gradients_do_not_survive(how: str) -> None:
+    """An error, as of autograd."""
+    func, params, x = writing(how), make_params(), torch.randn(4, 3).double()
+    for transformed in (
+        vmap(grad(func), (None, 0)),
+        gramjd.gramian(func),
+        gramjd.gramian(func, chunk_size=2),
+    ):
+        with pytest.raises(RuntimeError, match="inplace operation"):
+            transformed(params, x)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        gramjd.gramian(func, in_dims=None)(params, x[0])
+
+
+def test_harmless_writes() -> None:
+    params, x = make_params(), torch.randn(4, 3).double()
+    assert_close(gramjd.gramian(harmless)(params, x), dense(harmless)(params, x))
 
 
 @pytest.mark.parametrize("func", [pinn, maml, derived_inside])

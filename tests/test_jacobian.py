@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -119,6 +120,14 @@ def test_for_scipy(make: Make) -> None:
     assert_close(torch.as_tensor(A.H @ eye[:18]), matrix.T[:, :2])
 
 
+def test_no_arrays_of_bfloat16() -> None:
+    pytest.importorskip("scipy")
+    J = gramjd.jacobian(lambda p, x: p @ x)(torch.randn(3).bfloat16(), torch.randn(4, 3).bfloat16())
+    with pytest.raises(TypeError, match=r"no torch.bfloat16: take J.to\(dtype=torch.float32\)"):
+        J.as_linear_operator()
+    assert J.to(dtype=torch.float32).as_linear_operator().dtype == "float32"
+
+
 def test_cross(make: Make) -> None:
     (J1, d1), (J2, d2) = make(ids(4)), make(ids(2, 3))
     assert_close(J1.cross(J2), gramian(d1, d2))
@@ -211,6 +220,41 @@ def test_accumulate_dtype(make: Make) -> None:
     assert wide.dtype == torch.float64
     assert_close(wide, J.gramian(), 1e-5)
     assert_close(J.gramian(memory_budget=2**20), J.gramian())
+
+
+def test_products_after_a_factor_was_written() -> None:
+    """Such as a buffer that the next batch is copied into: an error, not the products of another batch."""
+    x, w = torch.randn(4, 3).double(), torch.ones(4, 2).double()
+    p = {"w": torch.randn(2, 3).double(), "b": torch.randn(2).double()}
+    lazy = gramjd.jacobian(lambda p, x: F.linear(x, p["w"], p["b"]).tanh())
+    J = lazy(p, x)
+    wanted = J.gramian(), J.gramian(per="parameter")["b"]
+    copied, bias, weight = copy.deepcopy(J), J.select(["b"]), J.select(["w"])
+    x.mul_(2)
+    both = Jacobian.cat([J, lazy(p, x)])
+    products: list[Callable[[], Any]] = [
+        J.gramian, J.squared_norms, J.norms, J.diagonal, J.dense, both.gramian, weight.gramian,
+        lambda: J.gramian(per="parameter"), lambda: J.cross(copied), lambda: copied.cross(J),
+        lambda: J.vjp(w), lambda: J.jvp(p), lambda: J @ J.T, lambda: J.to("cpu"),
+    ]  # fmt: skip
+    for product in products:
+        with pytest.raises(RuntimeError, match=r"Jacobian of 'w' is made of.*was written in place"):
+            product()
+    assert_close(copied.gramian(), wanted[0])
+    assert_close(bias.gramian(), wanted[1])
+
+
+def test_backward_after_a_factor_was_written() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), torch.randn(5, 3).double()
+    engine = Engine(model, batch_dim=0)
+    J = engine.jacobian(model(x))
+    G, w = J.gramian(), torch.ones(5, 2).double()
+    J.backward(w)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()  # parameters are no factors here
+    assert_close(J.gramian(), G)
+    x.zero_()
+    with pytest.raises(RuntimeError, match=r"Jacobian of '0.weight' is made of.*was written in place"):
+        J.backward(w)
 
 
 def test_repr(make: Make) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from allocations import Allocations
 from kernels import MODELS, definition, fcn, inputs, less
 from oracle import assert_close, assert_symmetric, dense_gramian
+from test_products import Ops
 from torch import Tensor, nn
 
 import gramjd
@@ -50,6 +51,19 @@ def test_what_options_save(option: str) -> None:
         assert (
             allocations.largest <= 2 * 4 * 8 * 300 * 300
         )  # the cotangents, twice; the whole would be 8 times them
+
+
+def test_a_symmetric_kernel_costs_about_half() -> None:
+    """One run over the function, and little more than half of the products: 5 of 8 tiles' worth."""
+    func, params = gramjd.functional_loss(fcn())
+    x, counts = inputs("fcn", 700), []
+    for others in [(), (x.clone(),)]:
+        with Ops() as ops:
+            gramjd.ntk(func)(params, x, *others)
+        counts.append((ops.count(("tanh",)), ops.multiply_adds))
+    (once, few), (twice, many) = counts
+    assert twice == 2 * once > 0
+    assert few < 0.65 * many
 
 
 @pytest.mark.parametrize(("trace", "diagonal"), [((1,), ()), ((2,), (1, 0)), ((), (3,))])

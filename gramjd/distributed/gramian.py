@@ -48,7 +48,7 @@ def gramian(jac: Jacobian, shares: Mapping[str, Sequence[int]], options: Options
     with torch.no_grad():
         with taking_part(group, like.device):
             _check(jac, rows)
-            manifest, tensors = describe(jac.parts)
+            manifest, tensors = describe(jac.intact)
             budget = _budget(options, like)
             mine = Statement(_settings(jac, shares, options, rows) | dict(settings or {}), manifest, budget)
         said = agree(ranks, mine)

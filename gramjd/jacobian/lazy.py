@@ -27,7 +27,8 @@ class Jacobian:
 
     Made by :func:`gramjd.jacobian` and :meth:`gramjd.Engine.jacobian`. As an operator it maps flat
     parameters to flat outputs (leaves one after the other): ``J @ v``, ``J.T @ w``, and ``J @ J.T``
-    is the Gramian as a matrix.
+    is the Gramian as a matrix. Factors are not copied: products after a tensor that they are made of was
+    written in place raise a ``RuntimeError``.
 
     Attributes:
         parameters: what was differentiated with respect to, in a flat list.
@@ -43,7 +44,7 @@ class Jacobian:
     def of(blocks: Sequence[Sequence[Block]], parameters: Sequence[Tensor], parameters_spec: PyTreeSpec,
            outputs: Sequence[Output], outputs_spec: PyTreeSpec, samples: int) -> Jacobian:  # fmt: skip
         """The Jacobian of one batch, from the blocks of each parameter."""
-        part = Part(blocks, samples)
+        part = Part.watched(blocks, samples)
         return Jacobian([part], parameters, parameters_spec, Outputs(outputs, outputs_spec, samples))
 
     @staticmethod
@@ -90,6 +91,17 @@ class Jacobian:
     def blocks(self) -> list[list[Block]]:
         """The blocks of each parameter, of all micro-batches one after the other."""
         return [[b for part in self.parts for b in part.blocks[n]] for n in range(len(self.parameters))]
+
+    @property
+    def intact(self) -> Sequence[Part]:
+        """``parts``; an error if somebody has written into their factors."""
+        for part in self.parts:
+            if (n := part.written()) is not None:
+                raise RuntimeError(
+                    f"A tensor that the Jacobian of {self.names[n]!r} is made of, such as an input of the "
+                    "function, was written in place since. Ask for products before, or pass a clone."
+                )
+        return self.parts
 
     @property
     def names(self) -> list[str]:
@@ -150,9 +162,9 @@ class Jacobian:
             found = distributed.gramian(self, which, options, group, rows)
             return found[""] if per is None else found
         distributed.refuse_rows(rows)
+        given, K = self.intact, self.objectives
 
         def share(which: Sequence[int]) -> PyTree:
-            given, K = self.parts, self.objectives
             if len(given) == 1:
                 total = parts.keeping(given[0], which, K, options, self._like)
             else:
@@ -173,8 +185,8 @@ class Jacobian:
         """
         self._check_parameters(other)
         total = parts.cross(
-            self.parts,
-            other.parts,
+            self.intact,
+            other.intact,
             range(len(self.parameters)),
             (self.objectives, other.objectives),
             Options(memory_budget, accumulate_dtype),
@@ -188,7 +200,7 @@ class Jacobian:
         That is the Gramian's diagonal, for instance for per-sample clipping.
         """
         options = Options(memory_budget)
-        return self.outputs.unpack(parts.squared_norms(self.parts, self.objectives, options, self._like))
+        return self.outputs.unpack(parts.squared_norms(self.intact, self.objectives, options, self._like))
 
     def norms(self, *, memory_budget: int | None = None) -> PyTree:
         """Norm of every row, shaped like the outputs, without the Gramian."""
@@ -206,7 +218,7 @@ class Jacobian:
         if len(self.outputs.each) != 1:
             raise ValueError("diagonal() is of one output tensor; this Jacobian has several.")
         out, K = self.outputs.each[0], self.objectives
-        rows = parts.diagonal(self.parts, K, Options(memory_budget), self._like)  # [K, B, K]
+        rows = parts.diagonal(self.intact, K, Options(memory_budget), self._like)  # [K, B, K]
         sizes = [n for d, n in enumerate(out.shape) if d != out.batch_dim]
         square = rows.transpose(0, 1).reshape(self.samples, *sizes, *sizes)
         order = range(1 + len(sizes), 1 + 2 * len(sizes))
@@ -226,10 +238,10 @@ class Jacobian:
         Raises:
             ValueError: the weights are not shaped like the outputs, or are on another device.
         """
-        rows, batched = self._packed(w)
+        (rows, batched), given = self._packed(w), self.intact
 
         def one(row: Tensor) -> list[Tensor]:
-            return parts.vjp(self.parts, self.parameters, row)
+            return parts.vjp(given, self.parameters, row)
 
         found = torch.vmap(one)(rows) if batched else one(rows[0])
         return pytree.unflatten(self.parameters_spec, list(found))
@@ -255,12 +267,13 @@ class Jacobian:
                     f"Expected a direction of shape {list(p.shape)} for parameter {name!r}, got "
                     f"{list(tangent.shape)}."
                 )
-        return self.outputs.unpack(parts.jvp(self.parts, given, self.objectives, self._like))
+        return self.outputs.unpack(parts.jvp(self.intact, given, self.objectives, self._like))
 
     def dense(self) -> PyTree:
         """``J`` itself: for each output, a PyTree like the parameters of ``[*shape, *p.shape]``."""
+        given = self.intact
         columns = [
-            self.outputs.unpack(parts.dense(self.parts, number, self.objectives, p))
+            self.outputs.unpack(parts.dense(given, number, self.objectives, p))
             for number, p in enumerate(self.parameters)
         ]
         leaves = [pytree.leaves(column) for column in columns]
@@ -303,7 +316,7 @@ class Jacobian:
         if batched:
             raise ValueError("Jacobian.backward takes one tensor of weights; see vjp for a batch of them.")
         with torch.no_grad():
-            chosen = [part.of_parameters(used) for part in self.parts]
+            chosen = [part.of_parameters(used) for part in self.intact]
             found = parts.vjp(chosen, leaves, rows[0])
             found = [distributed.averaged(g, p) for g, p in zip(found, leaves, strict=True)]
         accumulate(leaves, found)
@@ -344,7 +357,7 @@ class Jacobian:
         """The same Jacobian on another device or in another floating-point dtype."""
         return replace(
             self,
-            parts=[part.moved(device, dtype) for part in self.parts],
+            parts=[part.moved(device, dtype) for part in self.intact],
             parameters=[p.detach().to(device=device, dtype=dtype) for p in self.parameters],
         )
 

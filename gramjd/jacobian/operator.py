@@ -81,6 +81,10 @@ def as_linear_operator(jac: Jacobian) -> Any:
     except ImportError as error:
         raise ImportError("as_linear_operator needs scipy: pip install scipy.") from error
     like = jac.parameters[0]
+    try:
+        dtype = torch.empty((), dtype=like.dtype).numpy().dtype
+    except TypeError as error:
+        raise TypeError(f"numpy has no {like.dtype}: take J.to(dtype=torch.float32) first.") from error
 
     def product(left: Any) -> Any:
         def apply(x: Any) -> Any:
@@ -90,5 +94,4 @@ def as_linear_operator(jac: Jacobian) -> Any:
         return apply
 
     forward, transposed = product(jac), product(jac.T)
-    dtype = torch.empty((), dtype=like.dtype).numpy().dtype
     return LinearOperator(jac.shape, forward, transposed, forward, dtype, transposed)

@@ -10,12 +10,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from math import isqrt
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gramjd import plan
 from gramjd.blocks import Block, is_zero
+from gramjd.internals import is_compiling, version_of
 from gramjd.plan import Options
 from gramjd.rounding import own_precision
 
@@ -27,11 +29,28 @@ class Part:
     blocks: Sequence[Sequence[Block]]  # of each parameter; none if the outputs do not depend on it
     samples: int
     kept: dict[int, Tensor] = field(default_factory=dict)  # rows [B K, P] that the Gramian was made of
+    versions: Sequence[tuple[int, ...]] = ()  # of each parameter's factors at first; of none: not watched
+
+    @staticmethod
+    def watched(blocks: Sequence[Sequence[Block]], samples: int) -> Part:
+        """A part that can tell when somebody writes into its factors."""
+        return Part(blocks, samples, versions=[_versions(mine) for mine in blocks])
+
+    def written(self) -> int | None:
+        """A parameter into whose factors somebody has written since, if there is one."""
+        for n, first in enumerate(self.versions):
+            if _versions(self.blocks[n]) != first:
+                return n
+        return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "versions": ()}  # those of copied tensors are others
 
     def of_parameters(self, which: Sequence[int]) -> Part:
         """Of some of the parameters."""
         kept = {n: self.kept[p] for n, p in enumerate(which) if p in self.kept}
-        return Part([self.blocks[p] for p in which], self.samples, kept)
+        versions = [self.versions[p] for p in which] if self.versions else ()
+        return Part([self.blocks[p] for p in which], self.samples, kept, versions)
 
     def split(self, most: int) -> list[Part]:
         """Parts of at most so many samples."""
@@ -48,7 +67,8 @@ class Part:
 
     def moved(self, device: torch.device | str | None, dtype: torch.dtype | None) -> Part:
         """On another device, and with floating-point numbers of another dtype."""
-        return Part([[_moved(block, device, dtype) for block in mine] for mine in self.blocks], self.samples)
+        blocks = [[_moved(block, device, dtype) for block in mine] for mine in self.blocks]
+        return Part.watched(blocks, self.samples)
 
     def objectives(self, which: Tensor) -> Part:
         """Of some of the objectives of each sample."""
@@ -225,6 +245,13 @@ def _tensors(block: Block) -> dict[str, Tensor]:
     """The factors of a block by name."""
     values = {field.name: getattr(block, field.name) for field in fields(block)}
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def _versions(blocks: Iterable[Block]) -> tuple[int, ...]:
+    """How often each factor has been written in place; nothing where a graph is traced."""
+    if is_compiling():
+        return ()
+    return tuple(version_of(t) for block in blocks for t in _tensors(block).values())
 
 
 def _moved(block: Block, device: torch.device | str | None, dtype: torch.dtype | None) -> Block:
