@@ -388,6 +388,40 @@ def test_outputs_in_a_pytree() -> None:
         J.jvp({"a": torch.ones(2), "b": torch.ones(2, 3)})
 
 
+def test_trees_by_groups_and_in_micro_batches() -> None:
+    p = {name: torch.randn(3, 3).double() for name in "abc"}
+    batches = [torch.randn(n, 3).double() for n in (3, 1, 4)]
+
+    def f(p: dict[str, Tensor], x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        h = F.linear(x, p["a"]).tanh()
+        return F.linear(h, p["b"]), [(h @ p["c"]).sum()]  # the second does not depend on b
+
+    J = Jacobian.cat([gramjd.jacobian(f)(p, x) for x in batches])
+    first, (second,) = torch.vmap(torch.func.jacrev(f), (None, 0))(p, torch.cat(batches))
+    rows = {name: (first[name].flatten(2), second[name].flatten(1)[:, None]) for name in p}
+    whole, shares = J.gramian(), J.gramian(per="parameter")
+    for i in range(2):
+        for j in range(2):
+            each = {n: gramian(rows[n][i], rows[n][j]) for n in p}
+            squeezed = {n: G.squeeze(2) if j else G for n, G in each.items()}
+            each = {n: G.squeeze(1) if i else G for n, G in squeezed.items()}
+
+            def entry(tree: Any, i: int = i, j: int = j) -> Tensor:
+                row = tree[1][0] if i else tree[0]
+                return row[1][0] if j else row[0]
+
+            assert_close(entry(whole), sum(each.values()))
+            for name in p:
+                assert_close(entry(shares[name]), each[name])
+    many = torch.randn(5, 8, 3).double(), [torch.randn(5, 8).double()]
+    want = {
+        n: torch.einsum("bkn,mbk->mn", rows[n][0], many[0])
+        + torch.einsum("bkn,mb->mn", rows[n][1], many[1][0])
+        for n in p
+    }
+    assert_close(flat(J.vjp(many), 1), flat(want, 1))
+
+
 def test_tied_entries_stay_apart() -> None:
     """As in torch.func.grad, the same tensor twice in the parameters is two parameters."""
     p, x = torch.randn(3, 3).double(), torch.randn(4, 3).double()

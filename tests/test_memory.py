@@ -124,6 +124,17 @@ def test_wide_linear() -> None:
     assert allocations.largest <= 64 * MiB
 
 
+def test_norms_need_no_gramian() -> None:
+    """16,384 rows of the head: their Gramian would take a gigabyte."""
+    model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 8))
+    function, params = gramjd.functional_loss(model)
+    J = gramjd.jacobian(function)(params, torch.randn(2048, 20))
+    with Allocations() as allocations:
+        found = J.squared_norms()
+    assert found.shape == (2048, 8)
+    assert allocations.largest <= 16 * MiB
+
+
 def test_tied_embedding() -> None:
     """No tensor as large as vocabulary times width times batch, nor a tenth of that."""
     table = nn.Embedding(50_000, 512)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from allocations import Allocations
 from kernels import MODELS, definition, fcn, inputs, less
-from oracle import assert_close, assert_symmetric, dense_gramian
+from oracle import assert_close, assert_symmetric, dense_gramian, dense_jacobian
 from test_products import Ops
 from torch import Tensor, nn
 
 import gramjd
+from gramjd import pytree
 
 # every axis of the batched output is kept, traced, or reduced to its diagonal
 OPTIONS = [
@@ -80,6 +83,34 @@ def test_options_compose(trace: tuple[int, ...], diagonal: tuple[int, ...]) -> N
     want = torch.func.grad(lambda p: less(whole(p, x), trace, diagonal).square().sum())(params)
     for name in params:
         assert_close(got[name], want[name])
+
+
+@pytest.mark.parametrize("trace", [[], [1]])
+def test_alignment_by_parameters_and_inputs(trace: list[int]) -> None:
+    """The gradient of a kernel's alignment with targets, by both batches, too."""
+    func, params = gramjd.functional_loss(fcn())
+    x1, x2 = inputs("fcn", 4), inputs("fcn", 3)
+    targets = torch.randn(4, 3, dtype=torch.float64)
+
+    def by_definition(p: dict[str, Tensor], x1: Tensor, x2: Tensor) -> Tensor:
+        rows = [torch.vmap(torch.func.jacrev(func), (None, 0))(p, x) for x in (x1, x2)]
+        left, right = (torch.cat([r[n].flatten(2) for n in p], 2) for r in rows)
+        full = torch.einsum("bkn,cln->bklc", left, right)
+        return less(full, trace, [])
+
+    def alignment(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def value(*args: Any) -> Tensor:
+            K = kernel(*args)
+            return (K.flatten(1, -2).sum(1) if K.ndim > 2 else K).mul(targets).sum() / K.norm()
+
+        return value
+
+    found, wanted = (
+        torch.func.grad(alignment(kernel), (0, 1, 2))(params, x1, x2)
+        for kernel in (gramjd.ntk(func, trace_axes=trace), by_definition)
+    )
+    for got, want in zip(pytree.leaves(found), pytree.leaves(wanted), strict=True):
+        assert_close(got, want)
 
 
 def test_negative_axes() -> None:
@@ -167,6 +198,35 @@ def test_functional_loss() -> None:
     assert_close(values, losses.detach())
     assert_close(J.gramian(), dense_gramian(losses, model.parameters()))
     assert list(parameters) == ["tokens.weight"]
+
+
+class Branches(nn.Module):
+    """Two positional arguments, one of them a dictionary; a dictionary of outputs; buffers; dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.drop, self.out = nn.BatchNorm1d(4), nn.Dropout(1.0), nn.Linear(4, 2)
+        nn.init.normal_(self.norm.running_mean)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, more: dict[str, Tensor]) -> dict[str, Tensor]:
+        h = self.drop(self.norm(x) * more["scale"])
+        return {"one": self.out(h), "two": h.square().sum(1)}
+
+
+def test_functional_loss_of_trees() -> None:
+    model = Branches().double().eval()
+    x, scale = torch.randn(5, 4, dtype=torch.float64), torch.rand(5, 4, dtype=torch.float64)
+    function, parameters = gramjd.functional_loss(model)
+    G, values = gramjd.gramian_and_value(function)(parameters, (x, {"scale": scale}))
+    outputs = model(x, {"scale": scale})
+    rows = {name: dense_jacobian(out, model.parameters()) for name, out in outputs.items()}
+    for name, out in outputs.items():
+        assert_close(values[name], out.detach())
+        assert_close(G[name][name], dense_gramian(out, model.parameters()))
+    assert_close(G["two"]["one"], (rows["two"] @ rows["one"].T).view(5, 5, 2).mT)
+    model.drop.train()  # read at the time of the call; as are buffers
+    gone = gramjd.gramian(function, randomness="different")(parameters, (x, {"scale": scale}))
+    assert not gone["two"]["two"].any()
 
 
 def test_functional_loss_refuses() -> None:
