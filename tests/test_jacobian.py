@@ -63,6 +63,7 @@ def ids(samples: int, positions: int = 5) -> Tensor:
     return torch.randint(0, 7, (samples, positions))
 
 
+X = torch.randn(4, 3, dtype=torch.float64)
 Make = Callable[[Tensor], tuple[Jacobian, Tensor]]
 
 
@@ -161,6 +162,22 @@ def test_groups_are_partitions(make: Make) -> None:
         J.gramian(per={"a": J.names, "b": ["head.bias"]})
     with pytest.raises(ValueError, match="'parameter'"):
         J.gramian(per="layer")
+
+
+def test_namesakes() -> None:
+    """Keys with dots in them can make two names one: no share gets lost."""
+    p, x = {"a": {"b": torch.ones(3).double()}, "a.b": torch.ones(3).double(), "c": torch.ones(3).double()}, X
+    J = gramjd.jacobian(lambda p, x: (p["a"]["b"] * x).sin().sum() + (p["a.b"] + p["c"]) @ x)(p, x)
+    for choose in (
+        lambda: J.gramian(per="parameter"),
+        lambda: J.gramian(per={"all": ["a.b", "c"]}),
+        lambda: J.select(["a.b"]),
+        lambda: J.select(lambda name: name == "a.b"),
+    ):
+        with pytest.raises(ValueError, match=r"Several parameters are called 'a\.b'"):
+            choose()
+    assert_close(sum(J.gramian(per=lambda name: name).values()), J.gramian())
+    assert J.select(["c"]).names == ["c"]
 
 
 def test_select(make: Make) -> None:
@@ -370,6 +387,7 @@ def test_outputs_in_a_pytree() -> None:
     G = J.gramian()
     assert_close(G["one"]["two"], torch.einsum("bn,ckn->bkc", one, two))
     assert_close(G["two"]["two"], gramian(two, two))
+    assert all(g.untyped_storage().nbytes() == g.nbytes for row in G.values() for g in row.values())
     w = {"one": torch.randn(4).double(), "two": torch.randn(4, 2).double()}
     want = torch.einsum("bn,b->n", one, w["one"]) + torch.einsum("bkn,bk->n", two, w["two"])
     assert_close(flat(J.vjp(w)), want)

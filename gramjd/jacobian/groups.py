@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 
@@ -9,6 +10,7 @@ def partition(names: Sequence[str], per: str | Mapping[str, Sequence[str]] | Cal
               ) -> dict[str, list[int]]:  # fmt: skip
     """Groups of parameters, as positions in ``names``; each parameter is in exactly one."""
     if per == "parameter":
+        _refuse_namesakes(names, names)
         return {name: [n] for n, name in enumerate(names)}
     if isinstance(per, str):
         raise ValueError(f"per must be None, 'parameter', a function or a mapping, not {per!r}.")
@@ -41,4 +43,13 @@ def chosen(names: Sequence[str], wanted: Sequence[str] | Callable[[str], bool]) 
         which = [names.index(name) for name in wanted]
     if not which:
         raise ValueError(f"No parameter was chosen; there are {list(names)}.")
+    _refuse_namesakes(names, [names[n] for n in which])
     return which
+
+
+def _refuse_namesakes(names: Sequence[str], wanted: Sequence[str]) -> None:
+    """Raise if a wanted name is that of two parameters, as the keys "a", "b" in a row and "a.b" give."""
+    count = Counter(names)
+    twice = sorted({name for name in wanted if count[name] > 1})
+    if twice:
+        raise ValueError(f"Several parameters are called {twice[0]!r}: rename a key of theirs.")

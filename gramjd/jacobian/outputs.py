@@ -94,6 +94,8 @@ class Outputs:
         found = []
         for out in right.each:
             part = total[left.start : left.stop, :, out.start : out.stop]
+            if part.shape != total.shape:
+                part = part.clone()  # a view would keep the whole alive
             rows = gramians.from_rows(part, left.shape, left.batch_dim)  # [*left, K₂, B₂]
             flipped = rows.movedim((-2, -1), (0, 1))
             found.append(
