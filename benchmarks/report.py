@@ -15,7 +15,7 @@ from benchmarks.scaling import AXES, slope
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks: written by python -m benchmarks -->\n", "<!-- end of benchmarks -->\n"
-WRONG = 1e-3  # relative error beyond which a float32 result is not one of rounding
+WRONG = 1e-2  # relative error that rounding does not explain: of F, the plain float32 gradient has 0.004
 MiB = 2**20
 COUNTED = """\
 A ratio is the median over rounds of the time of a step, forward pass included, to that of a plain SGD step
