@@ -15,7 +15,6 @@ from benchmarks.scaling import AXES, slope
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks: written by python -m benchmarks -->\n", "<!-- end of benchmarks -->\n"
-WRONG = 1e-2  # relative error that rounding does not explain: of F, the plain float32 gradient has 0.004
 MiB = 2**20
 COUNTED = """\
 A ratio is the median over rounds of the time of a step, forward pass included, to that of a plain SGD step
@@ -62,11 +61,11 @@ def _cell(record: Record | None) -> str:
         return "–"
     if "error" in record:
         return "slow" if record["error"].startswith("took more") else "fails"
-    wrong = max(record.get("gramian_error", 0.0), record.get("gradient_error", 0.0))
+    wrong = pictures.error_of(record)
     cell = _short(record["ratio"])
     if "own_bytes" in record:
         cell += f" ({_short(record['own_bytes'] / MiB)})"
-    return f"{cell}, wrong by {wrong:.1g}" if not wrong < WRONG else cell
+    return f"{cell}, wrong by {wrong:.1g}" if not wrong < pictures.WRONG else cell
 
 
 def _sgd_cell(records: Sequence[Record]) -> str:
