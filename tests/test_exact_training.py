@@ -334,23 +334,35 @@ def test_derivatives_by_torch_func_in_the_loss() -> None:
 # Mixed precision.
 
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA is not here")
+
+
 @pytest.mark.parametrize("batch_dim", [0, None])
 @pytest.mark.parametrize("inside", [True, False])
-def test_autocast_to_bfloat16(inside: bool, batch_dim: int | None) -> None:
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        ("cpu", torch.bfloat16),
+        pytest.param("cuda", torch.bfloat16, marks=needs_cuda),
+        pytest.param("cuda", torch.float16, marks=needs_cuda),
+    ],
+)
+def test_autocast(device: str, dtype: torch.dtype, inside: bool, batch_dim: int | None) -> None:
     """Scaled losses; ``compute_gramian`` in or outside the context; a Gramian of float32."""
-    model = nn.Sequential(nn.Linear(D, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 3))
-    x, scale = torch.randn(B, D), 2.0**16  # where GradScaler starts
+    model = nn.Sequential(nn.Linear(D, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 3)).to(device)
+    x = torch.randn(B, D, device=device)
+    scale = 2.0**16 if dtype == torch.bfloat16 else 2.0**8  # where GradScaler starts, and ends up
     engine = Engine(model, batch_dim=batch_dim, ways=["ops"])
     for _ in range(2):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, dtype):
             hidden = model(x)
-            assert hidden.dtype == torch.bfloat16
+            assert hidden.dtype == dtype
             losses = hidden.float().square().sum(1) * scale
             gramian = engine.compute_gramian(losses) if inside else None
         gramian = engine.compute_gramian(losses) if gramian is None else gramian
         assert gramian.dtype == torch.float32
         want = dense_gramian(losses, model.parameters())
-        assert_close(gramian, want, torch.finfo(torch.bfloat16).eps)
+        assert_close(gramian, want, torch.finfo(dtype).eps)
         assert_close(gramian / scale**2, dense_gramian(losses / scale, model.parameters()), 0.01)
 
 
