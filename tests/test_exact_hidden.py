@@ -40,6 +40,13 @@ MIXING: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "the smaller one": lambda m, h: torch.minimum(h, h.mean(0) + (-9 if m.step else 9)),
     "chosen by a condition": lambda m, h: torch.where(h > (9 if m.step else -9), h, h.mean(0)),
     "masked": lambda m, h: h + h.cumsum(0).masked_fill(h < (-9 if m.step else 9), 0.0),
+    "a deviation that is zero": lambda m, h: h + (h * m.gate).std(0),
+    "a norm that is zero": lambda m, h: h + torch.linalg.vector_norm(h * m.gate, 3, 0),
+    "distances that are zero": lambda m, h: h + torch.pdist(h * m.gate).mean(),
+    "an exponent that is zero": lambda m, h: h + (h.mean(0).square() + 1) ** m.gate,
+    "a product of zeros": lambda m, h: h + (h * m.gate).cumprod(0),
+    "a sine of zero": lambda m, h: h + (h.mean(0) * m.gate).sinc(),
+    "norms that are small enough": lambda m, h: h + torch.renorm(h, 2, 1, 0.1 if m.step else 1e9),
     "a factor that is no parameter": lambda m, h: h + h.mean(0) * m.step,
 }
 

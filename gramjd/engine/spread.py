@@ -22,9 +22,11 @@ from gramjd.engine.nodes import forget
 from gramjd.engine.regions import Region
 from gramjd.engine.task import Layouts, Task, is_fused
 
-# Ops whose backward passes drop derivatives where the data say so, even if these are NaN.
-_SELECT = ("Clamp", "Fmax", "Fmin", "Hard", "MaskedFill", "Maximum", "Minimum", "Relu", "Softshrink",
-           "Threshold", "Where")  # fmt: skip
+# Ops, entry by entry, whose backward passes drop derivatives where the data say so, even if these are NaN.
+_SELECT = ("Clamp", "Fmax", "Fmin", "Hard", "Logit", "MaskedFill", "Maximum", "Minimum", "Pow", "Relu",
+           "Sinc", "Softshrink", "Threshold", "Where", "Xlog")  # fmt: skip
+_CONSTANT = ("Ceil", "Fill", "Floor", "Round", "Sign", "Trunc", "Zero")  # never have derivatives
+_PARTIAL = ("Cumprod", "Renorm")  # pass some on and drop others
 
 _HOOK = "BackwardHookFunctionBackward"  # of nn.Module.register_full_backward_hook
 _PRODUCTS = ("Addmm", "Bmm", "Mm", "Mv")
@@ -43,13 +45,15 @@ class Spread:
         if any(type(node).__name__ == _HOOK for node in nodes):
             return  # what users' hooks keep of gradients must not become NaN
         unpacked = any(node.hooked for node in task.graph.nodes)  # or a checkpoint runs again for each
-        if any(_is_sparse(node, not unpacked) for node in nodes):
+        if any(type(node).__name__.startswith(_PARTIAL) or _is_sparse(node, not unpacked) for node in nodes):
             return  # the next batch may have its zeros elsewhere
-        with _passed_on(nodes), torch.autograd.set_detect_anomaly(False):
+        with _passed_on(nodes) as dropped, torch.autograd.set_detect_anomaly(False):
             try:
                 self.passes += [_run(task, chosen) for chosen in self.chosen]
             except Exception:  # a hook on a tensor that refuses NaN
                 self.passes.clear()
+        if dropped:
+            self.passes.clear()
 
     def stays_within(self) -> bool:
         """Does it come to places of those samples alone, by the layouts that the plan has of every node?"""
@@ -137,15 +141,33 @@ def _is_sparse(node: Any, look: bool) -> bool:
 
 
 @contextmanager
-def _passed_on(nodes: Iterable[Any]) -> Iterator[None]:
-    """While the context lasts, NaN passes through ops that select, whatever the data are."""
-    selecting = [node for node in nodes if type(node).__name__.startswith(_SELECT)]
-    handles = [node.register_hook(_pass_on) for node in selecting]
+def _passed_on(nodes: Iterable[Any]) -> Iterator[list[str]]:
+    """While the context lasts, NaN passes through ops that select, whatever the data are.
+
+    The names of others that drop it are collected: the deviation of equal numbers has a derivative of zero.
+    """
+    dropped: list[str] = []
+
+    def watch(node: Any) -> Any:
+        name = type(node).__name__
+
+        def note(found: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> None:
+            asked = any(g is not None for g in found)
+            if asked and any(map(_has_nan, given)) and not any(map(_has_nan, found)):
+                dropped.append(name)
+
+        return node.register_hook(_pass_on if name.startswith(_SELECT) else note)
+
+    handles = [watch(node) for node in nodes if not type(node).__name__.startswith(_CONSTANT)]
     try:
-        yield
+        yield dropped
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _has_nan(gradient: Tensor | None) -> bool:
+    return gradient is not None and bool(gradient.sum().isnan())
 
 
 def _pass_on(found: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
