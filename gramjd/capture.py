@@ -20,7 +20,7 @@ from torch import Tensor
 from gramjd import pytree
 from gramjd.assembly import blocks_of
 from gramjd.blocks import Block, Dense
-from gramjd.internals import is_compiling
+from gramjd.internals import differentiates, is_compiling
 from gramjd.perturbations import perturbed
 from gramjd.taps import tapped
 from gramjd.uses import Use
@@ -58,7 +58,14 @@ def capture(
         unbatched: tensors that the function closes over and that are the same for all samples.
         randomness, chunk_size: as in ``torch.func.vmap``.
         shared: no batch: ``batched`` are passed on as they are, and ``B = 1``.
+
+    Raises:
+        RuntimeError: in inference mode, where this version of torch does not differentiate.
     """
+    if not differentiates():
+        raise RuntimeError(
+            f"torch {torch.__version__} gives gradients of zero in inference mode: use torch.no_grad()."
+        )
     # An alias apiece: tied entries stay apart, as torch.func.grad keeps them apart.
     raw = [p.view_as(p) for p in parameters]
     trace = Trace()

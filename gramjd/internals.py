@@ -44,6 +44,13 @@ def constant_in_graphs(function: F) -> F:
     return function
 
 
+def differentiates() -> bool:
+    """Do transforms differentiate here? Those of older versions of torch give zeros in inference mode."""
+    if is_compiling() or not torch.is_inference_mode_enabled():
+        return True
+    return bool(torch.func.grad(torch.sin)(torch.zeros(())))
+
+
 @constant_in_graphs
 def innermost_level() -> int:
     """The number of the innermost transform in progress."""

@@ -364,13 +364,23 @@ def test_products_in_pieces_inside_transforms() -> None:
         found = forward_ad.unpack_dual(gramjd.gramian(wide)(dual, x))
     assert_close(found.primal, want)
     assert_close(found.tangent, tangents)
-    with torch.inference_mode():
-        J = gramjd.jacobian(wide)(params, x)
-        assert_close(J.gramian().clone(), want)
-    assert_close(J.gramian(), want)
     traced = make_fx(gramjd.gramian(wide))(params, x)
     assert_close(traced(members := wide_params(), x), dense(wide)(members, x))
     assert_close(torch.func.functionalize(gramjd.gramian(wide))(params, x), want)
+
+
+def test_inference_mode() -> None:
+    """Right, or an error where torch itself gives zeros."""
+    x, params = torch.randn(260, 3).double(), wide_params()
+    want = dense(wide)(params, x)
+    with torch.inference_mode():
+        if not grad(torch.sin)(torch.zeros(())):
+            with pytest.raises(RuntimeError, match=r"use torch\.no_grad"):
+                gramjd.jacobian(wide)(params, x)
+            return
+        J = gramjd.jacobian(wide)(params, x)
+        assert_close(J.gramian().clone(), want)
+    assert_close(J.gramian(), want)
 
 
 def test_inside_no_grad() -> None:
