@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import steps_arguments  # noqa: F401
+import steps_gates  # noqa: F401
+import steps_modes  # noqa: F401
 import steps_ragged  # noqa: F401
+import steps_values  # noqa: F401
 from steps import FAMILIES, ORDERS, judge
 
 CASES = [(name, batch_dim) for name, this in FAMILIES.items() for batch_dim in this.batch_dims]
