@@ -170,7 +170,7 @@ CHOICES: dict[str, Callable[[Tensor], Tensor]] = {
     "nonzero": lambda u: u[(u.detach() > u.detach().median()).nonzero()[:, 0]],
     "mode": lambda u: u.mode()[0][None],
     "norm of order infinity": lambda u: torch.stack([u[:2].norm(torch.inf), u[2:].norm(torch.inf)]),
-    "if": lambda u: u if float(u[0]) > float(u[1]) else u.flip(0),
+    "if": lambda u: u if bool(u[0] > u[1]) else u.flip(0),
     "argmax": lambda u: u[u.view(2, 2).argmax(1) + T([0, 2])],
 }
 
