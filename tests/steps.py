@@ -79,8 +79,8 @@ def judge(this: Family, order: Callable[[Sequence[Any]], list[Any]], batch_dim: 
                 warnings.simplefilter("ignore", SlowPathWarning)
                 got = engine.compute_gramian(losses)
         except GramjdError as error:
-            allowed = batch_dim is not None and this.mixed(setting)
-            assert allowed, f"{told}: refused: {type(error).__name__}: {error}"
+            if batch_dim is None or not this.mixed(setting):
+                raise AssertionError(f"{told}: refused: {type(error).__name__}: {error}") from error
             found.append(type(error).__name__)
             continue
         try:

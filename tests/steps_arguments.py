@@ -162,7 +162,7 @@ for _name, (_rows, _settings) in ROWS.items():
 
 @family(0, 1, 0, 2, 0, mixed=lambda k: k > 0, why="a band of an attention matrix across samples")
 def tril_and_triu_of_attention_across_samples() -> tuple[nn.Module, At]:
-    return rows(lambda m, h, k: ((h @ h.T).tril(k).triu(-k) @ h), 4)
+    return rows(lambda m, h, k: (h @ h.T).tril(k).triu(-k) @ h, 4)
 
 
 @family(3, 2, 3, 2, mixed=lambda step: step == 2, why="windows overlap")
@@ -210,14 +210,18 @@ def grouped_convolution_with_samples_in_channels() -> tuple[nn.Module, At]:
         kernels = (m.kernel * scales).flatten(0, 1)
         return F.conv1d(h, kernels, groups=3).view(3, 2, 3).permute(*order, 2).sum(2 - order[0] - order[1])
 
-    net = Net(forward, first=nn.Linear(2, 5), style=nn.Linear(4, 3), kernel=nn.Parameter(torch.randn(2, 3, 3)))
+    net = Net(
+        forward, first=nn.Linear(2, 5), style=nn.Linear(4, 3), kernel=nn.Parameter(torch.randn(2, 3, 3))
+    )
     return net, lambda order: net(draw(3, 3, 2), draw(3, 4), order).square().sum(1)
 
 
 @family((3, 4), (4, 3), (3, 4), (6, 2), (4, 3), (2, 6), (12, 1))
 def views_of_tokens_as_other_samples() -> tuple[nn.Module, At]:
     """``[12, d]`` are so many samples of so many tokens."""
-    net = Net(lambda m, x, s: m.last(m.first(x).tanh()).view(*s, 2), first=nn.Linear(3, 4), last=nn.Linear(4, 2))
+    net = Net(
+        lambda m, x, s: m.last(m.first(x).tanh()).view(*s, 2), first=nn.Linear(3, 4), last=nn.Linear(4, 2)
+    )
     return net, lambda s: net(draw(12, 3), s).square().sum((1, 2))
 
 
@@ -365,7 +369,11 @@ def equations_of_square_matrices() -> tuple[nn.Module, At]:
     def forward(m: Any, x: Tensor, equation: str, transposed: int) -> Tensor:
         a = m.first(x)
         a = a.T if transposed and equation.startswith("ji") else a
-        return torch.einsum(equation, a, m.w) if not equation.startswith("ji") else torch.einsum(equation, a, m.w).T
+        return (
+            torch.einsum(equation, a, m.w)
+            if not equation.startswith("ji")
+            else torch.einsum(equation, a, m.w).T
+        )
 
     net = Net(forward, first=nn.Linear(4, 4), w=nn.Parameter(torch.randn(4, 4)))
     return net, lambda s: net(draw(4, 4), *s).sin().sum(1)

@@ -42,7 +42,9 @@ class Mean(torch.autograd.Function):
         return grads[0].mean(0, keepdim=True).expand_as(grads[0]).clone()
 
 
-def opening(forward: Callable[..., Tensor], samples: int = 4, shape: tuple[int, ...] = (), **parts: Any) -> Any:
+def opening(
+    forward: Callable[..., Tensor], samples: int = 4, shape: tuple[int, ...] = (), **parts: Any
+) -> Any:
     """A gate ``m.gate`` that starts at zero; ``forward(m, x)``."""
     net = Net(forward, gate=nn.Parameter(torch.zeros(shape)), **parts)
 
@@ -70,8 +72,9 @@ USES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a custom function behind a module": lambda m, h: m.gate * m.g(MatMul.apply(h, m.f.weight)),
     "a module behind a custom function": lambda m, h: m.gate * MatMul.apply(m.g(h), m.f.weight),
     "a custom function before it": lambda m, h: MatMul.apply(m.gate * h, m.f.weight),
-    "a relu that is dead": lambda m, h: (MatMul.apply(h, m.f.weight) - 9 + 20 * m.gate.detach()).relu()
-    + m.gate,
+    "a relu that is dead": lambda m, h: (
+        (MatMul.apply(h, m.f.weight) - 9 + 20 * m.gate.detach()).relu() + m.gate
+    ),
     "a mask": lambda m, h: MatMul.apply(h, m.f.weight) * (m.gate.detach() != 0),
     "where": lambda m, h: torch.where(m.gate.detach() != 0, MatMul.apply(h, m.f.weight), h),
     "a dropout of everything": lambda m, h: F.dropout(
@@ -82,8 +85,9 @@ USES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a matrix of zeros": lambda m, h: MatMul.apply(h, m.f.weight) @ (torch.eye(6).double() * m.gate),
     "an in-place sum": lambda m, h: h.clone().add_(m.gate * MatMul.apply(h, m.f.weight)),
     "a write": lambda m, h: _write(h, m.gate * MatMul.apply(h, m.f.weight)),
-    "a checkpoint": lambda m, h: m.gate
-    * checkpoint(lambda t: MatMul.apply(t, m.f.weight), h, use_reentrant=False),
+    "a checkpoint": lambda m, h: (
+        m.gate * checkpoint(lambda t: MatMul.apply(t, m.f.weight), h, use_reentrant=False)
+    ),
     "a weight that is a sum": lambda m, h: F.linear(h, m.f.weight * m.gate),
     "a norm of the weight": lambda m, h: h * (m.gate * m.f.weight.square().sum()),
     "a row of the weight": lambda m, h: h * m.gate * m.f.weight[0],
@@ -220,7 +224,9 @@ def tied_head_behind_a_gate() -> tuple[nn.Module, At]:
 
 @family(*GATES, batch_dims=BOTH)
 def tied_by_hand_in_the_loop() -> tuple[nn.Module, At]:
-    both = nn.ModuleDict({"e": nn.Embedding(9, 6), "l": nn.Linear(6, 9), "g": nn.Linear(1, 1, False)}).double()
+    both = nn.ModuleDict(
+        {"e": nn.Embedding(9, 6), "l": nn.Linear(6, 9), "g": nn.Linear(1, 1, False)}
+    ).double()
 
     def at(gate: float) -> Tensor:
         both["g"].weight.data.fill_(gate)
@@ -249,7 +255,7 @@ def a_contrast_that_begins_later() -> tuple[nn.Module, At]:
     return net, at
 
 
-@family(0.0, 1.0, 0.0, 0.5, mixed=lambda p: 0 < p, why="samples are mixed with others, as by mixup")
+@family(0.0, 1.0, 0.0, 0.5, mixed=lambda p: p > 0, why="samples are mixed with others, as by mixup")
 def mixup_of_hidden_values() -> tuple[nn.Module, At]:
     net = Net(lambda m, x, p: m.g(torch.lerp(m.f(x).tanh(), m.f(x).tanh().flip(0), p)), f=nn.Linear(6, 4),
               g=nn.Linear(4, 2))  # fmt: skip

@@ -57,7 +57,9 @@ def dropout_by_mode() -> tuple[nn.Module, At]:
 
 @family(*EVAL_FIRST)
 def feature_dropout_by_mode() -> tuple[nn.Module, At]:
-    return switched(nn.Sequential(nn.Conv1d(2, 4, 3, padding=1), nn.Dropout1d(0.5), nn.Conv1d(4, 2, 1)), 4, 2, 5)
+    return switched(
+        nn.Sequential(nn.Conv1d(2, 4, 3, padding=1), nn.Dropout1d(0.5), nn.Conv1d(4, 2, 1)), 4, 2, 5
+    )
 
 
 @family(*EVAL_FIRST)
@@ -96,7 +98,9 @@ def detach_and_no_grad() -> tuple[nn.Module, At]:
     return net, lambda kind: net(draw(4, 3), kind)
 
 
-@family("other", "own", "other", "own", mixed=lambda kind: kind == "other", why="the mean of the batch is kept")
+@family(
+    "other", "own", "other", "own", mixed=lambda kind: kind == "other", why="the mean of the batch is kept"
+)
 def statistics_that_are_detached_or_not() -> tuple[nn.Module, At]:
     def forward(m: Any, x: Tensor, kind: str) -> Tensor:
         h = m.f(x)
@@ -155,7 +159,9 @@ def layers_of_another_width() -> tuple[nn.Module, At]:
 
 @family("apart", "tied", "apart", "tied transposed", "tied", batch_dims=(0, None))
 def weights_tied_later() -> tuple[nn.Module, At]:
-    net = Net(lambda m, x: m.second(m.first(x).tanh()).tanh() + x, first=nn.Linear(4, 4), second=nn.Linear(4, 4))
+    net = Net(
+        lambda m, x: m.second(m.first(x).tanh()).tanh() + x, first=nn.Linear(4, 4), second=nn.Linear(4, 4)
+    )
 
     def at(kind: str) -> Tensor:
         first = net.first.weight
@@ -177,7 +183,9 @@ def hooks_added_later() -> tuple[nn.Module, At]:
             handles.pop().remove()
         first: Any = net.first
         if kind == "forward":
-            handles.append(first.register_forward_hook(lambda m, args, out: out * 2 + F.linear(args[0], m.weight)))
+            handles.append(
+                first.register_forward_hook(lambda m, args, out: out * 2 + F.linear(args[0], m.weight))
+            )
         if kind == "backward":
             handles.append(first.register_full_backward_hook(lambda m, found, given: (found[0],)))
         x = draw(4, 3).requires_grad_(kind == "backward")
@@ -224,11 +232,15 @@ def indices_under_saved_tensor_hooks() -> tuple[nn.Module, At]:
     return net, at
 
 
-@family("rows", "mean", "rows", "mean", mixed=lambda kind: kind == "mean", why="the module is given their mean")
+@family(
+    "rows", "mean", "rows", "mean", mixed=lambda kind: kind == "mean", why="the module is given their mean"
+)
 def a_module_called_with_other_samples() -> tuple[nn.Module, At]:
     """Ops and shapes are the same: a factor of data is the identity or the mean."""
     factors = {"rows": torch.eye(4).double(), "mean": torch.full((4, 4), 0.25).double()}
-    net = Net(lambda m, x, f: m.second((f @ m.first(x)).tanh()), first=nn.Linear(3, 4), second=nn.Linear(4, 2))
+    net = Net(
+        lambda m, x, f: m.second((f @ m.first(x)).tanh()), first=nn.Linear(3, 4), second=nn.Linear(4, 2)
+    )
     return net, lambda kind: net(draw(4, 3), factors[kind]).square().sum(1)
 
 

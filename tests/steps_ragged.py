@@ -105,7 +105,9 @@ def sets_by_differences_of_running_sums() -> tuple[nn.Module, At]:
 def context_repeated_to_positions() -> tuple[nn.Module, At]:
     """Each sample's own vector comes to its positions, as in conditional decoders."""
     net = Net(
-        lambda m, c, x, s: _sum(torch.tanh(m.point(x) + m.context(c).repeat_interleave(torch.tensor(s), 0)), s),
+        lambda m, c, x, s: _sum(
+            torch.tanh(m.point(x) + m.context(c).repeat_interleave(torch.tensor(s), 0)), s
+        ),
         context=nn.Linear(2, 5),
         point=nn.Linear(3, 5),
     )
@@ -216,7 +218,9 @@ for _kind in "lstm", "gru", "rnn":
 @family([4, 1, 3, 2], [1, 2, 3, 4], [4, 3, 2, 1], [2, 2, 3, 3], [3, 3, 2, 2])
 def packed_sequences_that_are_sorted_first() -> tuple[nn.Module, At]:
     """The same numbers of sequences at each time, in another order."""
-    net = Net(lambda m, packed: m.unit(m.enter(packed), None), enter=_OnData(nn.Linear(3, 4)), unit=nn.GRU(4, 4))
+    net = Net(
+        lambda m, packed: m.unit(m.enter(packed), None), enter=_OnData(nn.Linear(3, 4)), unit=nn.GRU(4, 4)
+    )
 
     def at(lengths: list[int]) -> Tensor:
         padded = pad_sequence([draw(n, 3) for n in lengths])

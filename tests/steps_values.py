@@ -69,11 +69,13 @@ MOVES: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "hard attention": lambda h, s: (
         (torch.zeros(4, 4).double().masked_fill(F.one_hot(T(s), 4) == 0, -torch.inf)).softmax(1) @ h
     ),
-    "grid_sample": lambda h, s: F.grid_sample(
-        h.T.reshape(1, 4, 1, 4),
-        torch.stack([(T(s) * 2 + 1) / 4 - 1, torch.zeros(4)], 1).double().view(1, 1, 4, 2),
-        align_corners=False,
-    )[0, :, 0].T,
+    "grid_sample": lambda h, s: (
+        F.grid_sample(
+            h.T.reshape(1, 4, 1, 4),
+            torch.stack([(T(s) * 2 + 1) / 4 - 1, torch.zeros(4)], 1).double().view(1, 1, 4, 2),
+            align_corners=False,
+        )[0, :, 0].T
+    ),
     "a fixed attention mask": lambda h, s: F.scaled_dot_product_attention(
         h[None], h[None], h[None], attn_mask=F.one_hot(T(s), 4).bool()[None]
     )[0],
@@ -96,7 +98,9 @@ def permuted_and_put_back() -> tuple[nn.Module, At]:
     return rows(lambda m, h, s: m.last(h[T(s)])[T(s).argsort()].repeat(1, 2).sin(), 4)
 
 
-@family(*ORDERS, [0, 0, 1, 1], [3, 3, 3, 3], mixed=lambda s: s != IDENTITY, why="a sample is added to another")
+@family(
+    *ORDERS, [0, 0, 1, 1], [3, 3, 3, 3], mixed=lambda s: s != IDENTITY, why="a sample is added to another"
+)
 def neighbours_added() -> tuple[nn.Module, At]:
     return rows(lambda m, h, s: h + h[T(s)], 4)
 
@@ -176,7 +180,9 @@ CHOICES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _chosen(choose: Callable[[Tensor], Tensor]) -> tuple[nn.Module, At]:
-    net = Net(lambda m, x: choose(m.last(m.first(x).tanh())[:, 0]), first=nn.Linear(3, 4), last=nn.Linear(4, 1))
+    net = Net(
+        lambda m, x: choose(m.last(m.first(x).tanh())[:, 0]), first=nn.Linear(3, 4), last=nn.Linear(4, 1)
+    )
 
     def at(s: list[int]) -> Tensor:
         return net(draw(4, 3)[T(s)]).square()
@@ -201,7 +207,9 @@ def mixture_of_experts() -> tuple[nn.Module, At]:
             out = out.index_add(0, where, weights[where] * expert(tokens[where]))
         return out.view(4, 3, 4)
 
-    net = Net(forward, enter=nn.Linear(3, 4), router=nn.Linear(4, 2), one=nn.Linear(4, 4), two=nn.Linear(4, 4))
+    net = Net(
+        forward, enter=nn.Linear(3, 4), router=nn.Linear(4, 2), one=nn.Linear(4, 4), two=nn.Linear(4, 4)
+    )
     return net, lambda s: net(draw(4, 3, 3)[T(s)]).square().sum((1, 2))
 
 
@@ -215,7 +223,9 @@ def experts_that_choose_tokens() -> tuple[nn.Module, At]:
             out = out.index_add(0, chosen[number], weights[number, :, None] * expert(h[chosen[number]]))
         return h + out
 
-    net = Net(forward, enter=nn.Linear(3, 4), router=nn.Linear(4, 2), one=nn.Linear(4, 4), two=nn.Linear(4, 4))
+    net = Net(
+        forward, enter=nn.Linear(3, 4), router=nn.Linear(4, 2), one=nn.Linear(4, 4), two=nn.Linear(4, 4)
+    )
     return net, lambda s: net(draw(4, 3)[T(s)]).square().sum(1)
 
 
@@ -404,7 +414,9 @@ def padding_masks() -> tuple[nn.Module, At]:
     return net, at
 
 
-@family((0, 1), (1, 0), (0, 1), (1, 1), (0, 0), mixed=lambda s: s[0] == s[1], why="both losses take one sample")
+@family(
+    (0, 1), (1, 0), (0, 1), (1, 1), (0, 0), mixed=lambda s: s[0] == s[1], why="both losses take one sample"
+)
 def two_losses_that_choose_by_number() -> tuple[nn.Module, At]:
     net = Net(lambda m, x: m.first(x).square().sum(1), first=nn.Linear(3, 4))
 
@@ -425,5 +437,7 @@ def rows_of_a_replay_buffer() -> tuple[nn.Module, At]:
 @family([0, 1, 2, 3], [1, 0, 3, 2], [2, 3, 0, 1], [0, 1, 2, 3])
 def parameters_of_each_sample() -> tuple[nn.Module, At]:
     """Auto-decoders: each sample has a code of its own, by number."""
-    net = Net(lambda m, x, s: m.f(x + m.codes[T(s)]).square().sum(1), f=nn.Linear(3, 4), codes=parameter(6, 3))
+    net = Net(
+        lambda m, x, s: m.f(x + m.codes[T(s)]).square().sum(1), f=nn.Linear(3, 4), codes=parameter(6, 3)
+    )
     return net, lambda s: net(draw(4, 3), s)
