@@ -32,10 +32,10 @@ def _search(start: Iterable[Any], covered: set[int], ends: set[Any], found: set[
         ends: what computed that call's arguments.
         found: ids of leaves.
     """
-    stack, reached = list(start), set[Any]()
+    stack, reached = list[Any](start), set[Any]()
     seen = set(stack)
     while stack:
-        node = stack.pop()
+        node: Any = stack.pop()
         if node in ends:
             reached.add(node)
             continue

@@ -74,7 +74,7 @@ def walk(output: Tensor) -> Graph:
             raise NotCoveredError(_REENTRANT)
         elif kind.__name__ == "_DDPSinkBackward" and node.ddp_weakref().static_graph:
             raise NotCoveredError(_STATIC)
-        edges = []
+        edges: list[tuple[int, int] | None] = []
         for child, number in node.next_functions:
             if child is None:
                 edges.append(None)

@@ -75,7 +75,8 @@ class Scattered(Layout):
             else probed.unsqueeze(-1).double()
         )
         weighted = torch.einsum("knm,kn->nm", rows, v[:, self.owners])
-        return float((weighted - wanted).norm()) <= 8 * tolerance(c.dtype) * float(wanted.norm())
+        off = float((weighted - wanted.double()).norm())
+        return off <= 8 * tolerance(c.dtype) * float(weighted.norm())
 
 
 ZERO = Layout(-1)  # every layout fits: the cotangents are zero, or there are none

@@ -9,9 +9,10 @@ may do anything: the layouts of its graph are measured in every call.
 Two facts about each type:
 
 - its **sizes**: how other sizes than those of the proof may be recognised as the same case;
-- how it treats **NaN** in its backward pass: the proof (:mod:`gramjd.engine.spread`) makes the derivatives of
-  some samples NaN, and every entry that *could* depend on them, whatever the data are, must become NaN. Most
-  nodes multiply, and NaN times zero is NaN. Where a node selects by value, NaN is put wherever it selects from.
+- how it treats **NaN** in its backward pass: the proof (:mod:`gramjd.engine.spread`) makes the derivatives
+  of some samples NaN, and every entry that *could* depend on them, whatever the data are, must become NaN.
+  Most nodes multiply, and NaN times zero is NaN. Where one selects by value, NaN is put wherever it selects
+  from.
 
 ``tests/test_node_types.py`` has a program for each type, whose data move between steps.
 """
@@ -60,7 +61,7 @@ class NodeType:
 
 
 def _names(text: str) -> Iterable[str]:
-    """``"Add01"`` stands for ``AddBackward0`` and ``AddBackward1``; a name may end in a digit before a colon."""
+    """``"Add:01"`` stands for ``AddBackward0`` and ``AddBackward1``, ``"Sin"`` for ``SinBackward0``."""
     for word in text.split():
         name, _, digits = word.partition(":")
         for digit in digits or "0":
@@ -89,13 +90,13 @@ _PRODUCTS = """
 """
 # Whole dimensions are reduced, normalised or transformed together.
 _TOGETHER = """
-    Sum:01 Mean:01 Logsumexp Cumsum Softmax LogSoftmax SafeSoftmax NativeLayerNorm FusedRmsNorm NativeBatchNorm
-    NativeBatchNormLegit:01 NativeBatchNormLegitNoTraining CudnnBatchNorm FftR2C FftC2R FftC2C
+    Sum:01 Mean:01 Logsumexp Cumsum Softmax LogSoftmax SafeSoftmax NativeLayerNorm FusedRmsNorm
+    NativeBatchNorm NativeBatchNormLegit:01 NativeBatchNormLegitNoTraining CudnnBatchNorm FftR2C FftC2R FftC2C
 """
 # The same where equal or zero entries drop derivatives, or where the data choose along a dimension.
 _CHOOSING = """
-    Max Min Amax Amin Kthvalue Median:1 Nanmedian:1 Mode Cummax Cummin Sort:01 Topk Gather IndexSelect Scatter:01
-    ScatterAdd IndexAdd IndexCopy IndexFill:01 Norm:13 LinalgVectorNorm Std Var StdMean VarMean
+    Max Min Amax Amin Kthvalue Median:1 Nanmedian:1 Mode Cummax Cummin Sort:01 Topk Gather IndexSelect
+    Scatter:01 ScatterAdd IndexAdd IndexCopy IndexFill:01 Norm:13 LinalgVectorNorm Std Var StdMean VarMean
 """
 _CHOOSING_ANYWHERE = "Max:1 Min:1 Median Nanmedian Norm:02 Embedding Take"
 # Dimensions change their order or number; entries stay whole.
@@ -111,9 +112,9 @@ _EXACT = """
 _WINDOWS = """
     AdaptiveAvgPool2D AdaptiveAvgPool3D AvgPool2D AvgPool3D ConvDepthwise2D
     ConvDepthwise3D Convolution:01 CudnnConvolution CudnnConvolutionTranspose MkldnnConvolution
-    ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D SlowConv2D
-    SlowConv3D SlowConvDilated2D SlowConvDilated3D SlowConvTranspose2D SlowConvTranspose3D UpsampleBicubic2D
-    UpsampleBicubic2DAa UpsampleBilinear2D UpsampleBilinear2DAa UpsampleLinear1D UpsampleNearest1D
+    ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D
+    SlowConv2D SlowConv3D SlowConvDilated2D SlowConvDilated3D SlowConvTranspose2D SlowConvTranspose3D
+    UpsampleBicubic2D UpsampleBicubic2DAa UpsampleBilinear2D UpsampleBilinear2DAa UpsampleLinear1D UpsampleNearest1D
     UpsampleNearest2D UpsampleNearest3D UpsampleNearestExact1D UpsampleNearestExact2D UpsampleNearestExact3D
     UpsampleTrilinear3D
 """
@@ -154,23 +155,23 @@ LISTED["CopyBackwards"] = (Sizes.ANY, Nan.MULTIPLIED)  # of Tensor.copy_
 _IDENTITIES = ("_DDPSinkBackward", "RegisterPostBackwardFunctionBackward")
 
 # Numbers that scale derivatives (the proof covers a scale of zero), or that the shapes tell, too.
-_HARMLESS = frozenset(
-    """
+_SCALES = """
     alpha beta delta divisor_override dropout_p eps epsilon exponent input_scale lambd lower max max_val
-    maxnorm min min_val negative_slope other p rounding_mode scale self threshold train upper value weight
-    margin factor ord norm_type retain_variables scales_factor
-    C HxW N self_sym_sizes self_sym_numel mat1_sym_sizes mat1_sym_strides mat2_sym_sizes mat2_sym_strides
-    self_sym_strides input_sym_sizes weight_sym_argsize_0 batch1_sym_argsize_0 batch1_sym_argsize_1
-    batch2_sym_argsize_2 bias_sym_sizes_opt self_scalar_type other_scalar_type mat1_layout mat2_layout
-    self_layout self_options max_k max_q self_sym_argsize_minus_1 self_sym_argsize_minus_2
-    """.split()
-)
+    maxnorm min min_val negative_slope ord other p rounding_mode scale self threshold train upper value weight
+"""
+_SHAPES = """
+    C HxW N batch1_sym_argsize_0 batch1_sym_argsize_1 batch2_sym_argsize_2 bias_sym_sizes_opt input_sym_sizes
+    mat1_layout mat1_sym_sizes mat1_sym_strides mat2_layout mat2_sym_sizes mat2_sym_strides max_k max_q
+    other_scalar_type self_layout self_options self_scalar_type self_sym_argsize_minus_1
+    self_sym_argsize_minus_2 self_sym_numel self_sym_sizes self_sym_strides weight_sym_argsize_0
+"""
+_HARMLESS = frozenset([*_SCALES.split(), *_SHAPES.split(), "retain_variables"])
 
 _DIMS = ("dim", "dims", "dimension")
 
 
 @functools.lru_cache(maxsize=1024)
-def facts_of(kind: type) -> NodeType | None:
+def facts_of(kind: Any) -> NodeType | None:
     """What is known of a type of node; ``None`` for one that is not listed."""
     name = kind.__name__
     if name in _IDENTITIES and internals.is_torchs_own(kind):
@@ -196,7 +197,7 @@ def dims_of(node: Any, facts: NodeType, rank: int) -> tuple[int, ...]:
 
 
 def first_spatial(kind: type, rank: int) -> int:
-    """The first of the spatial dimensions of a node's inputs: after samples and channels, if there are both."""
+    """The first of the spatial dimensions of a node's inputs, after samples and channels."""
     name = kind.__name__
     if LISTED[name][1] is Nan.WITHIN_FIRST:
         return 1

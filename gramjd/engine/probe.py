@@ -20,7 +20,7 @@ from gramjd.engine.layouts import ZERO, Layout, Scattered, follows_samples, meas
 from gramjd.engine.marks import OpMark
 from gramjd.engine.nodes import Cotangents
 from gramjd.engine.passes import Pass, Passes, rounding_of
-from gramjd.engine.task import Layouts, Task, is_fused
+from gramjd.engine.task import Task, is_fused
 from gramjd.rounding import tolerance
 from gramjd.uses import roots
 

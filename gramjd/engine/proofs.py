@@ -25,8 +25,8 @@ _SEPARATIONS = 64  # of each
 _FAILED = (
     "An audit failed: in call {calls} of a graph of this structure the blocks no longer add up to autograd's "
     "gradient for {{!r}}, though they did {proven}. The Gramians of {since} may be wrong. Something that the "
-    "graph does not show decides on what it computes: a hook, a custom autograd.Function, a compiled part. Use "
-    "Engine(..., check='always'), and please report the model."
+    "graph does not show decides on what it computes: a hook, a custom autograd.Function, a compiled part. "
+    "Use Engine(..., check='always'), and please report the model."
 )
 
 

@@ -5,10 +5,10 @@ entries could reach the same entries. That picture is decided by the types of th
 they save and by shapes. Numbers stand in the key as they are. Of shapes, only what matters does, so that a
 proof for one batch size, or length, holds for others:
 
-- sizes are replaced by the order in which they first appear, so that equal ones stay equal and different ones
-  different, together with whether they are 1, and whether they are a multiple of the number of samples ``B``;
-- reshapes say which dimensions they merge or split; if samples may be in one of these, ``B`` must be its first
-  or last factor, or all its factors and ``B`` stand in the key;
+- sizes are replaced by the order in which they first appear, so that equal ones stay equal and different
+  ones different, together with whether they are 1, and a multiple of the number of samples ``B``;
+- reshapes say which dimensions they merge or split; if samples may be in one of these, ``B`` must be its
+  first or last factor, or all its factors and ``B`` stand in the key;
 - slices, concatenations and windows have the sizes in the dimensions that they move along in the key, and
   ``B`` if samples may be there.
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import prod
 from operator import mul
 from typing import Any
@@ -56,7 +56,7 @@ def separation_key(order: Sequence[Any], numbers: dict[Any, int], output: Shape,
     for node, mine in zip(order, found, strict=True):
         for shape in mine:
             parts.append(shapes.setdefault(shape, len(shapes)))
-        kind = type(node)
+        kind: Any = type(node)
         if kind is NODE_TYPE:
             replay = getattr(node.record, "replay", None)
             parts.append(replay and replay.sizes)
@@ -113,7 +113,7 @@ def _if_there(sizes: Sequence[Shape], samples: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _reshape(before: Shape, after: Shape, samples: int) -> tuple[Hashable, tuple[tuple[int, str], ...]]:
-    """What a reshape has in the key, and for each dimension of samples the place of ``B`` among its factors."""
+    """What a reshape has in the key, and where ``B`` is among the factors of dimensions of samples."""
     groups = _groups(before, after)
     if groups is None:
         return (before, after, samples), ()
@@ -165,7 +165,7 @@ def _groups(before: Shape, after: Shape) -> list[tuple[Shape, Shape]] | None:
 def _digits(ins: Shape, outs: Shape) -> Shape | None:
     """The common factors that both sides are products of neighbours of; ``None`` where there are none."""
     ends = sorted({*accumulate(ins, mul), *accumulate(outs, mul)} - {1})
-    if any(b % a for a, b in zip(ends, ends[1:], strict=False)):
+    if any(b % a for a, b in pairwise(ends)):
         return None
     return tuple([b // a for a, b in zip([1, *ends], ends, strict=False)])
 

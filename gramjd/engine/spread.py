@@ -9,7 +9,7 @@ Nodes that choose by value pass NaN on to all that they choose from (:mod:`gramj
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import combinations, islice
@@ -32,7 +32,7 @@ Gradients = Sequence[Tensor | None]
 
 
 def patterns_for(samples: int) -> int:
-    """How many passes it takes to tell each sample from each other one (Sperner 1928): about ``log2(B) + 1``."""
+    """How many passes tell each sample from each other one (Sperner 1928): about ``log2(B) + 1``."""
     n = 2
     while math.comb(n, n // 2) < samples:
         n += 1
@@ -137,11 +137,12 @@ def _passed_on(nodes: Iterable[Any]) -> Iterator[list[str]]:
 
     handles = []
     for node in nodes:
-        facts = facts_of(type(node))
+        kind: Any = type(node)
+        facts = facts_of(kind)
         if facts is None or facts.nan is Nan.CONSTANT:  # a recorded use, a leaf; or it has no derivative
             continue
         if facts.nan is Nan.MULTIPLIED:
-            handles.append(node.register_hook(partial(note, type(node).__name__)))
+            handles.append(node.register_hook(partial(note, kind.__name__)))
         else:
             handles.append(node.register_hook(partial(_spread, node, facts)))
     try:
@@ -156,7 +157,7 @@ def _has_nan(gradient: Tensor | None) -> bool:
 
 
 def _spread(node: Any, facts: NodeType, found: Gradients, given: Gradients) -> Gradients:
-    """The gradients that a node returned, NaN wherever other data could have sent that of those it was given."""
+    """The gradients that a node returned, NaN wherever other data could have sent NaN that it was given."""
     lost = [g.isnan() for g in given if g is not None]
     return tuple([g if g is None else _with_nan(g, lost, _reach(node, facts, g)) for g in found])
 
