@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gramjd.engine.compiled import is_compiled
-from gramjd.engine.marks import is_marked, mark_call, mark_fused, mark_op
+from gramjd.engine.marks import computed_by, is_marked, mark_call, mark_fused, mark_op
 from gramjd.engine.sharded import is_unit
 from gramjd.internals import in_backward, innermost_mode, inside_transform, is_compiling, saved_tensors_hook
 from gramjd.rules import is_fused, tensors_of
@@ -82,7 +82,7 @@ class Recorder(Tracker):
             others = [self._lost(arg) for arg in args[1:]]
             return op(args[0], *others, **{name: self._lost(arg) for name, arg in kwargs.items()}), None
         fused = is_fused(op) and not derived
-        rng_state = torch.get_rng_state()
+        rng_state, arguments = torch.get_rng_state(), computed_by((*args, *kwargs.values()))
         out = op(*args, **kwargs)
         live = out.requires_grad if isinstance(out, Tensor) else any(t.requires_grad for t in tensors_of(out))
         if not live or saved_tensors_hook() != self.hook:
@@ -92,12 +92,12 @@ class Recorder(Tracker):
             return out, None
         self.seen.update([id(slot.source) for slot in record.slots])
         if fused:
-            return mark_fused(record, leaves, out, rng_state), record
+            return mark_fused(record, leaves, out, rng_state, arguments), record
         unbatched = derived or self._are_unbatched(leaves)
         # an op that has a rule draws none
         drew = None in record.entries and not torch.equal(rng_state, torch.get_rng_state())
         lost = "drew random numbers when it used it" if drew else ""
-        return mark_op(record, leaves, out, inplace, unbatched, lost), record
+        return mark_op(record, leaves, out, arguments, inplace, unbatched, lost), record
 
     def _cannot_mark(self, op: Any, args: Any, kwargs: dict[str, Any]) -> bool:
         """Does an op write into a view, behind which no node can be put, or could it not be called again?"""
@@ -116,7 +116,8 @@ class Recorder(Tracker):
         if id(arg) not in self.sources or not arg.requires_grad:
             return arg
         record, leaves = describe(torch.clone, (arg,), {}, self.sources, True)
-        return mark_op(record, leaves, arg, False, True, "wrote it into a part of another tensor")
+        lost = "wrote it into a part of another tensor"
+        return mark_op(record, leaves, arg, computed_by([arg]), False, True, lost)
 
     def pause(self, frame: FrameType) -> None:
         """Let the ops of an opaque call alone: what compiles it would trace the recording, too."""
