@@ -65,7 +65,9 @@ def listed() -> set[str]:
 @pytest.mark.filterwarnings("ignore")
 def test_data_that_move_between_steps(kind: str, name: str) -> None:
     model = Model(PROGRAMS[kind][name])
-    before = [nodes(model(step)) for step in range(STEPS)]  # without an engine; the parameters come into being
+    before = [
+        nodes(model(step)) for step in range(STEPS)
+    ]  # without an engine; the parameters come into being
     assert kind in {bare(node) for node in set().union(*before)} | set().union(*before)
     engine = Engine(model, batch_dim=0)
     found: list[str] = []

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gramjd.engine.marks import CallMark
+from gramjd.engine.marks import CallMark, OpMark
 from gramjd.engine.nodes import NODE_TYPE
 
 
@@ -44,7 +44,7 @@ def _search(start: Iterable[Any], covered: set[int], ends: set[Any], found: set[
             continue
         if type(node) is not NODE_TYPE:
             children = _children(node)
-        elif isinstance(mark := node.record, CallMark):
+        elif isinstance(mark := _mark(node), CallMark):
             mine = covered | set(map(id, mark.parameters))
             children = _search(_children(node, taps=False), mine, set(mark.arguments), found)
         else:
@@ -54,6 +54,11 @@ def _search(start: Iterable[Any], covered: set[int], ends: set[Any], found: set[
         stack += children - seen
         seen |= children
     return reached
+
+
+def _mark(node: Any) -> OpMark | CallMark:
+    mark: OpMark | CallMark = node.record
+    return mark
 
 
 def _behind(node: Any) -> tuple[set[Any], set[int]]:

@@ -16,7 +16,7 @@ from gramjd.blocks import Block
 from gramjd.engine.compiled import StandIns
 from gramjd.engine.graph import walk
 from gramjd.engine.nodes import forget
-from gramjd.engine.proofs import Case, Proofs
+from gramjd.engine.proofs import Case, Proofs, describe
 from gramjd.engine.recorder import AfterHook, BeforeHook, Watcher
 from gramjd.engine.registry import Registry
 from gramjd.engine.sharded import Lockstep, refuse_flat, refuse_parallel
@@ -169,13 +169,17 @@ class Engine:
         shape = Output(0, tuple(output.shape), task.batch_dim)
         return total.gramian(shape, next(iter(task.parameters.values())))
 
-    @own_precision
     def jacobian(self, output: Tensor, /) -> Jacobian:
         """The lazy Jacobian of an output with respect to the parameters, by name.
 
         The arguments and errors are those of :meth:`compute_gramian`, but for an output without
         samples, whose Jacobian has no rows.
         """
+        return self._jacobian(output)[0]
+
+    @own_precision
+    def _jacobian(self, output: Tensor) -> tuple[Jacobian, Task]:
+        """The lazy Jacobian, and what is known of its graph."""
         found: dict[Tensor, list[Block]] = {}
         task = self._solve(output, found.update)
         held = self._registry.named()  # of sharded parameters what the optimizer has
@@ -184,7 +188,7 @@ class Engine:
         parameters, spec = pytree.flatten(named)
         shape = Output(0, tuple(output.shape), task.batch_dim)
         blocks = [by_id[id(p)] for p in parameters]
-        return Jacobian.of(blocks, parameters, spec, [shape], pytree.LEAF, task.samples)
+        return Jacobian.of(blocks, parameters, spec, [shape], pytree.LEAF, task.samples), task
 
     def _solve(self, output: Tensor, emit: Emit) -> Task:
         """Give ``emit`` the blocks of the parameters that an output depends on."""
@@ -225,10 +229,16 @@ class Engine:
     def explain(self, output: Tensor, /) -> Explanation:
         """What the Gramian of an output is made of: every use of every parameter, its op and its plan.
 
-        Parameters whose Jacobian is computed row by row say why. The arguments and errors are those
-        of :meth:`compute_gramian`.
+        Parameters whose Jacobian is computed row by row say why, and the last line what the result
+        rests on: a proof of this call or of an earlier one, measurements. The arguments and errors are
+        those of :meth:`compute_gramian`.
         """
-        return explanation(self.jacobian(output), self._options)
+        jacobian, task = self._jacobian(output)
+        return explanation(
+            jacobian,
+            self._options,
+            describe(task.plan, self._check, None if task.batch_dim is None else task.samples),
+        )
 
     def close(self) -> None:
         """Remove the engine's hooks; the modules are as they were. May be called again."""

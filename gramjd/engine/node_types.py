@@ -145,7 +145,7 @@ _GROUPS: tuple[tuple[str, Sizes, Nan], ...] = (
     (_EXACT, Sizes.EXACT, Nan.MULTIPLIED),
     (_WINDOWS, Sizes.WINDOW, Nan.MULTIPLIED),
     (_MAX_WINDOWS, Sizes.WINDOW, Nan.WINDOWED),
-    (_SEPARATE_FIRST, Sizes.WINDOW, Nan.WITHIN_FIRST),
+    (_SEPARATE_FIRST, Sizes.ANY, Nan.WITHIN_FIRST),
 )
 
 LISTED = {name: (sizes, nan) for text, sizes, nan in _GROUPS for name in _names(text)}
@@ -198,7 +198,4 @@ def dims_of(node: Any, facts: NodeType, rank: int) -> tuple[int, ...]:
 
 def first_spatial(kind: type, rank: int) -> int:
     """The first of the spatial dimensions of a node's inputs, after samples and channels."""
-    name = kind.__name__
-    if LISTED[name][1] is Nan.WITHIN_FIRST:
-        return 1
-    return next((rank - n for n in (1, 2, 3) if f"{n}D" in name), 2)
+    return next((rank - n for n in (1, 2, 3) if f"{n}D" in kind.__name__), 2)

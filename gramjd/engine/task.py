@@ -50,6 +50,7 @@ class Plan:
     outside: set[int] | None = None  # ids of leaves that are used outside of recorded ops; None: not known
     complete: bool = False  # is it proven that blocks in right layouts add up to the gradients?
     separation: Separation | None = None  # what is proven of the layouts
+    calls: int = 0  # of this structure since it was proven, before this one
     audit: str = ""  # is this call an audit of what is trusted? What its error says, then
     seen: bool = True  # did every recorded use take part, with a cotangent that is not zero?
     lasting: bool = True  # would the layouts found be the same in another graph of the separation key?
