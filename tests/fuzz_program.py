@@ -84,7 +84,9 @@ class Program(nn.Module):
         """A permutation that changes with the step, each third time none."""
         number = self.now.number
         generator = torch.Generator().manual_seed(number)
-        return torch.randperm(count, generator=generator).tolist() if moved and number % 3 else [*range(count)]
+        return (
+            torch.randperm(count, generator=generator).tolist() if moved and number % 3 else [*range(count)]
+        )
 
     def note(self, *what: str) -> None:
         self.shared.notes.update(what)

@@ -230,9 +230,11 @@ MIXING: dict[str, Callable[[Program, Tensor], Tensor]] = {
     "samples moved in a function": lambda p, h: Pick.apply(h, 0, p.order(len(h))),
     "samples written": lambda p, h: torch.stack([h[i] for i in p.order(len(h))]) + h,
     "a sample chosen": lambda p, h: h + h[p.now.number % len(h)] * p.gate(),
-    "batch norm by mode": lambda p, h: F.batch_norm(
-        h.mT, torch.zeros(h.shape[2]).double(), torch.ones(h.shape[2]).double(), training=p.training
-    ).mT,
+    "batch norm by mode": lambda p, h: (
+        F.batch_norm(
+            h.mT, torch.zeros(h.shape[2]).double(), torch.ones(h.shape[2]).double(), training=p.training
+        ).mT
+    ),
     "detached mean, or not": lambda p, h: h - (h.mean(0).detach() if p.now.detached else h.mean(0)),
     "a matrix of data": lambda p, h: torch.einsum(
         "bc,ctd->btd", torch.eye(len(h)).double() + (p.now.number % 2) * torch.ones(len(h), len(h)), h

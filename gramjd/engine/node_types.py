@@ -148,8 +148,8 @@ _GROUPS: tuple[tuple[str, Sizes, Nan], ...] = (
     (_SEPARATE_FIRST, Sizes.ANY, Nan.WITHIN_FIRST),
 )
 
-LISTED = {name: (sizes, nan) for text, sizes, nan in _GROUPS for name in _names(text)}
-LISTED["CopyBackwards"] = (Sizes.ANY, Nan.MULTIPLIED)  # of Tensor.copy_
+PROVEN = {name: (sizes, nan) for text, sizes, nan in _GROUPS for name in _names(text)}
+PROVEN["CopyBackwards"] = (Sizes.ANY, Nan.MULTIPLIED)  # of Tensor.copy_
 
 # Functions of torch's own that are the identity.
 _IDENTITIES = ("_DDPSinkBackward", "RegisterPostBackwardFunctionBackward")
@@ -176,12 +176,12 @@ def facts_of(kind: Any) -> NodeType | None:
     name = kind.__name__
     if name in _IDENTITIES and internals.is_torchs_own(kind):
         return NodeType(Sizes.ANY, Nan.MULTIPLIED)
-    if name not in LISTED:
+    if name not in PROVEN:
         return None
     numbers = internals.saved_numbers(kind)
     attributes = tuple([n for n in numbers if n.removeprefix("_saved_") not in _HARMLESS])
     dims = next((f"_saved_{d}" for d in _DIMS if f"_saved_{d}" in numbers), "")
-    return NodeType(*LISTED[name], attributes, dims)
+    return NodeType(*PROVEN[name], attributes, dims)
 
 
 def dims_of(node: Any, facts: NodeType, rank: int) -> tuple[int, ...]:

@@ -53,7 +53,8 @@ def solve(task: Task, ways: Sequence[str], check: bool, emit: Emit) -> None:
         return
     plan.regions = plan.regions or regions_of(nodes)
     if plan.outside is None:
-        plan.outside = uncovered(task.output)
+        plan.outside, opened = uncovered(task.output)
+        plan.opened = {index for index, node in enumerate(nodes) if node in opened}
     opaque = [isinstance(node.record, CallMark) for node in nodes]
     auditing = check and bool(plan.audit)
     checking = check and (any(opaque) or not plan.complete or auditing)  # replays run the user's code anew

@@ -48,6 +48,7 @@ class Plan:
     ways: dict[int, str] = field(default_factory=dict)  # of each parameter, by id
     causes: dict[int, str] = field(default_factory=dict)  # why it did not go an earlier way
     outside: set[int] | None = None  # ids of leaves that are used outside of recorded ops; None: not known
+    opened: set[int] = field(default_factory=set)  # nodes of derived tensors that are, too
     complete: bool = False  # is it proven that blocks in right layouts add up to the gradients?
     separation: Separation | None = None  # what is proven of the layouts
     calls: int = 0  # of this structure since it was proven, before this one
@@ -59,7 +60,7 @@ class Plan:
     def trusted(self) -> Plan:
         """What of it may be taken over to the next call, as a copy."""
         return Plan(self.regions, {}, set(self.late), ways=dict(self.ways), causes=dict(self.causes),
-                    outside=self.outside, complete=self.complete)  # fmt: skip
+                    outside=self.outside, opened=self.opened, complete=self.complete)  # fmt: skip
 
 
 def is_fused(node: Any) -> bool:
@@ -106,6 +107,14 @@ class Task:
         """Are all arguments of a use the same for all samples?"""
         mark = self.graph.nodes[node].record
         return isinstance(mark, OpMark) and mark.unbatched
+
+    def is_open(self, node: int) -> bool:
+        """Did an op that was not recorded use a derived tensor?"""
+        assert self.region is not None
+        if self.precisions and self.precisions[node] is not None:  # of a replay
+            return False
+        place = self.places[node] if self.places else node
+        return self.plan.regions[self.region].nodes[place] in self.plan.opened
 
     def layouts_met(self) -> set[Layout | None]:
         """The layouts of nodes; None for those that have none, though their arguments are of samples."""
