@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +71,7 @@ LOSSES: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], int]] = {
 MIXED_LOSSES = {"contrastive": (_cosines, 0), "centred": (_centred, 0), "targets are samples": (_ranked, 0)}
 # of the least precise op in a model of float64
 PRECISIONS = {"linear: float32": 1e-5, "norm: float32 rms": 1e-5, "linear: autocast": 5e-2}
+NOTHING = "nothing to differentiate"
 PARTIAL = {"inner roots", "some modules", "child: checkpoint", "child: saved-tensor hooks"}
 FORWARDS = ("one", "siamese", "micro-batches", "dropout twice", "intermediate result", "gradient penalty")
 
@@ -169,20 +172,24 @@ def _reaches(losses: Tensor, parameters: list[Tensor]) -> list[Tensor]:
     return [p for p, g in zip(trainable, found, strict=True) if g is not None]
 
 
-def outcome(recipe: Recipe) -> tuple[list[str], set[str]]:
-    """What became of the recipe, step by step and engine by engine, and what its model did."""
-    model = build(recipe)
-    run(recipe, model)  # the parameters come into being
-    plain, dim = run(recipe, model)
+def outcome(recipe: Recipe) -> tuple[list[str], set[str], list[str]]:
+    """What became of the recipe, step by step and engine by engine, what its model did, on what each rests."""
     try:
-        modules, parameters = registered(recipe, model, plain)
-        reached = _reaches(plain, parameters)
+        return _outcome(recipe)
     except RuntimeError as error:
         if "derivative for" not in str(error) and "not implemented" not in str(error):
             raise
-        reached = []  # PyTorch has no second derivative of an op, as a gradient penalty needs
+        return [NOTHING], set(), []  # PyTorch has no second derivative of an op, as a gradient penalty needs
+
+
+def _outcome(recipe: Recipe) -> tuple[list[str], set[str], list[str]]:
+    model = build(recipe)
+    run(recipe, model)  # the parameters come into being
+    plain, dim = run(recipe, model)
+    modules, parameters = registered(recipe, model, plain)
+    reached = _reaches(plain, parameters)
     if not reached or not bool(plain.isfinite().all()):
-        return ["nothing to differentiate"], set()
+        return [NOTHING], set(), []
     did = {recipe.loss, recipe.forwards, recipe.registered, recipe.engines, *model.shared.notes}
     did |= {f"{field} changes" for field, values in _fields(recipe).items() if len(values) > 1}
     did |= {name for name in ("frozen", "training") if True in _fields(recipe)[name]}
@@ -191,7 +198,7 @@ def outcome(recipe: Recipe) -> tuple[list[str], set[str]]:
         plain, _ = run(recipe, model)
     dims = {"batch": [dim], "none": [None], "both": [dim, None]}[recipe.engines]
     engines = {d: Engine(*modules, batch_dim=d) for d in dims}
-    found = []
+    found, grounds = [], list[str]()
     for step, now in enumerate(recipe.moments):
         if step:
             train(model, step)
@@ -200,9 +207,10 @@ def outcome(recipe: Recipe) -> tuple[list[str], set[str]]:
         if step == 0 and (losses - plain).abs().max() > tolerance(1e-12, did) * plain.abs().max():
             found.append("wrong: the forward itself")
         if not _reaches(losses, parameters):
-            found.append("nothing to differentiate")
+            found.append(NOTHING)
             continue
-        results = {d: _try(engine, losses) for d, engine in engines.items()}
+        with _grounds(grounds):
+            results = {d: _try(engine, losses) for d, engine in engines.items()}
         want = dense_gramian(losses, parameters)
         for d, got in results.items():
             if isinstance(got, Tensor):
@@ -215,7 +223,32 @@ def outcome(recipe: Recipe) -> tuple[list[str], set[str]]:
             found.append(f"{_kind(d)}: {_refusal(got, why)}")
     for engine in engines.values():
         engine.close()
-    return found, did
+    return found, did, grounds
+
+
+@contextmanager
+def _grounds(found: list[str]) -> Iterator[None]:
+    """While the context lasts, note on what each result of an engine rests."""
+    module: Any = importlib.import_module("gramjd.engine.engine")
+    solve = module.solve
+
+    def noting(task: Any, *args: Any) -> None:
+        plan = task.plan
+        known, measured = plan.complete, task.batch_dim is not None and not plan.layouts
+        solve(task, *args)
+        whole = task.batch_dim is None or (plan.separation is not None and plan.separation.is_whole)
+        if plan.audit:
+            found.append("audited")
+        elif not known:
+            found.append("proven" if plan.complete and whole else "verified, but not proven for later steps")
+        else:
+            found.append("trusted" if not measured else "proven again" if whole else "measured")
+
+    module.solve = noting
+    try:
+        yield
+    finally:
+        module.solve = solve
 
 
 def _freeze(parameters: list[Tensor], now: Moment) -> None:

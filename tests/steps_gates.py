@@ -78,7 +78,7 @@ USES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a mask": lambda m, h: MatMul.apply(h, m.f.weight) * (m.gate.detach() != 0),
     "where": lambda m, h: torch.where(m.gate.detach() != 0, MatMul.apply(h, m.f.weight), h),
     "a dropout of everything": lambda m, h: F.dropout(
-        MatMul.apply(h, m.f.weight), 0.0 if float(m.gate) else 1.0
+        MatMul.apply(h, m.f.weight), 0.0 if float(m.gate.detach()) else 1.0
     ),
     "a factor of Python": lambda m, h: float(m.gate) * MatMul.apply(h, m.f.weight),
     "a factor of data": lambda m, h: m.gate.detach() * MatMul.apply(h, m.f.weight),

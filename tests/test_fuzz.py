@@ -109,6 +109,7 @@ def test_random_models_are_exact_or_refused(capsys: pytest.CaptureFixture[str]) 
     results: Counter[str] = Counter()
     notes: Counter[str] = Counter()
     features: Counter[str] = Counter()
+    grounds: Counter[str] = Counter()
     failed: list[tuple[str, Recipe]] = []
     chosen = settings(
         max_examples=int(BY_HAND or EVERY_RUN),
@@ -121,8 +122,9 @@ def test_random_models_are_exact_or_refused(capsys: pytest.CaptureFixture[str]) 
     @chosen
     @given(RECIPES)
     def check(recipe: Recipe) -> None:
-        found, did = outcome(recipe)
+        found, did, why = outcome(recipe)
         results.update(found)
+        grounds.update(why)
         notes.update(did)
         features.update(name for name, pattern in FEATURES.items() if any(re.search(pattern, n) for n in did))
         wrong = [each for each in found if not ALLOWED.search(each)]
@@ -132,7 +134,7 @@ def test_random_models_are_exact_or_refused(capsys: pytest.CaptureFixture[str]) 
     check()
     if BY_HAND:
         with capsys.disabled():
-            for table in results, features, notes:
+            for table in results, grounds, features, notes:
                 print("", *(f"{count:7} {name}" for name, count in table.most_common()), sep="\n")
     assert not failed, "\n".join(map(str, failed))
     assert results["nothing to differentiate"] + results["overflow"] < 0.02 * results.total()
