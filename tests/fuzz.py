@@ -173,7 +173,7 @@ def _reaches(losses: Tensor, parameters: list[Tensor]) -> list[Tensor]:
 
 
 def outcome(recipe: Recipe) -> tuple[list[str], set[str], list[str]]:
-    """What became of the recipe, step by step and engine by engine, what its model did, on what each rests."""
+    """What became of the recipe, by step and engine, what its model did, and on what each result rests."""
     try:
         return _outcome(recipe)
     except RuntimeError as error:
