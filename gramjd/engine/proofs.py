@@ -109,7 +109,7 @@ class Case:
 
 
 def describe(plan: Plan, check: str, samples: int | None) -> str:
-    """What the result of a call rests on, in a sentence; ``samples`` is ``None`` without a batch dimension."""
+    """What the result of a call rests on; ``samples`` is ``None`` without a batch dimension."""
     if check == "never":
         return "Nothing was verified: check='never'."
     if plan.audit or check == "always":

@@ -8,9 +8,9 @@ proof for one batch size, or length, holds for others:
 - sizes are replaced by the order in which they first appear, so that equal ones stay equal and different
   ones different, together with whether they are 1, and a multiple of the number of samples ``B``;
 - reshapes say which dimensions they merge or split; if samples may be in one of these, ``B`` must be its
-  first or last factor, or all its factors and ``B`` stand in the key. (Where some reshapes of one size have it
-  first and others last, as ``[B·T]`` and ``[T·B]``, and more than two factors, all shapes do: what is a run of
-  one sample in the first could then be cut otherwise in the second);
+  first or last factor, or all its factors and ``B`` stand in the key. (Where some reshapes of one size have
+  it first and others last, as ``[B·T]`` and ``[T·B]``, and one has more than two factors, all shapes do: what
+  is a run of one sample in the first could be cut otherwise in the second);
 - slices, concatenations and windows have the sizes in the dimensions that they move along in the key, and
   ``B`` if samples may be there.
 
