@@ -92,6 +92,7 @@ def recipes(body: st.SearchStrategy[tuple[Instruction, ...]], losses: list[str])
         registered=st.sampled_from(["model", "model", "modules", "roots", "inner roots", "some modules"]),
         engines=st.sampled_from(["batch", "none", "both"]),
         moments=st.lists(MOMENTS, min_size=4, max_size=6).map(tuple),
+        audited=st.sampled_from([False, False, True]),
         seed=st.integers(0, 2**16),
     )
 
