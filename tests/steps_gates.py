@@ -80,7 +80,7 @@ USES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a dropout of everything": lambda m, h: F.dropout(
         MatMul.apply(h, m.f.weight), 0.0 if float(m.gate.detach()) else 1.0
     ),
-    "a factor of Python": lambda m, h: float(m.gate) * MatMul.apply(h, m.f.weight),
+    "a factor of Python": lambda m, h: float(m.gate.detach()) * MatMul.apply(h, m.f.weight),
     "a factor of data": lambda m, h: m.gate.detach() * MatMul.apply(h, m.f.weight),
     "a matrix of zeros": lambda m, h: MatMul.apply(h, m.f.weight) @ (torch.eye(6).double() * m.gate),
     "an in-place sum": lambda m, h: h.clone().add_(m.gate * MatMul.apply(h, m.f.weight)),
