@@ -15,12 +15,36 @@ from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
 F = TypeVar("F", bound=Callable[..., Any])
+_PLAIN_FUNCTION = torch.nn.Parameter.__torch_function__
+_PLAIN_DISPATCH = Tensor.__torch_dispatch__
 _CHECKPOINTS = torch.utils.checkpoint.__file__
 
 
 def inside_transform() -> bool:
     """Is a transform of ``torch.func`` in progress?"""
     return _functorch.peek_interpreter_stack() is not None
+
+
+def transform_level() -> int:
+    """The number of the innermost transform of ``torch.func`` in progress; 0 where there is none."""
+    innermost = _functorch.peek_interpreter_stack()
+    return 0 if innermost is None else int(innermost.level())
+
+
+def below_transforms(tensor: Tensor) -> Tensor:
+    """The tensor that wrappers of transforms stand for: itself, if it has none."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def has_plain_layout(tensor: Tensor) -> bool:
+    """Is it an ordinary strided tensor: not nested, not sparse, of no subclass that changes what ops do?"""
+    kind = type(tensor)
+    if kind is not Tensor and kind is not torch.nn.Parameter:
+        if kind.__torch_function__ is not _PLAIN_FUNCTION or kind.__torch_dispatch__ is not _PLAIN_DISPATCH:
+            return False
+    return tensor.layout is torch.strided and not tensor.is_nested
 
 
 @contextmanager

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gramjd import pytree
-from gramjd.engine.nodes import attach
-from gramjd.internals import autocasts
+from gramjd.engine.nodes import NODE_TYPE, attach
+from gramjd.internals import autocasts, has_plain_layout
 from gramjd.rules import tensors_of
 from gramjd.uses import Record
 
@@ -45,7 +45,7 @@ class OpMark:
     def signature(self) -> Hashable:
         """The same for the same op with parameters in the same places."""
         slots = tuple(slot.index for slot in self.record.slots)
-        return ("op", self.record.call.op, slots, self.replay and self.replay.sizes)
+        return ("op", self.record.call.op, slots, self.replay and self.replay.sizes, self.lost)
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,13 @@ def mark_op(record: Record, leaves: Sequence[Any], out: Any, inplace: bool, unba
     return _replace_live(out, attach(mark, saved, [t for t in outs if t.requires_grad], inplace))
 
 
+def lose(tensor: Tensor, cause: str) -> None:
+    """Let the node behind a derived tensor say that not all uses of the tensor are known."""
+    node: Any = tensor.grad_fn
+    if type(node) is NODE_TYPE and isinstance(node.record, OpMark):
+        node.record = replace(node.record, lost=cause)
+
+
 def mark_call(module: nn.Module, args: Any, kwargs: Any, out: Any, names: Sequence[str],
               rng_state: Tensor | None = None) -> Any:  # fmt: skip
     """The output of a module call with a node for the call behind it; as it is without gradients."""
@@ -110,6 +117,11 @@ def mark_call(module: nn.Module, args: Any, kwargs: Any, out: Any, names: Sequen
     mark = CallMark(next(_NUMBERS), module, tuple(names), parameters, static, spec,
                     tuple(t.requires_grad for t in outs), rng_state, autocasts())  # fmt: skip
     return _replace_live(out, attach(mark, [*tensors, *parameters, *live], live))
+
+
+def is_markable(out: Any) -> bool:
+    """Can nodes be put behind all tensors of an output that require gradients?"""
+    return all(has_plain_layout(t) for t in tensors_of(out) if t.requires_grad)
 
 
 def is_marked(module: nn.Module, out: Any) -> bool:

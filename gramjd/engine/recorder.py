@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -17,12 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gramjd.engine.compiled import is_compiled
-from gramjd.engine.marks import is_marked, mark_call, mark_fused, mark_op
+from gramjd.engine.marks import is_markable, is_marked, lose, mark_call, mark_fused, mark_op
 from gramjd.engine.sharded import is_unit
-from gramjd.internals import in_backward, innermost_mode, inside_transform, is_compiling, saved_tensors_hook
+from gramjd.internals import (
+    below_transforms,
+    has_plain_layout,
+    in_backward,
+    innermost_mode,
+    inside_transform,
+    is_compiling,
+    saved_tensors_hook,
+    transform_level,
+)
 from gramjd.rules import is_fused, tensors_of
 from gramjd.tracker import Tracker, is_inplace
-from gramjd.uses import Record, describe
+from gramjd.uses import Derived, Record, describe, roots
 
 _DROPOUTS = frozenset({F.dropout, F.dropout1d, F.dropout2d, F.dropout3d})
 
@@ -45,10 +54,14 @@ class Recorder(Tracker):
         self.opaque: FrameType | None = None  # of a call whose inside is out of sight
         self.watchers: set[int] = set()  # ids of those whose parameters it tracks
         self.seen: set[int] = set()
+        self.level = transform_level()  # not 0 where a checkpoint is computed again under vmap
+        self.calls: list[tuple[nn.Module, set[int]]] = []  # in progress, and what they hide: see `hide`
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if is_compiling():  # a compiled function inside a module: its graph is to be as without us
             return func(*args, **(kwargs or {}))
+        if transform_level() != self.level:  # a node of ours there would be differentiated, or escape
+            return self._stand_aside(func, args, kwargs or {})
         if func in _DROPOUTS and self.active and args and not _writes(args, kwargs):
             tracked, unbatched = self._classify(args)
             if tracked and unbatched:  # as a product with its mask, it is derived like any other
@@ -60,6 +73,42 @@ class Recorder(Tracker):
         if self.outer is not None and self.active and self._are_unbatched((args, kwargs)):
             self.shared.update((id(t), t) for t in tensors_of(out))
         return out
+
+    def _stand_aside(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Call an op inside a transform that the forward uses: as it is, which tracked tensors it is given."""
+        out = func(*args, **kwargs)
+        if self.active and tensors_of(out):
+            self.hide(map(below_transforms, tensors_of((args, kwargs))))
+        return out
+
+    def hide(self, tensors: Iterable[Tensor]) -> None:
+        """Note that those tracked were used by what no node can be put behind.
+
+        Parameters whose uses are hidden are left to a replay of the call in progress. What was derived of
+        them has a node that would pass for one of every use.
+        """
+        for tensor in tensors:
+            source = self.sources.get(id(tensor))
+            if source is None:
+                continue
+            if self.calls:
+                self.calls[-1][1].update(roots(source))
+            if isinstance(source, Derived):
+                lose(tensor, "is used where no op shows")
+
+    def enter(self, module: nn.Module) -> None:
+        """A call of a module begins."""
+        self.calls.append((module, set()))
+
+    def leave(self, module: nn.Module) -> set[int]:
+        """It ends: ids of the parameters whose uses it hides."""
+        hidden: set[int] = set()
+        while any(mine is module for mine, _ in self.calls):
+            found = self.calls.pop()
+            hidden |= found[1]
+            if found[0] is module:
+                break
+        return hidden
 
     def _are_unbatched(self, arguments: Any) -> bool:
         """As far as is known here or around the checkpoint, are all these tensors the same for all samples?
@@ -79,8 +128,9 @@ class Recorder(Tracker):
     def record(self, op: Any, args: Any, kwargs: dict[str, Any], derived: bool) -> tuple[Any, Record | None]:
         inplace = is_inplace(op)
         if (inplace or op is Tensor.__setitem__) and self._cannot_mark(op, args, kwargs):
-            others = [self._lost(arg) for arg in args[1:]]
-            return op(args[0], *others, **{name: self._lost(arg) for name, arg in kwargs.items()}), None
+            others = [self._lost(arg, _WRITTEN) for arg in args[1:]]
+            named = {name: self._lost(arg, _WRITTEN) for name, arg in kwargs.items()}
+            return op(args[0], *others, **named), None
         fused = is_fused(op) and not derived
         rng_state = torch.get_rng_state()
         out = op(*args, **kwargs)
@@ -89,6 +139,9 @@ class Recorder(Tracker):
             return out, None
         record, leaves = describe(op, args, kwargs, self.sources, derived)
         if inplace and out is not args[0]:
+            return out, None
+        if not is_markable(out):
+            self.hide(leaves[slot.index] for slot in record.slots)
             return out, None
         self.seen.update([id(slot.source) for slot in record.slots])
         if fused:
@@ -111,12 +164,12 @@ class Recorder(Tracker):
             return True
         return None in describe(op, args, kwargs, self.sources, False)[0].entries
 
-    def _lost(self, arg: Any) -> Any:
+    def _lost(self, arg: Any, cause: str) -> Any:
         """An argument; if it is tracked, with a node that says that this use of it is not known."""
-        if id(arg) not in self.sources or not arg.requires_grad:
+        if id(arg) not in self.sources or not arg.requires_grad or not has_plain_layout(arg):
             return arg
         record, leaves = describe(torch.clone, (arg,), {}, self.sources, True)
-        return mark_op(record, leaves, arg, False, True, "wrote it into a part of another tensor")
+        return mark_op(record, leaves, arg, False, True, cause)
 
     def pause(self, frame: FrameType) -> None:
         """Let the ops of an opaque call alone: what compiles it would trace the recording, too."""
@@ -133,6 +186,7 @@ class Recorder(Tracker):
 
     def switch_off(self) -> None:
         """End the recording."""
+        self.calls.clear()
         _THREAD.recorder = self.outer
         if self.outer is not None:
             self.outer.active = True
@@ -164,6 +218,9 @@ def _writes(args: Any, kwargs: Any) -> bool:
     return args[3] if len(args) > 3 else bool(kwargs) and kwargs.get("inplace", False)
 
 
+_WRITTEN = "wrote it into a part of another tensor"
+
+
 class Watcher:
     """The hooks of one engine: what happens before and after each call of a registered module."""
 
@@ -189,6 +246,7 @@ class Watcher:
                 recorder.add(*self.held())
             elif is_unit(module):  # its parameters have just been gathered
                 recorder.add(*self.held(module))
+            recorder.enter(module)
             if recorder.opaque is not None:
                 return
             if _is_opaque(module):
@@ -211,21 +269,31 @@ class Watcher:
             return None
         if recorder.hook != saved_tensors_hook():
             return None
+        if recorder.level != transform_level():
+            return None
         ours = recorder.frame in (frame, frame.f_back)  # the latter where the forward raised
+        hidden = recorder.leave(module)
         own = module.named_parameters() if _is_opaque(module) else module._parameters.items()
         unseen = [
             name
             for name, p in own
             if p is not None and id(p) in recorder.sources and id(p) not in recorder.seen
         ]
+        if unseen and not ours and recorder.opaque is None:  # one that is returned as it is may be seen later
+            returned = {id(t) for t in tensors_of(out)}
+            unseen = [name for name in unseen if id(module.get_parameter(name)) not in returned]
+        markable = out is not None and is_markable(out)
+        if hidden and markable:
+            found = {name: id(p) for name, p in module.named_parameters() if id(p) in hidden}
+            unseen = list(dict.fromkeys([*unseen, *found]))
+            hidden = hidden.difference(found.values())
+        if hidden and recorder.calls:
+            recorder.calls[-1][1].update(hidden)
         if ours:
             recorder.switch_off()
         elif recorder.opaque is not None:
             recorder.resume()
-        elif unseen:  # a parameter that is returned as it is may be seen later
-            returned = {id(t) for t in tensors_of(out)}
-            unseen = [name for name in unseen if id(module.get_parameter(name)) not in returned]
-        if not unseen or out is None or is_marked(module, out):  # another engine's hook was first
+        if not unseen or not markable or is_marked(module, out):  # another engine's hook was first
             return None
         return mark_call(module, args, kwargs, out, unseen)
 

@@ -36,6 +36,8 @@ def by_ops(task: Task, parameters: dict[str, Tensor]) -> Found:
     split: dict[Record, Layout] = {}  # of derived tensors that have samples
     resolved: set[Source] = set()  # derived tensors whose cotangents contain all that their uses send
     for index, node in enumerate(task.graph.nodes):
+        if isinstance(node.record, CallMark):  # what it holds was used by what no op shows
+            failed.update(map(id, node.record.parameters))
         if isinstance(node.record, OpMark):
             if node.record.lost:
                 for source in {slot.source for slot in node.record.record.slots} - resolved:
