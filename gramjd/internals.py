@@ -47,6 +47,11 @@ def has_plain_layout(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_nested
 
 
+def memory_of(tensor: Tensor) -> int:
+    """The same for tensors that share memory."""
+    return int(tensor.untyped_storage()._cdata)
+
+
 @contextmanager
 def outside_transforms() -> Iterator[None]:
     """A context in which no transform is in progress."""
@@ -203,6 +208,12 @@ def is_ours(tensor: Tensor) -> bool:
 def version_of(tensor: Tensor) -> int:
     """How often it, or what it is a view of, has been written in place; 0 where that is not counted."""
     return 0 if is_compiling() or tensor.is_inference() else tensor._version
+
+
+def version_kept(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A context in which marking a tensor as written does not count as a write."""
+    context: Any = torch.autograd._unsafe_preserve_version_counter(tensor)
+    return context
 
 
 def value_of(flag: Tensor) -> bool | None:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gramjd.engine.aliases import Aliases, written
 from gramjd.engine.compiled import is_compiled
 from gramjd.engine.marks import is_markable, is_marked, lose, mark_call, mark_fused, mark_op
 from gramjd.engine.sharded import is_unit
@@ -55,6 +56,7 @@ class Recorder(Tracker):
         self.watchers: set[int] = set()  # ids of those whose parameters it tracks
         self.seen: set[int] = set()
         self.level = transform_level()  # not 0 where a checkpoint is computed again under vmap
+        self.aliases = Aliases()
         self.calls: list[tuple[nn.Module, set[int]]] = []  # in progress, and what they hide: see `hide`
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -62,6 +64,15 @@ class Recorder(Tracker):
             return func(*args, **(kwargs or {}))
         if transform_level() != self.level:  # a node of ours there would be differentiated, or escape
             return self._stand_aside(func, args, kwargs or {})
+        if self.active and self.aliases.groups:
+            target = written(func, args, kwargs)
+            group = self.aliases.of(target) if target is not None and has_plain_layout(target) else []
+            if target is not None and group:
+                return self._write(func, types, args, kwargs or {}, target, group)
+        return self._follow(func, types, args, kwargs)
+
+    def _follow(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """Call an op, with a node behind its output if it has a tracked argument."""
         if func in _DROPOUTS and self.active and args and not _writes(args, kwargs):
             tracked, unbatched = self._classify(args)
             if tracked and unbatched:  # as a product with its mask, it is derived like any other
@@ -73,6 +84,23 @@ class Recorder(Tracker):
         if self.outer is not None and self.active and self._are_unbatched((args, kwargs)):
             self.shared.update((id(t), t) for t in tensors_of(out))
         return out
+
+    def _write(self, func: Any, types: Any, args: Any, kwargs: dict[str, Any], target: Tensor,
+               group: list[tuple[Tensor, Tensor]]) -> Any:  # fmt: skip
+        """Call an op that writes into memory that tensors with nodes share."""
+        for marked, _ in group:  # what is known of them is no longer so
+            lose(marked, "was written into after it was computed")
+            self.sources.pop(id(marked), None)
+        unbatched = self._classify(args)[1] and self._classify(kwargs.values())[1]
+        if not unbatched:
+            for marked, _ in group:
+                self.known.pop(id(marked), None)
+        original = next((t for marked, t in group if marked is target), target)
+        mine = tuple([original if arg is target else arg for arg in args])
+        named = {name: original if arg is target else arg for name, arg in kwargs.items()}
+        out = self._follow(func, types, mine, named)
+        self.aliases.renew(group)
+        return target if out is original else out
 
     def _stand_aside(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Call an op inside a transform that the forward uses: as it is, which tracked tensors it is given."""
@@ -131,7 +159,6 @@ class Recorder(Tracker):
             others = [self._lost(arg, _WRITTEN) for arg in args[1:]]
             named = {name: self._lost(arg, _WRITTEN) for name, arg in kwargs.items()}
             return op(args[0], *others, **named), None
-        fused = is_fused(op) and not derived
         rng_state = torch.get_rng_state()
         out = op(*args, **kwargs)
         live = out.requires_grad if isinstance(out, Tensor) else any(t.requires_grad for t in tensors_of(out))
@@ -144,13 +171,29 @@ class Recorder(Tracker):
             self.hide(leaves[slot.index] for slot in record.slots)
             return out, None
         self.seen.update([id(slot.source) for slot in record.slots])
-        if fused:
-            return mark_fused(record, leaves, out, rng_state), record
+        marked = self._marked(record, leaves, out, rng_state, inplace)
+        if not inplace:
+            self._note_aliases(record, leaves, out, marked)
+        return marked, record
+
+    def _note_aliases(self, record: Record, leaves: Sequence[Any], out: Any, marked: Any) -> None:
+        """Remember the outputs of an op that share memory with what they were made of, or are derived."""
+        for original, mine in zip(tensors_of(out), tensors_of(marked), strict=True):
+            if original is not mine and (original._is_view() or any(original is leaf for leaf in leaves)):
+                self.aliases.add(mine, original)
+            elif record.derived:
+                self.aliases.add(mine, mine)
+
+    def _marked(self, record: Record, leaves: Sequence[Any], out: Any, rng_state: Tensor, inplace: bool) -> Any:
+        """The output of an op with a node behind it."""
+        if is_fused(record.call.op) and not record.derived:
+            return mark_fused(record, leaves, out, rng_state)
+        derived = record.derived
         unbatched = derived or self._are_unbatched(leaves)
         # an op that has a rule draws none
         drew = None in record.entries and not torch.equal(rng_state, torch.get_rng_state())
         lost = "drew random numbers when it used it" if drew else ""
-        return mark_op(record, leaves, out, inplace, unbatched, lost), record
+        return mark_op(record, leaves, out, inplace, unbatched, lost)
 
     def _cannot_mark(self, op: Any, args: Any, kwargs: dict[str, Any]) -> bool:
         """Does an op write into a view, behind which no node can be put, or could it not be called again?"""

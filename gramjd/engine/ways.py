@@ -90,6 +90,10 @@ def _use(task: Task, index: int, split: Mapping[Record, Layout], fail: Callable[
     values = saved[: len(record.saved)]
     if task.batch_dim is None:
         return Use.of(record, [t.unsqueeze(0) for t in values], cs, slots)
+    if any(t.layout is not torch.strided for t in values):
+        for slot in record.slots:
+            fail(slot.source, f"its use by {_name(record.call.op)} is with a sparse tensor")
+        return None
     output = next(c for c in task.cotangents[index] if c is not None).shape[1:]
     where = _where(record, saved, output, layout.dim)
     try:
