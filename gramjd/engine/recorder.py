@@ -316,10 +316,9 @@ class Watcher:
             return None
         ours = recorder.frame in (frame, frame.f_back)  # the latter where the forward raised
         hidden = recorder.leave(module)
-        own = module.named_parameters() if _is_opaque(module) else module._parameters.items()
         unseen = [
             name
-            for name, p in own
+            for name, p in _own_parameters(module)
             if p is not None and id(p) in recorder.sources and id(p) not in recorder.seen
         ]
         if unseen and not ours and recorder.opaque is None:  # one that is returned as it is may be seen later
@@ -352,6 +351,19 @@ class Watcher:
 def _is_opaque(module: nn.Module) -> bool:
     """Is the inside of its calls out of sight: scripted or compiled?"""
     return isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod") or is_compiled(module)
+
+
+def _own_parameters(module: nn.Module) -> Iterable[tuple[str, Tensor | None]]:
+    """The parameters that no call inside a call of the module answers for, by name."""
+    if _is_opaque(module):
+        return module.named_parameters()
+    scripted = [
+        (f"{name}.{inner}", p)
+        for name, child in module._modules.items()
+        if isinstance(child, torch.jit.ScriptModule)  # takes no hooks
+        for inner, p in child.named_parameters()
+    ]
+    return [*module._parameters.items(), *scripted]
 
 
 class BeforeHook:

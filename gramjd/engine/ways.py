@@ -119,9 +119,10 @@ def _hollow(tensor: Tensor) -> Tensor:
 def _where(record: Record, saved: Sequence[Tensor], output: Sequence[int], dim: int) -> list[int | None]:
     """The dimensions of a call's saved arguments and slots that meet dimension ``dim`` of its output."""
     entry = next((entry for entry in record.entries if entry is not None), None) or any_entry(record.call.op)
-    if entry is None:  # as of most ops: the last dimensions meet
-        dims = [dim - len(output) + t.ndim for t in saved]
-        return [dim if dim >= 0 else None for dim in dims]
+    # as of most ops: the last dimensions meet
+    last = [at if at >= 0 else None for at in (dim - len(output) + t.ndim for t in saved)]
+    if entry is None:
+        return last
     leaves = list(record.leaves)
     tensors = [*record.saved, *(slot.index for slot in record.slots)]
     for index, tensor in zip(tensors, saved, strict=True):
@@ -129,7 +130,8 @@ def _where(record: Record, saved: Sequence[Tensor], output: Sequence[int], dim: 
     names = names_of_leaves(record.call)
     arguments = {name: leaf for name, leaf in zip(names, leaves, strict=True) if name is not None}
     arguments["output"] = output
-    return [entry.meets(arguments, str(names[i]), dim) for i in tensors]
+    named = [(names[i], at) for i, at in zip(tensors, last, strict=True)]
+    return [at if name is None else entry.meets(arguments, str(name), dim) for name, at in named]
 
 
 def by_calls(task: Task, parameters: dict[str, Tensor]) -> Found:
