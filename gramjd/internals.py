@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -15,8 +16,8 @@ from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
 F = TypeVar("F", bound=Callable[..., Any])
-_PLAIN_FUNCTION = torch.nn.Parameter.__torch_function__
-_PLAIN_DISPATCH = Tensor.__torch_dispatch__
+_TENSOR: Any = Tensor
+_PLAIN_FUNCTIONS = (_TENSOR.__torch_function__.__func__, torch.nn.Parameter.__torch_function__)
 _CHECKPOINTS = torch.utils.checkpoint.__file__
 
 
@@ -40,11 +41,15 @@ def below_transforms(tensor: Tensor) -> Tensor:
 
 def has_plain_layout(tensor: Tensor) -> bool:
     """Is it an ordinary strided tensor: not nested, not sparse, of no subclass that changes what ops do?"""
-    kind = type(tensor)
-    if kind is not Tensor and kind is not torch.nn.Parameter:
-        if kind.__torch_function__ is not _PLAIN_FUNCTION or kind.__torch_dispatch__ is not _PLAIN_DISPATCH:
-            return False
-    return tensor.layout is torch.strided and not tensor.is_nested
+    return _is_ordinary(type(tensor)) and tensor.layout is torch.strided and not tensor.is_nested
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_ordinary(kind: type) -> bool:
+    """Are ops on tensors of this type those on any other, but perhaps for the type of what they return?"""
+    function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)  # type: ignore[attr-defined]
+    dispatch = kind.__torch_dispatch__  # type: ignore[attr-defined]
+    return function in _PLAIN_FUNCTIONS and dispatch is _TENSOR.__torch_dispatch__
 
 
 def memory_of(tensor: Tensor) -> int:
@@ -212,7 +217,8 @@ def version_of(tensor: Tensor) -> int:
 
 def version_kept(tensor: Tensor) -> AbstractContextManager[Any]:
     """A context in which marking a tensor as written does not count as a write."""
-    context: Any = torch.autograd._unsafe_preserve_version_counter(tensor)
+    autograd: Any = torch.autograd
+    context: AbstractContextManager[Any] = autograd._unsafe_preserve_version_counter(tensor)
     return context
 
 

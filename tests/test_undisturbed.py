@@ -1,9 +1,8 @@
-"""An engine changes neither whether nor what a forward computes: to the bit, generator and buffers included."""
+"""An engine changes neither whether nor what a forward computes: bit by bit, generator and buffers, too."""
 
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 import warnings
 from collections.abc import Callable
@@ -56,7 +55,9 @@ class Halved(nn.Module):
 
 
 def scripted_inside() -> nn.Module:
-    return Net(lambda m, x: m.last(m.f(x)), f=nn.Linear(D, D), last=torch.jit.script(nn.Linear(D, 2).double()))
+    return Net(
+        lambda m, x: m.last(m.f(x)), f=nn.Linear(D, D), last=torch.jit.script(nn.Linear(D, 2).double())
+    )
 
 
 def traced_inside() -> nn.Module:
@@ -224,13 +225,13 @@ TRANSFORMS: dict[str, Any] = {
     "vjp": lambda m, x: vjp(m.f, x)[1](torch.ones(B, 1).double())[0],
     "an ensemble": stacked_ensemble,
     "inner steps": inner_steps,
-    "a weight made outside": lambda m, x: vmap(lambda z: z @ m.h)(x) if setattr(m, "h", m.g.T * 2) is None else 0,
+    "a weight made outside": lambda m, x: (
+        vmap(lambda z: z @ m.h)(x) if setattr(m, "h", m.g.T * 2) is None else 0
+    ),
     "a weight made outside, used there, too": lambda m, x: _twice(m.g.T * 2, x),
     "random": random_in_vmap,
     "an error that is caught": caught_in_transform,
-    "in a checkpoint": lambda m, x: checkpoint(
-        lambda z: vmap(m.f)(z), x, use_reentrant=False
-    ),
+    "in a checkpoint": lambda m, x: checkpoint(lambda z: vmap(m.f)(z), x, use_reentrant=False),
     "functorch's old names": lambda m, x: torch.autograd.functional.jacobian(
         lambda z: m.f(z).sum(0), x, create_graph=True
     )[0],
@@ -320,7 +321,7 @@ ORDINARY: dict[str, Any] = {
     "a mode of its own": own_mode,
     "a custom Function": lambda m, x: Doubled.apply(m.f[0](x)[:, :D], m.w),
     "a subclass": lambda m, x: m.f(x.as_subclass(Scaled)),
-    "a subclass, returned": lambda m, x: (x.as_subclass(Scaled) * m.w),
+    "a subclass, returned": lambda m, x: x.as_subclass(Scaled) * m.w,
     "an error that is caught": caught,
     "a sparse matrix": lambda m, x: torch.sparse.mm(x.to_sparse(), m.g),
     "a loop over parameters": lambda m, x: sum(p.sum() for p in m.parameters()) * x,
@@ -392,7 +393,9 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "hooks of others": hooked,
     "compiled": lambda: torch.compile(mlp().double(), backend="eager"),
     "batch norm": lambda: nn.Sequential(nn.Linear(D, 3), nn.BatchNorm1d(3)),
-    "recurrent": lambda: Net(lambda m, x: m.r(x[:, None])[0][:, 0], r=nn.LSTM(D, 3, dropout=0.5, num_layers=2)),
+    "recurrent": lambda: Net(
+        lambda m, x: m.r(x[:, None])[0][:, 0], r=nn.LSTM(D, 3, dropout=0.5, num_layers=2)
+    ),
     "attention": lambda: nn.TransformerEncoderLayer(D, 1, 8, batch_first=True),
 }
 
@@ -466,3 +469,99 @@ def test_forwards(name: str, batch_dim: int | None) -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_modules(name: str, batch_dim: int | None) -> None:
     assert_undisturbed(MODULES[name], batch_dim)
+
+
+def test_copies_and_pickles_compute_the_same() -> None:
+    model, x = net(TRANSFORMS["vmap of grad beside the model"]), draw(B, D)
+    model.function = beside
+    want = run(model, x)
+    engine = Engine(model, batch_dim=0)
+    for found in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_same(run(found, x), want)
+        assert_same(run(model, x), want)
+        losses = objectives(found(x))
+        with pytest.raises(gramjd.NotCoveredError):  # an engine is of the model that it was given
+            engine.compute_gramian(losses)
+
+
+def beside(m: Any, x: Tensor) -> Tensor:
+    return m.f(x) + vmap(grad(lambda z: m.f(z)[0]))(x)
+
+
+@pytest.mark.parametrize("place", ["forward", "transform", "child"])
+def test_errors_of_a_forward_leave_nothing_behind(place: str) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        if m.fails and place == "forward":
+            raise LookupError
+        if m.fails and place == "child":
+            m.f(x[:, :2])
+        if m.fails:
+            vmap(grad(m.f))(x)
+        return beside(m, x)
+
+    model, x = net(forward), draw(B, D)
+    model.fails = False
+    want = run(model, x)
+    engine = Engine(model, batch_dim=0)
+    for _ in range(2):
+        model.fails = True
+        with pytest.raises((LookupError, RuntimeError)):
+            model(x)
+        assert torch.overrides._get_current_function_mode() is None
+        model.fails = False
+        assert_same(run(model, x), want)
+        losses = objectives(model(x))
+        assert_close(engine.compute_gramian(losses), dense_gramian(losses, model.parameters()))
+
+
+@pytest.mark.parametrize("how", ["vmap", "grad", "hessian", "functional_call", "an ensemble"])
+def test_transforms_around_a_model_with_an_engine(how: str) -> None:
+    model, x = net(beside), draw(B, D)
+    params = dict(model.named_parameters())
+    calls: dict[str, Callable[[], Any]] = {
+        "vmap": lambda: vmap(model.f)(x),
+        "grad": lambda: grad(lambda p: functional_call(model, p, (x,)).sum())(params)["f.0.weight"],
+        "hessian": lambda: hessian(lambda z: model.f(z)[0])(x[0]),
+        "functional_call": lambda: functional_call(
+            model, {"w": model.w * 2, "f.0.bias": params["f.0.bias"].exp()}, x
+        ),
+        "an ensemble": lambda: vmap(lambda p: functional_call(model, p, (x,)))(
+            {name: torch.stack([p, 2 * p]) for name, p in params.items()}
+        ),
+    }
+    want = calls[how]().detach()
+    engine = Engine(model, batch_dim=0)
+    assert torch.equal(calls[how]().detach(), want)
+    losses = objectives(model(x))
+    assert_close(engine.compute_gramian(losses), dense_gramian(losses, model.parameters()))
+    assert torch.equal(calls[how]().detach(), want)
+
+
+def test_two_engines_and_a_transform() -> None:
+    model, x = net(beside), draw(B, D)
+    want = run(model, x)
+    engines = Engine(model, batch_dim=0), Engine(model.f, batch_dim=0), Engine(model.modules(), batch_dim=0)
+    assert_same(run(model, x), want)
+    losses = objectives(model(x))
+    for engine in engines:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", gramjd.SlowPathWarning)
+            assert_close(engine.compute_gramian(losses), dense_gramian(losses, model.parameters()))
+
+
+@pytest.mark.parametrize("checks", ["first", "always", "never"])
+@pytest.mark.parametrize("name", [n for n in TRANSFORMS if "inner" not in n and n != "an energy's force"])
+@pytest.mark.filterwarnings("ignore::gramjd.SlowPathWarning")
+def test_uses_in_transforms_are_not_missed(name: str, checks: str) -> None:
+    """Not even where their share is nothing at first: a gate, zero, that opens later."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.f(x) + m.gate * TRANSFORMS[name](m, x).sum(1, keepdim=True) + (x @ m.g.T.T)[:, :1]
+
+    model, x = net(forward), draw(B, D)
+    model.gate = torch.zeros(())
+    engine = Engine(model, batch_dim=0, check=checks)
+    for gate in (0.0, 0.0, 1.0, -2.0):
+        model.gate.fill_(gate)
+        losses = objectives(model(x))
+        assert_close(engine.compute_gramian(losses), dense_gramian(losses, model.parameters()))

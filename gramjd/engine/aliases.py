@@ -77,7 +77,7 @@ def written(func: Callable[..., Any], args: Any, kwargs: Any) -> Tensor | None:
         target = args[0] if args else None
     elif kwargs and kwargs.get("out") is not None:
         target = kwargs["out"]
-    elif kwargs and kwargs.get("inplace") or _is_asked_to(func, args):
+    elif (kwargs and kwargs.get("inplace")) or _is_asked_to(func, args):
         target = args[0] if args else kwargs.get("input")
     return target if isinstance(target, Tensor) else None
 

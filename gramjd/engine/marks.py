@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -99,13 +99,16 @@ def mark_op(record: Record, leaves: Sequence[Any], out: Any, inplace: bool, unba
 def lose(tensor: Tensor, cause: str) -> None:
     """Let the node behind a derived tensor say that not all uses of the tensor are known."""
     node: Any = tensor.grad_fn
-    if type(node) is NODE_TYPE and isinstance(node.record, OpMark):
+    if isinstance(node, NODE_TYPE) and isinstance(node.record, OpMark):
         node.record = replace(node.record, lost=cause)
 
 
-def mark_call(module: nn.Module, args: Any, kwargs: Any, out: Any, names: Sequence[str],
+def mark_call(module: nn.Module, args: Any, kwargs: Any, out: Any, named: Mapping[str, Tensor],
               rng_state: Tensor | None = None) -> Any:  # fmt: skip
-    """The output of a module call with a node for the call behind it; as it is without gradients."""
+    """The output of a module call with a node for the call behind it; as it is without gradients.
+
+    ``named`` are the parameters that the call answers for.
+    """
     outs = tensors_of(out)
     live = [t for t in outs if t.requires_grad]
     if not live:
@@ -113,8 +116,8 @@ def mark_call(module: nn.Module, args: Any, kwargs: Any, out: Any, names: Sequen
     leaves, spec = pytree.flatten((args, kwargs))
     static = tuple(pytree.PLACEHOLDER if isinstance(leaf, Tensor) else leaf for leaf in leaves)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    parameters = tuple(module.get_parameter(name) for name in names)
-    mark = CallMark(next(_NUMBERS), module, tuple(names), parameters, static, spec,
+    names, parameters = tuple(named), tuple(named.values())
+    mark = CallMark(next(_NUMBERS), module, names, parameters, static, spec,
                     tuple(t.requires_grad for t in outs), rng_state, autocasts())  # fmt: skip
     return _replace_live(out, attach(mark, [*tensors, *parameters, *live], live))
 

@@ -51,7 +51,7 @@ class Node(torch.autograd.Function):
         return outputs if len(outputs) > 1 else outputs[0]
 
 
-NODE_TYPE: type = Node._backward_cls
+NODE_TYPE: Any = Node._backward_cls
 
 
 def attach(

@@ -103,7 +103,7 @@ class Recorder(Tracker):
         return target if out is original else out
 
     def _stand_aside(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Call an op inside a transform that the forward uses: as it is, which tracked tensors it is given."""
+        """Call an op inside a transform of the forward's own as it is; note the tracked tensors it takes."""
         out = func(*args, **kwargs)
         if self.active and tensors_of(out):
             self.hide(map(below_transforms, tensors_of((args, kwargs))))
@@ -184,7 +184,9 @@ class Recorder(Tracker):
             elif record.derived:
                 self.aliases.add(mine, mine)
 
-    def _marked(self, record: Record, leaves: Sequence[Any], out: Any, rng_state: Tensor, inplace: bool) -> Any:
+    def _marked(
+        self, record: Record, leaves: Sequence[Any], out: Any, rng_state: Tensor, inplace: bool
+    ) -> Any:
         """The output of an op with a node behind it."""
         if is_fused(record.call.op) and not record.derived:
             return mark_fused(record, leaves, out, rng_state)
@@ -316,19 +318,19 @@ class Watcher:
             return None
         ours = recorder.frame in (frame, frame.f_back)  # the latter where the forward raised
         hidden = recorder.leave(module)
-        unseen = [
-            name
+        unseen = {
+            name: p
             for name, p in _own_parameters(module)
             if p is not None and id(p) in recorder.sources and id(p) not in recorder.seen
-        ]
+        }
         if unseen and not ours and recorder.opaque is None:  # one that is returned as it is may be seen later
             returned = {id(t) for t in tensors_of(out)}
-            unseen = [name for name in unseen if id(module.get_parameter(name)) not in returned]
+            unseen = {name: p for name, p in unseen.items() if id(p) not in returned}
         markable = out is not None and is_markable(out)
         if hidden and markable:
-            found = {name: id(p) for name, p in module.named_parameters() if id(p) in hidden}
-            unseen = list(dict.fromkeys([*unseen, *found]))
-            hidden = hidden.difference(found.values())
+            found = {name: p for name, p in module.named_parameters() if id(p) in hidden}
+            unseen.update(found)
+            hidden = hidden.difference(map(id, found.values()))
         if hidden and recorder.calls:
             recorder.calls[-1][1].update(hidden)
         if ours:
@@ -343,9 +345,11 @@ class Watcher:
         if getattr(self.outermost, "frame", None) not in (frame, frame.f_back) or out is None:
             return None
         self.outermost.frame = None
+        if not is_markable(out):
+            return None
         ids = {id(p) for p in self.held()[0]}
-        names = [name for name, p in module.named_parameters() if id(p) in ids]
-        return mark_call(module, args, kwargs, out, names, self.outermost.rng_state)
+        named = {name: p for name, p in module.named_parameters() if id(p) in ids}
+        return mark_call(module, args, kwargs, out, named, self.outermost.rng_state)
 
 
 def _is_opaque(module: nn.Module) -> bool:
