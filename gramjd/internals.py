@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FrameType
 from typing import Any, TypeVar
@@ -266,3 +266,30 @@ def saved_tensors_hook() -> object:
 def in_backward() -> bool:
     """Is autograd running a backward pass in this thread: is what a checkpoint left out computed again?"""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def saved_numbers(kind: type) -> tuple[str, ...]:
+    """The attributes by which nodes of a type show what they saved and is no tensor."""
+    names = [name for name in dir(kind) if name.startswith("_saved_")]
+    return tuple([name for name in names if not hasattr(kind, f"_raw{name}")])
+
+
+def is_torchs_own(kind: type) -> bool:
+    """Is a type of node made from an ``autograd.Function`` that torch itself defines?"""
+    function: Any = getattr(kind, "_forward_cls", None)
+    return function is not None and function.__module__.partition(".")[0] == "torch"
+
+
+def shapes_of(nodes: Iterable[Any]) -> list[list[tuple[int, ...]]] | None:
+    """The shapes of what autograd nodes are the gradient functions of; ``None`` where torch cannot say."""
+    found: list[list[tuple[int, ...]]] = []
+    try:
+        for node in nodes:  # every step comes by here for all of them: no call that can be spared
+            metadata = node._input_metadata
+            if len(metadata) == 1:
+                found.append([tuple(metadata[0].shape)])
+            else:
+                found.append([tuple(output.shape) for output in metadata])
+    except (AttributeError, RuntimeError):  # torch 2.1 has no metadata; shapes of nested tensors have symbols
+        return None
+    return found

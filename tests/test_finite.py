@@ -43,7 +43,6 @@ def test_divisions_by_zero(name: str, known: bool) -> None:
     message = str(found.value)
     assert f"the backward pass of {op} of samples 2, 4 divides by zero" in message
     assert "GradScaler" not in message and "torch.where" in message
-    assert ("Gramian of the output has NaN or infinite entries of samples 2, 4" in message) or not known
 
 
 def test_overflow_says_in_which_dtype_and_of_which_samples() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,21 +15,20 @@ from gramjd import distributed, pytree
 from gramjd.blocks import Block
 from gramjd.engine import finite
 from gramjd.engine.compiled import StandIns
-from gramjd.engine.graph import Graph, walk
+from gramjd.engine.graph import walk
 from gramjd.engine.nodes import forget
+from gramjd.engine.proofs import Case, Proofs
 from gramjd.engine.recorder import AfterHook, BeforeHook, Watcher
 from gramjd.engine.registry import Registry
 from gramjd.engine.sharded import Lockstep, refuse_flat, refuse_parallel
 from gramjd.engine.solve import Emit, solve
-from gramjd.engine.task import Plan, Task
+from gramjd.engine.task import Task
 from gramjd.engine.ways import WAYS
 from gramjd.errors import NotCoveredError, SlowPathWarning
 from gramjd.explanation import Explanation, explanation
 from gramjd.jacobian import Jacobian, Output, Sum
 from gramjd.plan import Options
 from gramjd.rounding import own_precision
-
-_PLANS = 64  # signatures that an engine remembers
 
 
 class Engine:
@@ -45,9 +44,10 @@ class Engine:
             computation treats samples independently; ``None`` for any other computation. Always
             to be given, by name or after an iterable: the default stands for nothing.
         check: whether the blocks are proved equal to autograd's gradients with random weights:
-            ``"first"``, once for each structure of the graph in which samples cannot meet, whatever
-            the data are, and every time where they can, or where tensors index others; ``"always"``;
-            ``"never"``.
+            ``"first"``, once for each structure of the graph, and where the samples are as long as it
+            is not proven that this cannot change; ``"always"``; ``"never"``.
+        audit: with ``check="first"``, what was proven is verified again in the second, fourth, eighth …
+            call of a structure and in each ``audit``-th one; ``None`` for no audits.
         ways: how blocks may be obtained, best first: from the ``"ops"`` of the forward that ran, by
             ``"functional"`` replay of a module call under ``vmap(vjp)``, by autograd's ``"rows"``.
         memory_budget: bytes of working memory that the contractions of :meth:`compute_gramian` may
@@ -72,6 +72,7 @@ class Engine:
         *modules: nn.Module | Iterable[nn.Module] | int | None,
         batch_dim: int | str | None = "",
         check: str = "first",
+        audit: int | None = 256,
         ways: Sequence[str] = WAYS,
         memory_budget: int | None = None,
         accumulate_dtype: torch.dtype | None = None,
@@ -79,12 +80,14 @@ class Engine:
         found, recurse, batch_dim = _parse(modules, batch_dim)
         if check not in ("first", "always", "never"):
             raise ValueError(f"check must be 'first', 'always' or 'never', not {check!r}.")
+        if audit is not None and (not isinstance(audit, int) or audit < 1):
+            raise ValueError(f"audit must be a positive number of calls, or None, not {audit!r}.")
         if not ways or not set(ways) <= set(WAYS):
             raise ValueError(f"ways must be some of {WAYS}, not {ways!r}.")
         self._modules, self._recurse, self._batch_dim = found, recurse, batch_dim
-        self._check, self._ways = check, tuple(way for way in WAYS if way in ways)
+        self._check, self._audit, self._ways = check, audit, tuple(way for way in WAYS if way in ways)
         self._options = Options(memory_budget, accumulate_dtype)
-        self._plans: dict[Hashable, Plan] = {}
+        self._proofs = Proofs(audit if check == "first" else None)
         refuse_flat(found)
         self._registry = registry = Registry(found, recurse)
         self._watcher = Watcher(registry.held, self._ways)
@@ -193,21 +196,23 @@ class Engine:
         lockstep = self._registry.lockstep()
         with torch.no_grad():
             try:
-                task = self._task(output, lockstep)
+                task, case = self._task(output, lockstep)
             except Exception as error:
                 if lockstep is not None:  # the others must not wait
-                    lockstep.agree(False, [], error)
+                    lockstep.agree(False, [], 0, error)
                 raise
             warned = "rows" in task.plan.ways.values()
             try:
                 solve(task, self._ways, self._check != "never", emit)
             finally:
                 forget(task.graph.nodes)
+            if self._check != "always":
+                self._proofs.keep(case)
         if task.samples and not warned and self._ways != ("rows",):
             _warn_of_rows(task)
         return task
 
-    def _task(self, output: Tensor, lockstep: Lockstep | None) -> Task:
+    def _task(self, output: Tensor, lockstep: Lockstep | None) -> tuple[Task, Case]:
         """The output's graph, and what is known of its like."""
         batch_dim = self._validate(output)
         graph = walk(output)
@@ -217,7 +222,10 @@ class Engine:
         if not named:
             self._raise_not_covered()
         _refuse_complex({**named, "the output": output})
-        return Task(output, batch_dim, graph, named, self._plan(graph), lockstep=lockstep)
+        held = tuple(map(id, self._registry.held()[0]))
+        samples = None if batch_dim is None else output.shape[batch_dim]
+        case = self._proofs.recall(graph, held, tuple(output.shape), samples)
+        return Task(output, batch_dim, graph, named, case.plan, lockstep=lockstep), case
 
     def explain(self, output: Tensor, /) -> Explanation:
         """What the Gramian of an output is made of: every use of every parameter, its op and its plan.
@@ -233,17 +241,13 @@ class Engine:
 
     def __reduce__(self) -> Any:
         given = self._modules if self._recurse else [self._modules]
-        keywords = {"batch_dim": self._batch_dim, "check": self._check, "ways": self._ways}
+        keywords = {
+            "batch_dim": self._batch_dim,
+            "check": self._check,
+            "audit": self._audit,
+            "ways": self._ways,
+        }
         return _rebuild, (given, {**keywords, **asdict(self._options)})
-
-    def _plan(self, graph: Graph) -> Plan:
-        """What is known of a graph: nothing, where the data may put its samples anywhere."""
-        if self._check == "always" or not graph.steady:
-            return Plan(lasts=False)
-        plan = self._plans.setdefault((graph.signature, *map(id, self._registry.held()[0])), Plan())
-        if len(self._plans) > _PLANS:
-            self._plans.pop(next(iter(self._plans)))
-        return plan if plan.lasts else Plan(lasts=False)
 
     def _validate(self, output: Tensor) -> int | None:
         """The batch dimension as a dimension of this output."""

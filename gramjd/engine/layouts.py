@@ -65,6 +65,19 @@ class Scattered(Layout):
         shape[self.dim + 2] = filled.shape[1]
         return (found * filled.view(shape)).transpose(0, 1)
 
+    def explains(self, c: Tensor, probed: Tensor, v: Tensor) -> bool:
+        """Are these the owners by other weights, too? The arguments are those of :func:`measure`."""
+        v = torch.cat([v, v.new_zeros(len(v), 1)], 1).double()  # entries of no sample have cotangents of zero
+        rows = c.movedim(self.dim + 1, 1).flatten(2).double() if c.ndim > 2 else c.unsqueeze(-1).double()
+        wanted = (
+            probed.movedim(self.dim, 0).flatten(1).double()
+            if probed.ndim > 1
+            else probed.unsqueeze(-1).double()
+        )
+        weighted = torch.einsum("knm,kn->nm", rows, v[:, self.owners])
+        off = float((weighted - wanted.double()).norm())
+        return off <= 8 * tolerance(c.dtype) * float(weighted.norm())
+
 
 ZERO = Layout(-1)  # every layout fits: the cotangents are zero, or there are none
 

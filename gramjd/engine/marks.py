@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import NoneType
 from typing import Any
 
 import torch
@@ -40,12 +41,17 @@ class OpMark:
     unbatched: bool  # are all arguments the same for all samples?
     replay: Replay | None = None
     lost: str = ""  # why its blocks cannot follow from it: what the op did
+    arguments: tuple[Any, ...] = ()  # the nodes of autograd's graph that computed the op's arguments
 
     @property
     def signature(self) -> Hashable:
-        """The same for the same op with parameters in the same places."""
-        slots = tuple(slot.index for slot in self.record.slots)
-        return ("op", self.record.call.op, slots, self.replay and self.replay.sizes, self.lost)
+        """The same for the same op with the same settings, and parameters in the same places."""
+        record = self.record
+        slots = tuple([(slot.index, id(s) if isinstance(s := slot.source, Tensor) else s.output)
+                       for slot in record.slots])  # fmt: skip
+        settings = () if record.derived else _settings(record.leaves)
+        kind = record.derived, self.unbatched, self.live, self.lost, self.replay is not None
+        return record.call.op, slots, record.entries, record.saved, settings, kind
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ class CallMark:
     leaves: tuple[Any, ...]  # of (args, kwargs), placeholders for tensors
     spec: pytree.PyTreeSpec
     live: tuple[bool, ...]  # which output tensors require gradients
+    arguments: tuple[Any, ...]  # the nodes of autograd's graph that computed its arguments
     rng_state: Tensor | None  # of the CPU, before the call
     autocasts: dict[str, torch.dtype]  # that it ran under, by type of device
 
@@ -68,7 +75,25 @@ class CallMark:
         return ("call", id(self.module), self.names, tuple(self.autocasts.items()))
 
 
-def mark_fused(record: Record, leaves: Sequence[Any], out: Any, rng_state: Tensor) -> Any:
+def _settings(leaves: Sequence[Any]) -> Hashable:
+    """What a call received besides tensors; numbers that only scale something may change from step to step."""
+    return tuple([leaf if isinstance(leaf, (bool, int, str, NoneType)) else type(leaf) for leaf in leaves])
+
+
+def computed_by(values: Iterable[Any]) -> tuple[Any, ...]:
+    """The nodes of autograd's graph that computed some tensors; call it before an op writes into one."""
+    found: list[Any] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.grad_fn is not None:
+                found.append(value.grad_fn)
+        elif isinstance(value, (list, tuple)):
+            found += computed_by(value)
+    return tuple(found)
+
+
+def mark_fused(record: Record, leaves: Sequence[Any], out: Any, rng_state: Tensor,
+               arguments: tuple[Any, ...]) -> Any:  # fmt: skip
     """The output of an op that has only an expansion, with a node to replay it from behind it.
 
     Args:
@@ -76,23 +101,25 @@ def mark_fused(record: Record, leaves: Sequence[Any], out: Any, rng_state: Tenso
         leaves: of its arguments.
         out: what it returned.
         rng_state: of the CPU before the call.
+        arguments: see :func:`computed_by`.
     """
     outs = tensors_of(out)
     live = [t for t in outs if t.requires_grad]
     saved = [leaves[i] for i in record.saved] + [leaves[slot.index] for slot in record.slots]
     state = None if torch.equal(rng_state, torch.get_rng_state()) else rng_state
     replay = Replay(state, tuple([tuple(t.shape) for t in saved]))
-    mark = OpMark(next(_NUMBERS), record, tuple([t.requires_grad for t in outs]), False, replay)
+    mark = OpMark(next(_NUMBERS), record, tuple([t.requires_grad for t in outs]), False, replay,
+                  arguments=arguments)  # fmt: skip
     return _replace_live(out, attach(mark, [*saved, *live], live))
 
 
-def mark_op(record: Record, leaves: Sequence[Any], out: Any, inplace: bool, unbatched: bool,
-            lost: str = "") -> Any:  # fmt: skip
+def mark_op(record: Record, leaves: Sequence[Any], out: Any, arguments: tuple[Any, ...], inplace: bool,
+            unbatched: bool, lost: str = "") -> Any:  # fmt: skip
     """The output of an op with a node for its record behind it."""
     outs = tensors_of(out)
     live = tuple([t.requires_grad for t in outs])
     saved = [leaves[i] for i in record.saved] + [leaves[slot.index] for slot in record.slots]
-    mark = OpMark(next(_NUMBERS), record, live, unbatched, lost=lost)
+    mark = OpMark(next(_NUMBERS), record, live, unbatched, lost=lost, arguments=arguments)
     return _replace_live(out, attach(mark, saved, [t for t in outs if t.requires_grad], inplace))
 
 
@@ -118,7 +145,7 @@ def mark_call(module: nn.Module, args: Any, kwargs: Any, out: Any, named: Mappin
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     names, parameters = tuple(named), tuple(named.values())
     mark = CallMark(next(_NUMBERS), module, names, parameters, static, spec,
-                    tuple(t.requires_grad for t in outs), rng_state, autocasts())  # fmt: skip
+                    tuple(t.requires_grad for t in outs), computed_by(tensors), rng_state, autocasts())  # fmt: skip
     return _replace_live(out, attach(mark, [*tensors, *parameters, *live], live))
 
 

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from gramjd.engine.aliases import Aliases, written
 from gramjd.engine.compiled import is_compiled
-from gramjd.engine.marks import is_markable, is_marked, lose, mark_call, mark_fused, mark_op
+from gramjd.engine.marks import (
+    computed_by,
+    is_markable,
+    is_marked,
+    lose,
+    mark_call,
+    mark_fused,
+    mark_op,
+)
 from gramjd.engine.sharded import is_unit
 from gramjd.internals import (
     below_transforms,
@@ -159,7 +167,8 @@ class Recorder(Tracker):
             others = [self._lost(arg, _WRITTEN) for arg in args[1:]]
             named = {name: self._lost(arg, _WRITTEN) for name, arg in kwargs.items()}
             return op(args[0], *others, **named), None
-        rng_state = torch.get_rng_state()
+        fused = is_fused(op) and not derived
+        rng_state, arguments = torch.get_rng_state(), computed_by((*args, *kwargs.values()))
         out = op(*args, **kwargs)
         live = out.requires_grad if isinstance(out, Tensor) else any(t.requires_grad for t in tensors_of(out))
         if not live or saved_tensors_hook() != self.hook:
@@ -171,7 +180,13 @@ class Recorder(Tracker):
             self.hide(leaves[slot.index] for slot in record.slots)
             return out, None
         self.seen.update([id(slot.source) for slot in record.slots])
-        marked = self._marked(record, leaves, out, rng_state, inplace)
+        if fused:
+            return mark_fused(record, leaves, out, rng_state, arguments), record
+        unbatched = derived or self._are_unbatched(leaves)
+        # an op that has a rule draws none
+        drew = None in record.entries and not torch.equal(rng_state, torch.get_rng_state())
+        lost = "drew random numbers when it used it" if drew else ""
+        marked = mark_op(record, leaves, out, arguments, inplace, unbatched, lost)
         if not inplace:
             self._note_aliases(record, leaves, out, marked)
         return marked, record
@@ -183,19 +198,6 @@ class Recorder(Tracker):
                 self.aliases.add(mine, original)
             elif record.derived:
                 self.aliases.add(mine, mine)
-
-    def _marked(
-        self, record: Record, leaves: Sequence[Any], out: Any, rng_state: Tensor, inplace: bool
-    ) -> Any:
-        """The output of an op with a node behind it."""
-        if is_fused(record.call.op) and not record.derived:
-            return mark_fused(record, leaves, out, rng_state)
-        derived = record.derived
-        unbatched = derived or self._are_unbatched(leaves)
-        # an op that has a rule draws none
-        drew = None in record.entries and not torch.equal(rng_state, torch.get_rng_state())
-        lost = "drew random numbers when it used it" if drew else ""
-        return mark_op(record, leaves, out, inplace, unbatched, lost)
 
     def _cannot_mark(self, op: Any, args: Any, kwargs: dict[str, Any]) -> bool:
         """Does an op write into a view, behind which no node can be put, or could it not be called again?"""
@@ -214,7 +216,7 @@ class Recorder(Tracker):
         if id(arg) not in self.sources or not arg.requires_grad or not has_plain_layout(arg):
             return arg
         record, leaves = describe(torch.clone, (arg,), {}, self.sources, True)
-        return mark_op(record, leaves, arg, False, True, cause)
+        return mark_op(record, leaves, arg, computed_by([arg]), False, True, cause)
 
     def pause(self, frame: FrameType) -> None:
         """Let the ops of an opaque call alone: what compiles it would trace the recording, too."""

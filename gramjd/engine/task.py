@@ -21,20 +21,44 @@ from gramjd.engine.sharded import Lockstep
 Layouts = Sequence[Layout | None]  # of the outputs of a node; None: samples are mixed, or it has none
 
 
+@dataclass(frozen=True)
+class Separation:
+    """How far it is proven that samples are apart in graphs of one separation key, in these layouts."""
+
+    layouts: dict[int, list[Layouts]]  # of the nodes of each region, but for fused ops
+    samples: int
+    passed: int  # patterns of samples
+    needed: int
+
+    @property
+    def is_whole(self) -> bool:
+        return self.passed >= self.needed
+
+
 @dataclass
 class Plan:
-    """What was measured on the first graph of a signature, and holds for the next ones."""
+    """What is known of a graph from earlier ones of its structure, and what this call finds out."""
 
     regions: list[Region] = field(default_factory=list)
-    layouts: dict[int, list[Layouts]] = field(default_factory=dict)  # of each node of a region
+    layouts: dict[int, list[Layouts]] = field(default_factory=dict)  # of the nodes of each region
     late: set[int] = field(default_factory=set)  # regions that wait for the end of the backward pass
     mixed: set[int] = field(default_factory=set)  # ids of parameters whose uses mix samples
     flattened: dict[int, set[int]] = field(default_factory=dict)  # sizes that say so if samples have them
     sizes: set[int] = field(default_factory=set)  # of samples and their positions, in one dimension
     ways: dict[int, str] = field(default_factory=dict)  # of each parameter, by id
     causes: dict[int, str] = field(default_factory=dict)  # why it did not go an earlier way
-    checked: bool = False
-    lasts: bool = True  # may it hold for the next one? Not where the data decide on whether samples meet
+    outside: set[int] | None = None  # ids of leaves that are used outside of recorded ops; None: not known
+    complete: bool = False  # is it proven that blocks in right layouts add up to the gradients?
+    separation: Separation | None = None  # what is proven of the layouts
+    audit: str = ""  # is this call an audit of what is trusted? What its error says, then
+    seen: bool = True  # did every recorded use take part, with a cotangent that is not zero?
+    lasting: bool = True  # would the layouts found be the same in another graph of the separation key?
+    unlisted: str = ""  # why the graph has no separation key
+
+    def trusted(self) -> Plan:
+        """What of it may be taken over to the next call, as a copy."""
+        return Plan(self.regions, {}, set(self.late), ways=dict(self.ways), causes=dict(self.causes),
+                    outside=self.outside, complete=self.complete)  # fmt: skip
 
 
 def is_fused(node: Any) -> bool:
