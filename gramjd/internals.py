@@ -32,6 +32,16 @@ def transform_level() -> int:
     return 0 if innermost is None else int(innermost.level())
 
 
+# The transform of ``torch.func`` that is in progress, the innermost one, if there is one.
+innermost_transform: Callable[[], Any] = _functorch.peek_interpreter_stack
+
+
+def is_elsewhere(level: int) -> bool:
+    """Is another transform the innermost one than the one of this number (0: none)?"""
+    innermost = _functorch.peek_interpreter_stack()
+    return bool(level) if innermost is None else innermost.level() != level
+
+
 def below_transforms(tensor: Tensor) -> Tensor:
     """The tensor that wrappers of transforms stand for: itself, if it has none."""
     while _functorch.is_functorch_wrapped_tensor(tensor):

@@ -82,6 +82,12 @@ def written(func: Callable[..., Any], args: Any, kwargs: Any) -> Tensor | None:
     return target if isinstance(target, Tensor) else None
 
 
+@functools.lru_cache(maxsize=4096)
+def may_write(func: Callable[..., Any]) -> bool:
+    """Does an op write into its first argument, or might it be told to by position?"""
+    return func is Tensor.__setitem__ or is_inplace(func) or _place_of_inplace(func) is not None
+
+
 def _is_asked_to(func: Any, args: Any) -> bool:
     """Is ``inplace=True`` among the positional arguments?"""
     place = _place_of_inplace(func) if True in [arg is True for arg in args] else None

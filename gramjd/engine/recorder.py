@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gramjd.engine.aliases import Aliases, written
+from gramjd.engine.aliases import Aliases, may_write, written
 from gramjd.engine.compiled import is_compiled
 from gramjd.engine.marks import (
     computed_by,
@@ -33,8 +33,10 @@ from gramjd.internals import (
     has_plain_layout,
     in_backward,
     innermost_mode,
+    innermost_transform,
     inside_transform,
     is_compiling,
+    is_elsewhere,
     saved_tensors_hook,
     transform_level,
 )
@@ -42,6 +44,7 @@ from gramjd.rules import is_fused, tensors_of
 from gramjd.tracker import Tracker, is_inplace
 from gramjd.uses import Derived, Record, describe, roots
 
+_STRIDED = torch.strided
 _DROPOUTS = frozenset({F.dropout, F.dropout1d, F.dropout2d, F.dropout3d})
 
 _THREAD = threading.local()  # .recorder: the one switched on in this thread
@@ -64,23 +67,20 @@ class Recorder(Tracker):
         self.watchers: set[int] = set()  # ids of those whose parameters it tracks
         self.seen: set[int] = set()
         self.level = transform_level()  # not 0 where a checkpoint is computed again under vmap
-        self.aliases = Aliases()
+        self.aliases, self.writing = Aliases(), False
         self.calls: list[tuple[nn.Module, set[int]]] = []  # in progress, and what they hide: see `hide`
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if is_compiling():  # a compiled function inside a module: its graph is to be as without us
             return func(*args, **(kwargs or {}))
-        if transform_level() != self.level:  # a node of ours there would be differentiated, or escape
-            return self._stand_aside(func, args, kwargs or {})
-        if self.active and self.aliases.groups:
+        innermost = innermost_transform()  # every op comes by here: no call that can be spared
+        if (innermost is not None or self.level) and is_elsewhere(self.level):
+            return self._stand_aside(func, args, kwargs or {})  # a node would be differentiated, or escape
+        if self.aliases.groups and self.active and not self.writing and (may_write(func) or kwargs):
             target = written(func, args, kwargs)
             group = self.aliases.of(target) if target is not None and has_plain_layout(target) else []
             if target is not None and group:
                 return self._write(func, types, args, kwargs or {}, target, group)
-        return self._follow(func, types, args, kwargs)
-
-    def _follow(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        """Call an op, with a node behind its output if it has a tracked argument."""
         if func in _DROPOUTS and self.active and args and not _writes(args, kwargs):
             tracked, unbatched = self._classify(args)
             if tracked and unbatched:  # as a product with its mask, it is derived like any other
@@ -106,7 +106,11 @@ class Recorder(Tracker):
         original = next((t for marked, t in group if marked is target), target)
         mine = tuple([original if arg is target else arg for arg in args])
         named = {name: original if arg is target else arg for name, arg in kwargs.items()}
-        out = self._follow(func, types, mine, named)
+        self.writing = True
+        try:
+            out = self.__torch_function__(func, types, mine, named)
+        finally:
+            self.writing = False
         self.aliases.renew(group)
         return target if out is original else out
 
@@ -139,7 +143,9 @@ class Recorder(Tracker):
     def leave(self, module: nn.Module) -> set[int]:
         """It ends: ids of the parameters whose uses it hides."""
         hidden: set[int] = set()
-        while any(mine is module for mine, _ in self.calls):
+        if self.calls and self.calls[-1][0] is module:
+            return self.calls.pop()[1]
+        while any(mine is module for mine, _ in self.calls):  # hooks of others may have raised in between
             found = self.calls.pop()
             hidden |= found[1]
             if found[0] is module:
@@ -176,7 +182,7 @@ class Recorder(Tracker):
         record, leaves = describe(op, args, kwargs, self.sources, derived)
         if inplace and out is not args[0]:
             return out, None
-        if not is_markable(out):
+        if (type(out) is not Tensor or out.layout is not _STRIDED or out.is_nested) and not is_markable(out):
             self.hide(leaves[slot.index] for slot in record.slots)
             return out, None
         self.seen.update([id(slot.source) for slot in record.slots])
@@ -193,6 +199,11 @@ class Recorder(Tracker):
 
     def _note_aliases(self, record: Record, leaves: Sequence[Any], out: Any, marked: Any) -> None:
         """Remember the outputs of an op that share memory with what they were made of, or are derived."""
+        if type(out) is Tensor and not record.derived and not out._is_view():  # most: new memory, or as given
+            for leaf in leaves:
+                if leaf is out:
+                    self.aliases.add(marked, out)
+            return
         for original, mine in zip(tensors_of(out), tensors_of(marked), strict=True):
             if original is not mine and (original._is_view() or any(original is leaf for leaf in leaves)):
                 self.aliases.add(mine, original)
@@ -316,7 +327,7 @@ class Watcher:
             return None
         if recorder.hook != saved_tensors_hook():
             return None
-        if recorder.level != transform_level():
+        if is_elsewhere(recorder.level):
             return None
         ours = recorder.frame in (frame, frame.f_back)  # the latter where the forward raised
         hidden = recorder.leave(module)
@@ -328,7 +339,7 @@ class Watcher:
         if unseen and not ours and recorder.opaque is None:  # one that is returned as it is may be seen later
             returned = {id(t) for t in tensors_of(out)}
             unseen = {name: p for name, p in unseen.items() if id(p) not in returned}
-        markable = out is not None and is_markable(out)
+        markable = bool(unseen or hidden) and out is not None and is_markable(out)
         if hidden and markable:
             found = {name: p for name, p in module.named_parameters() if id(p) in hidden}
             unseen.update(found)
@@ -363,13 +374,11 @@ def _own_parameters(module: nn.Module) -> Iterable[tuple[str, Tensor | None]]:
     """The parameters that no call inside a call of the module answers for, by name."""
     if _is_opaque(module):
         return module.named_parameters()
-    scripted = [
-        (f"{name}.{inner}", p)
-        for name, child in module._modules.items()
-        if isinstance(child, torch.jit.ScriptModule)  # takes no hooks
-        for inner, p in child.named_parameters()
-    ]
-    return [*module._parameters.items(), *scripted]
+    own: list[tuple[str, Tensor | None]] = []
+    for name, child in module._modules.items():
+        if isinstance(child, torch.jit.ScriptModule):  # takes no hooks
+            own += [(f"{name}.{inner}", p) for inner, p in child.named_parameters()]
+    return [*module._parameters.items(), *own] if own else module._parameters.items()
 
 
 class BeforeHook:
