@@ -125,15 +125,15 @@ def _check_batch_size(leaves: Sequence[Any], dims: Sequence[int | None]) -> None
 
 
 def _check_parameters(parameters: Sequence[Tensor], what: str) -> None:
-    """Raise unless there are tensors, all real ones, that products can be taken of."""
+    """Raise unless there are tensors, of real or complex numbers, that products can be taken of."""
     if not parameters:
         raise ValueError(f"{what} holds no tensor to differentiate with respect to.")
     for p in parameters:
         _refuse_subclass(p)
-        if not p.is_floating_point():
+        if not (p.is_floating_point() or p.is_complex()):
             raise TypeError(
-                f"Cannot differentiate with respect to a tensor of {p.dtype}: parameters must be real "
-                "floating-point tensors. Leave others out of the differentiated argument."
+                f"Cannot differentiate with respect to a tensor of {p.dtype}: parameters must be "
+                "floating-point or complex tensors. Leave others out of the differentiated argument."
             )
 
 

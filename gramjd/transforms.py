@@ -193,7 +193,7 @@ class _Run:
             if not out.is_floating_point():
                 raise TypeError(
                     f"The function's output must hold real floating-point tensors, not {out.dtype}. "
-                    "Return others through has_aux=True."
+                    "Return others through has_aux=True, complex ones as real ones (torch.view_as_real)."
                 )
         leaves, spec = pytree.flatten(aux)
         self._aux = [pytree.PLACEHOLDER if isinstance(x, Tensor) else x for x in leaves], spec
