@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -57,6 +57,10 @@ class Arguments:
         batch = [leaves[i].movedim(dims[i], 0) for i in where]
         keywords = list(kwargs)
         return Arguments(parameters, parameters_spec, batch, leaves, spec, keywords, where, numbers, single)
+
+    def with_parameters(self, parameters: list[Tensor]) -> Arguments:
+        """The same arguments with other parameters."""
+        return replace(self, parameters=parameters)
 
     @property
     def unbatched(self) -> list[Tensor]:
