@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
@@ -61,6 +62,18 @@ class Arguments:
     def with_parameters(self, parameters: list[Tensor]) -> Arguments:
         """The same arguments with other parameters."""
         return replace(self, parameters=parameters)
+
+    def as_double(self) -> Arguments:
+        """The same arguments with all numbers in double precision."""
+
+        def double(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
+                return leaf
+            return leaf.detach().to(torch.complex128 if leaf.is_complex() else torch.float64)
+
+        parts = (list(map(double, part)) for part in (self.parameters, self.batch, self.leaves))
+        parameters, batch, leaves = parts
+        return replace(self, parameters=parameters, batch=batch, leaves=leaves)
 
     @property
     def unbatched(self) -> list[Tensor]:

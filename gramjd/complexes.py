@@ -34,7 +34,7 @@ def real_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def real_block(block: Block) -> Block:
     """A block of real rows, with a last dimension for real and imaginary parts where there were such."""
-    factor = block.values if isinstance(block, Dense) else block.points if isinstance(block, Conv) else block.c
-    if not factor.is_complex():
+    c = block.values if isinstance(block, Dense) else block.points if isinstance(block, Conv) else block.c
+    if not c.is_complex():
         return block
     return Dense(as_real(block.dense()), origin=block.origin)

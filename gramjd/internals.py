@@ -180,7 +180,7 @@ def runs_plainly(tensors: Sequence[Tensor]) -> bool:
     """Are ops on these tensors what they seem: nothing traces, transforms, watches or records them?"""
     if is_compiling() or inside_transform() or torch.autograd.forward_ad._current_level >= 0:
         return False
-    if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return False
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return False

@@ -13,6 +13,7 @@ from gramjd.capture import Captured, capture
 from gramjd.internals import is_compiling
 from gramjd.jacobian import Jacobian, Output
 from gramjd.pytree import PyTree
+from gramjd.refusals import explained
 from gramjd.verification import Call, Generators, Verifier
 from gramjd.watch import Function
 
@@ -54,8 +55,8 @@ def jacobian(
         randomness, chunk_size: as in ``torch.func.vmap``.
         check: whether results are proved equal to ``torch.func``'s gradient with random weights, by one more
             forward and backward pass: ``"first"``, the first of each structure (kinds of arguments, and ops
-            that received parameters), and at growing distances, see ``audit``; ``"always"``; ``"never"``. Inside
-            other transforms, and where something traces the call, it is left out.
+            that received parameters), and at growing distances, see ``audit``; ``"always"``; ``"never"``.
+            Inside other transforms, and where something traces the call, it is left out.
         audit: under ``"first"``, results of a structure are proved again at its second, fourth, eighth …
             call, at last after every so many; ``None``: never again.
 
@@ -114,10 +115,10 @@ def jacobian_and_value(
     def transformed(*args: Any, **kwargs: Any) -> tuple[Jacobian, Any]:
         given = Arguments.of(args, kwargs, numbers, in_dims, single=isinstance(argnums, int))
 
-        def captured(run: Function, parameters: Sequence[Tensor]) -> Captured:
+        def captured(run: Function, given: Arguments) -> Captured:
             return capture(
                 run,
-                parameters,
+                given.parameters,
                 given.batch,
                 unbatched=given.unbatched,
                 randomness=randomness,
@@ -125,14 +126,20 @@ def jacobian_and_value(
                 shared=shared,
             )
 
+        def run_of(given: Arguments) -> Function:
+            return _Run(func, given, has_aux)
+
         run = _Run(func, given, has_aux)
-        if is_compiling() or not verifier.applies(given):
-            found = captured(run, given.parameters)
+        if is_compiling():
+            found = captured(run, given)
+        elif not verifier.applies(given):
+            with explained():
+                found = captured(run, given)
         else:
             generators = Generators(shared or randomness != "error", given.parameters)
-            found = captured(run, given.parameters)
-            again = _Run(func, given, has_aux)
-            call = Call(given, again, captured, generators, randomness, chunk_size, shared)
+            with explained():
+                found = captured(run, given)
+            call = Call(given, run_of, captured, generators, randomness, chunk_size, shared)
             verifier.verify(call, found)
         outputs = _outputs(found.outputs, batched=in_dims is not None)
         samples = len(found.outputs[0])

@@ -91,8 +91,7 @@ class Use:
                 leaves[other.index] = value.expand(samples, *value.shape)
         leaves[slot.index] = tensor
         call = self.record.call
-        # of a complex output of real arguments the cotangents stay complex: autograd takes the real part last
-        cs = [c if c is None or c.is_complex() != tensor.is_complex() else c.to(tensor.dtype) for c in self.cs]
+        cs = [c if c is None else _of_kind(c, tensor) for c in self.cs]
         (c, *others) = cs
         origin = op_name(call.op)
         if entry is None or others or c is None:
@@ -107,6 +106,11 @@ class Use:
         if c.is_complex() and not tensor.is_complex():
             return Dense(block.dense().real, origin=origin)
         return replace(block, origin=origin)
+
+
+def _of_kind(c: Tensor, tensor: Tensor) -> Tensor:
+    """Cotangents in a tensor's dtype; complex ones of a real tensor as they are."""
+    return c if c.is_complex() != tensor.is_complex() else c.to(tensor.dtype)
 
 
 def _as_computed(leaf: Any, cs: Sequence[Tensor | None], parameter: Tensor) -> Any:

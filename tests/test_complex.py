@@ -118,7 +118,9 @@ def wanted(function: Function, parameters: Sequence[Tensor], x: Tensor) -> Tenso
 
 CASES = [(name, *case, False) for name, case in REAL.items()]
 CASES += [(f"complex: {name}", *case, True) for name, case in COMPLEX.items()]
-cases = pytest.mark.parametrize("shapes, function, of", [c[1:] for c in CASES], ids=[c[0] for c in CASES])
+cases = pytest.mark.parametrize(
+    ("shapes", "function", "of"), [c[1:] for c in CASES], ids=[c[0] for c in CASES]
+)
 
 
 @cases
@@ -260,5 +262,24 @@ def test_complex_outputs_are_refused() -> None:
     model = Net(lambda m, x: waves(x) * m.z, z=nn.Parameter(complex_draw(D)))
     with pytest.raises(TypeError, match=r"output is complex.*view_as_real"):
         Engine(model, batch_dim=0).compute_gramian(model(draw(B, D)))
-    with pytest.raises(TypeError, match="complex128.*view_as_real"):
+    with pytest.raises(TypeError, match=r"complex128.*view_as_real"):
         gramjd.gramian(lambda z, x: waves(x) * z)(complex_draw(D), draw(B, D))
+
+
+def test_samples_that_are_scattered() -> None:
+    """Complex values of samples of unequal lengths, one after the other."""
+    sizes = [2, 4, 1, 3, 2]
+    owner = torch.repeat_interleave(torch.arange(B), torch.tensor(sizes))
+    model = Net(
+        lambda m, x: waves(x) @ m.z * m.p, z=nn.Parameter(complex_draw(D, 2)), p=nn.Parameter(draw(2))
+    )
+    x = draw(len(owner), D)
+
+    def losses(values: Tensor) -> Tensor:
+        return torch.zeros(B).double().index_add(0, owner, values.abs().square().sum(1))
+
+    engine = Engine(model, batch_dim=0)
+    parts = leaves([z, p])
+    values = of_leaves(parts, [z, p])
+    want = dense_gramian(losses(waves(x) @ values[0] * values[1]), parts)
+    assert_close(engine.compute_gramian(losses(model(x))), want)

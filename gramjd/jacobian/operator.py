@@ -59,9 +59,8 @@ def times(jac: Jacobian, right: Any) -> Tensor:
 
 def _shaped(flat: Tensor, parameter: Tensor) -> Tensor:
     """A piece of a flat vector as the direction of a parameter."""
-    return as_given(flat.reshape(*parameter.shape, 2), parameter) if parameter.is_complex() else flat.view(
-        parameter.shape
-    )
+    shape = (*parameter.shape, 2) if parameter.is_complex() else parameter.shape
+    return as_given(flat.reshape(shape), parameter)
 
 
 def _rows(crossed: Any, jac: Jacobian) -> list[Any]:
