@@ -18,6 +18,9 @@ _PROPERTIES: Any = Tensor
 # Of a tensor they give its values as constants, or none of them.
 _CONSTANTS = {Tensor.detach, torch.detach, _PROPERTIES.data.__get__, _PROPERTIES.grad.__get__}
 
+# Of tensors after the first one they take the shape, the dtype or the device.
+_BY_FIRST = {"to", "type_as", "view_as", "reshape_as", "expand_as"}
+
 
 class Guard(TorchFunctionMode):
     """Raises where a module reads its own parameters in place of the given ones, or statistics of the batch.
@@ -37,7 +40,8 @@ class Guard(TorchFunctionMode):
         if func is Tensor.add_:
             self._count(args[0])
         out = func(*args, **kwargs) if func not in _BATCH_NORMS else self._batch_norm(func, args, kwargs)
-        name = self._past(args) or (self._past(kwargs.values()) if kwargs else None)
+        given = args[:1] if getattr(func, "__name__", "") in _BY_FIRST else (*args, *kwargs.values())
+        name = self._past(given)
         if name is not None and _depends(func, out):
             raise CheckFailedError(
                 f"{type(self.model).__name__} reads its parameter {name!r} past torch.func.functional_call, "

@@ -345,8 +345,20 @@ def _group_norm(input: Tensor, num_groups: int, weight: Tensor | None = None, bi
     return out if bias is None else out + bias.reshape(channels)
 
 
+def _instance_norm(input: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None,
+                   weight: Tensor | None = None, bias: Tensor | None = None, use_input_stats: bool = True,
+                   momentum: float = 0.1, eps: float = 1e-5) -> Tensor:  # fmt: skip
+    if use_input_stats:
+        return _group_norm(input, input.shape[1], weight, bias, eps)
+    return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+
+
 # Where a function differentiates inside, torch's derivatives of theirs are wrong under one more vmap.
-_NORMS: dict[Any, Callable[..., Tensor]] = {F.layer_norm: _layer_norm, F.group_norm: _group_norm}
+_NORMS: dict[Any, Callable[..., Tensor]] = {
+    F.layer_norm: _layer_norm,
+    F.group_norm: _group_norm,
+    F.instance_norm: _instance_norm,
+}
 
 
 def structure(given: Arguments, found: Captured) -> Hashable:
@@ -373,7 +385,7 @@ def _slots(record: Record, numbers: dict[int, int]) -> Iterator[Hashable]:
     for slot, entry in zip(record.slots, record.entries, strict=True):
         source = slot.source
         key = (source.record, source.output) if isinstance(source, Derived) else (source, 0)
-        yield slot.index, numbers[id(key[0])], key[1], entry is None
+        yield slot.index, numbers.get(id(key[0])), key[1], entry is None
 
 
 def _ops(found: Captured) -> list[str]:

@@ -270,9 +270,8 @@ def test_samples_that_are_scattered() -> None:
     """Complex values of samples of unequal lengths, one after the other."""
     sizes = [2, 4, 1, 3, 2]
     owner = torch.repeat_interleave(torch.arange(B), torch.tensor(sizes))
-    model = Net(
-        lambda m, x: waves(x) @ m.z * m.p, z=nn.Parameter(complex_draw(D, 2)), p=nn.Parameter(draw(2))
-    )
+    z, p = nn.Parameter(complex_draw(D, 2)), nn.Parameter(draw(2))
+    model = Net(lambda m, x: waves(x) @ m.z * m.p, z=z, p=p)
     x = draw(len(owner), D)
 
     def losses(values: Tensor) -> Tensor:
@@ -283,3 +282,20 @@ def test_samples_that_are_scattered() -> None:
     values = of_leaves(parts, [z, p])
     want = dense_gramian(losses(waves(x) @ values[0] * values[1]), parts)
     assert_close(engine.compute_gramian(losses(model(x))), want)
+
+
+@pytest.mark.skipif(
+    tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 13),
+    reason="Dynamo traces these transforms as of torch 2.13",
+)
+def test_compiled() -> None:
+    def step(p: dict[str, Tensor], x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        J = gramjd.jacobian(lambda p, x: (waves(x) @ p["z"] * p["s"]).abs().sum())(p, x)
+        return J.gramian(), J.vjp(torch.ones(B).double())
+
+    p, x = {"z": complex_draw(D, 2), "s": draw(2)}, draw(B, D)
+    want = step(p, x)
+    torch._dynamo.reset()
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(p, x)
+    assert_close(got[0], want[0])
+    assert_close(got[1]["z"], want[1]["z"])

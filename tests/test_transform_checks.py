@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from exactness import Net, draw, parameter
-from oracle import assert_close
+from oracle import assert_close, dense_gramian
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -86,6 +86,9 @@ def test_a_wrong_rule_of_a_kernel(wrong: Wrong) -> None:
     with pytest.raises(CheckFailedError, match="'s' is wrong"):
         gramjd.ntk(scaled)(parameters(), draw(B, D))
     gramjd.ntk(scaled, check="never")(parameters(), draw(B, D))
+    with pytest.raises(CheckFailedError, match="'s' is wrong"):
+        gramjd.ntk_dataset(scaled, parameters(), [draw(B, D)], progress=False)
+    gramjd.ntk_dataset(scaled, parameters(), [draw(B, D)], progress=False, check="never")
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -312,6 +315,34 @@ def test_random_functions(randomness: str, chunk_size: int | None) -> None:
     gramjd.gramian(unbatched, in_dims=None, check="always")(w)
 
 
+NORMALIZED: dict[str, Callable[[dict[str, Tensor], Tensor], Tensor]] = {
+    "layer": lambda p, x: F.layer_norm(x, (6,), p["s"], p["b"]),
+    "group": lambda p, x: F.group_norm(x, 3, p["s"], p["b"]),
+    "instance": lambda p, x: F.instance_norm(x.view(-1, 2, 3), weight=p["s"][:2], bias=p["b"][:2]),
+}
+
+
+@pytest.mark.parametrize("name", NORMALIZED)
+def test_norms_inside_of_gradients(name: str) -> None:
+    """torch's derivatives of their gradients are wrong under one more vmap: no reason to doubt ours."""
+
+    def loss(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        return NORMALIZED[name](p, x @ p["w"]).tanh().square().sum()
+
+    def adapted(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        inner = torch.func.grad(loss)(p, x)
+        return loss({key: value - 0.1 * inner[key] for key, value in p.items()}, x.flip(0))
+
+    def by_autograd(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        inner = torch.autograd.grad(loss(p, x), list(p.values()), create_graph=True)
+        return loss({key: p[key] - 0.1 * g for key, g in zip(p, inner, strict=True)}, x.flip(0))
+
+    p, x = {"w": draw(6, 6), "s": draw(6), "b": draw(6)}, draw(B, 4, 6)
+    leaves = {key: value.clone().requires_grad_() for key, value in p.items()}
+    out = torch.stack([by_autograd(leaves, sample) for sample in x])
+    assert_close(gramjd.gramian(adapted)(p, x), dense_gramian(out, leaves.values()))
+
+
 def test_functions_that_are_not_pure() -> None:
     state = [1.0]
 
@@ -468,7 +499,8 @@ CONSTANTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "like": lambda x, w: (x * torch.ones_like(w) + w.new_ones(D)).sum(-1),
     "detached": lambda x, w: (x * w.detach()).sum(-1),
     "data": lambda x, w: (x * w.data).sum(-1),
-    "type": lambda x, w: x.to(w.dtype).to(w.device).sum(-1) * w.requires_grad,
+    "type": lambda x, w: x.to(w.dtype).to(w.device).to(w).type_as(w).sum(-1) * w.requires_grad,
+    "shape of another": lambda x, w: x.sum(-1, keepdim=True).expand_as(w if x.ndim == 1 else x).sum(-1),
 }
 
 

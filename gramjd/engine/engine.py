@@ -35,7 +35,8 @@ class Engine:
     """Computes the Gramian of the Jacobian of a tensor with respect to modules' parameters.
 
     The Jacobian itself is never stored (Quinton and Rey, arXiv 2406.16232, Section 6). A drop-in
-    replacement for ``torchjd.autogram.Engine``.
+    replacement for ``torchjd.autogram.Engine``. A complex parameter counts as its real and imaginary
+    parts, so that the Gramian is ``Re(J Jᴴ)``.
 
     Args:
         modules: modules, each of which stands for its whole subtree; or one iterable of modules,
