@@ -35,7 +35,8 @@ class Engine:
     """Computes the Gramian of the Jacobian of a tensor with respect to modules' parameters.
 
     The Jacobian itself is never stored (Quinton and Rey, arXiv 2406.16232, Section 6). A drop-in
-    replacement for ``torchjd.autogram.Engine``.
+    replacement for ``torchjd.autogram.Engine``. A complex parameter counts as its real and imaginary
+    parts, so that the Gramian is ``Re(J Jᴴ)``.
 
     Args:
         modules: modules, each of which stands for its whole subtree; or one iterable of modules,
@@ -130,7 +131,7 @@ class Engine:
             CheckFailedError: none of the allowed ways gives a Gramian that agrees with autograd.
             NotFiniteError: the output has NaN or infinite entries, or its gradients have.
             ValueError: the output is empty, or has no dimension ``batch_dim``; ``rows`` without a group.
-            TypeError: the output or a parameter is complex.
+            TypeError: the output is complex.
             RanksDisagreeError: ranks have different models or settings; all of them raise it.
             RankFailedError: another rank could not take part; it raises what it failed by.
         """
@@ -225,7 +226,7 @@ class Engine:
         named = {n: p for n, p in named.items() if id(p) in graph.leaves}
         if not named:
             self._raise_not_covered()
-        _refuse_complex({**named, "the output": output})
+        _refuse_complex(output)
         held = tuple(map(id, self._registry.held()[0]))
         samples = None if batch_dim is None else output.shape[batch_dim]
         case = self._proofs.recall(graph, held, tuple(output.shape), samples)
@@ -293,14 +294,12 @@ def _refuse_empty(output: Any) -> None:
         raise ValueError(f"The output is empty (shape {list(output.shape)}): there is no objective.")
 
 
-def _refuse_complex(named: dict[str, Tensor]) -> None:
-    for name, tensor in named.items():
-        if tensor.is_complex():
-            raise TypeError(
-                f"{name} is complex ({tensor.dtype}), and a Gramian is of real gradients. Keep real and "
-                "imaginary parts as real tensors (torch.view_as_real), and make the tensor of them in the "
-                "forward (torch.view_as_complex)."
-            )
+def _refuse_complex(output: Tensor) -> None:
+    if output.is_complex():
+        raise TypeError(
+            f"The output is complex ({output.dtype}), and a Gramian is of the gradients of real objectives. "
+            "Take real ones of it: torch.view_as_real(output), or output.abs()."
+        )
 
 
 def _parse(modules: Sequence[Any], batch_dim: Any) -> tuple[list[nn.Module], bool, int | None]:
