@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gramjd import distributed, pytree
 from gramjd.blocks import Block
+from gramjd.engine import finite
 from gramjd.engine.compiled import StandIns
 from gramjd.engine.graph import walk
 from gramjd.engine.nodes import forget
@@ -20,10 +21,10 @@ from gramjd.engine.proofs import Case, Proofs, describe
 from gramjd.engine.recorder import AfterHook, BeforeHook, Watcher
 from gramjd.engine.registry import Registry
 from gramjd.engine.sharded import Lockstep, refuse_flat, refuse_parallel
-from gramjd.engine.solve import OVERFLOWED, Emit, solve
+from gramjd.engine.solve import Emit, solve
 from gramjd.engine.task import Task
 from gramjd.engine.ways import WAYS
-from gramjd.errors import NotCoveredError, NotFiniteError, SlowPathWarning
+from gramjd.errors import NotCoveredError, SlowPathWarning
 from gramjd.explanation import Explanation, explanation
 from gramjd.jacobian import Jacobian, Output, Sum
 from gramjd.plan import Options
@@ -34,7 +35,8 @@ class Engine:
     """Computes the Gramian of the Jacobian of a tensor with respect to modules' parameters.
 
     The Jacobian itself is never stored (Quinton and Rey, arXiv 2406.16232, Section 6). A drop-in
-    replacement for ``torchjd.autogram.Engine``.
+    replacement for ``torchjd.autogram.Engine``. A complex parameter counts as its real and imaginary
+    parts, so that the Gramian is ``Re(J Jᴴ)``.
 
     Args:
         modules: modules, each of which stands for its whole subtree; or one iterable of modules,
@@ -129,7 +131,7 @@ class Engine:
             CheckFailedError: none of the allowed ways gives a Gramian that agrees with autograd.
             NotFiniteError: the output has NaN or infinite entries, or its gradients have.
             ValueError: the output is empty, or has no dimension ``batch_dim``; ``rows`` without a group.
-            TypeError: the output or a parameter is complex.
+            TypeError: the output is complex.
             RanksDisagreeError: ranks have different models or settings; all of them raise it.
             RankFailedError: another rank could not take part; it raises what it failed by.
         """
@@ -139,11 +141,15 @@ class Engine:
             distributed.refuse_rows(rows)
             _refuse_empty(output)
             gramian = self._streamed(output)
-        finite = torch.isfinite(gramian).all()
+        right = torch.isfinite(gramian).all()
         if group is not None and rows == "local":  # where one rank raises, all do
-            finite = distributed.everywhere(group, finite)
-        if not bool(finite):
-            raise NotFiniteError(OVERFLOWED.format("Gramian"))
+            right = distributed.everywhere(group, right)
+        if not bool(right):
+            if group is not None or self._registry.shards.units:
+                raise finite.unexplained("Gramian")
+            raise finite.of_gramian(
+                gramian, output, None if (d := self._batch_dim) is None else d % output.ndim
+            )
         return gramian.to(output.device)
 
     def _of_all_ranks(self, output: Tensor, group: Any, rows: str) -> Tensor:
@@ -220,7 +226,7 @@ class Engine:
         named = {n: p for n, p in named.items() if id(p) in graph.leaves}
         if not named:
             self._raise_not_covered()
-        _refuse_complex({**named, "the output": output})
+        _refuse_complex(output)
         held = tuple(map(id, self._registry.held()[0]))
         samples = None if batch_dim is None else output.shape[batch_dim]
         case = self._proofs.recall(graph, held, tuple(output.shape), samples)
@@ -267,10 +273,7 @@ class Engine:
         if dim is None or output.shape[dim] > 0:
             _refuse_empty(output)
         if not bool(torch.isfinite(output.detach()).all()):
-            raise NotFiniteError(
-                f"The output has NaN or infinite entries (shape {list(output.shape)}): their gradients "
-                "are meaningless. Look for overflow, or for a division by zero, in the forward."
-            )
+            raise finite.of_output(output, dim)
         return dim if dim is None else dim % output.ndim
 
     def _raise_not_covered(self) -> None:
@@ -291,14 +294,12 @@ def _refuse_empty(output: Any) -> None:
         raise ValueError(f"The output is empty (shape {list(output.shape)}): there is no objective.")
 
 
-def _refuse_complex(named: dict[str, Tensor]) -> None:
-    for name, tensor in named.items():
-        if tensor.is_complex():
-            raise TypeError(
-                f"{name} is complex ({tensor.dtype}), and a Gramian is of real gradients. Keep real and "
-                "imaginary parts as real tensors (torch.view_as_real), and make the tensor of them in the "
-                "forward (torch.view_as_complex)."
-            )
+def _refuse_complex(output: Tensor) -> None:
+    if output.is_complex():
+        raise TypeError(
+            f"The output is complex ({output.dtype}), and a Gramian is of the gradients of real objectives. "
+            "Take real ones of it: torch.view_as_real(output), or output.abs()."
+        )
 
 
 def _parse(modules: Sequence[Any], batch_dim: Any) -> tuple[list[nn.Module], bool, int | None]:
@@ -336,15 +337,23 @@ def _remove(handles: Sequence[Any]) -> None:
         handle.remove()
 
 
+_DERIVATIVES = (
+    " The output contains derivatives of the model (create_graph=True), and no op shows how these use "
+    "parameters. The function transforms take such losses, with torch.func.grad inside, at full speed: "
+    "gramjd.jacobian, gramjd.ntk."
+)
+
+
 def _warn_of_rows(task: Task) -> None:
     """Say which parameters go the slow way, and why."""
     slow = [name for name, p in task.parameters.items() if task.plan.ways[id(p)] == "rows"]
     if slow:
+        derivatives = any(node.differentiated for node in task.graph.nodes)
         cause = task.plan.causes.get(id(task.parameters[slow[0]]), "it was not used in a registered module")
         more = f" (and {len(slow) - 1} more)" if len(slow) > 1 else ""
         warnings.warn(
             f"The Jacobian of parameter {slow[0]!r}{more} is computed one row at a time, which is exact "
-            f"but slow, because {cause}.",
+            f"but slow, because {cause}.{_DERIVATIVES if derivatives else ''}",
             SlowPathWarning,
             stacklevel=6,
         )

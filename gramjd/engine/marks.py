@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import NoneType
 from typing import Any
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gramjd import pytree
-from gramjd.engine.nodes import attach
-from gramjd.internals import autocasts
+from gramjd.engine.nodes import NODE_TYPE, attach
+from gramjd.internals import autocasts, has_plain_layout
 from gramjd.rules import tensors_of
 from gramjd.uses import Record
 
@@ -42,6 +42,7 @@ class OpMark:
     replay: Replay | None = None
     lost: str = ""  # why its blocks cannot follow from it: what the op did
     arguments: tuple[Any, ...] = ()  # the nodes of autograd's graph that computed the op's arguments
+    hooks: Sequence[str] = ()  # that its forward put on tensors, also later ones
 
     @property
     def signature(self) -> Hashable:
@@ -114,18 +115,28 @@ def mark_fused(record: Record, leaves: Sequence[Any], out: Any, rng_state: Tenso
 
 
 def mark_op(record: Record, leaves: Sequence[Any], out: Any, arguments: tuple[Any, ...], inplace: bool,
-            unbatched: bool, lost: str = "") -> Any:  # fmt: skip
+            unbatched: bool, lost: str = "", hooks: Sequence[str] = ()) -> Any:  # fmt: skip
     """The output of an op with a node for its record behind it."""
     outs = tensors_of(out)
     live = tuple([t.requires_grad for t in outs])
     saved = [leaves[i] for i in record.saved] + [leaves[slot.index] for slot in record.slots]
-    mark = OpMark(next(_NUMBERS), record, live, unbatched, lost=lost, arguments=arguments)
+    mark = OpMark(next(_NUMBERS), record, live, unbatched, None, lost, arguments, hooks)
     return _replace_live(out, attach(mark, saved, [t for t in outs if t.requires_grad], inplace))
 
 
-def mark_call(module: nn.Module, args: Any, kwargs: Any, out: Any, names: Sequence[str],
+def lose(tensor: Tensor, cause: str) -> None:
+    """Let the node behind a derived tensor say that not all uses of the tensor are known."""
+    node: Any = tensor.grad_fn
+    if isinstance(node, NODE_TYPE) and isinstance(node.record, OpMark):
+        node.record = replace(node.record, lost=cause)
+
+
+def mark_call(module: nn.Module, args: Any, kwargs: Any, out: Any, named: Mapping[str, Tensor],
               rng_state: Tensor | None = None) -> Any:  # fmt: skip
-    """The output of a module call with a node for the call behind it; as it is without gradients."""
+    """The output of a module call with a node for the call behind it; as it is without gradients.
+
+    ``named`` are the parameters that the call answers for.
+    """
     outs = tensors_of(out)
     live = [t for t in outs if t.requires_grad]
     if not live:
@@ -133,11 +144,16 @@ def mark_call(module: nn.Module, args: Any, kwargs: Any, out: Any, names: Sequen
     leaves, spec = pytree.flatten((args, kwargs))
     static = tuple(pytree.PLACEHOLDER if isinstance(leaf, Tensor) else leaf for leaf in leaves)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    parameters = tuple(module.get_parameter(name) for name in names)
-    mark = CallMark(next(_NUMBERS), module, tuple(names), parameters, static, spec,
+    names, parameters = tuple(named), tuple(named.values())
+    mark = CallMark(next(_NUMBERS), module, names, parameters, static, spec,
                     tuple(t.requires_grad for t in outs), computed_by(tensors),
                     rng_state, autocasts())  # fmt: skip
     return _replace_live(out, attach(mark, [*tensors, *parameters, *live], live))
+
+
+def is_markable(out: Any) -> bool:
+    """Can nodes be put behind all tensors of an output that require gradients?"""
+    return all(has_plain_layout(t) for t in tensors_of(out) if t.requires_grad)
 
 
 def is_marked(module: nn.Module, out: Any) -> bool:

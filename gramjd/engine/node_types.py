@@ -116,7 +116,7 @@ _WINDOWS = """
     SlowConv2D SlowConv3D SlowConvDilated2D SlowConvDilated3D SlowConvTranspose2D SlowConvTranspose3D
     UpsampleBicubic2D UpsampleBicubic2DAa UpsampleBilinear2D UpsampleBilinear2DAa UpsampleLinear1D
     UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleNearestExact1D
-    UpsampleNearestExact2D UpsampleNearestExact3D    UpsampleTrilinear3D
+    UpsampleNearestExact2D UpsampleNearestExact3D UpsampleTrilinear3D
 """
 _MAX_WINDOWS = """
     AdaptiveMaxPool2D AdaptiveMaxPool3D FractionalMaxPool2D FractionalMaxPool3D MaxPool2D MaxPool2DWithIndices

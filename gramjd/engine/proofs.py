@@ -61,6 +61,8 @@ class Proofs:
         key: Hashable = None
         if samples is not None:
             try:
+                if hooks := next((h for node in graph.nodes for h in getattr(node.record, "hooks", ())), ""):
+                    raise Unlisted(hooks)
                 key = separation_key(graph.order, graph.numbers, shape, samples)
             except Unlisted as error:
                 plan.unlisted = str(error)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramjd.engine import backward
+from gramjd.engine import backward, finite
 from gramjd.engine.coverage import uncovered
 from gramjd.engine.layouts import ZERO
 from gramjd.engine.marks import CallMark
@@ -23,14 +23,8 @@ from gramjd.engine.sharded import needs_weights
 from gramjd.engine.spread import patterns, patterns_for, stays_within
 from gramjd.engine.task import Separation, Task, is_fused
 from gramjd.engine.ways import BY_WAY, WAYS, Found, by_rows
-from gramjd.errors import CheckFailedError, NotFiniteError, NotSeparableError
+from gramjd.errors import CheckFailedError, NotSeparableError
 from gramjd.uses import roots
-
-OVERFLOWED = (
-    "The {} of the output has NaN or infinite entries: something overflowed in the backward pass, or it "
-    "divides by zero. Under a GradScaler that happens in ordinary training: skip the step and lower the "
-    "scale, scaler.update(scaler.get_scale() / 2)."
-)
 
 _PATTERNS_A_CALL = 2  # backward passes of the proof of separation; until it is whole, layouts are measured
 
@@ -92,7 +86,7 @@ def solve(task: Task, ways: Sequence[str], check: bool, emit: Emit) -> None:
         if lockstep.passes:
             passes.run_all()
     elif probing:
-        _refuse_overflow(passes.first)  # or what is measured now would be wrong, and remembered
+        _refuse_overflow(task, passes.first)  # or what is measured now would be wrong, and remembered
     stream = Stream(nodes, plan.regions, early, solve_region)
     passes.busy = True
     basis = backward.basis(task.output, task.batch_dim)
@@ -102,7 +96,7 @@ def solve(task: Task, ways: Sequence[str], check: bool, emit: Emit) -> None:
         if not task.samples:
             return
         if lockstep is not None and probing:
-            _refuse_overflow(passes.first)
+            _refuse_overflow(task, passes.first)
         stream.finish()
     left = {name: p for name, p in task.parameters.items() if id(p) not in done}
     if left:
@@ -179,10 +173,11 @@ def _first_exact(task: Task, probe: Probe | None, ways: Sequence[str]) -> Found:
     return found
 
 
-def _refuse_overflow(weighted: Pass) -> None:
+def _refuse_overflow(task: Task, weighted: Pass) -> None:
     """Raise where a pass met NaN or infinity."""
     if not weighted.is_finite:
-        raise NotFiniteError(OVERFLOWED.format("gradient"))
+        in_step = task.lockstep is not None
+        raise finite.unexplained("gradient") if in_step else finite.of_gradient(task.output, task.batch_dim)
 
 
 def _expand(task: Task, probe: Probe) -> None:

@@ -36,6 +36,8 @@ def by_ops(task: Task, parameters: dict[str, Tensor]) -> Found:
     split: dict[Record, Layout] = {}  # of derived tensors that have samples
     resolved: set[Source] = set()  # derived tensors whose cotangents contain all that their uses send
     for index, node in enumerate(task.graph.nodes):
+        if isinstance(node.record, CallMark):  # what it holds was used by what no op shows
+            failed.update(map(id, node.record.parameters))
         if isinstance(node.record, OpMark):
             if node.record.lost:
                 for source in {slot.source for slot in node.record.record.slots} - resolved:
@@ -92,6 +94,10 @@ def _use(task: Task, index: int, split: Mapping[Record, Layout], fail: Callable[
     values = saved[: len(record.saved)]
     if task.batch_dim is None:
         return Use.of(record, [t.unsqueeze(0) for t in values], cs, slots)
+    if any(t.layout is not torch.strided for t in values):
+        for slot in record.slots:
+            fail(slot.source, f"its use by {_name(record.call.op)} is with a sparse tensor")
+        return None
     output = next(c for c in task.cotangents[index] if c is not None).shape[1:]
     where = _where(record, saved, output, layout.dim)
     try:
@@ -121,9 +127,10 @@ def _hollow(tensor: Tensor) -> Tensor:
 def _where(record: Record, saved: Sequence[Tensor], output: Sequence[int], dim: int) -> list[int | None]:
     """The dimensions of a call's saved arguments and slots that meet dimension ``dim`` of its output."""
     entry = next((entry for entry in record.entries if entry is not None), None) or any_entry(record.call.op)
-    if entry is None:  # as of most ops: the last dimensions meet
-        dims = [dim - len(output) + t.ndim for t in saved]
-        return [dim if dim >= 0 else None for dim in dims]
+    # as of most ops: the last dimensions meet
+    last = [at if at >= 0 else None for at in (dim - len(output) + t.ndim for t in saved)]
+    if entry is None:
+        return last
     leaves = list(record.leaves)
     tensors = [*record.saved, *(slot.index for slot in record.slots)]
     for index, tensor in zip(tensors, saved, strict=True):
@@ -131,7 +138,8 @@ def _where(record: Record, saved: Sequence[Tensor], output: Sequence[int], dim: 
     names = names_of_leaves(record.call)
     arguments = {name: leaf for name, leaf in zip(names, leaves, strict=True) if name is not None}
     arguments["output"] = output
-    return [entry.meets(arguments, str(names[i]), dim) for i in tensors]
+    named = [(names[i], at) for i, at in zip(tensors, last, strict=True)]
+    return [at if name is None else entry.meets(arguments, str(name), dim) for name, at in named]
 
 
 def by_calls(task: Task, parameters: dict[str, Tensor]) -> Found:
