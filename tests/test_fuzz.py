@@ -1,4 +1,4 @@
-"""Random models (:mod:`fuzz`) are exact or refused at every step: some in every run, more by ``make fuzz``."""
+"""Random models (:mod:`fuzz`) are exact or refused at every step; `make fuzz` tries more of them."""
 
 from __future__ import annotations
 
