@@ -99,6 +99,29 @@ COMPLEX: dict[str, tuple[Sequence[tuple[int, ...]], Function]] = {
     "slice": ([(D + 2,)], lambda z, x: ((z[1:-1] + 1) * waves(x)).abs().sum(-1)),
 }
 
+EITHER: dict[str, Function] = {  # of a vector [D] of real or of complex numbers
+    "angle": lambda p, x: (p * waves(x)).angle().sin().sum(-1),
+    "sign": lambda p, x: ((p * waves(x)).sgn() * waves(x)).real.sum(-1),
+    "cumulative product": lambda p, x: (p * waves(x)).cumprod(-1).real.sin().sum(-1),
+    "vandermonde": lambda p, x: (
+        (torch.exp(0.1j * p[:, None] * torch.arange(D)) * waves(x).unsqueeze(-1)).sum(-1).abs().sum(-1)
+    ),
+    "power": lambda p, x: ((p + 2 + waves(x)) ** 2.5).abs().sum(-1),
+    "division": lambda p, x: (p / waves(x)).abs().sum(-1),
+    "written in place": lambda p, x: (waves(x) * 1).mul_(p).add_(p).abs().sum(-1),
+    "norm": lambda p, x: (p * waves(x)).norm(dim=-1),
+    "matrix exponential": lambda p, x: (
+        (torch.matrix_exp(p[:4].view(2, 2) * 1j) @ waves(x).unflatten(-1, (2, 3))).abs().sum((-1, -2))
+    ),
+    "outer product with its conjugate": lambda p, x: (
+        (waves(x).unsqueeze(-1) * torch.outer(p, p.conj())).abs().sum((-1, -2))
+    ),
+    "three operands": lambda p, x: torch.einsum("...i,i,i->...", waves(x), p.to(C), p.to(C).conj()).abs(),
+    "joined": lambda p, x: torch.cat([p * waves(x), (p + 1j).expand_as(waves(x))], -1).abs().sum(-1).sin(),
+}
+REAL.update((name, ([(D,)], function)) for name, function in EITHER.items())
+COMPLEX.update((name, ([(D,)], function)) for name, function in EITHER.items())
+
 
 def leaves(parameters: Sequence[Tensor]) -> list[Tensor]:
     """Real tensors that require gradients: what parameters are made of."""
