@@ -33,6 +33,7 @@ class Recipe:
     registered: str  # what the engine is given
     engines: str  # with a batch dimension, without, or both on the same forward
     moments: tuple[Moment, ...]  # one a step
+    audited: bool
     seed: int
 
 
@@ -173,7 +174,7 @@ def _reaches(losses: Tensor, parameters: list[Tensor]) -> list[Tensor]:
 
 
 def outcome(recipe: Recipe) -> tuple[list[str], set[str], list[str]]:
-    """What became of the recipe, step by step and engine by engine, what its model did, on what each rests."""
+    """What became of the recipe, by step and engine, what its model did, and on what each result rests."""
     try:
         return _outcome(recipe)
     except RuntimeError as error:
@@ -197,7 +198,8 @@ def _outcome(recipe: Recipe) -> tuple[list[str], set[str], list[str]]:
         _freeze(reached, recipe.moments[0])
         plain, _ = run(recipe, model)
     dims = {"batch": [dim], "none": [None], "both": [dim, None]}[recipe.engines]
-    engines = {d: Engine(*modules, batch_dim=d) for d in dims}
+    audit = 256 if recipe.audited else None
+    engines = {d: Engine(*modules, batch_dim=d, audit=audit) for d in dims}
     found, grounds = [], list[str]()
     for step, now in enumerate(recipe.moments):
         if step:

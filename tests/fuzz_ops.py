@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fuzz_program import Op, Program, Value
-from torch import Tensor, nn
 from fuzz_time import MIXING, TIMED
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 

@@ -104,11 +104,11 @@ def _repeat(t: Tensor, w: Tensor, times: int) -> Tensor:
 
 
 def ragged(p: Program, v: Value, a: int) -> Value:
-    """The first positions of each sample in one tensor; how many each has changes, their sum often does not."""
+    """The first positions of each sample in one tensor; how many each has changes, their sum may not."""
     t, w = p.to(v, "BTD").t, p.parameter("DD", a)
     length = t.shape[1]
     sizes = [max(1, length // 2)] * len(t)
-    if p.now.number % 3:
+    if p.now.number % 3 and len(t) > 1:
         sizes[0], sizes[-1] = sizes[0] + 1, sizes[-1] - 1
     sizes = [sizes[i] for i in p.order(len(t))]
     lengths = torch.tensor(sizes)
@@ -197,7 +197,7 @@ def _pair(p: Program, h: Tensor) -> Tensor:
 def _sets(p: Program, h: Tensor) -> Tensor:
     """Positions of the whole batch in sets of other sizes than the samples have."""
     sizes = [h.shape[1]] * len(h)
-    if p.now.number % 3:
+    if p.now.number % 3 and len(h) > 1:
         sizes[0], sizes[-1] = sizes[0] - 1, sizes[-1] + 1
     return h + torch.stack([piece.mean(0) for piece in h.flatten(0, 1).split(sizes)]).unsqueeze(1)
 

@@ -1,8 +1,8 @@
-"""Programs in which each type of autograd node occurs, with a layer in front and data that move between steps.
+"""Programs in which each type of autograd node occurs, a layer in front; their data move between steps.
 
-``PROGRAMS`` maps a type without its trailing digit to programs ``(m, h, k) -> out``: ``h [4, 4, 3]`` is a layer's
-output, ``k`` the step, ``m(*shape)`` a parameter, and ``out`` gives a loss to each entry of its first dimension. In
-those whose name begins with ``mixed`` samples are mixed in some step, which then may be refused.
+``PROGRAMS`` maps a type without its trailing digit to programs ``(m, h, k) -> out``: ``h [4, 4, 3]`` is a
+layer's output, ``k`` the step, ``m(*shape)`` a parameter, and ``out`` gives a loss to each entry of its first
+dimension. In those whose name begins with ``mixed`` samples are mixed in some step, which may be refused.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ DOMAINS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def unary(types: str, f: Callable[[Tensor], Tensor], domain: str = "real") -> None:
-    """Of each entry: data decide where it is flat, and neighbours come in by a factor that is zero at first."""
+    """Of each entry: data decide where it is flat; neighbours come in by a factor that is zero at first."""
     into = DOMAINS[domain]
     occurs_in(
         types,
@@ -72,7 +72,7 @@ def binary(types: str, f: Callable[[Tensor, Tensor], Tensor], domain: str = "rea
 
 
 def along(types: str, f: Callable[[Tensor, int], Tensor]) -> None:
-    """Along a dimension of ``[4, 4, 3]``: within samples, within those of the other dimension, across samples."""
+    """Along a dimension of ``[4, 4, 3]``: within samples, in either dimension, and across them."""
 
     def back(out: Tensor, k: int) -> Tensor:
         return out.transpose(0, k % 2) if out.ndim == 3 else out
@@ -359,7 +359,6 @@ for _types, _along in {
     "FftC2C": lambda h, d: torch.fft.ifft(torch.fft.fft(torch.complex(h, h), dim=d).abs(), dim=d).real,
     "Take Gather": lambda h, d: torch.take_along_dim(h, h.detach().argsort(d), d),
     "Chunk Split": lambda h, d: torch.cat(h.chunk(2, d)[::-1], d) * h,
-    "Var": lambda h, d: h.var(d),
     "UnsafeSplitWithSizes": lambda h, d: torch.stack(
         [p.sum(d) for p in h.unsafe_split_with_sizes([1, h.shape[d] - 1], d)]
     ).prod(0),
@@ -1245,3 +1244,75 @@ for _types, _function in {
     "PreluKernelBackward": lambda h: F.prelu(h, torch.tensor(0.3).double()),
 }.items():
     unary(_types, penalised(_function))
+
+# Kernels that torch chooses by itself elsewhere.
+occurs_in(
+    "SlowConv2D",
+    apart=lambda m, h, k: aten._slow_conv2d_forward(
+        h.unsqueeze(1), m(2, 1, 2, 2), [2, 2], m(2), [1, 1], [k % 2, 0]
+    ),
+)
+occurs_in(
+    "SlowConv3D",
+    apart=lambda m, h, k: aten.slow_conv3d_forward(
+        h.view(4, 1, 2, 2, 3), m(2, 1, 2, 1, 2), [2, 1, 2], m(2), [1, 1, 1], [k % 2, 0, 0]
+    ),
+)
+occurs_in(
+    "SlowConvDilated2D",
+    apart=lambda m, h, k: aten.slow_conv_dilated2d(
+        h.unsqueeze(1), m(2, 1, 2, 2), [2, 2], m(2), [1, 1], [1, 0], [1 + k % 2, 1]
+    ),
+)
+occurs_in(
+    "SlowConvDilated3D",
+    apart=lambda m, h, k: aten.slow_conv_dilated3d(
+        h.view(4, 1, 2, 2, 3), m(2, 1, 2, 1, 2), [2, 1, 2], m(2), [1, 1, 1], [1, 0, 0], [1 + k % 2, 1, 1]
+    ),
+)
+occurs_in(
+    "SlowConvTranspose2D",
+    apart=lambda m, h, k: aten.slow_conv_transpose2d(
+        h.unsqueeze(1), m(1, 2, 2, 2), [2, 2], m(2), [1 + k % 2, 1]
+    ),
+)
+occurs_in(
+    "SlowConvTranspose3D",
+    apart=lambda m, h, k: aten.slow_conv_transpose3d(
+        h.view(4, 1, 2, 2, 3), m(1, 2, 2, 1, 2), [2, 1, 2], m(2), [1 + k % 2, 1, 1]
+    ),
+)
+along(
+    "NativeBatchNormLegit",
+    lambda h, d: aten._native_batch_norm_legit.no_stats(h.movedim(d, 0)[None], None, None, True, 0.1, 1e-5)[
+        0
+    ][0].movedim(0, d),
+)
+occurs_in(
+    "RreluWithNoiseFunctional",
+    apart=lambda m, h, k: aten.rrelu_with_noise_functional(h, torch.rand_like(h), 0.1, 0.3, True)[0],
+)
+
+
+# Listed types that no program on a CPU, in float64, can have.
+ELSEWHERE = {
+    **dict.fromkeys(["AcoshBackward1", "AsinhBackward1", "AtanhBackward1"], "the backward pass raises"),
+    **dict.fromkeys(["LinearBackward0", "MatmulBackward0"], "of nested tensors alone"),
+    **dict.fromkeys(["ConvolutionBackward1", "MaxPool2DBackward0"], "of Apple's and other devices"),
+    "MkldnnConvolutionBackward0": "in float32 alone",
+    "FusedRmsNormBackward0": "of CUDA",
+    "FusedDropoutBackward0": "of CUDA",
+    "ConvDepthwise2DBackward0": "of CUDA",
+    "ConvDepthwise3DBackward0": "of CUDA",
+    "ScaledDotProductEfficientAttentionBackward0": "of CUDA",
+    "ScaledDotProductFlashAttentionBackward0": "of CUDA",
+    "ScaledDotProductFusedAttentionOverrideableBackward0": "of other devices",
+    **dict.fromkeys(
+        [
+            f"Cudnn{name}Backward0"
+            for name in ("BatchNorm", "Convolution", "ConvolutionTranspose", "GridSampler")
+        ],
+        "of CUDA",
+    ),
+    "ScaledDotProductCudnnAttentionBackward0": "of CUDA",
+}

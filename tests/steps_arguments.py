@@ -1,4 +1,4 @@
-"""Families in which numbers that are no tensors change: dimensions, offsets, strides, shifts, orders, sizes."""
+"""Families in which numbers that are no tensors change: dimensions, offsets, strides, orders, sizes."""
 
 from __future__ import annotations
 
@@ -96,11 +96,13 @@ ROWS: dict[str, tuple[Callable[[Any, Tensor, Any], Tensor], tuple[Any, ...]]] = 
                           ([0, 1, 2, 3], [3, 1, 0, 2], [0, 3, 6, 9], [11, 2, 5, 8])),
     "one number of select": (lambda m, h, s: h.view(3, 4, 4)[s], (0, 1, 2, 0)),
     "one number of select, strided": (lambda m, h, s: h.view(4, 3, 4)[:, s], (0, 1, 2, 0)),
-    "views, then a sum": (lambda m, h, s: h.view(*s).sum(s.index(3)), ((4, 3, 4), (3, 4, 4), (4, 3, 4), (3, 4, 4))),
+    "views, then a sum": (lambda m, h, s: h.view(*s).sum(s.index(3)),
+                          ((4, 3, 4), (3, 4, 4), (4, 3, 4), (3, 4, 4))),
     "shift": (lambda m, h, s: h.roll(s, 0)[::3], (0, 1, 2, 3, -1)),
     "shift there and back": (lambda m, h, s: m.last(h.roll(s, 0).view(4, 3, 4).tanh())[:, :, :1].flatten(0, 1)
                              .roll(-s, 0).view(4, 3, 1).expand(4, 3, 4).mean(1), (0, 3, 6, 9, -3)),
-    "offset of as_strided": (lambda m, h, s: h.contiguous().as_strided((4, 4), (4, 1), 4 * s), (0, 4, 8, 2, 5)),
+    "offset of as_strided": (lambda m, h, s: h.contiguous().as_strided((4, 4), (4, 1), 4 * s),
+                             (0, 4, 8, 2, 5)),
     "strides of as_strided": (lambda m, h, s: h.contiguous().as_strided((4, 4), (4 * s, 1)), (1, 2, 3, 1)),
     "axes of as_strided": (lambda m, h, s: h.contiguous().as_strided((4, 3, 4), s).sum(1),
                            ((12, 4, 1), (4, 16, 1), (12, 4, 1), (4, 16, 1))),
@@ -117,13 +119,15 @@ ROWS: dict[str, tuple[Callable[[Any, Tensor, Any], Tensor], tuple[Any, ...]]] = 
     "repeat and repeat_interleave": (lambda m, h, s: _repeated(h, s), (0, 1, 0, 1)),
     "tile of a permutation": (lambda m, h, s: h.view(2, 6, 4).permute(*s).reshape(4, 3, 4).sum(1),
                               ((0, 1, 2), (0, 1, 2), (1, 0, 2), (0, 1, 2), (1, 0, 2))),
-    "writes by number": (lambda m, h, s: _written(h, s), ((0, 1, 2, 3), (3, 2, 1, 0), (1, 2, 3, 0), (0, 1, 2, 3))),
+    "writes by number": (lambda m, h, s: _written(h, s),
+                         ((0, 1, 2, 3), (3, 2, 1, 0), (1, 2, 3, 0), (0, 1, 2, 3))),
     "writes of slices": (lambda m, h, s: _written_slices(h, s), (0, 1, 2, 0)),
-    "sums in place by number": (lambda m, h, s: _added(h, s), ((0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1), (0, 1, 2, 3))),
+    "sums in place by number": (lambda m, h, s: _added(h, s),
+                                ((0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1), (0, 1, 2, 3))),
     "select_scatter": (lambda m, h, s: torch.select_scatter(h[:4] * 0.0 + h[4:8], h[s], 0, s), (0, 1, 2, 3)),
     "slice_scatter": (lambda m, h, s: torch.slice_scatter(h[8:], h[s : s + 2], 0, s, s + 2), (0, 1, 2, 0)),
-    "diagonal offsets": (lambda m, h, s: (h[:4] @ torch.ones(4, 8).double()).diagonal(s).unsqueeze(1).expand(4, 4),
-                         (0, 1, 2, 4, 3)),
+    "diagonal offsets": (lambda m, h, s: (h[:4] @ torch.ones(4, 8).double()).diagonal(s)[:, None]
+                         .repeat(1, 4), (0, 1, 2, 4, 3)),
     "pieces of a permuted view": (lambda m, h, s: h.view(3, 2, 2, 4).permute(s).reshape(4, 3, 4).mean(1),
                                   ((1, 2, 0, 3), (2, 1, 0, 3), (1, 2, 0, 3), (2, 1, 0, 3))),
 }  # fmt: skip
@@ -227,7 +231,7 @@ def views_of_tokens_as_other_samples() -> tuple[nn.Module, At]:
 
 @family((4, 0), (3, 1), (4, 1), (4, 0), (2, 1), (4, 1))
 def a_reshape_that_means_other_samples_at_another_batch() -> tuple[nn.Module, At]:
-    """``[-1, 4]`` is a row for each sample, ``[4, -1]`` a column; at a batch of four both are the same view."""
+    """``[-1, 4]`` is a row for each sample, ``[4, -1]`` a column; at a batch of four both are equal views."""
     net = Net(lambda m, x: m.first(x).tanh(), first=nn.Linear(3, 4))
 
     def at(setting: tuple[int, int]) -> Tensor:
@@ -297,8 +301,10 @@ def recurrent_network_by_time_or_by_batch() -> tuple[nn.Module, At]:
 
 @family(8, 8, 5, 8, 1, 3)
 def last_batch_is_smaller() -> tuple[nn.Module, At]:
-    net = Net(lambda m, x: m.net(x), net=nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), nn.Flatten(),
-                                                       nn.Linear(8 * 9, 8), nn.Tanh(), nn.Linear(8, 3)))  # fmt: skip
+    body = nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 9, 8), nn.Tanh()
+    )
+    net = Net(lambda m, x: m.head(m.body(x)), body=body, head=nn.Linear(8, 3))
     return net, lambda batch: F.cross_entropy(
         net(draw(batch, 2, 3, 3)), torch.randint(3, [batch]), reduction="none"
     )

@@ -80,7 +80,7 @@ USES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a dropout of everything": lambda m, h: F.dropout(
         MatMul.apply(h, m.f.weight), 0.0 if float(m.gate.detach()) else 1.0
     ),
-    "a factor of Python": lambda m, h: float(m.gate) * MatMul.apply(h, m.f.weight),
+    "a factor of Python": lambda m, h: float(m.gate.detach()) * MatMul.apply(h, m.f.weight),
     "a factor of data": lambda m, h: m.gate.detach() * MatMul.apply(h, m.f.weight),
     "a matrix of zeros": lambda m, h: MatMul.apply(h, m.f.weight) @ (torch.eye(6).double() * m.gate),
     "an in-place sum": lambda m, h: h.clone().add_(m.gate * MatMul.apply(h, m.f.weight)),
@@ -110,7 +110,9 @@ for _name, _use in USES.items():
 
 # Parts that are nothing at first: separable always.
 BRANCHES: dict[str, Any] = {
-    "ReZero": lambda: opening(lambda m, x: m.h(x + m.gate * m.f(x).tanh()), f=nn.Linear(6, 6), h=nn.Linear(6, 2)),
+    "ReZero": lambda: opening(
+        lambda m, x: m.h(x + m.gate * m.f(x).tanh()), f=nn.Linear(6, 6), h=nn.Linear(6, 2)
+    ),
     "LayerScale": lambda: opening(
         lambda m, x: m.h(x + m.gate * m.f(x).tanh()), shape=(6,), f=nn.Linear(6, 6), h=nn.Linear(6, 2)
     ),
@@ -131,7 +133,8 @@ BRANCHES: dict[str, Any] = {
         f=nn.Linear(6, 6),
     ),
     "FiLM": lambda: opening(
-        lambda m, x: x * (1 + m.gate * m.f(x)) + m.gate * m.g(x), shape=(6,), f=nn.Linear(6, 6), g=nn.Linear(6, 6)
+        lambda m, x: x * (1 + m.gate * m.f(x)) + m.gate * m.g(x), shape=(6,), f=nn.Linear(6, 6),
+        g=nn.Linear(6, 6),
     ),
     "a scale of a norm": lambda: opening(
         lambda m, x: x.sin() + F.layer_norm(m.f(x), [6], m.gate), shape=(6,), f=nn.Linear(6, 6)
@@ -140,7 +143,7 @@ BRANCHES: dict[str, Any] = {
         lambda m, x: F.linear(m.f(x).tanh(), m.gate) + 1, shape=(3, 6), f=nn.Linear(6, 6)
     ),
     "tanh gate of a cross-attention": lambda: opening(
-        lambda m, x: x + m.gate.tanh() * m.attend(x[:, None], x[:, None], x[:, None], need_weights=False)[0][:, 0],
+        lambda m, x: x + m.gate.tanh() * m.attend(*3 * [x[:, None]], need_weights=False)[0][:, 0],
         attend=nn.MultiheadAttention(6, 2, batch_first=True),
     ),
     "SkipInit of a recurrent network": lambda: opening(
@@ -179,12 +182,13 @@ LEAKS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "the mean of squares": lambda m, h: m.gate * h.square().mean(0, keepdim=True).sqrt(),
     "a softmax over samples": lambda m, h: m.gate * h.softmax(0),
     "attention over samples": lambda m, h: m.gate * ((h @ h.T).softmax(1) @ h),
-    "fused attention over samples": lambda m, h: m.gate * F.scaled_dot_product_attention(h[None], h[None], h[None])[0],
+    "fused attention over samples": lambda m, h: m.gate * F.scaled_dot_product_attention(*3 * [h[None]])[0],
     "batch norm": lambda m, h: m.gate * F.batch_norm(h, None, None, training=True),
     "a running sum": lambda m, h: m.gate * h.cumsum(0),
     "a sorted batch": lambda m, h: m.gate * h.sort(0)[0],
     "the maximum": lambda m, h: m.gate * h.amax(0),
-    "a convolution over samples": lambda m, h: m.gate * F.conv1d(h.T[None], h.new_ones(6, 1, 3), padding=1, groups=6)[0].T,
+    "a convolution over samples": lambda m, h: m.gate
+    * F.conv1d(h.T[None], h.new_ones(6, 1, 3), padding=1, groups=6)[0].T,
     "a recurrence over samples": lambda m, h: m.gate * m.unit(h[:, None])[0][:, 0],
     "a recurrence by hand": lambda m, h: m.gate * torch.stack(_scan(h)),
 }  # fmt: skip

@@ -81,7 +81,6 @@ MOVES: dict[str, Callable[[Tensor, Any], Tensor]] = {
     )[0],
     "max_unpool": lambda h, s: F.max_unpool1d(h.T[None], T(s).expand(1, 4, 4), 1)[0].T,
 }
-# The weights of a mask select entries, whose own derivatives are nothing; the softmax of one entry is constant.
 for _name, _move in MOVES.items():
     _why = "attention inside a mask still compares queries and keys of two samples"
     family(

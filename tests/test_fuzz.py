@@ -1,4 +1,4 @@
-"""Random models (:mod:`fuzz`) are exact or refused: some in every run, more by ``make fuzz``."""
+"""Random models (:mod:`fuzz`) are exact or refused at every step; `make fuzz` tries more of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fuzz_ops import OPS, SEPARABLE
 from fuzz_program import Instruction, Moment
 from hypothesis import HealthCheck, given, settings
 
-# What must occur in at least every twentieth model, as patterns of what models note.
+# What must occur in at least every fortieth model, as patterns of what models note.
 FEATURES = {
     "reuse": "reuse",
     "tied weights": "tying|tied",
@@ -44,9 +44,9 @@ FEATURES = {
     "frozen parameters": "frozen$",
     "several precisions": "float32|autocast",
     "values used twice": "double use",
-    "control flow": "branch|one by one|reorder",
+    "control flow": "branch|one by one|reorder|another order|a loop",
     "index ops": "^move|rows chosen",
-    "mixing behind a closed gate": "mix: (gate|satur|dead)",
+    "mixing behind a closed gate": "mix: (gate|satur|dead|one pair|mean in|a sample chosen)",
     "numbers that move": "^timed",
     "ragged samples": "^ragged",
     "hidden uses": "^hidden",
@@ -54,7 +54,7 @@ FEATURES = {
     "batches of other sizes": "^batch changes",
     "modes that change": "^training changes",
 }
-EVERY_RUN = 120
+EVERY_RUN = 90
 BY_HAND = os.environ.get("GRAMJD_FUZZ")  # how many; these are other ones every time, and counted
 
 
@@ -92,6 +92,7 @@ def recipes(body: st.SearchStrategy[tuple[Instruction, ...]], losses: list[str])
         registered=st.sampled_from(["model", "model", "modules", "roots", "inner roots", "some modules"]),
         engines=st.sampled_from(["batch", "none", "both"]),
         moments=st.lists(MOMENTS, min_size=4, max_size=6).map(tuple),
+        audited=st.sampled_from([False, False, True]),
         seed=st.integers(0, 2**16),
     )
 
@@ -141,5 +142,5 @@ def test_random_models_are_exact_or_refused(capsys: pytest.CaptureFixture[str]) 
     excuses = re.compile("out of sight|cancelled|rounding")
     excused = sum(count for name, count in results.items() if excuses.search(name))
     assert excused < 0.02 * results.total()
-    rare = {name: features[name] for name in FEATURES if features[name] < int(BY_HAND or EVERY_RUN) // 20}
+    rare = {name: features[name] for name in FEATURES if features[name] < int(BY_HAND or EVERY_RUN) // 40}
     assert not rare, f"hardly any model has {rare}"
