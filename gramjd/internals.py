@@ -220,6 +220,17 @@ def is_ours(tensor: Tensor) -> bool:
     return is_plain(tensor) and not tensor.requires_grad
 
 
+def runs_plainly(tensors: Sequence[Tensor]) -> bool:
+    """Are ops on these tensors what they seem: nothing traces, transforms, watches or records them?"""
+    if is_compiling() or inside_transform() or torch.autograd.forward_ad._current_level >= 0:
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return False
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return False
+    return all(type(t) in (Tensor, torch.nn.Parameter) and not t.is_meta for t in tensors)
+
+
 def version_of(tensor: Tensor) -> int:
     """How often it, or what it is a view of, has been written in place; 0 where that is not counted."""
     return 0 if is_compiling() or tensor.is_inference() else tensor._version

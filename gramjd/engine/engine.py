@@ -17,7 +17,7 @@ from gramjd.engine import finite
 from gramjd.engine.compiled import StandIns
 from gramjd.engine.graph import walk
 from gramjd.engine.nodes import forget
-from gramjd.engine.proofs import Case, Proofs
+from gramjd.engine.proofs import Case, Proofs, describe
 from gramjd.engine.recorder import AfterHook, BeforeHook, Watcher
 from gramjd.engine.registry import Registry
 from gramjd.engine.sharded import Lockstep, refuse_flat, refuse_parallel
@@ -35,7 +35,8 @@ class Engine:
     """Computes the Gramian of the Jacobian of a tensor with respect to modules' parameters.
 
     The Jacobian itself is never stored (Quinton and Rey, arXiv 2406.16232, Section 6). A drop-in
-    replacement for ``torchjd.autogram.Engine``.
+    replacement for ``torchjd.autogram.Engine``. A complex parameter counts as its real and imaginary
+    parts, so that the Gramian is ``Re(J Jᴴ)``.
 
     Args:
         modules: modules, each of which stands for its whole subtree; or one iterable of modules,
@@ -130,7 +131,7 @@ class Engine:
             CheckFailedError: none of the allowed ways gives a Gramian that agrees with autograd.
             NotFiniteError: the output has NaN or infinite entries, or its gradients have.
             ValueError: the output is empty, or has no dimension ``batch_dim``; ``rows`` without a group.
-            TypeError: the output or a parameter is complex.
+            TypeError: the output is complex.
             RanksDisagreeError: ranks have different models or settings; all of them raise it.
             RankFailedError: another rank could not take part; it raises what it failed by.
         """
@@ -174,13 +175,17 @@ class Engine:
         shape = Output(0, tuple(output.shape), task.batch_dim)
         return total.gramian(shape, next(iter(task.parameters.values())))
 
-    @own_precision
     def jacobian(self, output: Tensor, /) -> Jacobian:
         """The lazy Jacobian of an output with respect to the parameters, by name.
 
         The arguments and errors are those of :meth:`compute_gramian`, but for an output without
         samples, whose Jacobian has no rows.
         """
+        return self._jacobian(output)[0]
+
+    @own_precision
+    def _jacobian(self, output: Tensor) -> tuple[Jacobian, Task]:
+        """The lazy Jacobian, and what is known of its graph."""
         found: dict[Tensor, list[Block]] = {}
         task = self._solve(output, found.update)
         held = self._registry.named()  # of sharded parameters what the optimizer has
@@ -189,7 +194,7 @@ class Engine:
         parameters, spec = pytree.flatten(named)
         shape = Output(0, tuple(output.shape), task.batch_dim)
         blocks = [by_id[id(p)] for p in parameters]
-        return Jacobian.of(blocks, parameters, spec, [shape], pytree.LEAF, task.samples)
+        return Jacobian.of(blocks, parameters, spec, [shape], pytree.LEAF, task.samples), task
 
     def _solve(self, output: Tensor, emit: Emit) -> Task:
         """Give ``emit`` the blocks of the parameters that an output depends on."""
@@ -221,7 +226,7 @@ class Engine:
         named = {n: p for n, p in named.items() if id(p) in graph.leaves}
         if not named:
             self._raise_not_covered()
-        _refuse_complex({**named, "the output": output})
+        _refuse_complex(output)
         held = tuple(map(id, self._registry.held()[0]))
         samples = None if batch_dim is None else output.shape[batch_dim]
         case = self._proofs.recall(graph, held, tuple(output.shape), samples)
@@ -230,10 +235,16 @@ class Engine:
     def explain(self, output: Tensor, /) -> Explanation:
         """What the Gramian of an output is made of: every use of every parameter, its op and its plan.
 
-        Parameters whose Jacobian is computed row by row say why. The arguments and errors are those
-        of :meth:`compute_gramian`.
+        Parameters whose Jacobian is computed row by row say why, and the last line what the result
+        rests on: a proof of this call or of an earlier one, measurements. The arguments and errors are
+        those of :meth:`compute_gramian`.
         """
-        return explanation(self.jacobian(output), self._options)
+        jacobian, task = self._jacobian(output)
+        return explanation(
+            jacobian,
+            self._options,
+            describe(task.plan, self._check, None if task.batch_dim is None else task.samples),
+        )
 
     def close(self) -> None:
         """Remove the engine's hooks; the modules are as they were. May be called again."""
@@ -283,14 +294,12 @@ def _refuse_empty(output: Any) -> None:
         raise ValueError(f"The output is empty (shape {list(output.shape)}): there is no objective.")
 
 
-def _refuse_complex(named: dict[str, Tensor]) -> None:
-    for name, tensor in named.items():
-        if tensor.is_complex():
-            raise TypeError(
-                f"{name} is complex ({tensor.dtype}), and a Gramian is of real gradients. Keep real and "
-                "imaginary parts as real tensors (torch.view_as_real), and make the tensor of them in the "
-                "forward (torch.view_as_complex)."
-            )
+def _refuse_complex(output: Tensor) -> None:
+    if output.is_complex():
+        raise TypeError(
+            f"The output is complex ({output.dtype}), and a Gramian is of the gradients of real objectives. "
+            "Take real ones of it: torch.view_as_real(output), or output.abs()."
+        )
 
 
 def _parse(modules: Sequence[Any], batch_dim: Any) -> tuple[list[nn.Module], bool, int | None]:

@@ -91,7 +91,7 @@ class CallMark:
 
 
 def _settings(leaves: Sequence[Any]) -> Hashable:
-    """What a call received besides tensors; numbers that only scale something may change from step to step."""
+    """What a call received besides tensors, but for numbers that only scale: they may change by the step."""
     return tuple([leaf if isinstance(leaf, (bool, int, str, NoneType)) else type(leaf) for leaf in leaves])
 
 
@@ -189,7 +189,8 @@ def mark_call(module: nn.Module, args: Any, kwargs: Any, out: Any, named: Mappin
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     names, parameters = tuple(named), tuple(named.values())
     mark = CallMark(next(_NUMBERS), module, names, parameters, static, spec,
-                    tuple(t.requires_grad for t in outs), computed_by(tensors), rng_state, autocasts())  # fmt: skip
+                    tuple(t.requires_grad for t in outs), computed_by(tensors),
+                    rng_state, autocasts())  # fmt: skip
     return _replace_live(out, attach(mark, [*tensors, *parameters, *live], live))
 
 

@@ -115,8 +115,8 @@ _WINDOWS = """
     ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D
     SlowConv2D SlowConv3D SlowConvDilated2D SlowConvDilated3D SlowConvTranspose2D SlowConvTranspose3D
     UpsampleBicubic2D UpsampleBicubic2DAa UpsampleBilinear2D UpsampleBilinear2DAa UpsampleLinear1D
-    UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleNearestExact1D UpsampleNearestExact2D UpsampleNearestExact3D
-    UpsampleTrilinear3D
+    UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleNearestExact1D
+    UpsampleNearestExact2D UpsampleNearestExact3D UpsampleTrilinear3D
 """
 _MAX_WINDOWS = """
     AdaptiveMaxPool2D AdaptiveMaxPool3D FractionalMaxPool2D FractionalMaxPool3D MaxPool2D MaxPool2DWithIndices
@@ -145,11 +145,11 @@ _GROUPS: tuple[tuple[str, Sizes, Nan], ...] = (
     (_EXACT, Sizes.EXACT, Nan.MULTIPLIED),
     (_WINDOWS, Sizes.WINDOW, Nan.MULTIPLIED),
     (_MAX_WINDOWS, Sizes.WINDOW, Nan.WINDOWED),
-    (_SEPARATE_FIRST, Sizes.WINDOW, Nan.WITHIN_FIRST),
+    (_SEPARATE_FIRST, Sizes.ANY, Nan.WITHIN_FIRST),
 )
 
-LISTED = {name: (sizes, nan) for text, sizes, nan in _GROUPS for name in _names(text)}
-LISTED["CopyBackwards"] = (Sizes.ANY, Nan.MULTIPLIED)  # of Tensor.copy_
+PROVEN = {name: (sizes, nan) for text, sizes, nan in _GROUPS for name in _names(text)}
+PROVEN["CopyBackwards"] = (Sizes.ANY, Nan.MULTIPLIED)  # of Tensor.copy_
 
 # Functions of torch's own that are the identity.
 _IDENTITIES = ("_DDPSinkBackward", "RegisterPostBackwardFunctionBackward")
@@ -176,12 +176,12 @@ def facts_of(kind: Any) -> NodeType | None:
     name = kind.__name__
     if name in _IDENTITIES and internals.is_torchs_own(kind):
         return NodeType(Sizes.ANY, Nan.MULTIPLIED)
-    if name not in LISTED:
+    if name not in PROVEN:
         return None
     numbers = internals.saved_numbers(kind)
     attributes = tuple([n for n in numbers if n.removeprefix("_saved_") not in _HARMLESS])
     dims = next((f"_saved_{d}" for d in _DIMS if f"_saved_{d}" in numbers), "")
-    return NodeType(*LISTED[name], attributes, dims)
+    return NodeType(*PROVEN[name], attributes, dims)
 
 
 def dims_of(node: Any, facts: NodeType, rank: int) -> tuple[int, ...]:
@@ -198,7 +198,4 @@ def dims_of(node: Any, facts: NodeType, rank: int) -> tuple[int, ...]:
 
 def first_spatial(kind: type, rank: int) -> int:
     """The first of the spatial dimensions of a node's inputs, after samples and channels."""
-    name = kind.__name__
-    if LISTED[name][1] is Nan.WITHIN_FIRST:
-        return 1
-    return next((rank - n for n in (1, 2, 3) if f"{n}D" in name), 2)
+    return next((rank - n for n in (1, 2, 3) if f"{n}D" in kind.__name__), 2)

@@ -53,8 +53,16 @@ class Passes:
         self.task, self.checking, self.busy = task, checking, False
         # weights [K, B], and others like them
         self.v, self.others = (
-            _random_weights(task.objectives, task.samples, task.output, seed) for seed in (0, 1)
+            _random_weights(task.objectives, task.samples, task.output, 2 * task.plan.calls + n)
+            for n in (0, 1)
         )
+
+    @cached_property
+    def full(self) -> Passes:
+        """The same with the gradients of parameters."""
+        if self.busy:
+            raise Later
+        return Passes(self.task, True)
 
     @cached_property
     def first(self) -> Pass:
@@ -120,7 +128,7 @@ def rounding_of(first: Tensor | None, again: Tensor | None) -> float:
 
 
 def _random_weights(objectives: int, samples: int, like: Tensor, seed: int) -> Tensor:
-    """Row weights ``[K, B]``, the same on every call, none close to zero."""
+    """Row weights ``[K, B]``, none close to zero."""
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(2, objectives, samples, generator=generator, dtype=torch.float64)
     signs = 1 - 2 * (uniform[1] < 0.5).double()

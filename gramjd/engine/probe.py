@@ -49,6 +49,10 @@ class Probe:
     def again(self) -> Pass:
         return self.passes.again.of(self.nodes)
 
+    def verifying(self) -> Probe:
+        """The same of passes that also gave the gradients of parameters."""
+        return self if self.passes.checking else Probe(self.passes.full, self.nodes, self.scattered)
+
     @property
     def total(self) -> tuple[Tensor, Pass]:
         """What the total is compared with: weights that no layout was found by, if these told too much."""

@@ -65,6 +65,7 @@ class Proofs:
             except Unlisted as error:
                 plan.unlisted = str(error)
         if proof is not None:
+            plan.calls = proof.calls
             plan.separation = proof.separations.get(key)
             if plan.separation is not None and plan.separation.is_whole:
                 plan.layouts = dict(plan.separation.layouts)
@@ -105,6 +106,37 @@ class Case:
     plan: Plan
     structure: Hashable
     key: Hashable
+
+
+def describe(plan: Plan, check: str, samples: int | None) -> str:
+    """What the result of a call rests on; ``samples`` is ``None`` without a batch dimension."""
+    if check == "never":
+        return "Nothing was verified: check='never'."
+    if plan.audit or check == "always":
+        first = "Verified against autograd's gradients in this call"
+    elif plan.calls:
+        first = (
+            f"Verified against autograd's gradients in an earlier call of this structure, {plan.calls} ago"
+        )
+    elif plan.complete:
+        first = "Proven against autograd's gradients in this call, the first one of its structure"
+    else:
+        first = "Verified against autograd's gradients in this call, as in each until every use takes part"
+    if samples is None or samples == 1:
+        return f"{first}."
+    separation = plan.separation
+    if plan.unlisted:
+        second = f"every call measures where the samples are: nothing is proven of {plan.unlisted}"
+    elif separation is None:
+        second = "every call measures where the samples are: other data could let them reach each other"
+    elif separation.is_whole:
+        second = "it is proven that no data let one sample reach another"
+    else:
+        passed = f"{separation.passed} of {separation.needed}"
+        second = (
+            f"this call measured where the samples are, until it is proven ({passed} patterns of samples)"
+        )
+    return f"{first}; {second}."
 
 
 def _message(proof: Proof) -> str:

@@ -8,7 +8,9 @@ proof for one batch size, or length, holds for others:
 - sizes are replaced by the order in which they first appear, so that equal ones stay equal and different
   ones different, together with whether they are 1, and a multiple of the number of samples ``B``;
 - reshapes say which dimensions they merge or split; if samples may be in one of these, ``B`` must be its
-  first or last factor, or all its factors and ``B`` stand in the key;
+  first or last factor, or all its factors and ``B`` stand in the key. (Where some reshapes of one size have
+  it first and others last, as ``[B·T]`` and ``[T·B]``, and one has more than two factors, all shapes do: what
+  is a run of one sample in the first could be cut otherwise in the second);
 - slices, concatenations and windows have the sizes in the dimensions that they move along in the key, and
   ``B`` if samples may be there.
 
@@ -51,7 +53,7 @@ def separation_key(order: Sequence[Any], numbers: dict[Any, int], output: Shape,
     if found is None:
         raise Unlisted("a node whose shapes this version of torch does not show")
     shapes: dict[Shape, int] = {(samples,): 0, output: 1}  # in order of appearance
-    forms: dict[int, set[str]] = {}  # by size of a dimension that is reshaped: is B its first or last factor?
+    forms: dict[int, set[str]] = {}  # of each size that is reshaped: the places of B among its factors
     parts: list[Hashable] = []
     for node, mine in zip(order, found, strict=True):
         for shape in mine:
@@ -80,8 +82,8 @@ def separation_key(order: Sequence[Any], numbers: dict[Any, int], output: Shape,
                 inputs = [found[numbers[child]][n] for child, n in edges if child is not None]
                 token = _sizes_token(node, facts, inputs, mine, samples, len(edges) - len(inputs))
             parts.append(token)
-    mixed = any(len(form) > 1 for form in forms.values())
-    return tuple(parts), tuple(shapes) if mixed else _canonical(tuple(shapes), samples)
+    exact = any({"first", "last", "several"} <= form for form in forms.values())
+    return tuple(parts), tuple(shapes) if exact else _canonical(tuple(shapes), samples)
 
 
 def _sizes_token(node: Any, facts: NodeType, inputs: Sequence[Shape], outputs: Sequence[Shape], samples: int,
@@ -125,12 +127,10 @@ def _reshape(before: Shape, after: Shape, samples: int) -> tuple[Hashable, tuple
         if size % samples or size == 1 or (len(ins) == len(outs) == 1):
             if digits is None:
                 token.append((ins, outs))
-        elif digits is not None and digits[0] == samples:
-            forms.append((size, "first"))
-            token.append("first")
-        elif digits is not None and digits[-1] == samples:
-            forms.append((size, "last"))
-            token.append("last")
+        elif digits is not None and samples in (digits[0], digits[-1]):
+            places = [p for p, n in (("first", digits[0]), ("last", digits[-1])) if n == samples]
+            token.append(tuple(places))
+            forms += [(size, place) for place in (places if len(digits) == 2 else [*places, "several"])]
         else:
             token.append((ins, outs, samples))
     return tuple(token), tuple(forms)

@@ -47,11 +47,13 @@ def solve(task: Task, ways: Sequence[str], check: bool, emit: Emit) -> None:
         return
     plan.regions = plan.regions or regions_of(nodes)
     if plan.outside is None:
-        plan.outside = uncovered(task.output)
+        plan.outside, opened = uncovered(task.output)
+        plan.opened = {index for index, node in enumerate(nodes) if node in opened}
     opaque = [isinstance(node.record, CallMark) for node in nodes]
     auditing = check and bool(plan.audit)
     checking = check and (any(opaque) or not plan.complete or auditing)  # replays run the user's code anew
     probing = checking or (task.batch_dim is not None and len(plan.layouts) < len(plan.regions))
+    checking = checking or (check and probing and lockstep is not None)  # passes on demand are not in step
     passes = Passes(task, checking)
     done: set[int] = set()  # ids of parameters
 
@@ -61,7 +63,10 @@ def solve(task: Task, ways: Sequence[str], check: bool, emit: Emit) -> None:
         try:
             _expand(part, probe)
             find_layouts(part, probe)
-            found = _first_exact(part, probe, ways, checking)
+            pattern = part.pattern()
+            verifying = checking or (check and pattern not in plan.patterns.get(number, ()))
+            found = _first_exact(part, probe.verifying() if verifying else None, ways)
+            plan.patterns.setdefault(number, set()).add(pattern)
         except Later:
             plan.late.add(number)  # also the next time: the order of the sum decides on its rounding
             raise
@@ -139,8 +144,11 @@ def _row_by_row(task: Task, left: dict[str, Tensor], ways: Sequence[str]) -> Fou
     )
 
 
-def _first_exact(task: Task, probe: Probe, ways: Sequence[str], checking: bool) -> Found:
-    """Blocks of a region's parameters by the ops or by replays of calls, where these are exact."""
+def _first_exact(task: Task, probe: Probe | None, ways: Sequence[str]) -> Found:
+    """Blocks of a region's parameters by the ops or by replays of calls, where these are exact.
+
+    With a probe they are compared with autograd's gradients.
+    """
     plan, found, outside = task.plan, Found(), task.plan.outside or set()
     opaque = any(isinstance(node.record, CallMark) for node in task.graph.nodes)
     plan.causes.update(dict.fromkeys(outside, "it was used outside of the calls of registered modules"))
@@ -155,7 +163,7 @@ def _first_exact(task: Task, probe: Probe, ways: Sequence[str], checking: bool) 
             blocks = candidates.get(p)
             if blocks is None:
                 continue
-            if checking and not agrees(probe, name, blocks):
+            if probe is not None and not agrees(probe, name, blocks):
                 if plan.audit and not opaque:
                     raise CheckFailedError(plan.audit.format(name))
                 plan.causes[id(p)] = "its uses that were seen do not add up to autograd's gradient"

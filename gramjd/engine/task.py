@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,8 @@ from gramjd.engine.regions import Region
 from gramjd.engine.replay import Replayed
 from gramjd.engine.sharded import Lockstep
 
+# Of the nodes of a region: the place of each in the user's forward, its op, and the kind of its layouts.
+Pattern = frozenset[tuple[int, Hashable, tuple[str, ...]]]
 Layouts = Sequence[Layout | None]  # of the outputs of a node; None: samples are mixed, or it has none
 
 
@@ -48,8 +50,11 @@ class Plan:
     ways: dict[int, str] = field(default_factory=dict)  # of each parameter, by id
     causes: dict[int, str] = field(default_factory=dict)  # why it did not go an earlier way
     outside: set[int] | None = None  # ids of leaves that are used outside of recorded ops; None: not known
+    opened: set[int] = field(default_factory=set)  # nodes of derived tensors that are, too
+    patterns: dict[int, set[Pattern]] = field(default_factory=dict)  # of layouts, verified, of each region
     complete: bool = False  # is it proven that blocks in right layouts add up to the gradients?
     separation: Separation | None = None  # what is proven of the layouts
+    calls: int = 0  # of this structure since it was proven, before this one
     audit: str = ""  # is this call an audit of what is trusted? What its error says, then
     seen: bool = True  # did every recorded use take part, with a cotangent that is not zero?
     lasting: bool = True  # would the layouts found be the same in another graph of the separation key?
@@ -57,13 +62,19 @@ class Plan:
 
     def trusted(self) -> Plan:
         """What of it may be taken over to the next call, as a copy."""
+        patterns = {region: set(each) for region, each in self.patterns.items()}
         return Plan(self.regions, {}, set(self.late), ways=dict(self.ways), causes=dict(self.causes),
-                    outside=self.outside, complete=self.complete)  # fmt: skip
+                    outside=self.outside, opened=self.opened, patterns=patterns,
+                    complete=self.complete)  # fmt: skip
 
 
 def is_fused(node: Any) -> bool:
     """Is it of an op whose uses come from a replay?"""
     return isinstance(node.record, OpMark) and node.record.replay is not None
+
+
+def _kind(layout: Layout | None) -> str:
+    return "none" if layout is None else "zero" if layout is ZERO else type(layout).__name__
 
 
 @dataclass
@@ -105,6 +116,21 @@ class Task:
         """Are all arguments of a use the same for all samples?"""
         mark = self.graph.nodes[node].record
         return isinstance(mark, OpMark) and mark.unbatched
+
+    def pattern(self) -> Pattern:
+        """What blocks depend on besides the recorded uses: which outputs have samples, and in what layout."""
+        kinds = [tuple([_kind(layout) for layout in mine]) for mine in self.layouts]
+        marks = [node.record for node in self.graph.nodes]
+        ops = [mark.record.call.op if isinstance(mark, OpMark) else mark.names for mark in marks]
+        return frozenset(zip(self.places or range(len(ops)), ops, kinds, strict=True))
+
+    def is_open(self, node: int) -> bool:
+        """Did an op that was not recorded use a derived tensor?"""
+        assert self.region is not None
+        if self.precisions and self.precisions[node] is not None:  # of a replay
+            return False
+        place = self.places[node] if self.places else node
+        return self.plan.regions[self.region].nodes[place] in self.plan.opened
 
     def layouts_met(self) -> set[Layout | None]:
         """The layouts of nodes; None for those that have none, though their arguments are of samples."""

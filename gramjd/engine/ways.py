@@ -80,6 +80,10 @@ def _use(task: Task, index: int, split: Mapping[Record, Layout], fail: Callable[
         return None
     layout = layouts[0]
     if layout is None or len(set(layouts)) > 1:
+        if record.derived and task.is_open(index):
+            for slot in record.slots:
+                fail(slot.source, f"an op that was not recorded used the result of {_name(record.call.op)}")
+            return None
         if record.derived:  # no sample's own: its rows come from where the tensor meets the batch
             return Use.of(record, saved[: len(record.saved)], [None] * len(cs), slots)
         for slot in record.slots:
@@ -106,8 +110,12 @@ def _use(task: Task, index: int, split: Mapping[Record, Layout], fail: Callable[
     own: dict[int, Tensor] = {}  # slots that have samples
     for slot, tensor in zip(record.slots, slots, strict=True):
         at = split.get(slot.source.record) if isinstance(slot.source, Derived) else None
-        if at is not None:
-            own[slot.index] = at.split(tensor, at.dim, task.samples)
+        if at is None:
+            continue
+        if at.dim >= tensor.ndim or tensor.shape[at.dim] % task.samples:  # written in place since
+            fail(slot.source, f"its use by {_name(record.call.op)} has samples elsewhere than its argument")
+            return None
+        own[slot.index] = at.split(tensor, at.dim, task.samples)
     return Use.of(record, found, cs, slots, own)
 
 
