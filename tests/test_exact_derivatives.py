@@ -142,6 +142,14 @@ UNKNOWN: dict[str, Callable[[], nn.Module]] = {  # no formula of ours: row by ro
         lambda m, x: torch.addmm(m.c, x, m.u, alpha=2).sin(), u=parameter(D, 2), c=parameter(2)
     ),
     "both tracked": lambda: Net(lambda m, x: x @ (m.u @ m.v).sin(), u=parameter(D, 2), v=parameter(2, D)),
+    "a sum with another": lambda: Net(
+        lambda m, x: torch.addmm((x * x).exp(), torch.ones(len(x), D).double(), m.u).sin() * m.c,
+        u=parameter(D, D),
+        c=parameter(D),
+    ),
+    "a frozen bias": lambda: Net(
+        lambda m, x: F.linear(x, m.u, m.c).sin(), u=parameter(2, D), c=torch.ones(2)
+    ),
     "division": lambda: Net(lambda m, x: (x / m.c).sin(), c=parameter(D)),
     "batched": lambda: Net(
         lambda m, x: torch.bmm(x[None].expand(2, -1, -1), m.u).sin().transpose(0, 1), u=parameter(2, D, 2)

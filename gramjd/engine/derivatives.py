@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gramjd import pytree
 from gramjd.rules.elementwise import MULS
 from gramjd.rules.linear import ADDMMS, MATMULS
 from gramjd.rules.registry import Op
@@ -33,8 +34,15 @@ def gradient_op(record: Record) -> tuple[int, Op] | None:
         for which, slot in enumerate(record.slots)
         if (record.call.op, str(slot.name)) in _GRADIENTS
     ]
-    scaled = "alpha" in record.call.names
-    return found[0] if len(found) == 1 and not scaled and not record.derived else None
+    # one other tensor, whose gradient it is; that of a bias has another shape
+    tracked = {slot.index for slot in record.slots}
+    others = [
+        name
+        for index, (name, leaf) in enumerate(zip(record.call.names, record.leaves, strict=False))
+        if leaf is pytree.PLACEHOLDER and index not in tracked and name != "bias"
+    ]
+    plain = len(others) == 1 and "alpha" not in record.call.names and not record.derived
+    return found[0] if len(found) == 1 and plain else None
 
 
 def is_gradient(op: Op, cotangent: Tensor, tracked: Tensor, gradient: Tensor) -> bool:

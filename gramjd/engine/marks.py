@@ -156,11 +156,13 @@ def _follow(node: Any, mark: OpMark) -> bool:
     reference = weakref.ref(node)  # autograd's own are out of the garbage collector's sight
 
     def replace_gradient(gradients: Sequence[Tensor | None], _: Any) -> tuple[Tensor | None, ...] | None:
-        node = reference()
-        gradient, g = gradients[index], None if node is None else node.received
-        if g is None or gradient is None or not gradient.requires_grad or not torch.is_grad_enabled():
+        use, gradient = reference(), gradients[index]
+        g = None if use is None else use.received
+        if use is None or g is None or gradient is None:
             return None
-        tracked = node.saved_tensors[count + which]
+        if not gradient.requires_grad or not torch.is_grad_enabled():
+            return None
+        tracked = use.saved_tensors[count + which]
         if not is_gradient(op, g, tracked, gradient):
             return None
         sources = {id(tracked): mark.record.slots[which].source}
