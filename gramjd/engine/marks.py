@@ -148,9 +148,9 @@ def lose(tensor: Tensor, cause: str) -> None:
 def _follow(node: Any, mark: OpMark) -> bool:
     """See to it that there is a node behind the gradient of a use in which the parameter is used again."""
     found, count = gradient_op(mark.record), len(mark.record.saved)
-    slots = list(node.saved_tensors[count:])
+    slots = _saved(node)[count:]
     edge = None if found is None else edge_to_input(node, set(mark.arguments), slots)
-    if found is None or edge is None:
+    if found is None or edge is None or not slots:
         return False
     (which, op), (inner, index) = found, edge
     reference = weakref.ref(node)  # autograd's own are out of the garbage collector's sight
@@ -162,8 +162,8 @@ def _follow(node: Any, mark: OpMark) -> bool:
             return None
         if not gradient.requires_grad or not torch.is_grad_enabled():
             return None
-        tracked = use.saved_tensors[count + which]
-        if not is_gradient(op, g, tracked, gradient):
+        tracked = next(iter(_saved(use)[count + which :]), None)
+        if tracked is None or not is_gradient(op, g, tracked, gradient):
             return None
         sources = {id(tracked): mark.record.slots[which].source}
         record, leaves = describe(op, (g, tracked), {}, sources, False)
@@ -174,6 +174,14 @@ def _follow(node: Any, mark: OpMark) -> bool:
 
     inner.register_hook(replace_gradient)
     return True
+
+
+def _saved(node: Any) -> list[Tensor]:
+    """What a node saved; nothing, if some of it was written in place since."""
+    try:
+        return list(node.saved_tensors)
+    except RuntimeError:
+        return []
 
 
 def mark_call(module: nn.Module, args: Any, kwargs: Any, out: Any, named: Mapping[str, Tensor],
