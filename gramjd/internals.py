@@ -319,3 +319,19 @@ def shapes_of(nodes: Iterable[Any]) -> list[list[tuple[int, ...]]] | None:
     except (AttributeError, RuntimeError):  # torch 2.1 has no metadata; shapes of nested tensors have symbols
         return None
     return found
+
+
+def losses_of_stack(output: Tensor) -> list[Any] | None:
+    """Where the losses enter a graph that ``torch.stack`` made an output of: an edge for each, or ``None``.
+
+    For outputs that are no such stack, and on torch 2.1, no list.
+    """
+    node: Any = output.grad_fn
+    if output.ndim != 1 or type(node).__name__ != "StackBackward0":
+        return None
+    make = getattr(torch.autograd.graph, "GradientEdge", None)
+    if make is None:
+        return None
+    edges = [child and make(child, number) for child, number in node.next_functions]
+    dtypes = {edge.node._input_metadata[edge.output_nr].dtype for edge in edges if edge is not None}
+    return edges if dtypes == {output.dtype} else None

@@ -49,8 +49,10 @@ class Engine:
             is not proven that this cannot change; ``"always"``; ``"never"``.
         audit: with ``check="first"``, what was proven is verified again in the second, fourth, eighth …
             call of a structure and in each ``audit``-th one; ``None`` for no audits.
-        ways: how blocks may be obtained, best first: from the ``"ops"`` of the forward that ran, by
-            ``"functional"`` replay of a module call under ``vmap(vjp)``, by autograd's ``"rows"``.
+        ways: how blocks may be obtained, best first: by one ordinary backward pass for each of the
+            ``"losses"``, if these are up to sixteen, without a batch dimension, and all rows fit into the
+            memory; from the ``"ops"`` of the forward that ran; by ``"functional"`` replay of a module
+            call under ``vmap(vjp)``; by autograd's ``"rows"``.
         memory_budget: bytes of working memory that the contractions of :meth:`compute_gramian` may
             use beside the result; ``None`` for a default that follows what is free.
         accumulate_dtype: dtype in which they add up products, and of the Gramian; ``None`` for
@@ -208,7 +210,9 @@ class Engine:
                 raise
             warned = "rows" in task.plan.ways.values()
             try:
-                solve(task, self._ways, self._check != "never", emit)
+                solve(
+                    task, self._ways, self._check != "never", emit, self._options.rows_budget(output.device)
+                )
             finally:
                 forget(task.graph.nodes)
             if self._check != "always":

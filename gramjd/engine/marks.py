@@ -44,6 +44,7 @@ class OpMark:
     replay: Replay | None = None
     lost: str = ""  # why its blocks cannot follow from it: what the op did
     arguments: tuple[Any, ...] = ()  # the nodes of autograd's graph that computed the op's arguments
+    hooks: Sequence[str] = ()  # that its forward put on tensors, also later ones
 
     def follow(self, node: Any, grads: Cotangents) -> None:
         """A graph is made of the gradients of the use: where they use the parameter, they get a node, too."""
@@ -129,12 +130,12 @@ def mark_fused(record: Record, leaves: Sequence[Any], out: Any, rng_state: Tenso
 
 
 def mark_op(record: Record, leaves: Sequence[Any], out: Any, arguments: tuple[Any, ...], inplace: bool,
-            unbatched: bool, lost: str = "") -> Any:  # fmt: skip
+            unbatched: bool, lost: str = "", hooks: Sequence[str] = ()) -> Any:  # fmt: skip
     """The output of an op with a node for its record behind it."""
     outs = tensors_of(out)
     live = tuple([t.requires_grad for t in outs])
     saved = [leaves[i] for i in record.saved] + [leaves[slot.index] for slot in record.slots]
-    mark = OpMark(next(_NUMBERS), record, live, unbatched, lost=lost, arguments=arguments)
+    mark = OpMark(next(_NUMBERS), record, live, unbatched, None, lost, arguments, hooks)
     return _replace_live(out, attach(mark, saved, [t for t in outs if t.requires_grad], inplace))
 
 

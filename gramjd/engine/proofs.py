@@ -61,6 +61,8 @@ class Proofs:
         key: Hashable = None
         if samples is not None:
             try:
+                if hooks := next((h for node in graph.nodes for h in getattr(node.record, "hooks", ())), ""):
+                    raise Unlisted(hooks)
                 key = separation_key(graph.order, graph.numbers, shape, samples)
             except Unlisted as error:
                 plan.unlisted = str(error)
@@ -110,6 +112,8 @@ class Case:
 
 def describe(plan: Plan, check: str, samples: int | None) -> str:
     """What the result of a call rests on; ``samples`` is ``None`` without a batch dimension."""
+    if "losses" in plan.ways.values():
+        return "The rows are those of ordinary backward passes, one for each loss."
     if check == "never":
         return "Nothing was verified: check='never'."
     if plan.audit or check == "always":

@@ -68,6 +68,7 @@ class Recorder(Tracker):
         self.seen: set[int] = set()
         self.level = transform_level()  # not 0 where a checkpoint is computed again under vmap
         self.aliases, self.writing = Aliases(), False
+        self.hooks: list[str] = []  # on tensors that the forward computed; shared with its nodes
         self.calls: list[tuple[nn.Module, set[int]]] = []  # in progress, and what they hide: see `hide`
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -83,6 +84,8 @@ class Recorder(Tracker):
             group = self.aliases.of(target) if target is not None and has_plain_layout(target) else []
             if target is not None and group:
                 return self._write(func, types, args, kwargs or {}, target, group)
+        if func is Tensor.register_hook and args[0].grad_fn is not None:
+            self.hooks.append("a hook on a tensor")
         if func in _DROPOUTS and self.active and args and not _writes(args, kwargs):
             tracked, unbatched = self._classify(args)
             if tracked and unbatched:  # as a product with its mask, it is derived like any other
@@ -196,7 +199,7 @@ class Recorder(Tracker):
         # an op that has a rule draws none
         drew = None in record.entries and not torch.equal(rng_state, torch.get_rng_state())
         lost = "drew random numbers when it used it" if drew else ""
-        marked = mark_op(record, leaves, out, arguments, inplace, unbatched, lost)
+        marked = mark_op(record, leaves, out, arguments, inplace, unbatched, lost, self.hooks)
         if not inplace:
             self._note_aliases(record, leaves, out, marked, (op, args, kwargs))
         return marked, record

@@ -22,7 +22,7 @@ from gramjd.engine.replay import Replayed, replay
 from gramjd.engine.sharded import needs_weights
 from gramjd.engine.spread import patterns, patterns_for, stays_within
 from gramjd.engine.task import Separation, Task, is_fused
-from gramjd.engine.ways import BY_WAY, WAYS, Found, by_rows
+from gramjd.engine.ways import BY_WAY, WAYS, Found, are_few, by_losses, by_rows
 from gramjd.errors import CheckFailedError, NotSeparableError
 from gramjd.uses import roots
 
@@ -31,11 +31,18 @@ _PATTERNS_A_CALL = 2  # backward passes of the proof of separation; until it is 
 Emit = Callable[[Found], None]
 
 
-def solve(task: Task, ways: Sequence[str], check: bool, emit: Emit) -> None:
+def solve(task: Task, ways: Sequence[str], check: bool, emit: Emit, rows_budget: int = 0) -> None:
     """Give ``emit`` the blocks of every parameter, obtained in the first of ``ways`` that is exact for it.
 
     Those of a region as soon as the backward pass has been through it, where that is possible. Measures
     and verifies what the task's plan does not know yet, and writes it there.
+
+    Args:
+        task: what to solve.
+        ways: the strategies allowed.
+        check: whether results are verified.
+        emit: what takes the blocks.
+        rows_budget: bytes that the rows of all parameters together may take.
 
     Raises:
         NotFiniteError: gradients have NaN or infinite entries.
@@ -45,6 +52,12 @@ def solve(task: Task, ways: Sequence[str], check: bool, emit: Emit) -> None:
     plan, nodes, lockstep = task.plan, task.graph.nodes, task.lockstep
     if not task.samples and lockstep is None:
         return
+    if "losses" in ways and are_few(task, rows_budget):
+        found = by_losses(task)
+        plan.ways.update(dict.fromkeys(map(id, found), "losses"))
+        return emit(found)
+    if not BY_WAY.keys() & set(ways) and lockstep is None:  # no strategy that takes recorded uses
+        return emit(_row_by_row(task, task.parameters, ways))
     plan.regions = plan.regions or regions_of(nodes)
     if plan.outside is None:
         plan.outside, opened = uncovered(task.output)
@@ -156,7 +169,7 @@ def _first_exact(task: Task, probe: Probe | None, ways: Sequence[str]) -> Found:
         left = {n: p for n, p in task.parameters.items() if p not in found and id(p) not in outside}
         planned = {n: p for n, p in left.items()
                    if WAYS.index(plan.ways.get(id(p), way)) <= WAYS.index(way)}  # fmt: skip
-        if way == "rows" or not planned:
+        if way not in BY_WAY or not planned:
             continue
         candidates = BY_WAY[way](task, planned)
         for name, p in planned.items():

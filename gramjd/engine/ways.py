@@ -1,4 +1,4 @@
-"""The three exact ways from the nodes of a graph to blocks."""
+"""The exact strategies from the graph of an output to blocks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gramjd.assembly import blocks_of
 from gramjd.blocks import Block, Dense
-from gramjd.engine import backward
+from gramjd.engine import backward, finite
 from gramjd.engine.calls import call_blocks
 from gramjd.engine.layouts import ZERO, Layout, canonical
 from gramjd.engine.marks import CallMark, OpMark
@@ -18,7 +18,7 @@ from gramjd.engine.task import Task
 from gramjd.rules.registry import any_entry
 from gramjd.uses import Derived, Record, Source, Use, names_of_leaves, roots
 
-WAYS = ("ops", "functional", "rows")  # best first
+WAYS = ("losses", "ops", "functional", "rows")  # best first
 
 Found = dict[Tensor, list[Block]]  # of each parameter; those not covered are missing
 
@@ -175,6 +175,30 @@ def by_calls(task: Task, parameters: dict[str, Tensor]) -> Found:
             found.setdefault(owner, []).extend(mine)
     covered = found.keys() - failed
     return {p: found[id(p)] for p in parameters.values() if id(p) in covered}
+
+
+def are_few(task: Task, budget: int) -> bool:
+    """Is a backward pass for each loss the way to go: few of them, no samples, and memory for all rows?"""
+    if task.batch_dim is not None or task.lockstep is not None or task.output.numel() > backward.FEW:
+        return False
+    rows = sum(p.numel() * p.element_size() for p in task.parameters.values())
+    return rows * task.output.numel() <= budget
+
+
+def by_losses(task: Task) -> Found:
+    """One ordinary backward pass for each of a few losses: exact by definition, there is nothing to prove.
+
+    Raises:
+        NotFiniteError: gradients have NaN or infinite entries.
+    """
+    rows = backward.loss_gradients(task.output, list(task.parameters.values()))
+    if not all(row is None or bool(torch.isfinite(row).all()) for row in rows):
+        raise finite.of_gradient(task.output, task.batch_dim)
+    origin = "one of few losses (a backward pass for each is the fastest)"
+    return {
+        p: [] if row is None else [Dense(row, origin=origin)]
+        for p, row in zip(task.parameters.values(), rows, strict=True)
+    }
 
 
 def by_rows(task: Task, parameters: dict[str, Tensor]) -> Found:
