@@ -216,9 +216,8 @@ class Recorder(Tracker):
         if any(t._is_view() for t in tensors_of(out)):
             out = self.aliases.call(*call, out)
         for original, mine in zip(tensors_of(out), tensors_of(marked), strict=True):
-            original = self.aliases.originals.get(id(original), original)
             if original is not mine and (original._is_view() or any(original is leaf for leaf in leaves)):
-                self.aliases.add(mine, original)
+                self.aliases.add(mine, self.aliases.originals.get(id(original), original))
             elif record.derived:
                 self.aliases.add(mine, mine)
 
