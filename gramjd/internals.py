@@ -284,6 +284,11 @@ def saved_tensors_hook() -> object:
     return None
 
 
+def after_backward(callback: Callable[[], None]) -> None:
+    """Call something when the backward pass in progress is over."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
 def in_backward() -> bool:
     """Is autograd running a backward pass in this thread: is what a checkpoint left out computed again?"""
     return bool(torch._C._current_graph_task_id() != -1)

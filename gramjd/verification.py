@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from math import inf, isfinite
 from typing import Any
 
 import torch
@@ -161,24 +162,28 @@ class Call:
         blocks = [list(map(real_block, mine)) for mine in found.blocks]
         dtypes = self._dtypes(found)
         bad = _disagreements(blocks, found.outputs, weights, first.gradients, max(map(tolerance, dtypes)))
-        if bad and max(bad.values()) <= _SMALL:
+        sizes = [float(g.norm()) for g in first.gradients]
+        if bad and all(off <= _SMALL * sizes[n] for n, off in bad.items()):
             # two forwards in few digits may differ in the sign of what enters a ReLU
             for twin in self._precise():
                 again = twin.capture_or_none()
                 if again is not None and _ops(again) == _ops(found):
                     return twin.difference(again) or ""
-            noise = self._noise(found, weights, first, max(torch.finfo(dtype).eps for dtype in dtypes))
-            bad = {n: off for n, off in bad.items() if off > _NOISE * noise[n]}
         if not bad:
             return ""
-        if not _same(first.outputs, found.outputs, max(map(tolerance, dtypes))):
+        repeated = self.gradients(found.outputs, weights)
+        if not _same(repeated.outputs, first.outputs, max(map(tolerance, dtypes))):
             return (
                 "The function gave other outputs when it was called again with the same arguments, so that "
                 "its Jacobian could not be verified. It must be pure: draw random numbers from torch's "
                 "default generator, and change nothing outside"
             )
+        bad = self._without_noise(bad, found, weights, first, max(torch.finfo(d).eps for d in dtypes))
+        if not bad:
+            return ""
         names = pytree.paths(pytree.unflatten(self.given.parameters_spec, list(self.given.parameters)))
-        number, off = max(bad.items(), key=lambda item: item[1])
+        relative = {n: off / sizes[n] if sizes[n] else inf for n, off in bad.items()}
+        number, off = max(relative.items(), key=lambda item: item[1])
         origins = dict.fromkeys(block.origin for block in blocks[number]) or ["none was found"]
         more = f" (and those of {len(bad) - 1} more)" if len(bad) > 1 else ""
         return (
@@ -201,6 +206,22 @@ class Call:
             yield replace(self, exact=True)
         elif any(torch.finfo(p.dtype).bits < 64 for p in self.given.parameters):
             yield replace(self, given=self.given.as_double())
+
+    def _without_noise(self, bad: dict[int, float], found: Captured, weights: list[Tensor],
+                       first: Gradients, eps: float) -> dict[int, float]:  # fmt: skip
+        """The differences that are not rounding of the function's own computation."""
+        noise, sizes = self._noise(found, weights, first, eps), [float(g.norm()) for g in first.gradients]
+        pairs = zip(found.outputs, weights, strict=True)
+        total = sum(float((out * w).abs().sum()) for out, w in pairs)
+        kept = {}
+        for n, off in bad.items():
+            rounding = noise[n] * sizes[n]
+            measured = off <= _NOISE * rounding and (off <= _SMALL * sizes[n] or rounding > sizes[n] / 2)
+            # how the sum changes where the parameter moves along the difference, by as much as it is
+            change = off * max(1.0, float(self.given.parameters[n].norm()))
+            if not measured and change > 4 * eps * total:
+                kept[n] = off
+        return kept
 
     def _noise(self, found: Captured, weights: list[Tensor], first: Gradients, eps: float) -> list[float]:
         """How far gradients move, relative to their norms, by the rounding of parameters and weights."""
@@ -416,7 +437,7 @@ def _random_weights(outputs: Sequence[Tensor], seed: int) -> list[Tensor]:
 @own_precision
 def _disagreements(blocks: Sequence[Sequence[Block]], outputs: Sequence[Tensor], weights: Sequence[Tensor],
                    gradients: Sequence[Tensor], lost: float) -> dict[int, float]:  # fmt: skip
-    """The parameters whose blocks' ``Jᵀ w`` is not the gradient, and how far off it is."""
+    """The parameters whose blocks' ``Jᵀ w`` is not the gradient, and the norm of the difference."""
     pairs = zip(weights, outputs, strict=True)
     w = torch.cat([x.reshape(len(x), -1).T.to(out.dtype) for x, out in pairs])  # [K, B]
     sizes = [float(g.norm()) for g in gradients]
@@ -431,7 +452,7 @@ def _disagreements(blocks: Sequence[Sequence[Block]], outputs: Sequence[Tensor],
         # a gradient that is nothing but rounding (an attention's key bias) is noise of the whole's size
         bound = sum(float(block.bound(row.abs())) for block in mine)
         if not off <= most + 64 * torch.finfo(gradient.dtype).eps * (bound + max(sizes)):
-            bad[n] = off / sizes[n] if sizes[n] else float("inf")
+            bad[n] = off if isfinite(off) else inf
     return bad
 
 

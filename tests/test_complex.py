@@ -99,6 +99,27 @@ COMPLEX: dict[str, tuple[Sequence[tuple[int, ...]], Function]] = {
     "slice": ([(D + 2,)], lambda z, x: ((z[1:-1] + 1) * waves(x)).abs().sum(-1)),
 }
 
+EITHER: dict[str, Function] = {  # of a vector [D] of real or of complex numbers
+    "angle": lambda p, x: (p + waves(x)).angle().sin().sum(-1),
+    "sign": lambda p, x: ((p + waves(x)).sgn() * waves(x)).real.sum(-1),
+    "vandermonde": lambda p, x: (
+        (torch.exp(0.1j * p[:, None] * torch.arange(D)) * waves(x).unsqueeze(-1)).sum(-1).abs().sum(-1)
+    ),
+    "power": lambda p, x: ((p + 2 + waves(x)) ** 2.5).abs().sum(-1),
+    "division": lambda p, x: (p / waves(x)).abs().sum(-1),
+    "norm": lambda p, x: (p * waves(x)).norm(dim=-1),
+    "matrix exponential": lambda p, x: (
+        (torch.matrix_exp(p[:4].view(2, 2) * 1j) @ waves(x).unflatten(-1, (2, 3))).abs().sum((-1, -2))
+    ),
+    "outer product with its conjugate": lambda p, x: (
+        (waves(x).unsqueeze(-1) * torch.outer(p, p.conj())).abs().sum((-1, -2))
+    ),
+    "three operands": lambda p, x: torch.einsum("...i,i,i->...", waves(x), p.to(C), p.to(C).conj()).abs(),
+    "joined": lambda p, x: torch.cat([p * waves(x), (p + 1j).expand_as(waves(x))], -1).abs().sum(-1).sin(),
+}
+REAL.update((name, ([(D,)], function)) for name, function in EITHER.items())
+COMPLEX.update((name, ([(D,)], function)) for name, function in EITHER.items())
+
 
 def leaves(parameters: Sequence[Tensor]) -> list[Tensor]:
     """Real tensors that require gradients: what parameters are made of."""
@@ -299,3 +320,17 @@ def test_compiled() -> None:
     got = torch.compile(step, fullgraph=True, backend="aot_eager")(p, x)
     assert_close(got[0], want[0])
     assert_close(got[1]["z"], want[1]["z"])
+
+
+@pytest.mark.parametrize("of", [False, True])
+def test_writes_in_place(of: bool) -> None:
+    """Of parameters into complex values: no op that can be called again, but the module can."""
+
+    def function(p: Tensor, x: Tensor) -> Tensor:
+        return (waves(x) * 1).mul_(p).add_(p).abs().sum(-1)
+
+    p, x = complex_draw(D) if of else draw(D), draw(B, D)
+    want = wanted(function, [p], x)
+    assert_close(gramjd.gramian(function)(p, x), want)
+    model = Net(lambda m, x: function(m.p, x), p=nn.Parameter(p))
+    assert_close(Engine(model, batch_dim=0).compute_gramian(model(x)), want)

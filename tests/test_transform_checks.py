@@ -397,6 +397,38 @@ def test_rounding_is_no_fault(cast: Callable[[Tensor], Tensor], autocast: bool, 
             gramjd.gramian(function, check="always")(p, x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_of_nothing_but_rounding(dtype: torch.dtype) -> None:
+    """Angles and directions do not depend on a factor; softmax not on what is added to all."""
+    functions: list[Callable[[Tensor, Tensor], Tensor]] = [
+        lambda p, x: (p.abs() * torch.complex(x, x.sin())).angle().sum(),
+        lambda p, x: F.normalize(p[0] * x, dim=0).sin().sum(),
+        lambda p, x: (x + p[0]).softmax(0).square().sum(),
+        lambda p, x: (x + p[0]).std(),
+        lambda p, x: (p * x).sum() - (p * x).flip(0).sum(),
+    ]
+    for function in functions:
+        for _ in range(5):
+            gramjd.gramian(function, check="always")(torch.randn(D).to(dtype), torch.randn(B, D).to(dtype))
+
+
+@pytest.mark.parametrize("value", [1.0, 1e-9, float("nan"), float("inf")])
+def test_where_the_gradient_is_rounding(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that is not is wrong all the same."""
+    rules = registry.rules_of(torch.mul)
+    assert rules is not None
+    right = rules.entries["other"]
+
+    def rule(c: Tensor, input: Tensor, other: Tensor) -> Any:
+        return Dense(right.rule(c, input, other).dense() + value)
+
+    monkeypatch.setitem(rules.entries, "other", registry.Entry(rule, right.needs, right.align, None))
+    for function in (lambda p, x: F.normalize(torch.mul(x, p), dim=0).sin().sum(),
+                     lambda p, x: torch.mul(x, p).sum() * 0):  # fmt: skip
+        with pytest.raises(CheckFailedError):
+            gramjd.gramian(function)(torch.randn(1).double(), draw(B, D) + 2)
+
+
 def test_nothing_of_the_users_is_kept() -> None:
     p, x = parameters(), draw(B, D)
     closed = draw(4)

@@ -277,6 +277,31 @@ def as_another(m: Any, x: Tensor) -> Tensor:
     return h + same * m.w[0] + view
 
 
+def as_another_twice(m: Any, x: Tensor) -> Tensor:
+    w = m.g.clone()
+    same = w.to(m.w).to(m.w)
+    w[0] = m.w.mean()
+    return x @ w + x @ same
+
+
+def views_of_views(m: Any, x: Tensor) -> Tensor:
+    w = m.w + 1
+    part = w.expand(2, D)[0].unsqueeze(0)
+    part.squeeze(0)[0] = 0.5
+    part[:, 1:].mul_(m.shift)
+    return x * w + part
+
+
+def views_after_a_write(m: Any, x: Tensor) -> Tensor:
+    w = m.g * 2
+    turned = w.T
+    w.mul_(1.5)
+    turned.reshape(-1)
+    turned[1].add_(m.w.sum())
+    turned.T[0] = m.w[0]
+    return x @ w + x @ turned
+
+
 def written_by_the_batch(m: Any, x: Tensor) -> Tensor:
     w = m.g * 1
     flat = w.flatten()
@@ -313,6 +338,9 @@ ORDINARY: dict[str, Any] = {
     "inplace=True by position": written_positionally,
     "as another": as_another,
     "written by the batch": written_by_the_batch,
+    "as another, twice": as_another_twice,
+    "views of views": views_of_views,
+    "views after a write": views_after_a_write,
     "written twice": written_twice,
     "a write without gradients": no_grad_write,
     "detached": detached,

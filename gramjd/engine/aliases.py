@@ -44,10 +44,19 @@ class Aliases:
 
     def __init__(self) -> None:
         self.groups: dict[int, list[tuple[Tensor, Tensor]]] = {}  # with a node, as the op returned it
+        self.originals: dict[int, Tensor] = {}  # of those with a node, by id
+        self.stale: dict[int, Tensor] = {}  # the same of those that were written into: no longer followed
 
     def add(self, marked: Tensor, original: Tensor) -> None:
         """Remember a tensor with a node, and the same without."""
         self.groups.setdefault(memory_of(marked), []).append((marked, original))
+        if marked is not original:
+            self.originals[id(marked)] = original
+
+    def call(self, op: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> Any:
+        """What an op that returns views gives for the tensors without nodes, whose views autograd knows."""
+        mine, named = replaced(args, self.originals), replaced(kwargs, self.originals)
+        return out if mine is args and named is kwargs else op(*mine, **named)
 
     def of(self, target: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Those that share a tensor's memory."""
@@ -68,6 +77,19 @@ class Aliases:
             if live:
                 with version_kept(marked):  # nothing is written, and autograd counts writes
                     _Renewed.apply(marked, None if error else original, error)
+
+
+def replaced(tree: Any, others: dict[int, Tensor]) -> Any:
+    """Arguments with some tensors replaced by others; themselves, if there are none of these."""
+    if isinstance(tree, Tensor):
+        return others.get(id(tree), tree)
+    if isinstance(tree, dict):
+        items = {name: replaced(value, others) for name, value in tree.items()}
+        return items if any(items[name] is not value for name, value in tree.items()) else tree
+    if type(tree) in (list, tuple):
+        found = [replaced(value, others) for value in tree]
+        return type(tree)(found) if any(a is not b for a, b in zip(found, tree, strict=True)) else tree
+    return tree
 
 
 def written(func: Callable[..., Any], args: Any, kwargs: Any) -> Tensor | None:

@@ -342,9 +342,9 @@ def _remove(handles: Sequence[Any]) -> None:
 
 
 _DERIVATIVES = (
-    " The output contains derivatives of the model (create_graph=True), and no op shows how these use "
-    "parameters. The function transforms take such losses, with torch.func.grad inside, at full speed: "
-    "gramjd.jacobian, gramjd.ntk."
+    " The output contains derivatives of the model (create_graph=True): how they use parameters is known for "
+    "linear, matmul and mul alone. The function transforms (gramjd.jacobian, gramjd.ntk) take such losses, "
+    "with torch.func.grad inside, in one pass, whatever the ops."
 )
 
 

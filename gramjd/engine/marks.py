@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import NoneType
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from gramjd import pytree
-from gramjd.engine.nodes import NODE_TYPE, attach
-from gramjd.internals import autocasts, has_plain_layout
+from gramjd.engine.derivatives import edge_to_input, gradient_op, is_gradient
+from gramjd.engine.nodes import NODE_TYPE, Cotangents, attach
+from gramjd.internals import after_backward, autocasts, has_plain_layout
 from gramjd.rules import tensors_of
-from gramjd.uses import Record
+from gramjd.uses import Record, describe
 
 _NUMBERS = itertools.count()  # of marks, in the order of the forward
 
@@ -44,6 +46,15 @@ class OpMark:
     arguments: tuple[Any, ...] = ()  # the nodes of autograd's graph that computed the op's arguments
     hooks: Sequence[str] = ()  # that its forward put on tensors, also later ones
 
+    def follow(self, node: Any, grads: Cotangents) -> None:
+        """A graph is made of the gradients of the use: where they use the parameter, they get a node, too."""
+        node.differentiated, first = True, not node.differentiated
+        if first and not (self.lost or self.replay or node.hooked):
+            node.followed = _follow(node, self)
+        if node.followed:
+            node.received = grads[0]
+            after_backward(lambda: setattr(node, "received", None))  # it refers to the node by its graph
+
     @property
     def signature(self) -> Hashable:
         """The same for the same op with the same settings, and parameters in the same places."""
@@ -69,6 +80,10 @@ class CallMark:
     arguments: tuple[Any, ...]  # the nodes of autograd's graph that computed its arguments
     rng_state: Tensor | None  # of the CPU, before the call
     autocasts: dict[str, torch.dtype]  # that it ran under, by type of device
+
+    def follow(self, node: Any, grads: Cotangents) -> None:
+        """A graph is made of the gradients of the call, which no op shows."""
+        node.differentiated = True
 
     @property
     def signature(self) -> Hashable:
@@ -129,6 +144,45 @@ def lose(tensor: Tensor, cause: str) -> None:
     node: Any = tensor.grad_fn
     if isinstance(node, NODE_TYPE) and isinstance(node.record, OpMark):
         node.record = replace(node.record, lost=cause)
+
+
+def _follow(node: Any, mark: OpMark) -> bool:
+    """See to it that there is a node behind the gradient of a use in which the parameter is used again."""
+    found, count = gradient_op(mark.record), len(mark.record.saved)
+    slots = _saved(node)[count:]
+    edge = None if found is None else edge_to_input(node, set(mark.arguments), slots)
+    if found is None or edge is None or not slots:
+        return False
+    (which, op), (inner, index) = found, edge
+    reference = weakref.ref(node)  # autograd's own are out of the garbage collector's sight
+
+    def replace_gradient(gradients: Sequence[Tensor | None], _: Any) -> tuple[Tensor | None, ...] | None:
+        use, gradient = reference(), gradients[index]
+        g = None if use is None else use.received
+        if use is None or g is None or gradient is None:
+            return None
+        if not gradient.requires_grad or not torch.is_grad_enabled():
+            return None
+        tracked = next(iter(_saved(use)[count + which :]), None)
+        if tracked is None or not is_gradient(op, g, tracked, gradient):
+            return None
+        sources = {id(tracked): mark.record.slots[which].source}
+        record, leaves = describe(op, (g, tracked), {}, sources, False)
+        if None in record.entries:
+            return None
+        marked = mark_op(record, leaves, gradient, computed_by((g,)), False, False)
+        return (*gradients[:index], marked, *gradients[index + 1 :])
+
+    inner.register_hook(replace_gradient)
+    return True
+
+
+def _saved(node: Any) -> list[Tensor]:
+    """What a node saved; nothing, if some of it was written in place since."""
+    try:
+        return list(node.saved_tensors)
+    except RuntimeError:
+        return []
 
 
 def mark_call(module: nn.Module, args: Any, kwargs: Any, out: Any, named: Mapping[str, Tensor],

@@ -26,7 +26,8 @@ class Node(torch.autograd.Function):
     def forward(ctx: Any, record: Any, saved: Sequence[Tensor], inplace: bool, *tensors: Tensor) -> Any:
         ctx.record = record
         ctx.sink = None
-        ctx.differentiated = False  # was a graph made of its gradients, by create_graph=True?
+        ctx.differentiated = ctx.followed = False  # was a graph made of its gradients? see OpMark.follow
+        ctx.received = None
         ctx.hooked, ctx.values = saved_tensors_hook() is not None, None
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
@@ -39,8 +40,8 @@ class Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        if torch.is_grad_enabled():
-            ctx.differentiated = True
+        if torch.is_grad_enabled():  # create_graph=True
+            ctx.record.follow(ctx, grads)
         taps = (None,) * len(grads)
         if ctx.sink is not None:
             if ctx.hooked and ctx.values is None:

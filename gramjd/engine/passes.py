@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gramjd import gramians
+from gramjd.complexes import as_real
 from gramjd.engine import backward
 from gramjd.engine.nodes import Cotangents
 from gramjd.engine.regions import Later
@@ -89,7 +90,7 @@ class Passes:
         Not the largest one: a gradient that is nothing but rounding would excuse any other.
         """
         found = [(g, self.again.gradients[name]) for name, g in self.first.gradients.items()]
-        pairs = [(g.double(), again.double()) for g, again in found if g is not None and again is not None]
+        pairs = [(_double(g), _double(h)) for g, h in found if g is not None and h is not None]
         off = sum(float((again / _SCALE - g).square().sum()) for g, again in pairs)
         return float((off / sum(float(g.square().sum()) for g, _ in pairs)) ** 0.5)
 
@@ -124,7 +125,11 @@ def rounding_of(first: Tensor | None, again: Tensor | None) -> float:
     """The relative difference of two passes that differ by rounding alone."""
     if first is None or again is None:
         return 0.0
-    return float((again.double() / _SCALE - first.double()).norm() / first.double().norm())
+    return float((_double(again) / _SCALE - _double(first)).norm() / _double(first).norm())
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return as_real(tensor).double()
 
 
 def _random_weights(objectives: int, samples: int, like: Tensor, seed: int) -> Tensor:

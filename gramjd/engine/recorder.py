@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gramjd.engine.aliases import Aliases, may_write, written
+from gramjd.engine.aliases import Aliases, may_write, replaced, written
 from gramjd.engine.compiled import is_compiled
 from gramjd.engine.marks import (
     computed_by,
@@ -77,6 +77,8 @@ class Recorder(Tracker):
         innermost = innermost_transform()  # every op comes by here: no call that can be spared
         if (innermost is not None or self.level) and is_elsewhere(self.level):
             return self._stand_aside(func, args, kwargs or {})  # a node would be differentiated, or escape
+        if self.aliases.stale and self.active:
+            args, kwargs = replaced(args, self.aliases.stale), replaced(kwargs or {}, self.aliases.stale)
         if self.aliases.groups and self.active and not self.writing and (may_write(func) or kwargs):
             target = written(func, args, kwargs)
             group = self.aliases.of(target) if target is not None and has_plain_layout(target) else []
@@ -102,6 +104,8 @@ class Recorder(Tracker):
         for marked, _ in group:  # what is known of them is no longer so
             lose(marked, "was written into after it was computed")
             self.sources.pop(id(marked), None)
+            if id(marked) in self.aliases.originals:
+                self.aliases.stale[id(marked)] = self.aliases.originals[id(marked)]
         unbatched = self._classify(args)[1] and self._classify(kwargs.values())[1]
         if not unbatched:
             for marked, _ in group:
@@ -197,19 +201,23 @@ class Recorder(Tracker):
         lost = "drew random numbers when it used it" if drew else ""
         marked = mark_op(record, leaves, out, arguments, inplace, unbatched, lost, self.hooks)
         if not inplace:
-            self._note_aliases(record, leaves, out, marked)
+            self._note_aliases(record, leaves, out, marked, (op, args, kwargs))
         return marked, record
 
-    def _note_aliases(self, record: Record, leaves: Sequence[Any], out: Any, marked: Any) -> None:
+    def _note_aliases(
+        self, record: Record, leaves: Sequence[Any], out: Any, marked: Any, call: tuple[Any, Any, Any]
+    ) -> None:
         """Remember the outputs of an op that share memory with what they were made of, or are derived."""
         if type(out) is Tensor and not record.derived and not out._is_view():  # most: new memory, or as given
             for leaf in leaves:
                 if leaf is out:
-                    self.aliases.add(marked, out)
+                    self.aliases.add(marked, self.aliases.originals.get(id(out), out))
             return
+        if any(t._is_view() for t in tensors_of(out)):
+            out = self.aliases.call(*call, out)
         for original, mine in zip(tensors_of(out), tensors_of(marked), strict=True):
             if original is not mine and (original._is_view() or any(original is leaf for leaf in leaves)):
-                self.aliases.add(mine, original)
+                self.aliases.add(mine, self.aliases.originals.get(id(original), original))
             elif record.derived:
                 self.aliases.add(mine, mine)
 

@@ -70,7 +70,13 @@ def _use(task: Task, index: int, split: Mapping[Record, Layout], fail: Callable[
         for slot in mark.record.slots:
             fail(slot.source, "its fused op could not be replayed")
         return None
-    record, saved = mark.record, values_of(node)
+    record = mark.record
+    try:
+        saved = values_of(node)
+    except RuntimeError:
+        for slot in record.slots:
+            fail(slot.source, f"what {_name(record.call.op)} used it with was written in place afterwards")
+        return None
     slots = saved[len(record.saved) :]
     slots = [t if t.untyped_storage().size() else _hollow(t) for t in slots]  # no sharded weights
     live = iter(task.canonical(index))
