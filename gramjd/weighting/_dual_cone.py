@@ -31,20 +31,23 @@ def regularize(matrix: Tensor, norm_eps: float, reg_eps: float, rounding: float)
     return matrix * scale.unsqueeze(-1) * scale.unsqueeze(-2), scale
 
 
-def project_units(scaled: Tensor) -> tuple[Tensor, Tensor]:
-    """For each unit vector ``e_i``, the ``v >= e_i`` that minimizes ``v'Rv``: ``[..., m, m]``."""
-    x, residual = solve_qp(scaled, scaled)
+def project_units(scaled: Tensor, ridge: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """For each unit vector ``e_i``, the ``v >= e_i`` that minimizes ``v'Rv``: ``[..., m, m]``.
+
+    ``ridge [..., m]`` is the part of the diagonal of ``R`` that regularizes.
+    """
+    x, residual = solve_qp(scaled, scaled, ridge)
     return x + torch.eye(x.shape[-1], dtype=x.dtype, device=x.device), residual
 
 
-def project(scaled: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def project(scaled: Tensor, target: Tensor, ridge: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The ``v >= u [..., m]`` that minimizes ``v'Rv``, and the KKT residual."""
     size = target.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny).detach()
     unit = (target / size).expand(scaled.shape[:-1])  # the solution scales with u
     linear = unit.unsqueeze(-2) @ scaled
     # the slack can be as large as the sum of a row; residuals are relative to that
     growth = linear.abs().amax(-1, keepdim=True).clamp(min=1).detach()
-    x, residual = solve_qp(scaled, linear / growth)
+    x, residual = solve_qp(scaled, linear / growth, ridge)
     return size * (unit + (growth * x).squeeze(-2)), residual.squeeze(-1)
 
 

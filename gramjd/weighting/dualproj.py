@@ -53,7 +53,7 @@ def dualproj(
     matrix, restore = prepare(gramian)
     weights = flat_preference(preference, matrix, gramian)
     scaled, scale = regularize(matrix, norm_eps, reg_eps, rounding(gramian.dtype))
-    projection, residual = project(scaled, weights / scale)
+    projection, residual = project(scaled, weights / scale, reg_eps * scale**2 if reg_eps else None)
     evidence = certify(residual, not certificate, REMEDY)
     result = restore(scale * projection)
     return (result, evidence) if certificate else result

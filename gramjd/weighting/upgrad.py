@@ -61,7 +61,7 @@ def upgrad(
     matrix, restore = prepare(gramian)
     weights = flat_preference(preference, matrix, gramian)
     scaled, scale = regularize(matrix, norm_eps, reg_eps, rounding(gramian.dtype))
-    projections, residual = project_units(scaled)
+    projections, residual = project_units(scaled, reg_eps * scale**2 if reg_eps else None)
     evidence = certify(residual.amax(-1), not certificate, REMEDY)
     result = restore(_combine(projections, scale, weights))
     return (result, evidence) if certificate else result
