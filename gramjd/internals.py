@@ -335,3 +335,8 @@ def losses_of_stack(output: Tensor) -> list[Any] | None:
     edges = [child and make(child, number) for child, number in node.next_functions]
     dtypes = {edge.node._input_metadata[edge.output_nr].dtype for edge in edges if edge is not None}
     return edges if dtypes == {output.dtype} else None
+
+
+def dtypes_of(nodes: Iterable[Any]) -> set[torch.dtype]:
+    """The dtypes of what autograd nodes are the gradient functions of; on torch 2.1, that of no node."""
+    return {output.dtype for node in nodes for output in getattr(node, "_input_metadata", ())}

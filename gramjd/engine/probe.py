@@ -182,14 +182,17 @@ def _mixes(task: Task, index: int, c: Tensor, probed: Tensor, v: Tensor) -> bool
     return regular and not broadcast and not follows_samples(c, probed, v)
 
 
-def agrees(probe: Probe, name: str, blocks: Sequence[Block]) -> bool:
-    """The check of the total: is ``Jᵀ v`` from the blocks autograd's own?"""
+def agrees(probe: Probe, name: str, blocks: Sequence[Block], least: float = 0.0) -> bool:
+    """The check of the total: is ``Jᵀ v`` from the blocks autograd's own?
+
+    Up to rounding, and to ``least`` of its norm in any case.
+    """
     v, weighted = probe.total
     wanted = weighted.gradients[name]
     if wanted is None:
         return not blocks
     weights, left, size = v.to(wanted.dtype), wanted[0], weighted.sizes[name]
-    most = tolerance(wanted.dtype) * size
+    most = max(tolerance(wanted.dtype), least) * size
     if _looks_equal(blocks, weights, left):
         return True
     for block in blocks:

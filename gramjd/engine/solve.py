@@ -24,6 +24,8 @@ from gramjd.engine.spread import Masks, patterns, patterns_for, spread, stays_wi
 from gramjd.engine.task import Separation, Task, is_fused
 from gramjd.engine.ways import BY_WAY, WAYS, Found, are_few, by_losses, by_rows
 from gramjd.errors import CheckFailedError, NotSeparableError
+from gramjd.internals import dtypes_of
+from gramjd.rounding import tolerance
 from gramjd.uses import roots
 
 _PATTERNS_A_CALL = 2  # backward passes of the proof of separation; until it is whole, layouts are measured
@@ -224,13 +226,19 @@ def _first_exact(task: Task, probe: Probe | None, ways: Sequence[str], audit: st
             if blocks is None:
                 continue
             if probe is not None and not agrees(probe, name, blocks):
-                if audit and not opaque and not agrees(probe.by_others(), name, blocks):
+                if audit and not opaque and not agrees(probe.by_others(), name, blocks, _rounding(task)):
                     raise CheckFailedError(audit.format(name))
                 plan.causes[id(p)] = "its uses that were seen do not add up to autograd's gradient"
                 continue
             found[p] = blocks
             plan.ways[id(p)] = way
     return found
+
+
+def _rounding(task: Task) -> float:
+    """The tolerance of the fewest digits that anything in the graph was computed in."""
+    dtypes = {task.output.dtype, *dtypes_of(task.graph.order)}
+    return max(tolerance(dtype) for dtype in dtypes if dtype.is_floating_point)
 
 
 def _expand(task: Task, probe: Probe) -> None:
