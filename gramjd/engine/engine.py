@@ -11,20 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramjd import distributed, pytree
+from gramjd import distributed, gramians, pytree
 from gramjd.blocks import Block
 from gramjd.engine.compiled import StandIns
 from gramjd.engine.graph import Graph, walk
 from gramjd.engine.nodes import forget
+from gramjd.engine.reach import reach
 from gramjd.engine.recorder import AfterHook, BeforeHook, Watcher
 from gramjd.engine.registry import Registry
 from gramjd.engine.sharded import Lockstep, refuse_flat, refuse_parallel
 from gramjd.engine.solve import OVERFLOWED, Emit, solve
+from gramjd.engine.step import Scaled, Step, Weightings
 from gramjd.engine.task import Plan, Task
 from gramjd.engine.ways import WAYS
 from gramjd.errors import NotCoveredError, NotFiniteError, SlowPathWarning
 from gramjd.explanation import Explanation, explanation
-from gramjd.jacobian import Jacobian, Output, Sum
+from gramjd.jacobian import Jacobian, Output, Sum, groups
+from gramjd.jacobian.lazy import Per
+from gramjd.objectives import Losses, joined
 from gramjd.plan import Options
 from gramjd.rounding import own_precision
 
@@ -99,12 +103,16 @@ class Engine:
             ]
         self._finalizer = weakref.finalize(self, _remove, handles)
 
-    def compute_gramian(self, output: Tensor, /, *, group: Any = None, rows: str = "all") -> Tensor:
+    def compute_gramian(
+        self, losses: Losses, /, *, group: Any = None, rows: str = "all", flat: bool = False
+    ) -> Tensor:
         """The generalized Gramian ``G = J Jᵀ`` of an output with respect to the parameters.
 
         Args:
-            output: the tensor to differentiate, of any shape, with a graph. Its graph is kept, so
-                that ``output.backward(weights)`` can follow.
+            losses: the output to differentiate, a tensor of any shape, with a graph. Its graph is kept, so
+                that ``losses.backward(weights)`` can follow. A list or tuple of tensors stands for all
+                their entries, one after the other, or with a ``batch_dim`` for their stack along a new
+                last dimension (a first one where ``batch_dim`` is negative).
             group: a ``torch.distributed`` process group, or a ``DeviceMesh`` of one dimension, each
                 rank of which calls this with the output of its own samples, perhaps of none: the
                 Gramian is that of all samples, in order of ranks. With ``batch_dim=None`` objectives
@@ -112,12 +120,14 @@ class Engine:
                 Gramian is that of the sums. For the step that follows see
                 :func:`gramjd.distributed.local_weights`.
             rows: with a group, ``"all"``, or ``"local"`` for the rows of this rank's samples alone.
+            flat: whether to return a matrix, as of TorchJD 0.12 and newer: :func:`gramjd.gramians.flatten`.
 
         Returns:
             ``[*output.shape, *reversed(output.shape)]``, exactly symmetric, detached, on the
             output's device: ``[m, m]`` for losses ``[m]``, the squared norm of the gradient for a
             scalar. With a group, the shape is that of the output of all samples, and with
-            ``rows="local"`` the first half of it that of this rank's.
+            ``rows="local"`` the first half of it that of this rank's. ``[m, m]`` with
+            ``m = output.numel()`` if ``flat``.
 
         Raises:
             NoGraphError: the output has no graph, or it has been freed.
@@ -125,13 +135,17 @@ class Engine:
             NotSeparableError: ``batch_dim`` is not a dimension of independent samples.
             CheckFailedError: none of the allowed ways gives a Gramian that agrees with autograd.
             NotFiniteError: the output has NaN or infinite entries, or its gradients have.
-            ValueError: the output is empty, or has no dimension ``batch_dim``; ``rows`` without a group.
+            ValueError: the output is empty, or has no dimension ``batch_dim``; ``rows`` without a group,
+                or ``"local"`` ones that shall be ``flat``.
             TypeError: the output or a parameter is complex.
             RanksDisagreeError: ranks have different models or settings; all of them raise it.
             RankFailedError: another rank could not take part; it raises what it failed by.
         """
+        output: Tensor = joined(losses, self._batch_dim)
+        if flat and rows == "local":
+            raise ValueError("The rows of one rank are no square matrix: leave flat=True out.")
         if group is not None:
-            gramian = self._of_all_ranks(output, group, rows)
+            gramian = self._gramian_of_ranks(self._jacobian_of_ranks(output, group), None, group, rows)
         else:
             distributed.refuse_rows(rows)
             _refuse_empty(output)
@@ -141,10 +155,78 @@ class Engine:
             finite = distributed.everywhere(group, finite)
         if not bool(finite):
             raise NotFiniteError(OVERFLOWED.format("Gramian"))
-        return gramian.to(output.device)
+        gramian = gramian.to(output.device)
+        return gramians.flatten(gramian) if flat else gramian
 
-    def _of_all_ranks(self, output: Tensor, group: Any, rows: str) -> Tensor:
-        """The Gramian over a process group, of all registered parameters: ranks may use some each."""
+    def backward(self, losses: Losses, /, weighting: Weightings, *, per: Per = None, flat: bool = False,
+                 inputs: Iterable[Tensor] | None = None, scaler: Any = None, group: Any = None,
+                 averaged: bool = True) -> Any:  # fmt: skip
+        """A step of Jacobian descent: Gramian, weights, and the weighted gradient added to ``.grad``.
+
+        The same as ``weights = weighting(engine.compute_gramian(losses)); losses.backward(weights)``,
+        for all leaves, registered or not (*partial* Jacobian descent). No second backward pass runs where
+        all leaves are registered: gradients are products of the factors that the Gramian was made of, as
+        of :meth:`gramjd.Jacobian.backward`, which takes less time and more memory. The graph is kept until
+        nobody holds the losses.
+
+        Args:
+            losses: as in :meth:`compute_gramian`: a tensor of any shape, or a list or tuple of tensors.
+            weighting: from their Gramian to one weight for each, such as those of
+                :mod:`gramjd.weighting` and of ``torchjd.aggregation``.
+            per: groups of parameters that get weights of their own, from their own Gramians, as in
+                :meth:`gramjd.Jacobian.gramian`. Every leaf is in one. ``weighting`` may be a mapping from
+                groups to weightings; it must be, if these remember earlier calls.
+            flat: whether the weighting takes ``[m, m]`` and returns ``[m]``, as TorchJD's do.
+            inputs: the leaves that get gradients; all of them by default.
+            scaler: a ``GradScaler``, for mixed precision: gradients are those of ``scaler.scale(losses)``,
+                for ``scaler.step(optimizer)`` to unscale; the weighting sees the Gramian of the losses. If
+                gradients overflow, they become infinite, so that ``scaler`` skips the step and lowers its
+                scale, and the weights are NaN.
+            group: a process group, as in :meth:`compute_gramian`: the weights are of the losses of all
+                ranks, the gradients this rank's share of them.
+            averaged: with a group, whether gradients are averaged over it, as by
+                ``DistributedDataParallel`` and ``fully_shard``; see :func:`gramjd.distributed.local_weights`.
+
+        Returns:
+            The weights, shaped like the losses (of all ranks, with a group), detached; with ``per`` a
+            dictionary of them by group.
+
+        Raises:
+            NotCoveredError: no trainable registered parameter takes part; with ``per``, a leaf is in no
+                group.
+            TypeError, ValueError: the weights are no tensor, are not shaped like the losses, or not finite;
+                options contradict each other.
+            GramjdError: as :meth:`compute_gramian`.
+
+        Examples:
+            >>> losses = criterion(model(input), target)  # shape: [m]
+            >>> weights = engine.backward(losses, UPGradWeighting())
+        """
+        output = joined(losses, self._batch_dim)
+        scaled = Scaled.by(scaler, output)
+        step = Step(weighting, per, flat, None if inputs is None else list(inputs), scaled.scale)
+        output = scaled.output
+        if group is not None:
+            jac = self._jacobian_of_ranks(output, group)
+            gramian = self._gramian_of_ranks(jac, per, group, "all")
+            some = gramian if per is None else next(iter(gramian.values()))
+            shape = some.shape[: output.ndim]
+            dim = self._batch_dim
+
+            def local(weights: Tensor) -> Tensor:
+                return distributed.local_weights(weights, output, group, batch_dim=dim, averaged=averaged)
+
+            return step.take(jac, gramian, output, shape, local)
+        _refuse_empty(output)
+
+        def alone() -> Any:
+            jac = self._jacobian(output)
+            return step.take(jac, jac.gramian(per, **asdict(self._options)), output, output.shape, _all)
+
+        return scaled.attempt(alone, lambda: reach([output]).leaves.values(), per)
+
+    def _jacobian_of_ranks(self, output: Tensor, group: Any) -> Jacobian:
+        """That of this rank's output, of all registered parameters: ranks may use some each."""
         with distributed.taking_part(group, getattr(output, "device", torch.device("cpu"))):
             jac = self.jacobian(output)
             parameters, spec = pytree.flatten(self._registry.named())
@@ -152,11 +234,14 @@ class Engine:
             names = pytree.paths(pytree.unflatten(spec, parameters))
             blocks = [known.get(name, []) for name in names]
             out = jac.outputs
-            jac = Jacobian.of(blocks, parameters, spec, out.each, out.spec, out.samples)
+            return Jacobian.of(blocks, parameters, spec, out.each, out.spec, out.samples)
+
+    def _gramian_of_ranks(self, jac: Jacobian, per: Per, group: Any, rows: str) -> Any:
+        """The Gramian over a process group; a dictionary of those of groups of parameters."""
         settings = {"batch_dim": self._batch_dim, "check": self._check, "ways": self._ways}
-        which = {"": range(len(parameters))}
-        found: Tensor = distributed.gramian(jac, which, self._options, group, rows, settings)[""]
-        return found
+        which = {"": range(len(jac.parameters))} if per is None else groups.partition(jac.names, per)
+        found = distributed.gramian(jac, which, self._options, group, rows, settings)
+        return found[""] if per is None else found
 
     @own_precision
     def _streamed(self, output: Tensor) -> Tensor:
@@ -166,13 +251,16 @@ class Engine:
         shape = Output(0, tuple(output.shape), task.batch_dim)
         return total.gramian(shape, next(iter(task.parameters.values())))
 
-    @own_precision
-    def jacobian(self, output: Tensor, /) -> Jacobian:
+    def jacobian(self, output: Losses, /) -> Jacobian:
         """The lazy Jacobian of an output with respect to the parameters, by name.
 
         The arguments and errors are those of :meth:`compute_gramian`, but for an output without
         samples, whose Jacobian has no rows.
         """
+        return self._jacobian(joined(output, self._batch_dim))
+
+    @own_precision
+    def _jacobian(self, output: Tensor) -> Jacobian:
         found: dict[Tensor, list[Block]] = {}
         task = self._solve(output, found.update)
         held = self._registry.named()  # of sharded parameters what the optimizer has
@@ -214,7 +302,7 @@ class Engine:
         _refuse_complex({**named, "the output": output})
         return Task(output, batch_dim, graph, named, self._plan(graph), lockstep=lockstep)
 
-    def explain(self, output: Tensor, /) -> Explanation:
+    def explain(self, output: Losses, /) -> Explanation:
         """What the Gramian of an output is made of: every use of every parameter, its op and its plan.
 
         Parameters whose Jacobian is computed row by row say why. The arguments and errors are those
@@ -270,6 +358,11 @@ class Engine:
             f"No parameter of the registered modules ({names}) takes part in the output. Compute the "
             "output from their outputs, and with gradients enabled."
         )
+
+
+def _all(weights: Tensor) -> Tensor:
+    """The weights of one process: all are its own."""
+    return weights
 
 
 def _refuse_empty(output: Any) -> None:
