@@ -65,7 +65,7 @@ def combined(outputs: Losses, cotangents: Tensor | Sequence[Tensor | None]) -> T
                 f"with the same m for all outputs; got {list(c.shape)}."
             )
     with torch.enable_grad():
-        shares = [c.detach().to(out).flatten(1) @ out.reshape(-1) for out, c in pairs]
+        shares = [c.detach().to(out).reshape(len(c), -1) @ out.reshape(-1) for out, c in pairs]
         return torch.stack(shares).sum(0)
 
 
@@ -100,7 +100,7 @@ def weigh(
     weights: Any = weighting(gramians.flatten(gramian) if flat else gramian)
     if not isinstance(weights, Tensor):
         raise TypeError(
-            f"{_name(weighting)} returned a {type(weights).__name__}: a weighting returns a tensor of weights."
+            f"{_name(weighting)} returned a {type(weights).__name__}; it must return a tensor of weights."
         )
     want = torch.Size([torch.Size(shape).numel()]) if flat else torch.Size(shape)
     if weights.shape != want:

@@ -78,7 +78,7 @@ def tree_of(inputs: Inputs) -> PyTree:
         return {name: p for name, p in inputs.named_parameters() if p.requires_grad}
     if isinstance(inputs, Mapping):
         return {key: tree_of(value) for key, value in inputs.items()}
-    if isinstance(inputs, Iterable) and not isinstance(inputs, Tensor):
+    if isinstance(inputs, Iterable) and not isinstance(inputs, (Tensor, str)):
         return tuple(map(tree_of, inputs))
     return inputs
 
@@ -100,6 +100,7 @@ def jacobian_of(output: Tensor, tensors: Sequence[Tensor], names: Sequence[str],
     _check_output(output, batch_dim)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be positive, not {chunk_size}.")
+    batch_dim = None if batch_dim is None else batch_dim % output.ndim
     found = reach([output])
     factored = {name: t for name, t in zip(names, tensors, strict=True) if id(t) in found.recorded}
     blocks = _factors(output, factored, batch_dim) if factored else {}
@@ -125,7 +126,8 @@ class _Holder(nn.Module):
 
     def __init__(self, leaves: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self._parameters.update(leaves)  # type: ignore[arg-type]  # by names that may have dots, and whether or not nn.Parameter
+        held: dict[str, Any] = self._parameters  # as it is: names have dots, leaves need no nn.Parameter
+        held.update(leaves)
 
 
 def _factors(output: Tensor, leaves: Mapping[str, Tensor], batch_dim: int | None) -> dict[int, list[Block]]:

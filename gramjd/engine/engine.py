@@ -123,11 +123,11 @@ class Engine:
             flat: whether to return a matrix, as of TorchJD 0.12 and newer: :func:`gramjd.gramians.flatten`.
 
         Returns:
-            ``[*output.shape, *reversed(output.shape)]``, exactly symmetric, detached, on the
-            output's device: ``[m, m]`` for losses ``[m]``, the squared norm of the gradient for a
+            ``[*losses.shape, *reversed(losses.shape)]``, exactly symmetric, detached, on the
+            losses' device: ``[m, m]`` for losses ``[m]``, the squared norm of the gradient for a
             scalar. With a group, the shape is that of the output of all samples, and with
             ``rows="local"`` the first half of it that of this rank's. ``[m, m]`` with
-            ``m = output.numel()`` if ``flat``.
+            ``m = losses.numel()`` if ``flat``.
 
         Raises:
             NoGraphError: the output has no graph, or it has been freed.

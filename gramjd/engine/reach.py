@@ -40,7 +40,7 @@ def reach(tensors: Sequence[Tensor], stops: Sequence[Tensor] = ()) -> Reach:
             leaves[id(node.variable)] = node.variable
         elif type(node) is NODE_TYPE:
             recorded = True
-            seen |= _used(node.record)
+            seen |= _used(node)
         sparse = sparse or bool(getattr(node, "_saved_sparse", False))
     for node in _walk(starts, ends, met, through=False) if recorded else ():
         if hasattr(node, "variable"):
@@ -67,8 +67,9 @@ def _walk(starts: Sequence[Edge], ends: dict[Edge, int], met: set[int], through:
             stack += [edge for edge in edges if edge[0] is not None]
 
 
-def _used(mark: Any) -> set[int]:
-    """Ids of the parameters that a mark answers for."""
+def _used(node: Any) -> set[int]:
+    """Ids of the parameters that a node's mark answers for."""
+    mark = node.record
     if isinstance(mark, CallMark):
         return {id(p) for p in mark.parameters}
     return set().union(*(roots(slot.source) for slot in mark.record.slots))

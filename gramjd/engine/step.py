@@ -112,8 +112,8 @@ class Step:
         if missing and not any(map(distributed.is_sharded, jac.parameters)):
             shapes = [list(found.leaves[n].shape) for n in missing]
             raise NotCoveredError(
-                f"With per=..., {len(missing)} leaf tensors of the losses' graph, of shapes {shapes[:3]}, are in "
-                "no group, so they have no weights. Register their modules, too, or freeze them."
+                f"With per=..., {len(missing)} leaf tensors of the losses' graph, of shapes {shapes[:3]}, "
+                "are in no group, so they have no weights. Register their modules, too, or freeze them."
             )
         chosen = {name: self._weighting_of(name, gramians) for name in gramians}
         weights = {
