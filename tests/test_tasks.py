@@ -141,7 +141,6 @@ def test_parameters_of_several_tasks_get_the_sum() -> None:
 
 def test_gradients_accumulate() -> None:
     model = Model()
-    weights, want = by_definition(model)
     run(model, lambda losses, features: gramjd.mtl_backward(losses, features, upgrad))
     first = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     features = model.features(torch.randn(5, 3, generator=torch.Generator().manual_seed(3)).double())
