@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gramjd import gramians
+from gramjd.rounding import own_precision
 
 Losses = Tensor | Sequence[Tensor]
 Weights = Callable[[Tensor], Tensor]  # from a Gramian
@@ -41,6 +42,7 @@ def joined(losses: Losses, batch_dim: int | None) -> Any:
         return torch.stack(list(losses), -1 if batch_dim >= 0 else 0)
 
 
+@own_precision
 def combined(outputs: Losses, cotangents: Tensor | Sequence[Tensor | None]) -> Tensor:
     """``[m]``, whose Jacobian is that of the outputs times cotangents ``[m, *output.shape]`` of each.
 

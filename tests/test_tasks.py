@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -179,7 +180,15 @@ def test_scaler(wrt: str) -> None:
     model = Model()
     want = by_definition(model, wrt, scale=256.0)
     given = {"wrt": wrt, "scaler": scaler(256.0)}
-    same(run(model, lambda ls, fs: gramjd.mtl_backward(ls, fs, WEIGHTING[wrt], **given)), want)
+    seen: list[Tensor] = []
+
+    def weighting(gramian: Tensor) -> Tensor:
+        seen.append(gramian)
+        return WEIGHTING[wrt](gramian)
+
+    same(run(model, lambda ls, fs: gramjd.mtl_backward(ls, fs, weighting, **given)), want)
+    run(model, lambda ls, fs: gramjd.mtl_backward(ls, fs, weighting, wrt=wrt))
+    assert_close(seen[0], seen[1])  # the weighting does not see the scale
     model.float()
     inputs = torch.randn(5, 3)
     features = model.features(inputs)
@@ -187,6 +196,25 @@ def test_scaler(wrt: str) -> None:
     weights = gramjd.mtl_backward(model.losses(features), features, upgrad, wrt=wrt, scaler=scaler(2.0**126))
     assert weights.isnan().all()
     assert all(p.grad is not None and not p.grad.isfinite().any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("wrt", ["shared", "features"])
+def test_under_autocast(wrt: str) -> None:
+    """What is computed in the call has the precision of the tensors, not that of the context."""
+    model = Model().float()
+    x = torch.randn(5, 3)
+
+    def step(context: Any) -> list[Tensor]:
+        model.zero_grad()
+        features = model.features(x)
+        losses = model.losses(features)
+        with context:
+            weights = gramjd.mtl_backward(losses, features, WEIGHTING[wrt], wrt=wrt)
+        return [weights, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    want = step(contextlib.nullcontext())
+    for got, wanted in zip(step(torch.autocast("cpu", torch.bfloat16)), want, strict=True):
+        assert_close(got, wanted, 1e-6)
 
 
 @pytest.mark.parametrize("wrt", ["shared", "features"])

@@ -202,6 +202,9 @@ def preferred() -> Tensor:
 FRANK_WOLFE = "with `epsilon=1e-12, max_iters=10_000` there; their defaults leave the parameters 2e-3 apart"
 CONIC = "for `c=0.0`; for `c=0.5` their conic solver leaves the parameters 2e-5 apart"
 LEAST_SQUARES = "for `alpha=0.0`; else their least squares leave the parameters up to 1.2e-9 apart"
+INPUTS = (
+    "leaves nothing in `.jac`; with `inputs=params`: `backward(losses, weighting, params, inputs=params)`"
+)
 NASH = "with their `optim_niter=100`"
 PENDING = "no counterpart yet"
 
@@ -209,7 +212,7 @@ ROWS = [
     Row("autogram", "Engine", "`Engine`", "ours does not need `flat=True`, but gives `[m, m]` with it",
         by_autogram(lambda module: module.UPGradWeighting(), 0), by_engine(ours.UPGradWeighting, 0),
         losses=0, needs=("quadprog",), batch_dim=0),
-    Row("autojac", "backward", "`gramjd.backward(losses, weighting)`", "nothing is left in `.jac`",
+    Row("autojac", "backward", "`gramjd.backward(losses, weighting)`", INPUTS,
         by_autojac(lambda module: module.UPGrad()), by_backward(ours.UPGradWeighting), needs=("quadprog",)),
     Row("autojac", "jac", "`gramjd.jac(outputs, inputs)`", "lazy; `.dense()` for the rows",
         of_rows, of_lazy, needs=("quadprog",)),

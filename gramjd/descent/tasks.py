@@ -144,6 +144,7 @@ class _Tasks:
                     )
         return _Tasks(features, trunk, heads)
 
+    @own_precision
     def step(self, total: Scaled, weighting: Weights, wrt: str, chunk_size: int | None) -> Tensor:
         """All gradients, added to ``.grad`` when nothing can fail any more."""
         if not bool(torch.isfinite(total.output.detach()).all()):
@@ -167,7 +168,6 @@ class _Tasks:
             self._once(rows, weights)
         return weights
 
-    @own_precision
     def _heads(self, total: Tensor) -> tuple[dict[int, tuple[Tensor, Tensor]], list[Tensor | None]]:
         """Gradients of heads, by id, and rows ``[tasks, *feature.shape]`` of each feature (none: zeros)."""
         own: dict[int, tuple[Tensor, Tensor]] = {}
@@ -237,7 +237,6 @@ def _stacked(column: Sequence[Tensor | None], feature: Tensor) -> Tensor | None:
     return torch.stack([torch.zeros_like(feature) if g is None else g for g in column]).detach()
 
 
-@own_precision
 def _of_rows(rows: Sequence[Tensor | None], tasks: int) -> Tensor:
     """The Gramian of the features, at least in float32."""
     used = [row for row in rows if row is not None]

@@ -181,7 +181,8 @@ class Engine:
             scaler: a ``GradScaler``, for mixed precision: gradients are those of ``scaler.scale(losses)``,
                 for ``scaler.step(optimizer)`` to unscale; the weighting sees the Gramian of the losses. If
                 gradients overflow, they become infinite, so that ``scaler`` skips the step and lowers its
-                scale, and the weights are NaN.
+                scale, and the weights are NaN (of groups there are none). With a process group an overflow
+                is an error.
             group: a process group, as in :meth:`compute_gramian`: the weights are of the losses of all
                 ranks, the gradients this rank's share of them.
             averaged: with a group, whether gradients are averaged over it, as by

@@ -96,7 +96,7 @@ class Step:
             jac.backward(mine.to(jac.dtype))
         else:
             torch.autograd.backward(output, mine.to(output), retain_graph=True, inputs=self.inputs)
-        return weights
+        return weights.to(output.device)
 
     def _lazily(self, jac: Jacobian, output: Tensor) -> bool:
         """Does the Jacobian know the gradients of all leaves that get one, as autograd would give them?"""
