@@ -51,7 +51,12 @@ def case_step(rank: int, size: int) -> Any:
     tasks = gramjd.Engine(model, batch_dim=None)
     losses = list(task_losses(model, x, y, samples))
     found["tasks"] = tasks.backward(losses, upgrad, **given), gradients(model)
-    for name in ("summed", "groups", "tasks"):
+    losses = list(task_losses(model, x, y, samples))
+    weights = upgrad(tasks.compute_gramian(losses, group=group))
+    share = gramjd.distributed.local_weights(weights, losses, group, batch_dim=None, averaged=False)
+    torch.stack(losses).backward(share)
+    found["by hand"] = weights, gradients(model)
+    for name in ("summed", "groups", "tasks", "by hand"):
         for g in found[name][1].values():
             dist.all_reduce(g)
     return found

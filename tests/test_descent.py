@@ -165,7 +165,9 @@ def test_inputs_choose_the_leaves() -> None:
     weights, want = step_by_definition(losses, model.parameters(), model[2].parameters(), upgrad)
     for step in (engine.backward, gramjd.backward):
         more = {"batch_dim": 0} if step is gramjd.backward else {}
-        assert_close(step(losses, upgrad, inputs=model[2].parameters(), **more), weights, 1e-9)
+        assert_close(
+            step(losses, upgrad, inputs=model[2].parameters(), retain_graph=True, **more), weights, 1e-9
+        )
         assert model[0].weight.grad is None
         assert_close(taken(model[2].parameters()), want, 1e-9)
 
@@ -236,8 +238,8 @@ def test_sparse_gradients_stay_sparse() -> None:
     losses = head(table(torch.tensor([1, 4, 1, 2]))).squeeze(1).square()
     leaves = [*table.parameters(), *head.parameters()]
     weights = upgrad(engine.compute_gramian(losses))
-    for step in (engine.backward, lambda *a: gramjd.backward(*a, batch_dim=0)):
-        assert_close(step(losses, upgrad), weights, 1e-9)
+    for step in (engine.backward, lambda *a, **k: gramjd.backward(*a, batch_dim=0, **k)):
+        assert_close(step(losses, upgrad, retain_graph=True), weights, 1e-9)
         assert table.weight.grad is not None and table.weight.grad.is_sparse
         got = taken(leaves)
         losses.backward(weights, retain_graph=True)
@@ -310,6 +312,16 @@ def test_losses_that_overflow_by_themselves_are_an_error() -> None:
         assert all(p.grad is None for p in model.parameters())
 
 
+def test_the_graph_is_freed_by_a_backward_pass() -> None:
+    model = mlp()
+    engine = Engine(model[2], batch_dim=0)
+    losses = model(data()).square().sum(1)
+    engine.backward(losses, upgrad, retain_graph=True)
+    engine.backward(losses, upgrad)
+    with pytest.raises(gramjd.NoGraphError, match="freed"):
+        engine.backward(losses, upgrad)
+
+
 # without an engine
 
 
@@ -337,7 +349,7 @@ def test_what_the_gramian_is_of() -> None:
         ([head.weight, head], list(head.parameters())),
     ]:
         weights, want = step_by_definition(losses, of, leaves, upgrad)
-        assert_close(gramjd.backward(losses, upgrad, wrt), weights, 1e-9)
+        assert_close(gramjd.backward(losses, upgrad, wrt, retain_graph=True), weights, 1e-9)
         assert_close(taken(leaves), want, 1e-9)
 
 
@@ -417,7 +429,7 @@ def test_nothing_changes_but_grad() -> None:
     losses = model[2](features).square().mean(0)
     gramjd.jac(losses, features)
     assert features.grad is None
-    gramjd.backward(losses, mean, features)
+    gramjd.backward(losses, mean, features, retain_graph=True)
     assert features.grad is not None
     got, features.grad = features.grad, None
     losses.mean().backward()

@@ -26,13 +26,14 @@ def close(got: Tensor, want: Tensor) -> None:
     assert (got - want).norm() <= 1e-8 * want.norm()
 
 
-@pytest.mark.parametrize("name", ["averaged", "partial", "summed", "groups", "tasks"])
+@pytest.mark.parametrize("name", ["averaged", "partial", "summed", "groups", "tasks", "by hand"])
 def test_step(results: list[Any], name: str) -> None:
     samples = sum(cases.sizes_of(len(results)))
     model, x, y = cases.make("mlp", samples)
-    batch_dim = None if name == "tasks" else 0
+    of_tasks = name in ("tasks", "by hand")
+    batch_dim = None if of_tasks else 0
     engine = gramjd.Engine(model[2] if name == "partial" else model, batch_dim=batch_dim)
-    losses = task_losses(model, x, y, samples) if name == "tasks" else cases.losses_of(model, x, y)
+    losses = task_losses(model, x, y, samples) if of_tasks else cases.losses_of(model, x, y)
     if name == "groups":
         J = engine.jacobian(losses)
         want = {group: upgrad(G) for group, G in J.gramian(LAYERS).items()}

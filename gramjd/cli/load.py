@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gramjd import pytree
+from gramjd.objectives import Losses, joined
 
 CONTRACT = """\
 FILE:FACTORY names a function of no arguments in a Python file (or in an importable module) that returns
@@ -44,7 +45,8 @@ class Problem:
 
     model: nn.Module
     batch: Any
-    function: Callable[[nn.Module, Any], Tensor]
+    function: Callable[[nn.Module, Any], Losses]
+    batch_dim: int | None = 0  # by which a list of losses is joined
 
     def losses(self) -> Tensor:
         """Run the user's forward.
@@ -53,14 +55,14 @@ class Problem:
             CannotRunError: it raised an exception, or did not return a tensor with a graph.
         """
         try:
-            found = self.function(self.model, self.batch)
+            found = joined(self.function(self.model, self.batch), self.batch_dim)
         except Exception as error:
             raise CannotRunError(f"losses(model, batch) raised {_brief(error)}") from error
         if not isinstance(found, Tensor) or not found.requires_grad:
             got = "a tensor without a graph" if isinstance(found, Tensor) else type(found).__name__
             raise CannotRunError(
-                f"losses(model, batch) returned {got}; it must return a tensor of losses that were "
-                "computed from the model's trainable parameters."
+                f"losses(model, batch) returned {got}; it must return a tensor of losses, or a list of "
+                "them, computed from the model's trainable parameters."
             )
         return found
 
@@ -77,14 +79,14 @@ class Problem:
                 f"The model cannot be copied: copy.deepcopy raised {_brief(error)}"
             ) from error
         if dtype is None:
-            return Problem(model, self.batch, self.function)
+            return replace(self, model=model)
         batch = pytree.map(
             lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, self.batch
         )
-        return Problem(model.to(dtype), batch, self.function)
+        return replace(self, model=model.to(dtype), batch=batch)
 
 
-def load(spec: str) -> Problem:
+def load(spec: str, batch_dim: int | None = 0) -> Problem:
     """The problem that ``FILE:FACTORY`` makes.
 
     Raises:
@@ -104,7 +106,7 @@ def load(spec: str) -> Problem:
         found = factory()
     except Exception as error:
         raise CannotRunError(f"{spec} raised {_brief(error)}") from error
-    return _problem(spec, found)
+    return replace(_problem(spec, found), batch_dim=batch_dim)
 
 
 def _problem(spec: str, found: Any) -> Problem:

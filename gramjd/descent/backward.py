@@ -17,8 +17,8 @@ from gramjd.objectives import Losses, joined
 
 
 def backward(losses: Losses, weighting: Weightings, modules: Inputs = None, *, batch_dim: int | None = None,
-             per: Per = None, flat: bool = False, inputs: Iterable[Tensor] | None = None, scaler: Any = None,
-             chunk_size: int | None = None) -> Any:  # fmt: skip
+             per: Per = None, flat: bool = False, inputs: Iterable[Tensor] | None = None, retain_graph: bool = False,
+             scaler: Any = None, chunk_size: int | None = None) -> Any:  # fmt: skip
     """A step of Jacobian descent: Gramian, weights, and the weighted gradient added to ``.grad``.
 
     It takes the place of ``losses.mean().backward()``, and needs nothing before the forward pass. What
@@ -39,6 +39,8 @@ def backward(losses: Losses, weighting: Weightings, modules: Inputs = None, *, b
         per: groups of parameters with weights of their own, as in :meth:`gramjd.Engine.backward`.
         flat: whether the weighting takes ``[m, m]`` and returns ``[m]``, as TorchJD's do.
         inputs: the leaves that get gradients; all of them by default.
+        retain_graph: whether a backward pass for the gradients keeps the graph, as in ``torch``. Where the
+            Gramian is of all leaves there is none: the graph is kept until nobody holds the losses.
         scaler: a ``GradScaler``, as in :meth:`gramjd.Engine.backward`.
         chunk_size: as in :func:`gramjd.jac`.
 
@@ -59,7 +61,7 @@ def backward(losses: Losses, weighting: Weightings, modules: Inputs = None, *, b
     """
     scaled = Scaled.by(scaler, joined(losses, batch_dim))
     output = scaled.output
-    step = Step(weighting, per, flat, None if inputs is None else list(inputs), scaled.scale)
+    step = Step(weighting, per, flat, None if inputs is None else list(inputs), scaled.scale, retain_graph)
     named = _leaves(output) if modules is None else unique(modules)
     tensors, spec = pytree.flatten(named)
 

@@ -23,14 +23,14 @@ from gramjd.rounding import own_precision
 
 def mtl_backward(losses: Losses, features: Losses, weighting: Weights, *, shared: Inputs = None,
                  tasks: Sequence[Inputs] | None = None, wrt: str = "shared",
-                 grad_tensors: Sequence[Tensor] | None = None, scaler: Any = None,
-                 chunk_size: int | None = None) -> Tensor:  # fmt: skip
+                 grad_tensors: Sequence[Tensor] | None = None, retain_graph: bool = False,
+                 scaler: Any = None, chunk_size: int | None = None) -> Tensor:  # fmt: skip
     """A step of several tasks that share an encoder: each head by its own loss, the encoder by all of them.
 
     Adds to ``.grad`` of each task's own parameters the plain gradient of its loss, and to that of the shared
     ones ``Jᵀ w``, where ``J`` has a row for each task, and ``w`` are weights computed from ``J Jᵀ``. Costs
     a backward pass of each head, and of the encoder one for each task; with ``wrt="features"`` one
-    altogether. The graph is kept until nobody holds the losses. In a forward pass that was recorded
+    altogether. In a forward pass that was recorded
     (:func:`gramjd.record`, an ``Engine``) the encoder's Jacobian is made of factors.
 
     Args:
@@ -45,6 +45,8 @@ def mtl_backward(losses: Losses, features: Losses, weighting: Weights, *, shared
         wrt: what the Gramian is of: the ``"shared"`` parameters, or the ``"features"`` (MGDA-UB, an upper
             bound of their norms: Sener and Koltun, arXiv 1810.04650, Section 3.2).
         grad_tensors: for losses that are no scalars, their cotangents, as of ``torch.autograd.backward``.
+        retain_graph: whether the encoder's part of the graph stays with ``wrt="features"``, as in ``torch``.
+            The rest is kept until nobody holds the losses.
         scaler: a ``GradScaler``, as in :meth:`gramjd.Engine.backward`.
         chunk_size: as in :func:`gramjd.jac`.
 
@@ -69,7 +71,11 @@ def mtl_backward(losses: Losses, features: Losses, weighting: Weights, *, shared
         raise ValueError(f"wrt must be 'shared' or 'features', not {wrt!r}.")
     total = Scaled.by(scaler, _contracted(each, grad_tensors))
     leaves = [*found.shared.values(), *(p for head in found.heads for p in head.values())]
-    weights: Tensor = total.attempt(lambda: found.step(total, weighting, wrt, chunk_size), lambda: leaves)
+
+    def together() -> Tensor:
+        return found.step(total, weighting, wrt, chunk_size, retain_graph)
+
+    weights: Tensor = total.attempt(together, lambda: leaves)
     return weights
 
 
@@ -145,7 +151,8 @@ class _Tasks:
         return _Tasks(features, trunk, heads)
 
     @own_precision
-    def step(self, total: Scaled, weighting: Weights, wrt: str, chunk_size: int | None) -> Tensor:
+    def step(self, total: Scaled, weighting: Weights, wrt: str, chunk_size: int | None, retain_graph: bool
+             ) -> Tensor:  # fmt: skip
         """All gradients, added to ``.grad`` when nothing can fail any more."""
         if not bool(torch.isfinite(total.output.detach()).all()):
             raise NotFiniteError("The losses have NaN or infinite entries: their gradients are meaningless.")
@@ -165,7 +172,7 @@ class _Tasks:
         if jac is not None:
             jac.backward(weights.to(jac.dtype))
         elif self.shared:
-            self._once(rows, weights)
+            self._once(rows, weights, retain_graph)
         return weights
 
     def _heads(self, total: Tensor) -> tuple[dict[int, tuple[Tensor, Tensor]], list[Tensor | None]]:
@@ -186,12 +193,12 @@ class _Tasks:
                 column.append(g)
         return own, [_stacked(column, f) for column, f in zip(rows, self.features, strict=True)]
 
-    def _once(self, rows: Sequence[Tensor | None], weights: Tensor) -> None:
+    def _once(self, rows: Sequence[Tensor | None], weights: Tensor, retain_graph: bool) -> None:
         """The encoder's gradient by one backward pass, from what the features have of it."""
         pairs = [(f, row) for f, row in zip(self.features, rows, strict=True) if row is not None]
         cotangents = [torch.tensordot(weights.to(row), row, 1) for _, row in pairs]
         torch.autograd.backward(
-            [f for f, _ in pairs], cotangents, retain_graph=True, inputs=list(self.shared.values())
+            [f for f, _ in pairs], cotangents, retain_graph=retain_graph, inputs=list(self.shared.values())
         )
 
 

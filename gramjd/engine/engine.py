@@ -159,15 +159,15 @@ class Engine:
         return gramians.flatten(gramian) if flat else gramian
 
     def backward(self, losses: Losses, /, weighting: Weightings, *, per: Per = None, flat: bool = False,
-                 inputs: Iterable[Tensor] | None = None, scaler: Any = None, group: Any = None,
-                 averaged: bool = True) -> Any:  # fmt: skip
+                 inputs: Iterable[Tensor] | None = None, retain_graph: bool = False, scaler: Any = None,
+                 group: Any = None, averaged: bool = True) -> Any:  # fmt: skip
         """A step of Jacobian descent: Gramian, weights, and the weighted gradient added to ``.grad``.
 
         The same as ``weights = weighting(engine.compute_gramian(losses)); losses.backward(weights)``,
         for all leaves, registered or not (*partial* Jacobian descent). No second backward pass runs where
         all leaves are registered: gradients are products of the factors that the Gramian was made of, as
-        of :meth:`gramjd.Jacobian.backward`, which takes less time and more memory. The graph is kept until
-        nobody holds the losses.
+        of :meth:`gramjd.Jacobian.backward`, which takes less time and more memory: nothing frees the graph
+        then before nobody holds the losses (``del losses``).
 
         Args:
             losses: as in :meth:`compute_gramian`: a tensor of any shape, or a list or tuple of tensors.
@@ -178,6 +178,7 @@ class Engine:
                 groups to weightings; it must be, if these remember earlier calls.
             flat: whether the weighting takes ``[m, m]`` and returns ``[m]``, as TorchJD's do.
             inputs: the leaves that get gradients; all of them by default.
+            retain_graph: whether a backward pass for the gradients keeps the graph, as in ``torch``.
             scaler: a ``GradScaler``, for mixed precision: gradients are those of ``scaler.scale(losses)``,
                 for ``scaler.step(optimizer)`` to unscale; the weighting sees the Gramian of the losses. If
                 gradients overflow, they become infinite, so that ``scaler`` skips the step and lowers its
@@ -205,7 +206,9 @@ class Engine:
         """
         output = joined(losses, self._batch_dim)
         scaled = Scaled.by(scaler, output)
-        step = Step(weighting, per, flat, None if inputs is None else list(inputs), scaled.scale)
+        step = Step(
+            weighting, per, flat, None if inputs is None else list(inputs), scaled.scale, retain_graph
+        )
         output = scaled.output
         if group is not None:
             jac = self._jacobian_of_ranks(output, group)

@@ -32,6 +32,7 @@ class Scaled:
     output: Tensor
     scale: float
     unscaled: Tensor
+    skips: bool = False  # does somebody skip the step where gradients are infinite?
 
     @staticmethod
     def by(scaler: Any, output: Tensor) -> Scaled:
@@ -40,7 +41,7 @@ class Scaled:
             return Scaled(output, 1.0, output)
         with torch.enable_grad():
             scaled = scaler.scale(output)
-        return Scaled(scaled, float(scaler.get_scale()), output)
+        return Scaled(scaled, float(scaler.get_scale()), output, bool(scaler.is_enabled()))
 
     def attempt(
         self, step: Callable[[], Any], leaves: Callable[[], Iterable[Tensor]], per: Per = None
@@ -53,7 +54,7 @@ class Scaled:
         try:
             return step()
         except NotFiniteError:
-            if self.scale == 1.0 or not bool(torch.isfinite(self.unscaled.detach()).all()):
+            if not self.skips or not bool(torch.isfinite(self.unscaled.detach()).all()):
                 raise
         found = list(leaves())
         accumulate(found, [torch.full_like(p, torch.inf) for p in found])
@@ -69,6 +70,7 @@ class Step:
     flat: bool = False
     inputs: Sequence[Tensor] | None = None  # leaves that get gradients; all, if it is None
     scale: float = 1.0
+    retain_graph: bool = False
 
     def __post_init__(self) -> None:
         if self.per is None and isinstance(self.weighting, Mapping):
@@ -95,7 +97,9 @@ class Step:
         if self._lazily(jac, output):
             jac.backward(mine.to(jac.dtype))
         else:
-            torch.autograd.backward(output, mine.to(output), retain_graph=True, inputs=self.inputs)
+            torch.autograd.backward(
+                output, mine.to(output), retain_graph=self.retain_graph, inputs=self.inputs
+            )
         return weights.to(output.device)
 
     def _lazily(self, jac: Jacobian, output: Tensor) -> bool:
