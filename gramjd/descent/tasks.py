@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gramjd import pytree
-from gramjd.descent.jac import Inputs, jacobian_of, unique
+from gramjd.descent.jacobians import Inputs, jacobian_of, unique
 from gramjd.descent.rows import gradients, keeping_grads
 from gramjd.engine.reach import Reach, reach
 from gramjd.engine.step import OVERFLOWED, Scaled

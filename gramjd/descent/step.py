@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from gramjd import pytree
-from gramjd.descent.jac import Inputs, jacobian_of, unique
+from gramjd.descent.jacobians import Inputs, jacobian_of, unique
 from gramjd.engine.reach import reach
 from gramjd.engine.step import Scaled, Step, Weightings
 from gramjd.errors import NoGraphError
@@ -17,8 +17,8 @@ from gramjd.objectives import Losses, joined
 
 
 def backward(losses: Losses, weighting: Weightings, modules: Inputs = None, *, batch_dim: int | None = None,
-             per: Per = None, flat: bool = False, inputs: Iterable[Tensor] | None = None, retain_graph: bool = False,
-             scaler: Any = None, chunk_size: int | None = None) -> Any:  # fmt: skip
+             per: Per = None, flat: bool = False, inputs: Iterable[Tensor] | None = None,
+             retain_graph: bool = False, scaler: Any = None, chunk_size: int | None = None) -> Any:  # fmt: skip
     """A step of Jacobian descent: Gramian, weights, and the weighted gradient added to ``.grad``.
 
     It takes the place of ``losses.mean().backward()``, and needs nothing before the forward pass. What
