@@ -18,7 +18,8 @@ from gramjd.objectives import Losses, joined
 
 def backward(losses: Losses, weighting: Weightings, modules: Inputs = None, *, batch_dim: int | None = None,
              per: Per = None, flat: bool = False, inputs: Iterable[Tensor] | None = None,
-             retain_graph: bool = False, scaler: Any = None, chunk_size: int | None = None) -> Any:  # fmt: skip
+             retain_graph: bool = False, scaler: Any = None, chunk_size: int | None = None
+             ) -> Any:  # fmt: skip
     """A step of Jacobian descent: Gramian, weights, and the weighted gradient added to ``.grad``.
 
     It takes the place of ``losses.mean().backward()``, and needs nothing before the forward pass. What
