@@ -5,6 +5,7 @@ of TorchJD's, ``UPGradWeighting()(gramian)``. A Gramian has shape ``[m, m]``, th
 ``[*shape, *reversed(shape)]``, or one of these behind a batch dimension. Everything runs on its
 device, in float64, and gives weights of its dtype. Where an optimization problem is solved,
 ``certificate=True`` also returns the evidence that it was; a wrong answer raises an error.
+``sum`` is not among the names that ``import *`` imports: it would hide the builtin.
 """
 
 from gramjd.weighting._base import StatefulWeighting, Weighting
@@ -22,8 +23,8 @@ from gramjd.weighting.fixed import (
     constant,
     mean,
     random,
-    sum,
 )
+from gramjd.weighting.fixed import sum as sum
 from gramjd.weighting.gradvac import GradVacWeighting, gradvac
 from gramjd.weighting.imtl_g import IMTLGWeighting, imtl_g
 from gramjd.weighting.krum import KrumWeighting, krum
@@ -67,6 +68,5 @@ __all__ = [
     "nash_mtl",
     "pcgrad",
     "random",
-    "sum",
     "upgrad",
 ]
