@@ -98,21 +98,21 @@ def by_engine(make: Callable[[], Any], batch_dim: int | None = None) -> Callable
     return made
 
 
-def of_aggregator(name: str, shown: str, *arguments: Any, counterpart: str = "", **more: Any) -> Row:
-    """An aggregator: with ``autojac`` there, ``gramjd.backward`` here."""
-    mine = counterpart or f"{name}Weighting"
+def of_aggregator(name: str, shown: str, *arguments: Any, theirs: tuple[Any, ...] = (), **more: Any) -> Row:
+    """An aggregator: with ``autojac`` there (of more arguments, perhaps), ``gramjd.backward`` here."""
+    mine = f"{name}Weighting"
     return Row(
         "aggregation", name, f"`gramjd.backward(losses, {mine}({shown}))`",
-        theirs_step=by_autojac(lambda module: getattr(module, name)(*arguments)),
+        theirs_step=by_autojac(lambda module: getattr(module, name)(*arguments, *theirs)),
         ours_step=by_backward(lambda: getattr(ours, mine)(*arguments)), **more,
     )  # fmt: skip
 
 
-def of_weighting(name: str, shown: str, *arguments: Any, **more: Any) -> Row:
+def of_weighting(name: str, shown: str, *arguments: Any, theirs: tuple[Any, ...] = (), **more: Any) -> Row:
     """A weighting: with ``autogram.Engine`` there, ``Engine.backward`` here."""
     return Row(
         "aggregation", f"{name}Weighting", f"`weighting.{name}Weighting({shown})`",
-        theirs_step=by_autogram(lambda module: getattr(module, f"{name}Weighting")(*arguments)),
+        theirs_step=by_autogram(lambda module: getattr(module, f"{name}Weighting")(*arguments, *theirs)),
         ours_step=by_engine(lambda: getattr(ours, f"{name}Weighting")(*arguments)), **more,
     )  # fmt: skip
 
@@ -233,7 +233,7 @@ ROWS = [
         first_half, by_engine(Longest)),
     *both("UPGrad", "", needs=("quadprog",)),
     *both("DualProj", "", needs=("quadprog",)),
-    *both("MGDA", "", 1e-12, 10_000, note=FRANK_WOLFE),
+    *both("MGDA", "", theirs=(1e-12, 10_000), note=FRANK_WOLFE),
     *both("CAGrad", "c", 0.0, needs=("cvxpy", "clarabel"), note=CONIC),
     *both("FairGrad", "alpha", 0.0, needs=("scipy",), note=LEAST_SQUARES),
     *both("IMTLG"),
@@ -245,7 +245,7 @@ ROWS = [
     *both("Mean"),
     *both("Sum"),
     *both("Constant", "w", preferred()),
-    of_aggregator("NashMTL", "n_tasks", 4, 1.0, 1, 100, needs=("cvxpy", "ecos"), note=NASH),
+    of_aggregator("NashMTL", "n_tasks", 4, theirs=(1.0, 1, 100), needs=("cvxpy", "ecos"), note=NASH),
     Row("aggregation", "CRMOGMWeighting", "`weighting.CRMOGMWeighting(weighting)`", "",
         by_autogram(lambda module: module.CRMOGMWeighting(module.IMTLGWeighting())),
         by_engine(lambda: ours.CRMOGMWeighting(ours.IMTLGWeighting()))),
