@@ -195,6 +195,33 @@ class Longest(ours.Weighting):
         return gramian.diagonal() / gramian.trace()
 
 
+def of_two_batches(name: str, *arguments: Any) -> Row:
+    """A weighting of the inner products of two batches' gradients: here, of half a batch each."""
+
+    def theirs_step(aggregation: Any, model: nn.Module) -> Step:
+        weighting = getattr(aggregation, name)(*arguments)
+
+        def step(model: nn.Module, losses: Tensor) -> None:
+            parameters = list(model.parameters())
+            rows = [torchjd("autojac").jac(half, parameters) for half in model.halves()]  # type: ignore[operator]
+            one, two = (torch.cat([row.flatten(1) for row in mine], 1) for mine in rows)
+            losses.backward(weighting(one @ two.T))
+
+        return step
+
+    def ours_step(model: nn.Module) -> Step:
+        weighting = getattr(ours, name)(*arguments)
+
+        def step(model: nn.Module, losses: Tensor) -> None:
+            one, two = (gramjd.jac(half, model) for half in model.halves())  # type: ignore[operator]
+            losses.backward(weighting(one.cross(two)))
+
+        return step
+
+    shown = f"`losses.backward({name}()(J1.cross(J2)))`"
+    return Row("aggregation", name, shown, "of `gramjd.jac` or an `Engine`", theirs_step, ours_step)
+
+
 def preferred() -> Tensor:
     return torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
 
@@ -263,6 +290,7 @@ def run(row: Row, make: Callable[[nn.Module], Step]) -> Tensor:
     x, y = torch.randn(8, 3).double(), 3 * torch.randn(8, 4).double()
     model.x = x
     model.of = lambda out: (out - y).square().mean(0)
+    model.halves = lambda: [(model(x[h]) - y[h]).square().mean(0) for h in (slice(4), slice(4, 8))]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     step = make(model)
     for seed in range(3):
