@@ -335,7 +335,8 @@ class Engine:
     def _validate(self, output: Tensor) -> int | None:
         """The batch dimension as a dimension of this output."""
         if not isinstance(output, Tensor):
-            raise TypeError(f"compute_gramian expects a tensor, got a {type(output).__name__}.")
+            what = type(output).__name__
+            raise TypeError(f"compute_gramian expects a tensor or a list of tensors, got a {what}.")
         dim = self._batch_dim
         if dim is not None and not -output.ndim <= dim < output.ndim:
             raise ValueError(
