@@ -49,8 +49,13 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any, list[Any]]]] = {
         "alpha": (0.5, 0.9, SHARES),
         "initial_weights": (None, SECOND, VECTORS),
     },
+    "ConFIGWeighting": {"pref_vector": (FIRST, SECOND, VECTORS)},
     "ConstantWeighting": {"weights": (FIRST, SECOND, [*VECTORS, None])},
     "DualProjWeighting": DUAL_CONE,
+    "ExcessMTLWeighting": {
+        "robust_step_size": (1.0, 0.1, [*NEGATIVE, 0]),
+        "n_warmup_steps": (0, 2, COUNTS),
+    },
     "FairGradWeighting": {
         "alpha": (1.0, 2.0, NEGATIVE),
         "max_iters": (SAME, None, [10, 0]),
@@ -68,6 +73,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any, list[Any]]]] = {
         "max_iters": (SAME, 100, [1000, 1, None]),
     },
     "MeanWeighting": {},
+    "MoDoWeighting": {"gamma": (0.01, 0.02, [*NEGATIVE, 0]), "rho": (0.0, 1.0, NEGATIVE)},
     "NashMTLWeighting": {
         "n_tasks": (5, 4, [*COUNTS, 0]),
         "max_norm": (1.0, 0.01, NEGATIVE),
@@ -75,8 +81,24 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any, list[Any]]]] = {
         "optim_niter": (SAME, 20, [10, 0, None]),
         "reg_eps": (1e-8, 0.1, NEGATIVE),
     },
+    "PCDWeighting": {
+        "tau": (
+            0.02,
+            torch.tensor([0.0, 0.5, 0.1, 0.9]),
+            [*SHARES, torch.tensor([[0.1]]), torch.tensor([2.0])],
+        ),
+        "beta": (0.999, 0.1, [*SHARES, 1.0]),
+        "eps": (1e-8, 100.0, NEGATIVE),
+    },
     "PCGradWeighting": {"generator": (generator(0), generator(1), [0, "cpu"])},
     "RandomWeighting": {"generator": (generator(0), generator(1), [0, "cpu"])},
+    "SDMGradWeighting": {
+        "lr": (10.0, 0.1, [*NEGATIVE, 0]),
+        "momentum": (0.5, 0.0, [*SHARES, 1.0]),
+        "n_iter": (20, 2, [*COUNTS, 0]),
+        "lambda_": (0.3, 0.6, NEGATIVE),
+        "pref_vector": (FIRST, SECOND, VECTORS),
+    },
     "SumWeighting": {},
     "UPGradWeighting": DUAL_CONE,
 }
@@ -161,6 +183,10 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "aligned_mtl": w.aligned_mtl,
     "gradvac": w.gradvac,
     "krum": w.krum,
+    "config": w.config,
+    "modo": w.modo,
+    "sdmgrad": w.sdmgrad,
+    "pcd": w.pcd,
 }
 
 
@@ -239,6 +265,10 @@ EMPTY: dict[str, Callable[[Tensor], Any]] = {
     "nash_mtl": w.nash_mtl,
     "fairgrad": lambda g: w.fairgrad(g, 1.0),
     "fairgrad_0": lambda g: w.fairgrad(g, 0.0),
+    "config": w.config,
+    "modo": lambda g: w.modo(g)[0],
+    "sdmgrad": lambda g: w.sdmgrad(g)[0],
+    "pcd": lambda g: w.pcd(g)[0],
     "imtl_g": w.imtl_g,
     "aligned_mtl": w.aligned_mtl,
     "pcgrad": w.pcgrad,

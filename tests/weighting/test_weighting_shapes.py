@@ -23,6 +23,8 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "pcgrad": lambda g: w.pcgrad(g, generator=torch.Generator().manual_seed(0)),
     "gradvac": lambda g: w.gradvac(g, generator=torch.Generator().manual_seed(0))[0],
     "krum": lambda g: w.krum(g, 0, 1),
+    "config": w.config,
+    "pcd": lambda g: w.pcd(g)[0],
     "mean": w.mean,
     "sum": w.sum,
     "random": lambda g: w.random(g, generator=torch.Generator().manual_seed(0)),
@@ -202,6 +204,10 @@ STATEFUL: dict[str, Callable[[], w.StatefulWeighting]] = {
     "CR-MOGM of one with a state": lambda: w.CRMOGMWeighting(w.NashMTLWeighting(5, update_weights_every=3)),
     "GradVac": lambda: w.GradVacWeighting(),
     "NashMTL": lambda: w.NashMTLWeighting(5, update_weights_every=3),
+    "MoDo": lambda: w.MoDoWeighting(0.01),
+    "SDMGrad": lambda: w.SDMGradWeighting(0.1),
+    "PCD": lambda: w.PCDWeighting(),
+    "ExcessMTL": lambda: w.ExcessMTLWeighting(n_warmup_steps=1),
 }
 
 
