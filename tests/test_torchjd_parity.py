@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import gramjd
 from gramjd import weighting as ours
+from gramjd.aggregation import graddrop, parameter_rows, trimmed_mean
 
 PACKAGES = ("autogram", "autojac", "aggregation")
 PAGE = Path(__file__).parents[1] / "docs" / "torchjd.md"
@@ -222,6 +223,35 @@ def of_two_batches(name: str, *arguments: Any) -> Row:
     return Row("aggregation", name, shown, "of `gramjd.jac` or an `Engine`", theirs_step, ours_step)
 
 
+def their_excess(aggregation: Any, model: nn.Module) -> Step:
+    weighting = aggregation.ExcessMTLWeighting()
+
+    def step(model: nn.Module, losses: Tensor) -> None:
+        rows = torchjd("autojac").jac(losses, list(model.parameters()), retain_graph=True)
+        losses.backward(weighting(torch.cat([row.flatten(1) for row in rows], 1)))
+
+    return step
+
+
+def excess(model: nn.Module) -> Step:
+    weighting = ours.ExcessMTLWeighting()
+
+    def step(model: nn.Module, losses: Tensor) -> None:
+        J = gramjd.jac(losses, model)
+        J.backward(weighting(parameter_rows(J)))
+
+    return step
+
+
+def aggregated(aggregator: Callable[[Any], Any]) -> Callable[[nn.Module], Step]:
+    def step(model: nn.Module, losses: Tensor) -> None:
+        parameters = list(model.parameters())
+        for p, g in zip(parameters, aggregator(gramjd.jac(losses, parameters)), strict=True):
+            p.grad = g
+
+    return lambda model: step
+
+
 def preferred() -> Tensor:
     return torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
 
@@ -233,7 +263,7 @@ INPUTS = (
     "leaves nothing in `.jac`; with `inputs=params`: `backward(losses, weighting, params, inputs=params)`"
 )
 NASH = "with their `optim_niter=100`"
-PENDING = "no counterpart yet"
+ROWS_OF_PARAMETERS = "holds the rows of one parameter at a time"
 
 ROWS = [
     Row("autogram", "Engine", "`Engine`", "ours does not need `flat=True`, but gives `[m, m]` with it",
@@ -276,10 +306,18 @@ ROWS = [
     Row("aggregation", "CRMOGMWeighting", "`weighting.CRMOGMWeighting(weighting)`", "",
         by_autogram(lambda module: module.CRMOGMWeighting(module.IMTLGWeighting())),
         by_engine(lambda: ours.CRMOGMWeighting(ours.IMTLGWeighting()))),
-    *(Row("aggregation", name, "", PENDING) for name in (
-        "ConFIG", "ExcessMTL", "ExcessMTLWeighting", "GradDrop", "MoDoWeighting", "PCD", "PCDWeighting",
-        "SDMGradWeighting", "TrimmedMean",
-    )),
+    of_aggregator("ConFIG", ""),
+    *both("PCD"),
+    Row("aggregation", "ExcessMTL", "`J.backward(ExcessMTLWeighting()(parameter_rows(J)))`",
+        ROWS_OF_PARAMETERS, by_autojac(lambda module: module.ExcessMTL()), excess),
+    Row("aggregation", "ExcessMTLWeighting", "`weighting.ExcessMTLWeighting()`",
+        "of `gramjd.aggregation.parameter_rows(J)`, or of a matrix `J` as theirs", their_excess, excess),
+    of_two_batches("MoDoWeighting"),
+    of_two_batches("SDMGradWeighting"),
+    Row("aggregation", "GradDrop", "`gramjd.aggregation.graddrop(J)`", ROWS_OF_PARAMETERS,
+        by_autojac(lambda module: module.GradDrop()), aggregated(graddrop)),
+    Row("aggregation", "TrimmedMean", "`gramjd.aggregation.trimmed_mean(J, trim_number)`", ROWS_OF_PARAMETERS,
+        by_autojac(lambda module: module.TrimmedMean(1)), aggregated(lambda J: trimmed_mean(J, 1))),
 ]  # fmt: skip
 
 
