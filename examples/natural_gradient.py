@@ -42,6 +42,8 @@ class Problem:
         edge[torch.arange(outside), torch.arange(outside) % 2] = (torch.arange(outside) // 2 % 2).double()
         self.edge = edge
         self.test = torch.rand(2000, 2, dtype=torch.float64)
+        self.of_equation = gramjd.jacobian_and_value(self.equation)
+        self.of_boundary = gramjd.jacobian_and_value(self.boundary)
 
     def u(self, params: Params, x: Tensor) -> Tensor:
         return functional_call(self.model, params, (x,)).squeeze(-1)
@@ -59,8 +61,8 @@ class Problem:
         return torch.cat([each[0](params, self.inside), each[1](params, self.edge)])
 
     def jacobian(self, params: Params) -> tuple[gramjd.Jacobian, Tensor]:
-        first, r = gramjd.jacobian_and_value(self.equation)(params, self.inside)
-        second, b = gramjd.jacobian_and_value(self.boundary)(params, self.edge)
+        first, r = self.of_equation(params, self.inside)
+        second, b = self.of_boundary(params, self.edge)
         return gramjd.Jacobian.cat([first, second]), torch.cat([r, b])
 
     def error(self, params: Params) -> float:

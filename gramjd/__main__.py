@@ -10,7 +10,7 @@ from typing import Any
 
 from gramjd.cli.check import CANNOT_RUN, check, explain
 from gramjd.cli.info import info
-from gramjd.cli.load import CONTRACT, CannotRunError, load
+from gramjd.cli.load import CONTRACT, MOST, CannotRunError, load
 
 PURPOSE = "What is installed, what a model gets, and whether its Gramian is right."
 CODES = """\
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(info())
         return 0
     try:
-        problem = load(args.factory, args.batch_dim)
+        problem = load(args.factory, getattr(args, "batches", 1), args.batch_dim)
         if args.command == "explain":
             report = explain(problem, args.batch_dim)
         else:
@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows=args.rows,
                 tolerance=args.tolerance,
                 repeats=args.repeats,
+                mode=args.mode,
             )
     except CannotRunError as error:
         if error.__cause__ is not None:
@@ -55,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     _of_a_model(commands, "explain", "the blocks, plans and costs of a model of yours")
     check = _of_a_model(commands, "check", "its Gramian against autograd's gradients, and what a step costs")
     check.add_argument("--own-precision", action="store_true", help="do not judge on a copy in float64")
+    modes = "the model's own mode and the other one, or one alone (default: both)"
+    check.add_argument("--mode", choices=("both", "train", "eval"), default="both", help=modes)
+    _option(check, "--batches", MOST, _positive, "N", "judge at most so many batches, if there are several")
     _option(check, "--rows", 64, _positive, "N", "compare at most so many losses")
     tolerance = "relative error that counts as exact (default: 1e-8; with --own-precision, of that precision)"
     check.add_argument("--tolerance", type=float, metavar="X", help=tolerance)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
@@ -57,6 +58,22 @@ class Arguments:
         batch = [leaves[i].movedim(dims[i], 0) for i in where]
         keywords = list(kwargs)
         return Arguments(parameters, parameters_spec, batch, leaves, spec, keywords, where, numbers, single)
+
+    def with_parameters(self, parameters: list[Tensor]) -> Arguments:
+        """The same arguments with other parameters."""
+        return replace(self, parameters=parameters)
+
+    def as_double(self) -> Arguments:
+        """The same arguments with all numbers in double precision."""
+
+        def double(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
+                return leaf
+            return leaf.detach().to(torch.complex128 if leaf.is_complex() else torch.float64)
+
+        parts = (list(map(double, part)) for part in (self.parameters, self.batch, self.leaves))
+        parameters, batch, leaves = parts
+        return replace(self, parameters=parameters, batch=batch, leaves=leaves)
 
     @property
     def unbatched(self) -> list[Tensor]:
@@ -125,15 +142,15 @@ def _check_batch_size(leaves: Sequence[Any], dims: Sequence[int | None]) -> None
 
 
 def _check_parameters(parameters: Sequence[Tensor], what: str) -> None:
-    """Raise unless there are tensors, all real ones, that products can be taken of."""
+    """Raise unless there are tensors, of real or complex numbers, that products can be taken of."""
     if not parameters:
         raise ValueError(f"{what} holds no tensor to differentiate with respect to.")
     for p in parameters:
         _refuse_subclass(p)
-        if not p.is_floating_point():
+        if not (p.is_floating_point() or p.is_complex()):
             raise TypeError(
-                f"Cannot differentiate with respect to a tensor of {p.dtype}: parameters must be real "
-                "floating-point tensors. Leave others out of the differentiated argument."
+                f"Cannot differentiate with respect to a tensor of {p.dtype}: parameters must be "
+                "floating-point or complex tensors. Leave others out of the differentiated argument."
             )
 
 

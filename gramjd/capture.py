@@ -29,11 +29,16 @@ from gramjd.watch import Function, Trace
 
 @dataclass(frozen=True)
 class Captured:
-    """Values ``[B, *S]`` of each output, auxiliary values, and blocks ``(k, b)`` of each parameter."""
+    """Values ``[B, *S]`` of each output, auxiliary values, and blocks ``(k, b)`` of each parameter.
+
+    The blocks follow from the uses of ``parameters``, which are aliases of those that were given.
+    """
 
     outputs: list[Tensor]
     aux: list[Tensor]
     blocks: list[list[Block]]
+    parameters: list[Tensor]
+    uses: list[Use]
 
 
 def capture(
@@ -88,7 +93,7 @@ def capture(
     for mine, row in zip(blocks, rows, strict=True):
         if row is not None:
             mine.append(Dense(row, origin="autograd (no rule covers an op that used it)"))
-    return Captured(values, aux, blocks)
+    return Captured(values, aux, blocks, raw, uses)
 
 
 def _uses(trace: Trace, cs: Iterator[Tensor], saved: Sequence[Sequence[Tensor]], parameters: int

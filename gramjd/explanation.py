@@ -53,9 +53,11 @@ class Explanation:
 
     Attributes:
         rows: of each parameter, one for each pair of its blocks.
+        proof: what the blocks were verified by, of an :class:`gramjd.Engine`.
     """
 
     rows: Sequence[Row]
+    proof: str = ""
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -78,10 +80,10 @@ class Explanation:
         table = [_TITLES, *(row.cells for row in self.rows), total]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
-        return "\n".join(lines)
+        return "\n".join([*lines, self.proof] if self.proof else lines)
 
 
-def explanation(jacobian: Jacobian, options: Options | None = None) -> Explanation:
+def explanation(jacobian: Jacobian, options: Options | None = None, proof: str = "") -> Explanation:
     """Every pair of blocks that the Gramian of a Jacobian is made of."""
     rows: list[Row] = []
     for part in jacobian.parts:
@@ -89,7 +91,7 @@ def explanation(jacobian: Jacobian, options: Options | None = None) -> Explanati
         steps = plan.steps_of_all(live, options or Options())
         for name, parameter, mine in zip(jacobian.names, jacobian.parameters, steps, strict=True):
             rows += [_row(name, parameter, step) for step in mine]
-    return Explanation(rows)
+    return Explanation(rows, proof)
 
 
 def _row(name: str, parameter: Tensor, step: plan.Step) -> Row:

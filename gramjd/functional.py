@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gramjd import pytree
+from gramjd.guard import Guard, refuse_batch_statistics
+from gramjd.internals import is_compiling
 
 
 def functional_loss(
@@ -34,6 +36,9 @@ def functional_loss(
         TypeError: the model is no module.
         ValueError: the model has no trainable parameter; or a loss kept its batch dimension, but
             not at size 1.
+        CheckFailedError: when the function is called, the model (or the loss) reads a parameter from a list,
+            a closure or another place that ``torch.func.functional_call`` does not replace.
+        NotSeparableError: when the function is called, a batch norm uses statistics of the batch.
 
     Examples:
         >>> function, parameters = gramjd.functional_loss(model, nn.CrossEntropyLoss(reduction="none"))
@@ -53,10 +58,20 @@ def functional_loss(
             args, kwargs = (), dict(inputs)
         elif type(inputs) in (tuple, list):
             args = tuple(inputs)
-        frozen = {name: p.detach() for name, p in model.named_parameters() if name not in parameters}
+        own = dict(model.named_parameters())
+        frozen = {name: p.detach() for name, p in own.items() if name not in parameters}
         held = {**frozen, **dict(model.named_buffers()), **parameters}
-        output = torch.func.functional_call(model, held, args, kwargs)
-        return pytree.map(_only_sample, output if loss is None else loss(output, *targets))
+
+        def objectives() -> Any:
+            output = torch.func.functional_call(model, held, args, kwargs)
+            return output if loss is None else loss(output, *targets)
+
+        if is_compiling():
+            refuse_batch_statistics(model)
+            return pytree.map(_only_sample, objectives())
+        with Guard(model, {n: p for n, p in own.items() if n in parameters and p is not parameters[n]}):
+            found = objectives()
+        return pytree.map(_only_sample, found)
 
     return function, parameters
 

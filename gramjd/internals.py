@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FrameType
 from typing import Any, TypeVar
@@ -15,12 +16,55 @@ from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
 F = TypeVar("F", bound=Callable[..., Any])
+_TENSOR: Any = Tensor
+_PLAIN_FUNCTIONS = (_TENSOR.__torch_function__.__func__, torch.nn.Parameter.__torch_function__)
 _CHECKPOINTS = torch.utils.checkpoint.__file__
 
 
 def inside_transform() -> bool:
     """Is a transform of ``torch.func`` in progress?"""
     return _functorch.peek_interpreter_stack() is not None
+
+
+def transform_level() -> int:
+    """The number of the innermost transform of ``torch.func`` in progress; 0 where there is none."""
+    innermost = _functorch.peek_interpreter_stack()
+    return 0 if innermost is None else int(innermost.level())
+
+
+# The transform of ``torch.func`` that is in progress, the innermost one, if there is one.
+innermost_transform: Callable[[], Any] = _functorch.peek_interpreter_stack
+
+
+def is_elsewhere(level: int) -> bool:
+    """Is another transform the innermost one than the one of this number (0: none)?"""
+    innermost = _functorch.peek_interpreter_stack()
+    return bool(level) if innermost is None else innermost.level() != level
+
+
+def below_transforms(tensor: Tensor) -> Tensor:
+    """The tensor that wrappers of transforms stand for: itself, if it has none."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def has_plain_layout(tensor: Tensor) -> bool:
+    """Is it an ordinary strided tensor: not nested, not sparse, of no subclass that changes what ops do?"""
+    return _is_ordinary(type(tensor)) and tensor.layout is torch.strided and not tensor.is_nested
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_ordinary(kind: type) -> bool:
+    """Are ops on tensors of this type those on any other, but perhaps for the type of what they return?"""
+    function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)  # type: ignore[attr-defined]
+    dispatch = kind.__torch_dispatch__  # type: ignore[attr-defined]
+    return function in _PLAIN_FUNCTIONS and dispatch is _TENSOR.__torch_dispatch__
+
+
+def memory_of(tensor: Tensor) -> int:
+    """The same for tensors that share memory."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 @contextmanager
@@ -176,9 +220,27 @@ def is_ours(tensor: Tensor) -> bool:
     return is_plain(tensor) and not tensor.requires_grad
 
 
+def runs_plainly(tensors: Sequence[Tensor]) -> bool:
+    """Are ops on these tensors what they seem: nothing traces, transforms, watches or records them?"""
+    if is_compiling() or inside_transform() or torch.autograd.forward_ad._current_level >= 0:
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return False
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return False
+    return all(type(t) in (Tensor, torch.nn.Parameter) and not t.is_meta for t in tensors)
+
+
 def version_of(tensor: Tensor) -> int:
     """How often it, or what it is a view of, has been written in place; 0 where that is not counted."""
     return 0 if is_compiling() or tensor.is_inference() else tensor._version
+
+
+def version_kept(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A context in which marking a tensor as written does not count as a write."""
+    autograd: Any = torch.autograd
+    context: AbstractContextManager[Any] = autograd._unsafe_preserve_version_counter(tensor)
+    return context
 
 
 def value_of(flag: Tensor) -> bool | None:
@@ -222,6 +284,54 @@ def saved_tensors_hook() -> object:
     return None
 
 
+def after_backward(callback: Callable[[], None]) -> None:
+    """Call something when the backward pass in progress is over."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
 def in_backward() -> bool:
     """Is autograd running a backward pass in this thread: is what a checkpoint left out computed again?"""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def saved_numbers(kind: type) -> tuple[str, ...]:
+    """The attributes by which nodes of a type show what they saved and is no tensor."""
+    names = [name for name in dir(kind) if name.startswith("_saved_")]
+    return tuple([name for name in names if not hasattr(kind, f"_raw{name}")])
+
+
+def is_torchs_own(kind: type) -> bool:
+    """Is a type of node made from an ``autograd.Function`` that torch itself defines?"""
+    function: Any = getattr(kind, "_forward_cls", None)
+    return function is not None and function.__module__.partition(".")[0] == "torch"
+
+
+def shapes_of(nodes: Iterable[Any]) -> list[list[tuple[int, ...]]] | None:
+    """The shapes of what autograd nodes are the gradient functions of; ``None`` where torch cannot say."""
+    found: list[list[tuple[int, ...]]] = []
+    try:
+        for node in nodes:  # every step comes by here for all of them: no call that can be spared
+            metadata = node._input_metadata
+            if len(metadata) == 1:
+                found.append([tuple(metadata[0].shape)])
+            else:
+                found.append([tuple(output.shape) for output in metadata])
+    except (AttributeError, RuntimeError):  # torch 2.1 has no metadata; shapes of nested tensors have symbols
+        return None
+    return found
+
+
+def losses_of_stack(output: Tensor) -> list[Any] | None:
+    """Where the losses enter a graph that ``torch.stack`` made an output of: an edge for each, or ``None``.
+
+    For outputs that are no such stack, and on torch 2.1, no list.
+    """
+    node: Any = output.grad_fn
+    if output.ndim != 1 or type(node).__name__ != "StackBackward0":
+        return None
+    make = getattr(torch.autograd.graph, "GradientEdge", None)
+    if make is None:
+        return None
+    edges = [child and make(child, number) for child, number in node.next_functions]
+    dtypes = {edge.node._input_metadata[edge.output_nr].dtype for edge in edges if edge is not None}
+    return edges if dtypes == {output.dtype} else None

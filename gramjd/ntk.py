@@ -29,6 +29,8 @@ def ntk(
     diagonal_axes: Sequence[int] = (),
     randomness: str = "error",
     chunk_size: int | None = None,
+    check: str = "first",
+    audit: int | None = 256,
 ) -> Callable[..., Tensor]:
     """The empirical neural tangent kernel ``J(x1) J(x2)ᵀ`` (Jacot et al., arXiv 1806.07572).
 
@@ -41,6 +43,7 @@ def ntk(
         diagonal_axes: axes of ``[B, *S]`` along which only the kernel's diagonal is kept, in the place
             of the first of its two axes; 0 compares each sample of ``x1`` with the same one of ``x2``.
         randomness, chunk_size: as in ``torch.func.vmap``.
+        check, audit: as in :func:`gramjd.jacobian`.
 
     The two options are those of ``neural_tangents.empirical_ntk_fn``, whose results have their axes in
     another order and divide traces by the size of the axis likewise.
@@ -57,7 +60,9 @@ def ntk(
         NotFiniteError: the kernel has NaN or infinite entries. Not raised inside transforms and graphs,
             where values are not known: there the kernel has them.
     """
-    lazy = jacobian(func, 0, (None, in_dims), randomness=randomness, chunk_size=chunk_size)
+    lazy = jacobian(
+        func, 0, (None, in_dims), randomness=randomness, chunk_size=chunk_size, check=check, audit=audit
+    )
 
     def kernel(params: PyTree, x1: PyTree, x2: PyTree = None) -> Tensor:
         left = jacobian_of(lazy, params, x1, "x1")

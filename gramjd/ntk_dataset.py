@@ -40,6 +40,8 @@ def ntk_dataset(
     chunk_size: int | None = None,
     group: Any = None,
     sharded: bool = False,
+    check: str = "first",
+    audit: int | None = 256,
 ) -> Tensor:
     """The empirical neural tangent kernel over whole datasets, one pair of batches (a *tile*) at a time.
 
@@ -69,6 +71,7 @@ def ntk_dataset(
         sharded: with a group, each rank keeps the rows of some consecutive batches of ``loader1``, the first
             batches on rank 0, in place of all on rank 0. Of ``kernel.npy``, rank 1 of 4 writes
             ``kernel-1-of-4.npy``; as many ranks can go on.
+        check, audit: as in :func:`gramjd.jacobian`, over the batches.
 
     Returns:
         A CPU tensor ``[B1, *S, *reversed(S), B2]`` less the axes that the options take away; with
@@ -93,7 +96,7 @@ def ntk_dataset(
     """
     device = next((x.device for x in pytree.leaves(params)), torch.device("cpu"))
     team = Team.of(group, device)
-    lazy = jacobian(func, 0, (None, in_dims), chunk_size=chunk_size)
+    lazy = jacobian(func, 0, (None, in_dims), chunk_size=chunk_size, check=check, audit=audit)
 
     def jac(batch: PyTree) -> Jacobian:
         moved = pytree.map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)

@@ -9,9 +9,13 @@ from torch import Tensor
 
 from gramjd import pytree
 from gramjd.arguments import Arguments, InDims
-from gramjd.capture import capture
+from gramjd.capture import Captured, capture
+from gramjd.internals import is_compiling
 from gramjd.jacobian import Jacobian, Output
 from gramjd.pytree import PyTree
+from gramjd.refusals import explained
+from gramjd.verification import Call, Generators, Verifier
+from gramjd.watch import Function
 
 Argnums = int | tuple[int, ...]
 
@@ -24,17 +28,21 @@ def jacobian(
     has_aux: bool = False,
     randomness: str = "error",
     chunk_size: int | None = None,
+    check: str = "first",
+    audit: int | None = 256,
 ) -> Callable[..., Any]:
     """Transform a per-sample function into one that returns its lazy Jacobian over a batch.
 
-    ``func`` runs once. All outputs, values and derivatives can be differentiated and mapped further by
-    the transforms of ``torch.func``. ``torch.compile(fullgraph=True)`` makes one graph of it all, as of
-    torch 2.13.
+    ``func`` runs once, but for checks. All outputs, values and derivatives can be differentiated and mapped
+    further by the transforms of ``torch.func``. ``torch.compile(fullgraph=True)`` makes one graph of it all,
+    as of torch 2.13.
+
+    The function that is returned remembers what it has checked: make it once, outside of the loop.
 
     Args:
         func: a pure function of one sample, ``func(params, *sample) -> output``; the arguments to
-            differentiate with respect to are any PyTrees of real tensors, the output any PyTree of
-            real tensors.
+            differentiate with respect to are any PyTrees of real or complex tensors, the output any PyTree
+            of real tensors.
         argnums: position of the argument to differentiate with respect to, or a tuple of several,
             whose Jacobian is then with respect to the tuple. All samples share them.
         in_dims: which dimension of each argument is the batch, as in ``torch.func.vmap``: one entry
@@ -45,6 +53,12 @@ def jacobian(
         has_aux: ``func`` returns ``(output, aux)``; the result is then ``(jacobian, aux)``. Tensors
             in ``aux`` come back as a batch; what else there is, as in the function's last call.
         randomness, chunk_size: as in ``torch.func.vmap``.
+        check: whether results are proved equal to ``torch.func``'s gradient with random weights, by one more
+            forward and backward pass: ``"first"``, the first of each structure (kinds of arguments, and ops
+            that received parameters), and at growing distances, see ``audit``; ``"always"``; ``"never"``.
+            Inside other transforms, and where something traces the call, it is left out.
+        audit: under ``"first"``, results of a structure are proved again at its second, fourth, eighth …
+            call, at last after every so many; ``None``: never again.
 
     Returns:
         A function of ``func``'s arguments, batched as ``in_dims`` says, that returns a
@@ -52,10 +66,13 @@ def jacobian(
         there.
 
     Raises:
-        TypeError: parameters or outputs hold something other than real tensors, or a tensor subclass.
+        TypeError: parameters or outputs hold something other than tensors of numbers, or a tensor subclass.
         ValueError: batch sizes differ, no argument is batched, or a differentiated one is; ``argnums``
-            or ``in_dims`` do not fit the arguments; there is no output, or one without entries.
-        NotImplementedError: the function writes into a parameter in place.
+            or ``in_dims`` do not fit the arguments; there is no output, or one without entries; ``check``
+            or ``audit`` is none of the above.
+        NotImplementedError: the function writes into a parameter in place, or does what no transform of
+            torch takes (``.item()``, checkpoints).
+        CheckFailedError: the result is not what ``torch.func`` says, or was not since an earlier call.
 
     Examples:
         >>> J = gramjd.jacobian(per_sample_loss)(params, inputs, targets)
@@ -63,8 +80,9 @@ def jacobian(
         >>> gradient = J.vjp(weights)
     """
     lazy = jacobian_and_value(
-        func, argnums, in_dims, has_aux=has_aux, randomness=randomness, chunk_size=chunk_size
-    )
+        func, argnums, in_dims, has_aux=has_aux, randomness=randomness, chunk_size=chunk_size, check=check,
+        audit=audit,
+    )  # fmt: skip
 
     def transformed(*args: Any, **kwargs: Any) -> Any:
         found, value = lazy(*args, **kwargs)
@@ -81,6 +99,8 @@ def jacobian_and_value(
     has_aux: bool = False,
     randomness: str = "error",
     chunk_size: int | None = None,
+    check: str = "first",
+    audit: int | None = 256,
 ) -> Callable[..., tuple[Jacobian, Any]]:
     """Like :func:`jacobian`, and return the function's values, too, from the same single run.
 
@@ -89,19 +109,38 @@ def jacobian_and_value(
         values are ``[B, *S]``.
     """
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    verifier = Verifier(check, audit)
+    shared = in_dims is None
 
     def transformed(*args: Any, **kwargs: Any) -> tuple[Jacobian, Any]:
         given = Arguments.of(args, kwargs, numbers, in_dims, single=isinstance(argnums, int))
+
+        def captured(run: Function, given: Arguments) -> Captured:
+            return capture(
+                run,
+                given.parameters,
+                given.batch,
+                unbatched=given.unbatched,
+                randomness=randomness,
+                chunk_size=chunk_size,
+                shared=shared,
+            )
+
+        def run_of(given: Arguments) -> Function:
+            return _Run(func, given, has_aux)
+
         run = _Run(func, given, has_aux)
-        found = capture(
-            run,
-            given.parameters,
-            given.batch,
-            unbatched=given.unbatched,
-            randomness=randomness,
-            chunk_size=chunk_size,
-            shared=in_dims is None,
-        )
+        if is_compiling():
+            found = captured(run, given)
+        elif not verifier.applies(given):
+            with explained():
+                found = captured(run, given)
+        else:
+            generators = Generators(shared or randomness != "error", given.parameters)
+            with explained():
+                found = captured(run, given)
+            call = Call(given, run_of, captured, generators, randomness, chunk_size, shared)
+            verifier.verify(call, found)
         outputs = _outputs(found.outputs, batched=in_dims is not None)
         samples = len(found.outputs[0])
         lazy = Jacobian.of(
@@ -124,6 +163,8 @@ def gramian(
     has_aux: bool = False,
     randomness: str = "error",
     chunk_size: int | None = None,
+    check: str = "first",
+    audit: int | None = 256,
 ) -> Callable[..., Any]:
     """Transform a per-sample function into one that returns the Gramian of its Jacobian.
 
@@ -134,7 +175,10 @@ def gramian(
         output of shape ``S``; for a PyTree of outputs, a PyTree of PyTrees as of
         ``torch.func.hessian``; ``(G, aux)`` if ``has_aux``.
     """
-    lazy = jacobian(func, argnums, in_dims, has_aux=has_aux, randomness=randomness, chunk_size=chunk_size)
+    lazy = jacobian(
+        func, argnums, in_dims, has_aux=has_aux, randomness=randomness, chunk_size=chunk_size, check=check,
+        audit=audit,
+    )  # fmt: skip
 
     def transformed(*args: Any, **kwargs: Any) -> Any:
         found = lazy(*args, **kwargs)
@@ -151,6 +195,8 @@ def gramian_and_value(
     has_aux: bool = False,
     randomness: str = "error",
     chunk_size: int | None = None,
+    check: str = "first",
+    audit: int | None = 256,
 ) -> Callable[..., tuple[PyTree, Any]]:
     """Like :func:`gramian`, and return the function's values, too, from the same single run.
 
@@ -158,8 +204,9 @@ def gramian_and_value(
         A function that returns ``(G, value)``, or ``(G, (value, aux))`` if ``has_aux``.
     """
     lazy = jacobian_and_value(
-        func, argnums, in_dims, has_aux=has_aux, randomness=randomness, chunk_size=chunk_size
-    )
+        func, argnums, in_dims, has_aux=has_aux, randomness=randomness, chunk_size=chunk_size, check=check,
+        audit=audit,
+    )  # fmt: skip
 
     def transformed(*args: Any, **kwargs: Any) -> tuple[PyTree, Any]:
         found, value = lazy(*args, **kwargs)
@@ -193,7 +240,7 @@ class _Run:
             if not out.is_floating_point():
                 raise TypeError(
                     f"The function's output must hold real floating-point tensors, not {out.dtype}. "
-                    "Return others through has_aux=True."
+                    "Return others through has_aux=True, complex ones as real ones (torch.view_as_real)."
                 )
         leaves, spec = pytree.flatten(aux)
         self._aux = [pytree.PLACEHOLDER if isinstance(x, Tensor) else x for x in leaves], spec

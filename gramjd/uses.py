@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from gramjd import pytree
-from gramjd.blocks import Block, fits
+from gramjd.blocks import Block, Dense, fits
 from gramjd.rules import Call, dense_rows
 from gramjd.rules.registry import Entry, op_name
 
@@ -91,7 +91,7 @@ class Use:
                 leaves[other.index] = value.expand(samples, *value.shape)
         leaves[slot.index] = tensor
         call = self.record.call
-        cs = [c if c is None else c.to(tensor.dtype) for c in self.cs]
+        cs = [c if c is None else _of_kind(c, tensor) for c in self.cs]
         (c, *others) = cs
         origin = op_name(call.op)
         if entry is None or others or c is None:
@@ -103,13 +103,22 @@ class Use:
         block = entry.rule(c, *values[:n], **named)
         if not fits(block, tensor.shape):
             raise ValueError(f"the rule of {slot.name} returned a block of another shape")
+        if c.is_complex() and not tensor.is_complex():
+            return Dense(block.dense().real, origin=origin)
         return replace(block, origin=origin)
+
+
+def _of_kind(c: Tensor, tensor: Tensor) -> Tensor:
+    """Cotangents in a tensor's dtype; complex ones of a real tensor as they are."""
+    return c if c.is_complex() != tensor.is_complex() else c.to(tensor.dtype)
 
 
 def _as_computed(leaf: Any, cs: Sequence[Tensor | None], parameter: Tensor) -> Any:
     """An argument as autocast rounded it for the op, in the parameter's own dtype."""
     computed = next(c.dtype for c in cs if c is not None)
     if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or computed == parameter.dtype:
+        return leaf
+    if computed.is_complex or parameter.is_complex():  # which autocast lets be
         return leaf
     return leaf.to(computed).to(parameter.dtype)
 
@@ -134,13 +143,20 @@ def describe(op: Any, args: Sequence[Any], kwargs: dict[str, Any], sources: dict
                 others.append(i)
             else:
                 slots.append(Slot(i, names[i], source))
-    entries = tuple([call.entry(slot.name) if slot.name is not None else None for slot in slots])
+    if any(map(_is_complex, leaves)):  # rules are those of real numbers
+        entries: tuple[Entry | None, ...] = (None,) * len(slots)
+    else:
+        entries = tuple([call.entry(slot.name) if slot.name is not None else None for slot in slots])
     if others and None not in entries:
         needs = [entry.needs for entry in entries if entry]
         others = [i for i in others if any(names[i] in needed for needed in needs)]
     values = tuple(static) if spec is None else pytree.unflatten(spec, static)
     template = Call(call.op, call.names, values, call.positional)
     return Record(template, tuple(static), tuple(slots), entries, derived, tuple(others)), leaves
+
+
+def _is_complex(leaf: Any) -> bool:
+    return leaf.is_complex() if isinstance(leaf, Tensor) else isinstance(leaf, complex)
 
 
 def names_of_leaves(call: Call) -> list[str | int | None]:

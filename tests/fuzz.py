@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from fuzz_ops import OPS, PARTS
-from fuzz_program import Instruction, Program, Shared
+from fuzz_program import Instruction, Moment, Program, Shared
 from oracle import assert_symmetric, dense_gramian
 from torch import Tensor
 
@@ -30,8 +32,8 @@ class Recipe:
     forwards: str
     registered: str  # what the engine is given
     engines: str  # with a batch dimension, without, or both on the same forward
-    frozen: bool
-    training: bool
+    moments: tuple[Moment, ...]  # one a step
+    audited: bool
     seed: int
 
 
@@ -43,6 +45,13 @@ def _cosines(h: Tensor, y: Tensor, ids: Tensor) -> Tensor:
 def _centred(h: Tensor, y: Tensor, ids: Tensor) -> Tensor:
     losses = (h - y).square().sum((1, 2))
     return losses - losses.mean()
+
+
+def _ranked(h: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+    """Targets are samples: one's own in some steps, others in others."""
+    a = h.flatten(1).tanh()
+    own = torch.arange(len(a))
+    return F.nll_loss(a @ a.T, own if int(ids.sum()) % 2 else own.roll(1), reduction="none")
 
 
 def _classified(h: Tensor, y: Tensor, ids: Tensor) -> Tensor:
@@ -60,20 +69,21 @@ LOSSES: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], int]] = {
     "every token, time first": (lambda h, y, ids: _classified(h, y, ids).T, 1),
     "matrix": (lambda h, y, ids: (h - y)[:, :2].square(), -3),
 }
-MIXED_LOSSES = {"contrastive": (_cosines, 0), "centred": (_centred, 0)}
+MIXED_LOSSES = {"contrastive": (_cosines, 0), "centred": (_centred, 0), "targets are samples": (_ranked, 0)}
 # of the least precise op in a model of float64
 PRECISIONS = {"linear: float32": 1e-5, "norm: float32 rms": 1e-5, "linear: autocast": 5e-2}
+NOTHING = "nothing to differentiate"
 PARTIAL = {"inner roots", "some modules", "child: checkpoint", "child: saved-tensor hooks"}
 FORWARDS = ("one", "siamese", "micro-batches", "dropout twice", "intermediate result", "gradient penalty")
 
 
 def build(recipe: Recipe) -> Program:
     """The model; its first child holds the other one, which so is held twice."""
-    shared = Shared(OPS, PARTS, set(), itertools.count(recipe.seed))
+    shared = Shared(OPS, PARTS, set(), itertools.count(recipe.seed), recipe.moments[0])
     children: list[Program] = []
     for body in reversed(recipe.children):
         children = [Program(recipe.sizes, body, children, shared), *children]
-    return Program(recipe.sizes, recipe.body, children, shared).train(recipe.training)
+    return Program(recipe.sizes, recipe.body, children, shared).train(recipe.moments[0].training)
 
 
 def run(recipe: Recipe, model: Program, step: int = 0, eps: Tensor | None = None) -> tuple[Tensor, int]:
@@ -82,6 +92,7 @@ def run(recipe: Recipe, model: Program, step: int = 0, eps: Tensor | None = None
     ``eps`` of zeros ``[samples]`` takes part so that the derivatives with respect to it say whose they are.
     """
     torch.manual_seed(recipe.seed + step)
+    enter(recipe, model, step)
     shape = [samples(recipe, step), recipe.sizes["T"], recipe.sizes["D"]]
     x, y, x2 = (torch.randn(shape, dtype=torch.float64) for _ in range(3))
     ids = torch.randint(recipe.sizes["V"], shape[:2])
@@ -111,8 +122,19 @@ def run(recipe: Recipe, model: Program, step: int = 0, eps: Tensor | None = None
 
 
 def samples(recipe: Recipe, step: int) -> int:
-    """A second step has another one, perhaps."""
-    return recipe.sizes["B"] + (step if recipe.seed % 2 else 0)
+    """Another number in some steps, perhaps that of positions."""
+    b = recipe.sizes["B"]
+    return (b, b + 1, recipe.sizes["T"])[recipe.moments[step].batch]
+
+
+def enter(recipe: Recipe, model: Program, step: int) -> None:
+    """What changes at a step, but for data."""
+    model.shared.now = now = recipe.moments[step]
+    model.train(now.training)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("gate"):
+                p.fill_(now.gate)
 
 
 def registered(recipe: Recipe, model: Program, losses: Tensor) -> tuple[list[Any], list[Tensor]]:
@@ -151,39 +173,47 @@ def _reaches(losses: Tensor, parameters: list[Tensor]) -> list[Tensor]:
     return [p for p, g in zip(trainable, found, strict=True) if g is not None]
 
 
-def outcome(recipe: Recipe) -> tuple[list[str], set[str]]:
-    """What became of the recipe, step by step and engine by engine, and what its model did."""
-    model = build(recipe)
-    plain, dim = run(recipe, model)  # the parameters come into being
+def outcome(recipe: Recipe) -> tuple[list[str], set[str], list[str]]:
+    """What became of the recipe, by step and engine, what its model did, and on what each result rests."""
     try:
-        modules, parameters = registered(recipe, model, plain)
-        reached = _reaches(plain, parameters)
+        return _outcome(recipe)
     except RuntimeError as error:
         if "derivative for" not in str(error) and "not implemented" not in str(error):
             raise
-        reached = []  # PyTorch has no second derivative of an op, as a gradient penalty needs
+        return [NOTHING], set(), []  # PyTorch has no second derivative of an op, as a gradient penalty needs
+
+
+def _outcome(recipe: Recipe) -> tuple[list[str], set[str], list[str]]:
+    model = build(recipe)
+    run(recipe, model)  # the parameters come into being
+    plain, dim = run(recipe, model)
+    modules, parameters = registered(recipe, model, plain)
+    reached = _reaches(plain, parameters)
     if not reached or not bool(plain.isfinite().all()):
-        return ["nothing to differentiate"], set()
+        return [NOTHING], set(), []
     did = {recipe.loss, recipe.forwards, recipe.registered, recipe.engines, *model.shared.notes}
-    did |= {name for name in ("frozen", "training") if getattr(recipe, name)}
-    for p in reached[1::2]:
-        p.requires_grad_(not recipe.frozen)
-    if recipe.frozen:  # torch has other kernels then
+    did |= {f"{field} changes" for field, values in _fields(recipe).items() if len(values) > 1}
+    did |= {name for name in ("frozen", "training") if True in _fields(recipe)[name]}
+    if recipe.moments[0].frozen:  # torch has other kernels then
+        _freeze(reached, recipe.moments[0])
         plain, _ = run(recipe, model)
     dims = {"batch": [dim], "none": [None], "both": [dim, None]}[recipe.engines]
-    engines = {d: Engine(*modules, batch_dim=d) for d in dims}
-    found = []
-    refusable = False  # a refusal is not forgotten
-    for step in (0, 1):
+    audit = 256 if recipe.audited else None
+    engines = {d: Engine(*modules, batch_dim=d, audit=audit) for d in dims}
+    found, grounds = [], list[str]()
+    for step, now in enumerate(recipe.moments):
         if step:
-            train(model)
+            train(model, step)
+        _freeze(reached, now)
         losses, _ = run(recipe, model, step)
         if step == 0 and (losses - plain).abs().max() > tolerance(1e-12, did) * plain.abs().max():
             found.append("wrong: the forward itself")
-        results = {d: _try(engine, losses) for d, engine in engines.items()}
+        if not _reaches(losses, parameters):
+            found.append(NOTHING)
+            continue
+        with _grounds(grounds):
+            results = {d: _try(engine, losses) for d, engine in engines.items()}
         want = dense_gramian(losses, parameters)
-        refused = any(d is not None and isinstance(got, Exception) for d, got in results.items())
-        refusable = refusable or (refused and mixes(recipe, model, step))
         for d, got in results.items():
             if isinstance(got, Tensor):
                 found.append(f"{_kind(d)}: {_compare(got, want, did)}")
@@ -191,20 +221,55 @@ def outcome(recipe: Recipe) -> tuple[list[str], set[str]]:
             if not want.isfinite().all() and isinstance(got, gramjd.NotFiniteError):
                 found.append("overflow")
                 continue
-            why = "warranted" if refusable and d is not None else _excuse(recipe, model, step, did)
+            why = "unwarranted" if d is None else _excuse(recipe, model, step, did)
             found.append(f"{_kind(d)}: {_refusal(got, why)}")
     for engine in engines.values():
         engine.close()
-    return found, did
+    return found, did, grounds
 
 
-def train(model: Program) -> None:
-    """A step of an optimizer: gates open, other parameters move a little."""
-    generator = torch.Generator().manual_seed(0)
+@contextmanager
+def _grounds(found: list[str]) -> Iterator[None]:
+    """While the context lasts, note on what each result of an engine rests."""
+    module: Any = importlib.import_module("gramjd.engine.engine")
+    solve = module.solve
+
+    def noting(task: Any, *args: Any) -> None:
+        plan = task.plan
+        known, measured = plan.complete, task.batch_dim is not None and not plan.layouts
+        solve(task, *args)
+        whole = task.batch_dim is None or (plan.separation is not None and plan.separation.is_whole)
+        if plan.audit:
+            found.append("audited")
+        elif not known:
+            found.append("proven" if plan.complete and whole else "verified, but not proven for later steps")
+        else:
+            found.append("trusted" if not measured else "proven again" if whole else "measured")
+
+    module.solve = noting
+    try:
+        yield
+    finally:
+        module.solve = solve
+
+
+def _freeze(parameters: list[Tensor], now: Moment) -> None:
+    for p in parameters[1::2]:
+        p.requires_grad_(not now.frozen)
+
+
+def _fields(recipe: Recipe) -> dict[str, set[Any]]:
+    """The values that each field of the moments takes."""
+    return {name: {getattr(now, name) for now in recipe.moments} for name in Moment._fields}
+
+
+def train(model: Program, step: int) -> None:
+    """A step of an optimizer: parameters move a little; gates are opened by their moments."""
+    generator = torch.Generator().manual_seed(step)
     with torch.no_grad():
         for name, p in model.named_parameters():
             moved = torch.randn(p.shape, generator=generator, dtype=p.dtype)
-            p.add_(0.5 if name.endswith("gate") else 0.1 * moved)
+            p.add_(0.0 if name.endswith("gate") else 0.05 * moved)
 
 
 def _kind(dim: int | None) -> str:
@@ -245,9 +310,12 @@ def _refusal(error: Exception, why: str) -> str:
 
 
 def _excuse(recipe: Recipe, model: Program, step: int, did: set[str]) -> str:
-    """What is known to be refused though no derivative says that samples are mixed."""
-    if meet(recipe, model, step):
-        return "cancelled:"  # they are, but derivatives cancel
+    """Why a step may be refused: derivatives say that samples are mixed, or else what is known."""
+    if mixes(recipe, model, step):
+        return "warranted"
+    if meet(recipe, model, step):  # by what is nothing now, such as a gate
+        opened = any(mixes(recipe, model, other) for other in range(len(recipe.moments)))
+        return "warranted, hidden now:" if opened else "cancelled:"
     if {"un-batched", "broadcast"} & did and did & PARTIAL:
         return "out of sight:"  # no registered call is seen to give un-batched values their samples
     return "rounding:" if "linear: autocast" in did else "unwarranted"  # three digits tell samples apart

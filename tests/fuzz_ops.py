@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fuzz_program import Op, Program, Value
+from fuzz_time import MIXING, TIMED
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
@@ -364,7 +366,7 @@ def gate(p: Program, v: Value, a: int) -> Value:
 
 SEPARABLE: dict[str, Op] = {
     f.__name__: f for f in [activate, linear, scale, norm, convolve, embed, rearrange, child, module,
-                            recurrent, combine, attend, write, derived, pool, flow, move, gate]
+                            recurrent, combine, attend, write, derived, pool, flow, move, gate, *TIMED]
 }  # fmt: skip
 
 
@@ -394,6 +396,7 @@ def mix(p: Program, v: Value, a: int) -> Value:
         "gated attention": lambda: h + _nearest(h, torch.ones(1)) * p.gate(),
         "saturated attention": lambda: _nearest(h, 60 - 110 * p.gate().detach()) + p.gate(),
         "dead": lambda: h + (h.mean(0) - 9 + 20 * p.gate().detach()).relu() + p.gate(),
+        **{name: functools.partial(function, p, h) for name, function in MIXING.items()},
     })  # fmt: skip
     return Value(out, "BTD")
 

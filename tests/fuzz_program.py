@@ -9,6 +9,7 @@ value. Models note what they did, so that the tests can count it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -31,13 +32,27 @@ class Value(NamedTuple):
 Op = Callable[["Program", Value, int], Value]
 
 
-class Shared(NamedTuple):
+class Moment(NamedTuple):
+    """What is new in a step."""
+
+    batch: int  # 0 is as many samples as the recipe says, 1 is one more, 2 is as many as there are positions
+    number: int  # moves offsets, orders, sizes and masks
+    gate: float  # what gates are opened to
+    training: bool
+    flip: bool  # ops run in another order
+    detached: bool
+    frozen: bool  # every other parameter
+
+
+@dataclass
+class Shared:
     """What a model and its children have in common."""
 
     ops: Mapping[str, Op]
     parts: Mapping[str, Callable[[int], nn.Module]]  # from the number of features
     notes: set[str]  # of what happened
     seeds: Iterator[int]  # of parameters
+    now: Moment
 
 
 class Program(nn.Module):
@@ -60,6 +75,18 @@ class Program(nn.Module):
         self.shared = shared
         for child in children[:1]:
             child.own = self.own  # the first child shares its parent's parameters
+
+    @property
+    def now(self) -> Moment:
+        return self.shared.now
+
+    def order(self, count: int, *, moved: bool = True) -> list[int]:
+        """A permutation that changes with the step, each third time none."""
+        number = self.now.number
+        generator = torch.Generator().manual_seed(number)
+        return (
+            torch.randperm(count, generator=generator).tolist() if moved and number % 3 else [*range(count)]
+        )
 
     def note(self, *what: str) -> None:
         self.shared.notes.update(what)

@@ -92,6 +92,79 @@ def returns_no_function():
     return nn.Linear(1, 1), 1, torch.ones(3)
 
 
+class Phases(nn.Module):
+    # turns features by phases that are kept as complex numbers
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("phases", torch.polar(torch.ones(4), torch.arange(4.0)))
+
+    def forward(self, x):
+        return torch.fft.ifft(torch.fft.fft(self.layer(x)) * self.phases).real
+
+
+def of_phases():
+    batch = torch.randn(6, 4), torch.randn(6, 4)
+    return Phases(), batch, lambda model, batch: (model(batch[0]) - batch[1]).square().sum(1)
+
+
+def of_complex_data():
+    x = torch.randn(6, 4, dtype=torch.complex64)
+    return nn.Linear(4, 2), x, lambda model, x: model(torch.view_as_real(x * 1j).sum(-1)).square().sum(1)
+
+
+def several():
+    model, _, losses = factory()
+    for n in (12, 7, 9):
+        yield model, (torch.randn(n, 5), torch.randint(0, 3, (n,))), losses
+
+
+def loader():
+    model, _, losses = factory()
+    data = torch.utils.data.TensorDataset(torch.randn(30, 5), torch.randint(0, 3, (30,)))
+    return model, torch.utils.data.DataLoader(data, batch_size=10), losses
+
+
+def nothing():
+    return
+    yield
+
+
+def no_batches():
+    model, _, losses = factory()
+    return model, iter(()), losses
+
+
+def two_models():
+    yield factory()
+    yield factory()
+
+
+def normalised_in_eval():
+    model, batch, losses = normalised()
+    return model.eval(), batch, losses
+
+
+def only_in_training():
+    model, batch, losses = factory()
+
+    def of(model, batch):
+        assert model.training
+        return losses(model, batch)
+
+    return model, batch, of
+
+
+def other_in_float64():
+    model, (x, y), _ = factory()
+    return model.eval(), x, lambda model, x: model(x).sum(1) * (1 if x.dtype == torch.float32 else 3)
+
+
+def sparse_table():
+    return nn.Embedding(9, 3, sparse=True), torch.arange(6), lambda model, i: model(i).square().sum(1)
+
+
 constant = 3
 """
 
@@ -118,7 +191,8 @@ def test_info_as_a_process() -> None:
 def test_explain(file: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", f"{file}:factory"]) == 0
     out = capsys.readouterr().out
-    assert "Outer(K=1, B=12, T=1, o=8, i=5)" in out and out.splitlines()[-1].startswith("total")
+    assert "Outer(K=1, B=12, T=1, o=8, i=5)" in out and out.splitlines()[-2].startswith("total")
+    assert out.splitlines()[-1].startswith("Proven")
 
 
 @pytest.mark.parametrize("command", ["explain", "check"])
@@ -141,6 +215,14 @@ def test_a_refusal_is_not_an_error(command: str, file: str, capsys: pytest.Captu
         ("half", []),
         ("only_float32", ["--own-precision"]),
         ("half", ["--own-precision"]),
+        ("of_phases", []),
+        ("of_complex_data", []),
+        ("several", []),
+        ("several", ["--batches", "2", "--mode", "eval"]),
+        ("loader", []),
+        ("normalised_in_eval", []),
+        ("only_in_training", []),
+        ("sparse_table", []),
     ],
 )
 def test_check(factory: str, options: list[str], file: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -178,10 +260,60 @@ def test_check_finds_a_wrong_gramian(
     assert main(["check", f"{file}:factory"]) == 1
 
 
+@pytest.mark.parametrize("changed", ["mode", "samples", "batch"])
+def test_check_finds_what_holds_for_the_first_step_alone(
+    changed: str, file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that trusts what it should not: in the other mode, of moved samples, of another batch."""
+    right, first = gramjd.Engine.compute_gramian, dict[object, Tensor]()
+
+    def wrong(engine: gramjd.Engine, output: Tensor) -> Tensor:
+        found = right(engine, output)
+        if changed == "mode":
+            return found if engine._modules[0].training else 2 * found
+        return first.setdefault((engine, len(output) if changed == "batch" else 0), found)
+
+    monkeypatch.setattr(gramjd.Engine, "compute_gramian", wrong)
+    factory = "loader" if changed == "batch" else "factory"
+    options = [] if changed == "mode" else ["--mode", "eval"]
+    assert main(["check", f"{file}:{factory}", *options]) == 1
+    assert "WRONG" in capsys.readouterr().out
+    if changed == "mode":
+        assert main(["check", f"{file}:{factory}", "--mode", "train"]) == 0
+
+
+def test_what_check_says_of_steps(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def lines(*args: str) -> str:
+        assert main(["check", *args]) == 0
+        return capsys.readouterr().out
+
+    out = lines(f"{file}:several", "--batches", "2")
+    assert "in train(): 4 steps" in out and "in eval(): 4 steps" in out and "on 2 batches" in out
+    out = lines(f"{file}:normalised_in_eval")
+    assert "in eval(): 2 steps" in out and "note: in train(), refused: NotSeparableError" in out
+    assert "note: not judged in eval(), where losses(model, batch) raised" in lines(
+        f"{file}:only_in_training"
+    )
+    assert "computes other losses" in lines(f"{file}:other_in_float64")
+    assert "other losses" not in lines(f"{file}:factory")
+
+
+def test_complex_numbers_stay_complex(file: str) -> None:
+    problem = load(f"{file}:of_phases")
+    double = problem.copied(double=True)
+    assert double.model.phases.dtype == torch.complex128 and double.model.layer.weight.dtype == torch.float64
+    assert torch.equal(double.model.phases.to(torch.complex64), problem.model.phases)
+    assert problem.model.phases.dtype == torch.complex64
+    double = load(f"{file}:of_complex_data").copied(double=True)
+    assert double.batches[0].dtype == torch.complex128
+
+
 def test_check_leaves_the_model_alone(file: str) -> None:
     problem = load(f"{file}:normalised")
     before = {name: tensor.clone() for name, tensor in problem.model.state_dict().items()}
+    modes = [module.training for module in problem.model.modules()]
     assert check(problem, None).code == 0
+    assert modes == [module.training for module in problem.model.modules()]
     assert all(torch.equal(before[name], tensor) for name, tensor in problem.model.state_dict().items())
     for module in problem.model.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
@@ -209,6 +341,9 @@ MISTAKES = {
     "{file}:returns_two": r"must return \(model, batch, losses\), got 2 values",
     "{file}:returns_no_model": "is no module but of type function",
     "{file}:returns_no_function": "they must be a function",
+    "{file}:nothing": "yielded nothing",
+    "{file}:no_batches": "iterator of batches .* is empty",
+    "{file}:two_models": "yielded several models",
     "{file}:detached": "a tensor without a graph",
     "{file}:forward_raises": "raised AttributeError",
     "{file}:only_float32": "In float64: .* Try --own-precision",

@@ -461,9 +461,3 @@ def test_tables_with_sparse_gradients(batch_dim: int | None) -> None:
     for _ in range(2):
         gramian = engine.compute_gramian(losses_on(ids)(model))
         assert_close(gramian, dense_gramian(losses_on(ids)(twin), twin.parameters()))
-
-
-def test_complex_parameters_are_refused() -> None:
-    model = Net(lambda m, x: (x * m.w).abs(), w=nn.Parameter(torch.randn(D, dtype=torch.complex128)))
-    with pytest.raises(TypeError, match=r"w is complex.*view_as_real"):
-        Engine(model, batch_dim=0).compute_gramian(model(draw(B, D)).sum(1))

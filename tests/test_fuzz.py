@@ -1,4 +1,4 @@
-"""Random models (:mod:`fuzz`) are exact or refused: 500 in every run, more by ``make fuzz``."""
+"""Random models (:mod:`fuzz`) are exact or refused at every step; `make fuzz` tries more of them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import hypothesis.strategies as st
 import pytest
 from fuzz import FORWARDS, LOSSES, MIXED_LOSSES, Recipe, outcome
 from fuzz_ops import OPS, SEPARABLE
-from fuzz_program import Instruction
+from fuzz_program import Instruction, Moment
 from hypothesis import HealthCheck, given, settings
 
-# What must occur in at least every twentieth model, as patterns of what models note.
+# What must occur in at least every fortieth model, as patterns of what models note.
 FEATURES = {
     "reuse": "reuse",
     "tied weights": "tying|tied",
@@ -44,10 +44,17 @@ FEATURES = {
     "frozen parameters": "frozen$",
     "several precisions": "float32|autocast",
     "values used twice": "double use",
-    "control flow": "branch|one by one|reorder",
+    "control flow": "branch|one by one|reorder|another order|a loop",
     "index ops": "^move|rows chosen",
-    "mixing behind a closed gate": "mix: (gate|satur|dead)",
+    "mixing behind a closed gate": "mix: (gate|satur|dead|one pair|mean in|a sample chosen)",
+    "numbers that move": "^timed",
+    "ragged samples": "^ragged",
+    "hidden uses": "^hidden",
+    "gates that open": "^gate changes",
+    "batches of other sizes": "^batch changes",
+    "modes that change": "^training changes",
 }
+EVERY_RUN = 90
 BY_HAND = os.environ.get("GRAMJD_FUZZ")  # how many; these are other ones every time, and counted
 
 
@@ -56,6 +63,18 @@ def instructions(ops: list[str], fewest: int, most: int) -> st.SearchStrategy[tu
         Instruction, st.sampled_from(ops), st.integers(0, 63), st.integers(0, 8 * 9 * 5 * 7 * 11 * 13)
     )
     return st.lists(one, min_size=fewest, max_size=most).map(tuple)
+
+
+MOMENTS = st.builds(
+    Moment,
+    batch=st.sampled_from([0, 0, 0, 1, 2]),
+    number=st.integers(0, 11),
+    gate=st.sampled_from([0.0, 0.0, 0.5, -0.4]),
+    training=st.booleans(),
+    flip=st.booleans(),
+    detached=st.booleans(),
+    frozen=st.sampled_from([False, False, False, True]),
+)
 
 
 def recipes(body: st.SearchStrategy[tuple[Instruction, ...]], losses: list[str]) -> st.SearchStrategy[Recipe]:
@@ -72,13 +91,14 @@ def recipes(body: st.SearchStrategy[tuple[Instruction, ...]], losses: list[str])
         forwards=st.sampled_from(FORWARDS),
         registered=st.sampled_from(["model", "model", "modules", "roots", "inner roots", "some modules"]),
         engines=st.sampled_from(["batch", "none", "both"]),
-        frozen=st.sampled_from([False, False, True]),
-        training=st.booleans(),
+        moments=st.lists(MOMENTS, min_size=4, max_size=6).map(tuple),
+        audited=st.sampled_from([False, False, True]),
         seed=st.integers(0, 2**16),
     )
 
 
-SEPARATE = recipes(instructions([*SEPARABLE, *4 * ["child"], "rearrange"], 2, 7), list(LOSSES))
+TIME = [*2 * ["timed"], *2 * ["ragged"], *2 * ["hidden"]]
+SEPARATE = recipes(instructions([*SEPARABLE, *4 * ["child"], "rearrange", *TIME], 2, 7), list(LOSSES))
 MIXED = recipes(instructions([*OPS, *3 * ["mix"], "child"], 2, 7), [*LOSSES, *MIXED_LOSSES])
 ALLOWED = re.compile(": (exact|warranted|out of sight|cancelled|rounding)|^(nothing|overflow)")
 RECIPES = st.one_of(SEPARATE, SEPARATE, SEPARATE, MIXED)
@@ -90,9 +110,10 @@ def test_random_models_are_exact_or_refused(capsys: pytest.CaptureFixture[str]) 
     results: Counter[str] = Counter()
     notes: Counter[str] = Counter()
     features: Counter[str] = Counter()
+    grounds: Counter[str] = Counter()
     failed: list[tuple[str, Recipe]] = []
     chosen = settings(
-        max_examples=int(BY_HAND or 500),
+        max_examples=int(BY_HAND or EVERY_RUN),
         derandomize=BY_HAND is None,
         database=None,
         deadline=None,
@@ -102,8 +123,9 @@ def test_random_models_are_exact_or_refused(capsys: pytest.CaptureFixture[str]) 
     @chosen
     @given(RECIPES)
     def check(recipe: Recipe) -> None:
-        found, did = outcome(recipe)
+        found, did, why = outcome(recipe)
         results.update(found)
+        grounds.update(why)
         notes.update(did)
         features.update(name for name, pattern in FEATURES.items() if any(re.search(pattern, n) for n in did))
         wrong = [each for each in found if not ALLOWED.search(each)]
@@ -113,12 +135,12 @@ def test_random_models_are_exact_or_refused(capsys: pytest.CaptureFixture[str]) 
     check()
     if BY_HAND:
         with capsys.disabled():
-            for table in results, features, notes:
+            for table in results, grounds, features, notes:
                 print("", *(f"{count:7} {name}" for name, count in table.most_common()), sep="\n")
     assert not failed, "\n".join(map(str, failed))
     assert results["nothing to differentiate"] + results["overflow"] < 0.02 * results.total()
     excuses = re.compile("out of sight|cancelled|rounding")
     excused = sum(count for name, count in results.items() if excuses.search(name))
     assert excused < 0.02 * results.total()
-    rare = {name: features[name] for name in FEATURES if features[name] < int(BY_HAND or 500) // 20}
+    rare = {name: features[name] for name in FEATURES if features[name] < int(BY_HAND or EVERY_RUN) // 40}
     assert not rare, f"hardly any model has {rare}"

@@ -80,13 +80,14 @@ def test_the_chain_rule() -> None:
         want = rows_of(torch.stack(losses), model[0].weight)
         assert_close(J.dense()["weight"], want)
         assert_close(J.gramian(), dense_gramian(torch.stack(losses), model[0].parameters()))
-        assert isinstance(J.select(["weight"]).blocks[0][0], Outer if record else Dense)
         J.backward(torch.tensor([1.0, 2.0, 3.0]).double())
         assert model[0].weight.grad is not None
         assert_close(model[0].weight.grad, torch.tensordot(torch.tensor([1.0, 2, 3]).double(), want, 1))
         model.zero_grad()
-        one = gramjd.jac(hidden, model[0].weight, jac_outputs=torch.randn(2, 6, 5).double())
-        assert one.dense().shape == (2, 5, 3)
+        cotangents = torch.randn(20, 6, 5).double()
+        J = gramjd.jac(hidden, model[0].weight, jac_outputs=cotangents)
+        assert isinstance(J.blocks[0][0], Outer if record else Dense)
+        assert_close(J.dense(), torch.tensordot(cotangents, rows_of(hidden, model[0].weight), 2))
 
 
 def test_factors_of_samples() -> None:

@@ -93,6 +93,24 @@ CASES: dict[tuple[object, str], list[Case]] = {
         Case((7, 4), (3, 2), lambda p, x: F.embedding(x, p, padding_idx=2), integers=7),
         Case((7, 4), (), lambda p, x: F.embedding(x, p, padding_idx=-1), integers=7),
     ],
+    (Tensor.__getitem__, "input"): [
+        Case((7, 4), (), lambda p, x: p[x], integers=7),
+        Case((7, 2, 3), (3,), lambda p, x: p[x - 3], integers=7),
+        Case((7,), (2, 3), lambda p, x: p[x.int() - 7], integers=7),
+        Case((3, 4), (2, 5), lambda p, x: p[x], integers=3),
+        Case((7, 4), (2,), lambda p, x: p[x % 4, x % 3], integers=7),
+        Case((7, 4), (2,), lambda p, x: p[:, 1:3][x], integers=7),
+        Case((7, 4), (2,), lambda p, x: p[1:, x % 4].movedim(0, -1), integers=7),
+        Case((4,), (4,), lambda p, x: x * torch.where(x > 0, p, 0.0) + p[torch.tensor([3, 0, 0, 1])]),
+        Case((4,), (4,), lambda p, x: x * p[torch.tensor([True, False, True, False])].sum()),
+    ],
+    **{
+        (op, "input"): [
+            Case((7, 4), (), lambda p, x, op=op: op(p, 0, x), integers=7),
+            Case((7, 4), (3,), lambda p, x, op=op: op(p, -2, x.flatten()).unflatten(0, x.shape), integers=7),
+        ]
+        for op in (torch.index_select, Tensor.index_select)
+    },
     (F.layer_norm, "weight"): [
         Case((4,), (3, 4), lambda p, x: F.layer_norm(x, (4,), p, w(4))),
         Case((3, 4), (2, 3, 4), lambda p, x: F.layer_norm(x, (3, 4), p, eps=1e-3)),

@@ -6,10 +6,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gramjd import pytree
 from gramjd.cli.cost import cost
 from gramjd.cli.load import CannotRunError, Problem
 from gramjd.engine import Engine
@@ -20,6 +22,7 @@ EXACT, DIFFERS, CANNOT_RUN, REFUSED = range(4)  # exit codes
 # Relative errors that rounding explains, by the precision in which a Gramian is judged.
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4}
 HALF_TOLERANCE = 5e-2
+OTHER = 0.1  # relative differences of losses above it are no rounding
 
 
 @dataclass
@@ -36,12 +39,12 @@ class Report:
             warnings.simplefilter("always", SlowPathWarning)
             try:
                 yield
-            except (GramjdError, ValueError) as error:
+            except (GramjdError, ValueError, TypeError) as error:  # the last: complex parameters
                 self.code = REFUSED
                 self.lines.append(f"refused: {type(error).__name__}: {error}")
                 if "batch_dim=None" in str(error):
                     self.lines.append("On this command line, batch_dim=None is --batch-dim none.")
-        self.lines += [f"note: {w.message}" for w in caught]
+        self.lines += [n for n in dict.fromkeys(f"note: {w.message}" for w in caught) if n not in self.lines]
 
 
 def explain(problem: Problem, batch_dim: int | None) -> Report:
@@ -57,8 +60,11 @@ def explain(problem: Problem, batch_dim: int | None) -> Report:
 
 
 def check(problem: Problem, batch_dim: int | None, *, own_precision: bool = False, rows: int = 64,
-          tolerance: float | None = None, repeats: int = 5) -> Report:  # fmt: skip
+          tolerance: float | None = None, repeats: int = 5, mode: str = "both") -> Report:  # fmt: skip
     """Compare Gramians with autograd's gradients, one loss at a time, then measure a step.
+
+    One engine sees every batch, and each once more with its samples in another order, in the model's own
+    mode and in the other: what it learned from one must be right for the next.
 
     Args:
         problem: the model is copied and stays as it is.
@@ -68,15 +74,20 @@ def check(problem: Problem, batch_dim: int | None, *, own_precision: bool = Fals
         tolerance: relative error up to which the Gramian counts as exact; by default, what rounding
             explains in the precision that is judged.
         repeats: times that each step is measured.
+        mode: ``"both"``, or ``"train"`` or ``"eval"`` alone.
 
     Raises:
         CannotRunError: the model or its losses fail without any help of gramjd.
     """
     report = Report()
     own = problem.copied()
-    losses = own.losses()  # without an engine yet: what fails here is not gramjd's
-    judged = own if own_precision else _in_float64(problem)
-    error = _compare(judged, batch_dim, rows, report)
+    losses = _run(own, mode)  # without an engine yet: what fails here is not gramjd's
+    judged = own if own_precision else _in_float64(problem, mode)
+    count = sum(p.numel() for p in judged.model.parameters() if p.requires_grad)
+    report.lines.append(f"losses of shape {list(losses.shape)}, {count} trainable parameters")
+    if not own_precision:
+        report.lines += _other_function(own, judged)
+    error = _compare(judged, batch_dim, rows, mode, report)
     if error is None:
         return report
     judged_in = losses.dtype if own_precision else torch.float64
@@ -87,20 +98,39 @@ def check(problem: Problem, batch_dim: int | None, *, own_precision: bool = Fals
         report.code = DIFFERS
         return report
     if not own_precision:
-        rounding = _compare(own, batch_dim, rows, Report())
+        rounding = _compare(own, batch_dim, rows, mode, Report())
         shown = "refused (see --own-precision)" if rounding is None else f"up to {rounding:.1e}"
         report.lines.append(f"in the model's own precision, {_name(losses.dtype)}: {shown}")
     report.lines += ["", *cost(own, batch_dim, repeats, losses.device)]
     return report
 
 
-def _in_float64(problem: Problem) -> Problem:
-    found = problem.copied(torch.float64)
+def _run(problem: Problem, mode: str) -> Tensor:
+    """The losses of the first batch in the mode that counts."""
+    if mode != "both":
+        problem.model.train(mode == "train")
+    return problem.losses()
+
+
+def _in_float64(problem: Problem, mode: str) -> Problem:
+    found = problem.copied(double=True)
     try:
-        found.losses()
+        _run(found, mode)
     except CannotRunError as error:
         raise CannotRunError(f"In float64: {error} Try --own-precision.") from error.__cause__
     return found
+
+
+def _other_function(own: Problem, double: Problem) -> list[str]:
+    """A warning if a copy in float64 computes other losses, and not because it draws random numbers."""
+    first, again, found = own.losses().detach(), own.losses().detach(), double.losses().detach()
+    scale = float(first.abs().max())
+    off = float((found - first).abs().max()) / scale if found.shape == first.shape and scale else 0.0
+    if not torch.equal(first, again) or off <= OTHER:
+        return []
+    return [
+        f"note: a copy in float64 computes other losses, by {off:.0e} of the largest: see --own-precision."
+    ]
 
 
 def _verdict(error: float, tolerance: float, judged_in: torch.dtype) -> str:
@@ -119,21 +149,92 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _compare(problem: Problem, batch_dim: int | None, rows: int, report: Report) -> float | None:
-    """Relative error of the Gramian of some losses; None where it is refused, as the report then says."""
+def _compare(problem: Problem, batch_dim: int | None, rows: int, mode: str, report: Report) -> float | None:
+    """The largest relative error of the Gramians of all steps that one engine takes.
+
+    None where that of the model's own mode is refused, as the report then says.
+    """
     engine = Engine(problem.model, batch_dim=batch_dim)
-    losses = problem.losses()
+    flags = {module: module.training for module in problem.model.modules()}
+    worst, shown = 0.0, _mode(problem)
+    try:
+        for asked in (shown, *(["eval()" if shown == "train()" else "train()"] if mode == "both" else [])):
+            if asked != shown:
+                problem.model.train(asked == "train()")
+            error = _compare_batches(problem, engine, batch_dim, rows, report, asked, asked == shown)
+            if report.code == REFUSED:
+                return None
+            worst = max(worst, error) if error == error else error
+    finally:
+        engine.close()
+        for module, flag in flags.items():
+            module.training = flag
+    return worst
+
+
+def _mode(problem: Problem) -> str:
+    return "train()" if problem.model.training else "eval()"
+
+
+def _compare_batches(problem: Problem, engine: Engine, batch_dim: int | None, rows: int, report: Report,
+                     mode: str, own: bool) -> float:  # fmt: skip
+    """The largest relative error of the Gramians in one mode; a refusal in the other mode is but noted."""
+    worst, steps, found = 0.0, 0, Report()
+    for batch in problem.batches:
+        for given in (batch, *_moved(problem, batch, batch_dim)):
+            try:
+                losses = problem.losses(given)
+            except CannotRunError as failure:
+                if own and given is batch:
+                    raise
+                found.lines.append(f"note: not judged in {mode}, where {failure}")
+                continue
+            error, steps = _error(problem, engine, losses, rows, found), steps + 1
+            if error is None:
+                report.lines += found.lines if own else [f"note: in {mode}, {line}" for line in found.lines]
+                report.code = REFUSED if own else report.code
+                return worst
+            worst = max(worst, error) if error == error else error
+    report.lines += [line for line in found.lines if line not in report.lines]
+    count = len(problem.batches)
+    taken = "1 step" if steps == 1 else f"{steps} steps"
+    batches, their = ("1 batch", "its") if count == 1 else (f"{count} batches", "their")
+    moved = f" and on the same with {their} samples in another order" if steps > count else ""
+    report.lines.append(f"in {mode}: {taken} of one engine, on {batches}{moved}")
+    return worst
+
+
+def _moved(problem: Problem, batch: Any, batch_dim: int | None) -> list[Any]:
+    """A batch with its samples in another order, if some tensors of it show how many there are."""
+    if batch_dim is None:
+        return []
+    with torch.random.fork_rng():
+        try:
+            samples = problem.losses(batch).shape[batch_dim]
+        except (CannotRunError, IndexError):  # said where it is judged
+            return []
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(0))
+
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or samples not in leaf.shape:
+            return leaf
+        return leaf.index_select(leaf.shape.index(samples), order.to(leaf.device))
+
+    return [pytree.map(move, batch)]
+
+
+def _error(problem: Problem, engine: Engine, losses: Tensor, rows: int, report: Report) -> float | None:
+    """Relative error of the Gramian of some losses; None where it is refused, as the report then says."""
     parameters = [p for p in problem.model.parameters() if p.requires_grad]
-    m, entries = losses.numel(), sum(p.numel() for p in parameters)
-    report.lines.append(f"losses of shape {list(losses.shape)}, {entries} trainable parameters")
+    m = losses.numel()
     with report.refusals():
         gramian = engine.compute_gramian(losses)
-    engine.close()
     if report.code == REFUSED:
         return None
     chosen = torch.linspace(0, m - 1, min(rows, m)).round().long()
-    if len(chosen) < m:
-        report.lines.append(f"compared on {len(chosen)} of them (--rows)")
+    said = f"compared on {len(chosen)} of them (--rows)"
+    if len(chosen) < m and said not in report.lines:
+        report.lines.append(said)
     order = [*range(losses.ndim), *reversed(range(losses.ndim, 2 * losses.ndim))]  # the 2nd half is mirrored
     found = gramian.permute(order).reshape(m, m)[chosen][:, chosen].double()
     jacobian = _jacobian(losses.flatten()[chosen], parameters)
@@ -148,5 +249,11 @@ def _jacobian(losses: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     for loss in losses:
         with without_hooks(parameters):
             found = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
-        rows.append(torch.cat([g.flatten().double() for g in found]))
+        rows.append(torch.cat([_real(g).flatten().double() for g in found]))
     return torch.stack(rows)
+
+
+def _real(gradient: Tensor) -> Tensor:
+    """The entries of a gradient as real numbers."""
+    gradient = gradient.to_dense() if gradient.is_sparse else gradient
+    return torch.view_as_real(gradient) if gradient.is_complex() else gradient

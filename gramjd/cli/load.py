@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
+import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from gramjd import pytree
 from gramjd.objectives import Losses, joined
@@ -32,7 +34,13 @@ FILE:FACTORY names a function of no arguments in a Python file (or in an importa
 
         return model, batch, losses
 
-The batch is whatever losses() takes. Device, precision and mode (train() or eval()) are the model's own."""
+The batch is whatever losses() takes; an iterator or a DataLoader in its place gives several. Or the function
+yields (model, batch, losses) time and again, of the same model. Device and precision are the model's own."""
+
+MOST = 4  # batches that are taken, unless more are asked for
+
+
+_FIRST: Any = object()
 
 
 class CannotRunError(Exception):
@@ -41,21 +49,22 @@ class CannotRunError(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """A model and its losses on one batch."""
+    """A model and its losses on some batches."""
 
     model: nn.Module
-    batch: Any
+    batches: Sequence[Any]
     function: Callable[[nn.Module, Any], Losses]
     batch_dim: int | None = 0  # by which a list of losses is joined
 
-    def losses(self) -> Tensor:
-        """Run the user's forward.
+    def losses(self, batch: Any = _FIRST) -> Tensor:
+        """Run the user's forward, on the first batch unless another is given.
 
         Raises:
             CannotRunError: it raised an exception, or did not return a tensor with a graph.
         """
         try:
-            found = joined(self.function(self.model, self.batch), self.batch_dim)
+            found = self.function(self.model, self.batches[0] if batch is _FIRST else batch)
+            found = joined(found, self.batch_dim)
         except Exception as error:
             raise CannotRunError(f"losses(model, batch) raised {_brief(error)}") from error
         if not isinstance(found, Tensor) or not found.requires_grad:
@@ -66,8 +75,8 @@ class Problem:
             )
         return found
 
-    def copied(self, dtype: torch.dtype | None = None) -> Problem:
-        """The same on a deep copy of the model, in another precision if one is given.
+    def copied(self, *, double: bool = False) -> Problem:
+        """The same on a deep copy of the model; ``double``: in float64 and complex128.
 
         Raises:
             CannotRunError: the model cannot be copied.
@@ -78,16 +87,22 @@ class Problem:
             raise CannotRunError(
                 f"The model cannot be copied: copy.deepcopy raised {_brief(error)}"
             ) from error
-        if dtype is None:
+        if not double:
             return replace(self, model=model)
-        batch = pytree.map(
-            lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, self.batch
-        )
-        return replace(self, model=model.to(dtype), batch=batch)
+        # not model.double(), which turns complex buffers into real ones
+        batches = pytree.map(_doubled, list(self.batches))
+        return replace(self, model=model._apply(_doubled), batches=batches)
 
 
-def load(spec: str, batch_dim: int | None = 0) -> Problem:
-    """The problem that ``FILE:FACTORY`` makes.
+def _doubled(leaf: Any) -> Any:
+    """A tensor of floating or complex numbers in float64 or complex128; anything else as it is."""
+    if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
+        return leaf
+    return leaf.to(torch.complex128 if leaf.is_complex() else torch.float64)
+
+
+def load(spec: str, most: int = MOST, batch_dim: int | None = 0) -> Problem:
+    """The problem that ``FILE:FACTORY`` makes, with at most so many batches.
 
     Raises:
         CannotRunError: there is no such file, module or function; it raised an exception; or it did
@@ -104,12 +119,32 @@ def load(spec: str, batch_dim: int | None = 0) -> Problem:
         raise CannotRunError(f"{name!r} {there} in {place}; defined there: {', '.join(functions) or 'none'}.")
     try:
         found = factory()
+        several = list(itertools.islice(found, most)) if isinstance(found, Iterator) else [found]
     except Exception as error:
         raise CannotRunError(f"{spec} raised {_brief(error)}") from error
-    return replace(_problem(spec, found), batch_dim=batch_dim)
+    if not several:
+        raise CannotRunError(f"{spec} yielded nothing; it must yield (model, batch, losses).")
+    problems = [_problem(spec, each, most) for each in several]
+    if any(problem.model is not problems[0].model for problem in problems):
+        raise CannotRunError(f"{spec} yielded several models; every (model, batch, losses) must be of one.")
+    batches = [batch for problem in problems for batch in problem.batches]
+    return replace(problems[0], batches=batches[:most], batch_dim=batch_dim)
 
 
-def _problem(spec: str, found: Any) -> Problem:
+def _batches(spec: str, batch: Any, most: int) -> list[Any]:
+    """The batches that stand in the place of one."""
+    if not isinstance(batch, (Iterator, DataLoader)):
+        return [batch]
+    try:
+        found = list(itertools.islice(batch, most))
+    except Exception as error:
+        raise CannotRunError(f"The batches of {spec} raised {_brief(error)}") from error
+    if not found:
+        raise CannotRunError(f"The iterator of batches that {spec} returned is empty.")
+    return found
+
+
+def _problem(spec: str, found: Any, most: int) -> Problem:
     """What a factory returned, if it is what it should be."""
     if not isinstance(found, tuple) or len(found) != 3:
         got = f"{len(found)} values" if isinstance(found, tuple) else type(found).__name__
@@ -124,7 +159,7 @@ def _problem(spec: str, found: Any) -> Problem:
             f"The losses that {spec} returned are of type {type(losses).__name__}; they must be a function "
             "losses(model, batch) that returns one loss for each sample."
         )
-    return Problem(model, batch, losses)
+    return Problem(model, _batches(spec, batch, most), losses)
 
 
 def _module(place: str) -> ModuleType:

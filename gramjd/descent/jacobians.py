@@ -43,7 +43,7 @@ def jac(outputs: Losses, inputs: Inputs, *, jac_outputs: Losses | None = None, b
         batch_dim: the dimension of the outputs along which there are independent samples, as of
             ``Engine``. It is what makes a Jacobian of many recorded losses cheap.
         chunk_size: how many rows one backward pass takes at once where there are no factors. By default one
-            up to four rows, else 64 (or one, where an op does not know better).
+            up to 16 rows, else 64 (or one, where an op does not know better).
 
     Returns:
         A :class:`gramjd.Jacobian` of the outputs, joined, whose parameters are structured like ``inputs``.

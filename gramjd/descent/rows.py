@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from gramjd.engine.backward import FEW
 from gramjd.errors import NoGraphError
 from gramjd.internals import without_hooks
 from gramjd.rounding import own_precision, tolerance
 
-_ONE_BY_ONE = 4  # so few rows take backward passes of their own, which every op knows
 _CHUNK = 64  # of more rows, those that one backward pass takes at once by default
 
 Gradients = Sequence[Tensor | None]
@@ -28,7 +28,7 @@ def rows(output: Tensor, inputs: Sequence[Tensor], chunk_size: int | None = None
         chunk_size: how many rows a backward pass takes at once; 1 asks for nothing but ordinary ones.
     """
     m = output.numel()
-    chunk = chunk_size or (1 if m <= _ONE_BY_ONE else _CHUNK)
+    chunk = chunk_size or (1 if m <= FEW else _CHUNK)
     found: list[Tensor | None] | None = None
     if chunk > 1 and m > 1:
         found = _batched(output, inputs, chunk)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gramjd.complexes import as_real
 from gramjd.distributed import ring, slices
 from gramjd.distributed.agreement import Statement, agree
 from gramjd.distributed.factors import Manifest, describe
@@ -43,7 +44,7 @@ def gramian(jac: Jacobian, shares: Mapping[str, Sequence[int]], options: Options
         RanksDisagreeError: ranks have different models or settings.
         RankFailedError: another rank cannot take part.
     """
-    like = jac.parameters[0]
+    like = as_real(jac.parameters[0])
     ranks = Ranks.of(group, like.device)
     with torch.no_grad():
         with taking_part(group, like.device):

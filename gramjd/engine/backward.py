@@ -15,11 +15,14 @@ from gramjd.engine.regions import Stream
 from gramjd.errors import NoGraphError
 from gramjd.internals import (
     batched_gradients_level,
+    losses_of_stack,
     outside_batched_gradients,
     unbatched,
     without_hooks,
 )
 from gramjd.rounding import tolerance
+
+FEW = 16  # rows, up to which a backward pass for each is no slower than several cotangents at once
 
 Sink = Callable[[Any, Sequence[Tensor | None]], Sequence[Tensor | None]]
 
@@ -78,7 +81,7 @@ def _at_once(output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -> li
         return None
 
 
-def _grad(output: Tensor, inputs: Sequence[Tensor], cotangent: Tensor, batched: bool = False
+def _grad(output: Any, inputs: Sequence[Tensor], cotangent: Tensor, batched: bool = False
           ) -> Sequence[Tensor | None]:  # fmt: skip
     if not inputs:
         return []
@@ -141,11 +144,40 @@ def row_gradients(output: Tensor, inputs: Sequence[Tensor], batch_dim: int | Non
     """Way 3: rows ``[K, B, *p.shape]`` of each parameter, one objective of one sample at a time."""
     eye = torch.eye(output.numel(), device=output.device).to(output.dtype)
     cotangents = eye.view(-1, *output.shape)
-    rows = gradients(output, inputs, cotangents)
-    if not _add_up(output, inputs, cotangents, rows):
+    rows = gradients(output, inputs, cotangents) if len(cotangents) > FEW else None
+    if rows is None or not _add_up(output, inputs, cotangents, rows):
         rows = _one_by_one(output, inputs, cotangents)
     shaped = (row if row is None else row.view(*output.shape, *row.shape[1:]) for row in rows)
     return [row if row is None else _rows_first(row, output.ndim, batch_dim) for row in shaped]
+
+
+def loss_gradients(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+    """Rows ``[K, 1, *p.shape]`` of each parameter, by an ordinary backward pass for each entry of the output.
+
+    Where the output is a stack of losses, each pass is through the graph of its own loss alone.
+    """
+    rows: list[Tensor | None] = [None] * len(inputs)
+    for k, (start, cotangent) in enumerate(_losses(output)):
+        found = [None] * len(inputs) if start is None else _grad(start, inputs, cotangent)
+        for n, (p, g) in enumerate(zip(inputs, found, strict=True)):
+            if g is None:
+                continue
+            row = rows[n]
+            if row is None:
+                row = rows[n] = p.new_zeros(output.numel(), 1, *p.shape)
+            row[k, 0] = g.to_dense() if g.is_sparse else g
+    return rows
+
+
+def _losses(output: Tensor) -> Iterator[tuple[Any, Tensor]]:
+    """Where the backward pass of each entry begins, ``None`` for a constant, and with which cotangent."""
+    edges = losses_of_stack(output)
+    if edges is None:
+        for cotangent in torch.eye(output.numel(), device=output.device).to(output.dtype):
+            yield output, cotangent.view(output.shape)
+    else:
+        for edge in edges:
+            yield edge, output.new_ones(())
 
 
 def _add_up(

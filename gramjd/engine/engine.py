@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,18 +13,20 @@ from torch import Tensor, nn
 
 from gramjd import distributed, gramians, pytree
 from gramjd.blocks import Block
+from gramjd.engine import finite
 from gramjd.engine.compiled import StandIns
-from gramjd.engine.graph import Graph, walk
+from gramjd.engine.graph import walk
 from gramjd.engine.nodes import forget
+from gramjd.engine.proofs import Case, Proofs, describe
 from gramjd.engine.reach import reach
 from gramjd.engine.recorder import AfterHook, BeforeHook, Watcher
 from gramjd.engine.registry import Registry
 from gramjd.engine.sharded import Lockstep, refuse_flat, refuse_parallel
-from gramjd.engine.solve import OVERFLOWED, Emit, solve
+from gramjd.engine.solve import Emit, solve
 from gramjd.engine.step import Scaled, Step, Weightings
-from gramjd.engine.task import Plan, Task
+from gramjd.engine.task import Task
 from gramjd.engine.ways import WAYS
-from gramjd.errors import NotCoveredError, NotFiniteError, SlowPathWarning
+from gramjd.errors import NotCoveredError, SlowPathWarning
 from gramjd.explanation import Explanation, explanation
 from gramjd.jacobian import Jacobian, Output, Sum, groups
 from gramjd.jacobian.lazy import Per
@@ -32,14 +34,13 @@ from gramjd.objectives import Losses, joined
 from gramjd.plan import Options
 from gramjd.rounding import own_precision
 
-_PLANS = 64  # signatures that an engine remembers
-
 
 class Engine:
     """Computes the Gramian of the Jacobian of a tensor with respect to modules' parameters.
 
     The Jacobian itself is never stored (Quinton and Rey, arXiv 2406.16232, Section 6). A drop-in
-    replacement for ``torchjd.autogram.Engine``.
+    replacement for ``torchjd.autogram.Engine``. A complex parameter counts as its real and imaginary
+    parts, so that the Gramian is ``Re(J Jᴴ)``.
 
     Args:
         modules: modules, each of which stands for its whole subtree; or one iterable of modules,
@@ -48,11 +49,14 @@ class Engine:
             computation treats samples independently; ``None`` for any other computation. Always
             to be given, by name or after an iterable: the default stands for nothing.
         check: whether the blocks are proved equal to autograd's gradients with random weights:
-            ``"first"``, once for each structure of the graph in which samples cannot meet, whatever
-            the data are, and every time where they can, or where tensors index others; ``"always"``;
-            ``"never"``.
-        ways: how blocks may be obtained, best first: from the ``"ops"`` of the forward that ran, by
-            ``"functional"`` replay of a module call under ``vmap(vjp)``, by autograd's ``"rows"``.
+            ``"first"``, once for each structure of the graph, and where the samples are as long as it
+            is not proven that this cannot change; ``"always"``; ``"never"``.
+        audit: with ``check="first"``, what was proven is verified again in the second, fourth, eighth …
+            call of a structure and in each ``audit``-th one; ``None`` for no audits.
+        ways: how blocks may be obtained, best first: by one ordinary backward pass for each of the
+            ``"losses"``, if these are up to sixteen, without a batch dimension, and all rows fit into the
+            memory; from the ``"ops"`` of the forward that ran; by ``"functional"`` replay of a module
+            call under ``vmap(vjp)``; by autograd's ``"rows"``.
         memory_budget: bytes of working memory that the contractions of :meth:`compute_gramian` may
             use beside the result; ``None`` for a default that follows what is free.
         accumulate_dtype: dtype in which they add up products, and of the Gramian; ``None`` for
@@ -75,6 +79,7 @@ class Engine:
         *modules: nn.Module | Iterable[nn.Module] | int | None,
         batch_dim: int | str | None = "",
         check: str = "first",
+        audit: int | None = 256,
         ways: Sequence[str] = WAYS,
         memory_budget: int | None = None,
         accumulate_dtype: torch.dtype | None = None,
@@ -82,12 +87,14 @@ class Engine:
         found, recurse, batch_dim = _parse(modules, batch_dim)
         if check not in ("first", "always", "never"):
             raise ValueError(f"check must be 'first', 'always' or 'never', not {check!r}.")
+        if audit is not None and (not isinstance(audit, int) or audit < 1):
+            raise ValueError(f"audit must be a positive number of calls, or None, not {audit!r}.")
         if not ways or not set(ways) <= set(WAYS):
             raise ValueError(f"ways must be some of {WAYS}, not {ways!r}.")
         self._modules, self._recurse, self._batch_dim = found, recurse, batch_dim
-        self._check, self._ways = check, tuple(way for way in WAYS if way in ways)
+        self._check, self._audit, self._ways = check, audit, tuple(way for way in WAYS if way in ways)
         self._options = Options(memory_budget, accumulate_dtype)
-        self._plans: dict[Hashable, Plan] = {}
+        self._proofs = Proofs(audit if check == "first" else None)
         refuse_flat(found)
         self._registry = registry = Registry(found, recurse)
         self._watcher = Watcher(registry.held, self._ways)
@@ -137,7 +144,7 @@ class Engine:
             NotFiniteError: the output has NaN or infinite entries, or its gradients have.
             ValueError: the output is empty, or has no dimension ``batch_dim``; ``rows`` without a group,
                 or ``"local"`` ones that shall be ``flat``.
-            TypeError: the output or a parameter is complex.
+            TypeError: the output is complex.
             RanksDisagreeError: ranks have different models or settings; all of them raise it.
             RankFailedError: another rank could not take part; it raises what it failed by.
         """
@@ -150,11 +157,15 @@ class Engine:
             distributed.refuse_rows(rows)
             _refuse_empty(output)
             gramian = self._streamed(output)
-        finite = torch.isfinite(gramian).all()
+        right = torch.isfinite(gramian).all()
         if group is not None and rows == "local":  # where one rank raises, all do
-            finite = distributed.everywhere(group, finite)
-        if not bool(finite):
-            raise NotFiniteError(OVERFLOWED.format("Gramian"))
+            right = distributed.everywhere(group, right)
+        if not bool(right):
+            if group is not None or self._registry.shards.units:
+                raise finite.unexplained("Gramian")
+            raise finite.of_gramian(
+                gramian, output, None if (d := self._batch_dim) is None else d % output.ndim
+            )
         gramian = gramian.to(output.device)
         return gramians.flatten(gramian) if flat else gramian
 
@@ -224,7 +235,7 @@ class Engine:
         _refuse_empty(output)
 
         def alone() -> Any:
-            jac = self._jacobian(output)
+            jac = self._jacobian(output)[0]
             return step.take(jac, jac.gramian(per, **asdict(self._options)), output, output.shape, _all)
 
         return scaled.attempt(alone, lambda: reach([output]).leaves.values(), per)
@@ -261,10 +272,11 @@ class Engine:
         The arguments and errors are those of :meth:`compute_gramian`, but for an output without
         samples, whose Jacobian has no rows.
         """
-        return self._jacobian(joined(output, self._batch_dim))
+        return self._jacobian(joined(output, self._batch_dim))[0]
 
     @own_precision
-    def _jacobian(self, output: Tensor) -> Jacobian:
+    def _jacobian(self, output: Tensor) -> tuple[Jacobian, Task]:
+        """The lazy Jacobian, and what is known of its graph."""
         found: dict[Tensor, list[Block]] = {}
         task = self._solve(output, found.update)
         held = self._registry.named()  # of sharded parameters what the optimizer has
@@ -273,28 +285,32 @@ class Engine:
         parameters, spec = pytree.flatten(named)
         shape = Output(0, tuple(output.shape), task.batch_dim)
         blocks = [by_id[id(p)] for p in parameters]
-        return Jacobian.of(blocks, parameters, spec, [shape], pytree.LEAF, task.samples)
+        return Jacobian.of(blocks, parameters, spec, [shape], pytree.LEAF, task.samples), task
 
     def _solve(self, output: Tensor, emit: Emit) -> Task:
         """Give ``emit`` the blocks of the parameters that an output depends on."""
         lockstep = self._registry.lockstep()
         with torch.no_grad():
             try:
-                task = self._task(output, lockstep)
+                task, case = self._task(output, lockstep)
             except Exception as error:
                 if lockstep is not None:  # the others must not wait
-                    lockstep.agree(False, [], error)
+                    lockstep.agree(False, [], 0, error)
                 raise
             warned = "rows" in task.plan.ways.values()
             try:
-                solve(task, self._ways, self._check != "never", emit)
+                solve(
+                    task, self._ways, self._check != "never", emit, self._options.rows_budget(output.device)
+                )
             finally:
                 forget(task.graph.nodes)
+            if self._check != "always":
+                self._proofs.keep(case)
         if task.samples and not warned and self._ways != ("rows",):
             _warn_of_rows(task)
         return task
 
-    def _task(self, output: Tensor, lockstep: Lockstep | None) -> Task:
+    def _task(self, output: Tensor, lockstep: Lockstep | None) -> tuple[Task, Case]:
         """The output's graph, and what is known of its like."""
         batch_dim = self._validate(output)
         graph = walk(output)
@@ -303,16 +319,25 @@ class Engine:
         named = {n: p for n, p in named.items() if id(p) in graph.leaves}
         if not named:
             self._raise_not_covered()
-        _refuse_complex({**named, "the output": output})
-        return Task(output, batch_dim, graph, named, self._plan(graph), lockstep=lockstep)
+        _refuse_complex(output)
+        held = tuple(map(id, self._registry.held()[0]))
+        samples = None if batch_dim is None else output.shape[batch_dim]
+        case = self._proofs.recall(graph, held, tuple(output.shape), samples)
+        return Task(output, batch_dim, graph, named, case.plan, lockstep=lockstep), case
 
     def explain(self, output: Losses, /) -> Explanation:
         """What the Gramian of an output is made of: every use of every parameter, its op and its plan.
 
-        Parameters whose Jacobian is computed row by row say why. The arguments and errors are those
-        of :meth:`compute_gramian`.
+        Parameters whose Jacobian is computed row by row say why, and the last line what the result
+        rests on: a proof of this call or of an earlier one, measurements. The arguments and errors are
+        those of :meth:`compute_gramian`.
         """
-        return explanation(self.jacobian(output), self._options)
+        jacobian, task = self._jacobian(joined(output, self._batch_dim))
+        return explanation(
+            jacobian,
+            self._options,
+            describe(task.plan, self._check, None if task.batch_dim is None else task.samples),
+        )
 
     def close(self) -> None:
         """Remove the engine's hooks; the modules are as they were. May be called again."""
@@ -320,19 +345,15 @@ class Engine:
 
     def __reduce__(self) -> Any:
         given = self._modules if self._recurse else [self._modules]
-        keywords = {"batch_dim": self._batch_dim, "check": self._check, "ways": self._ways}
+        keywords = {
+            "batch_dim": self._batch_dim,
+            "check": self._check,
+            "audit": self._audit,
+            "ways": self._ways,
+        }
         return _rebuild, (given, {**keywords, **asdict(self._options)})
 
-    def _plan(self, graph: Graph) -> Plan:
-        """What is known of a graph: nothing, where the data may put its samples anywhere."""
-        if self._check == "always" or not graph.steady:
-            return Plan(lasts=False)
-        plan = self._plans.setdefault((graph.signature, *map(id, self._registry.held()[0])), Plan())
-        if len(self._plans) > _PLANS:
-            self._plans.pop(next(iter(self._plans)))
-        return plan if plan.lasts else Plan(lasts=False)
-
-    def _validate(self, output: Tensor) -> int | None:
+    def _validate(self, output: Any) -> int | None:
         """The batch dimension as a dimension of this output."""
         if not isinstance(output, Tensor):
             what = type(output).__name__
@@ -346,10 +367,7 @@ class Engine:
         if dim is None or output.shape[dim] > 0:
             _refuse_empty(output)
         if not bool(torch.isfinite(output.detach()).all()):
-            raise NotFiniteError(
-                f"The output has NaN or infinite entries (shape {list(output.shape)}): their gradients "
-                "are meaningless. Look for overflow, or for a division by zero, in the forward."
-            )
+            raise finite.of_output(output, dim)
         return dim if dim is None else dim % output.ndim
 
     def _raise_not_covered(self) -> None:
@@ -375,14 +393,12 @@ def _refuse_empty(output: Any) -> None:
         raise ValueError(f"The output is empty (shape {list(output.shape)}): there is no objective.")
 
 
-def _refuse_complex(named: dict[str, Tensor]) -> None:
-    for name, tensor in named.items():
-        if tensor.is_complex():
-            raise TypeError(
-                f"{name} is complex ({tensor.dtype}), and a Gramian is of real gradients. Keep real and "
-                "imaginary parts as real tensors (torch.view_as_real), and make the tensor of them in the "
-                "forward (torch.view_as_complex)."
-            )
+def _refuse_complex(output: Tensor) -> None:
+    if output.is_complex():
+        raise TypeError(
+            f"The output is complex ({output.dtype}), and a Gramian is of the gradients of real objectives. "
+            "Take real ones of it: torch.view_as_real(output), or output.abs()."
+        )
 
 
 def _parse(modules: Sequence[Any], batch_dim: Any) -> tuple[list[nn.Module], bool, int | None]:
@@ -420,15 +436,23 @@ def _remove(handles: Sequence[Any]) -> None:
         handle.remove()
 
 
+_DERIVATIVES = (
+    " The output contains derivatives of the model (create_graph=True): how they use parameters is known for "
+    "linear, matmul and mul alone. The function transforms (gramjd.jacobian, gramjd.ntk) take such losses, "
+    "with torch.func.grad inside, in one pass, whatever the ops."
+)
+
+
 def _warn_of_rows(task: Task) -> None:
     """Say which parameters go the slow way, and why."""
     slow = [name for name, p in task.parameters.items() if task.plan.ways[id(p)] == "rows"]
     if slow:
+        derivatives = any(node.differentiated for node in task.graph.nodes)
         cause = task.plan.causes.get(id(task.parameters[slow[0]]), "it was not used in a registered module")
         more = f" (and {len(slow) - 1} more)" if len(slow) > 1 else ""
         warnings.warn(
             f"The Jacobian of parameter {slow[0]!r}{more} is computed one row at a time, which is exact "
-            f"but slow, because {cause}.",
+            f"but slow, because {cause}.{_DERIVATIVES if derivatives else ''}",
             SlowPathWarning,
             stacklevel=6,
         )

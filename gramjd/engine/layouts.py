@@ -15,6 +15,7 @@ from math import inf
 import torch
 from torch import Tensor
 
+from gramjd.complexes import as_real
 from gramjd.rounding import tolerance
 
 
@@ -64,6 +65,19 @@ class Scattered(Layout):
         shape = [samples, *[1] * (found.ndim - 1)]
         shape[self.dim + 2] = filled.shape[1]
         return (found * filled.view(shape)).transpose(0, 1)
+
+    def explains(self, c: Tensor, probed: Tensor, v: Tensor) -> bool:
+        """Are these the owners by other weights, too? The arguments are those of :func:`measure`."""
+        v = torch.cat([v, v.new_zeros(len(v), 1)], 1).double()  # entries of no sample have cotangents of zero
+        rows = c.movedim(self.dim + 1, 1).flatten(2).double() if c.ndim > 2 else c.unsqueeze(-1).double()
+        wanted = (
+            probed.movedim(self.dim, 0).flatten(1).double()
+            if probed.ndim > 1
+            else probed.unsqueeze(-1).double()
+        )
+        weighted = torch.einsum("knm,kn->nm", rows, v[:, self.owners])
+        off = float((weighted - wanted.double()).norm())
+        return off <= 8 * tolerance(c.dtype) * float(weighted.norm())
 
 
 ZERO = Layout(-1)  # every layout fits: the cotangents are zero, or there are none
@@ -120,7 +134,9 @@ def owned(c: Tensor, probed: Tensor, v: Tensor, noise: float = 0.0) -> Layout | 
     if probed.ndim == 0:
         return None
     samples, v, slack = v.shape[1], v.double(), min(64 * torch.finfo(c.dtype).eps, tolerance(c.dtype))
-    for dim in range(max(1, probed.ndim - 1)):  # the last one holds features
+    dims = range(max(1, probed.ndim - 1))  # the last one holds features
+    c, probed = as_real(c), as_real(probed)
+    for dim in dims:
         rows = c.unsqueeze(-1).movedim(dim + 1, 1).flatten(2).double()  # [K, N, m]
         wanted = probed.unsqueeze(-1).movedim(dim, 0).flatten(1).double()  # [N, m]
         products, squares = torch.einsum("knm,nm->kn", rows, wanted), torch.einsum("knm,lnm->kln", rows, rows)
@@ -139,7 +155,7 @@ def follows_samples(c: Tensor, probed: Tensor, v: Tensor, most: int = 4096) -> b
 
     The arguments are those of :func:`measure`.
     """
-    c, probed = c.flatten(1), probed.flatten()
+    c, probed = as_real(c).flatten(1), as_real(probed).flatten()
     step = -(-len(probed) // most)
     c, probed = c[:, ::step], probed[::step]
     left = torch.full_like(probed, inf)

@@ -26,6 +26,8 @@ class Node(torch.autograd.Function):
     def forward(ctx: Any, record: Any, saved: Sequence[Tensor], inplace: bool, *tensors: Tensor) -> Any:
         ctx.record = record
         ctx.sink = None
+        ctx.differentiated = ctx.followed = False  # was a graph made of its gradients? see OpMark.follow
+        ctx.received = None
         ctx.hooked, ctx.values = saved_tensors_hook() is not None, None
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
@@ -38,6 +40,8 @@ class Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():  # create_graph=True
+            ctx.record.follow(ctx, grads)
         taps = (None,) * len(grads)
         if ctx.sink is not None:
             if ctx.hooked and ctx.values is None:
@@ -51,7 +55,7 @@ class Node(torch.autograd.Function):
         return outputs if len(outputs) > 1 else outputs[0]
 
 
-NODE_TYPE: type = Node._backward_cls
+NODE_TYPE: Any = Node._backward_cls
 
 
 def attach(

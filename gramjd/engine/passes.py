@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gramjd import gramians
+from gramjd.complexes import as_real
 from gramjd.engine import backward
 from gramjd.engine.nodes import Cotangents
 from gramjd.engine.regions import Later
@@ -53,8 +54,16 @@ class Passes:
         self.task, self.checking, self.busy = task, checking, False
         # weights [K, B], and others like them
         self.v, self.others = (
-            _random_weights(task.objectives, task.samples, task.output, seed) for seed in (0, 1)
+            _random_weights(task.objectives, task.samples, task.output, 2 * task.plan.calls + n)
+            for n in (0, 1)
         )
+
+    @cached_property
+    def full(self) -> Passes:
+        """The same with the gradients of parameters."""
+        if self.busy:
+            raise Later
+        return Passes(self.task, True)
 
     @cached_property
     def first(self) -> Pass:
@@ -81,7 +90,7 @@ class Passes:
         Not the largest one: a gradient that is nothing but rounding would excuse any other.
         """
         found = [(g, self.again.gradients[name]) for name, g in self.first.gradients.items()]
-        pairs = [(g.double(), again.double()) for g, again in found if g is not None and again is not None]
+        pairs = [(_double(g), _double(h)) for g, h in found if g is not None and h is not None]
         off = sum(float((again / _SCALE - g).square().sum()) for g, again in pairs)
         return float((off / sum(float(g.square().sum()) for g, _ in pairs)) ** 0.5)
 
@@ -116,11 +125,15 @@ def rounding_of(first: Tensor | None, again: Tensor | None) -> float:
     """The relative difference of two passes that differ by rounding alone."""
     if first is None or again is None:
         return 0.0
-    return float((again.double() / _SCALE - first.double()).norm() / first.double().norm())
+    return float((_double(again) / _SCALE - _double(first)).norm() / _double(first).norm())
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return as_real(tensor).double()
 
 
 def _random_weights(objectives: int, samples: int, like: Tensor, seed: int) -> Tensor:
-    """Row weights ``[K, B]``, the same on every call, none close to zero."""
+    """Row weights ``[K, B]``, none close to zero."""
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(2, objectives, samples, generator=generator, dtype=torch.float64)
     signs = 1 - 2 * (uniform[1] < 0.5).double()

@@ -20,7 +20,7 @@ from gramjd.engine.layouts import ZERO, Layout, Scattered, follows_samples, meas
 from gramjd.engine.marks import OpMark
 from gramjd.engine.nodes import Cotangents
 from gramjd.engine.passes import Pass, Passes, rounding_of
-from gramjd.engine.task import Layouts, Task, is_fused
+from gramjd.engine.task import Task, is_fused
 from gramjd.rounding import tolerance
 from gramjd.uses import roots
 
@@ -49,6 +49,10 @@ class Probe:
     def again(self) -> Pass:
         return self.passes.again.of(self.nodes)
 
+    def verifying(self) -> Probe:
+        """The same of passes that also gave the gradients of parameters."""
+        return self if self.passes.checking else Probe(self.passes.full, self.nodes, self.scattered)
+
     @property
     def total(self) -> tuple[Tensor, Pass]:
         """What the total is compared with: weights that no layout was found by, if these told too much."""
@@ -57,39 +61,44 @@ class Probe:
         return self.v, self.passes.first
 
 
-def find_layouts(task: Task, probe: Probe) -> bool:
-    """Find the layouts of a region's nodes; could the same be said of the next graph of this signature?"""
+def find_layouts(task: Task, probe: Probe) -> None:
+    """Find the layouts of a region's nodes, and note what they are good for beyond this call."""
+    plan = task.plan
     if task.batch_dim is None:
         task.layouts = [[Layout(0)] * len(cs) for cs in task.cotangents]
-        return True
+        given = probe.first.cotangents if probe.passes.checking else []
+        plan.seen = plan.seen and all(c is None or bool(c.any()) for cs in given for c in cs)
+        return
     assert task.region is not None
-    known = task.plan.layouts.get(task.region)
-    if known is not None and _fit(task, known):
-        task.layouts = known
-        return True
-    lasting = task.samples > 1  # a single sample fits everywhere
+    if task.region in plan.layouts:
+        task.layouts = plan.layouts[task.region]
+        return
     for index, cs in enumerate(task.cotangents):
-        mine = [_layout(task, probe, index, which) for which in range(len(cs))]
-        lasting = lasting and ZERO not in [m for m, c in zip(mine, cs, strict=True) if c is not None]
-        task.layouts.append(mine)
-    lasting = lasting and not any(map(is_fused, task.graph.nodes))  # the next may be replayed
-    probe.scattered = any(isinstance(layout, Scattered) for mine in task.layouts for layout in mine)
-    lasting = lasting and not probe.scattered  # the next batch may be scattered otherwise
-    if lasting:
-        task.plan.layouts[task.region] = task.layouts
-    return lasting
-
-
-def _fit(task: Task, layouts: Sequence[Layouts]) -> bool:
-    """Have cotangents the sizes that layouts ask for? A view may not, in a batch of another size."""
-    return all(
-        c is None or layout is None or layout is ZERO or c.shape[layout.dim + 1] % task.samples == 0
-        for cs, mine in zip(task.cotangents, layouts, strict=True)
-        for c, layout in zip(cs, mine, strict=True)
-    )
+        task.layouts.append([_layout(task, probe, index, which) for which in range(len(cs))])
+    pairs = [(layout, c) for mine, cs in zip(task.layouts, task.cotangents, strict=True)
+             for layout, c in zip(mine, cs, strict=True)]  # fmt: skip
+    probe.scattered = any(isinstance(layout, Scattered) for layout, _ in pairs)
+    plan.seen = plan.seen and not any(layout is ZERO and c is not None for layout, c in pairs)
+    # a single sample fits everywhere; the next batch may be scattered otherwise, and a replay succeed
+    lasts = task.samples > 1 and not probe.scattered and not any(map(is_fused, task.graph.nodes))
+    plan.lasting = plan.lasting and plan.seen and lasts
+    plan.layouts[task.region] = task.layouts
 
 
 def _layout(task: Task, probe: Probe, index: int, which: int) -> Layout | None:
+    """The layout of one output of a node, by weights of which two may be close: proven by others."""
+    layout = _first_fit(task, probe, index, which)
+    if isinstance(layout, Scattered) and not probe.passes.checking and not task.places:
+        c, other = (
+            task.cotangents[index][which],
+            probe.passes.independent.of(probe.nodes).cotangents[index][which],
+        )
+        if c is None or other is None or not layout.explains(c, other[0], probe.passes.others):
+            return None
+    return layout
+
+
+def _first_fit(task: Task, probe: Probe, index: int, which: int) -> Layout | None:
     """The layout of one output of a node; whether samples are mixed there goes to the plan."""
     c, first = task.cotangents[index][which], probe.first.cotangents[index][which]
     if c is None or first is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from gramjd import distributed
@@ -77,8 +78,10 @@ class Registry:
         return None
 
     def hooked(self) -> list[nn.Module]:
-        """The modules whose calls are watched: those that have a registered parameter below them."""
-        if not self.recurse:
-            return list(self.modules)
-        below = (m for module in self.modules for m in module.modules())
-        return list(dict.fromkeys(m for m in below if next(m.parameters(), None) is not None))
+        """The modules whose calls are watched: those that have a registered parameter below them.
+
+        Calls of scripted ones are left to the module that calls them: they take no hooks.
+        """
+        below = self.modules if not self.recurse else (m for mine in self.modules for m in mine.modules())
+        found = dict.fromkeys(m for m in below if not self.recurse or next(m.parameters(), None) is not None)
+        return [m for m in found if not isinstance(m, torch.jit.ScriptModule)]  # these take no such hooks

@@ -102,10 +102,11 @@ class Lockstep:
     device: torch.device
     shards: Shards
     passes: bool = False  # does any rank need backward passes that measure and check?
+    most: int = 0  # samples of a rank
     gathered: set[int] = field(default_factory=set)  # ids of nodes whose weights there are
 
-    def agree(self, passes: bool, units: Sequence[nn.Module], error: Exception | None) -> None:
-        """Exchange whether more passes are needed, which units are gathered, and whether a rank failed.
+    def agree(self, passes: bool, units: Sequence[nn.Module], samples: int, error: Exception | None) -> None:
+        """Exchange whether passes are needed, which units are gathered, how many samples, and who failed.
 
         Raises:
             RankFailedError: another rank did.
@@ -114,11 +115,11 @@ class Lockstep:
         order = list(dict.fromkeys(self.shards.units.values()))
         names = repr([order.index(unit) for unit in units]).encode()
         digest = int.from_bytes(hashlib.sha256(names).digest()[:6], "big")
-        mine = [int(passes), int(error is not None), digest, -digest]
+        mine = [int(passes), samples, int(error is not None), digest, -digest]
         said = torch.tensor(mine, dtype=torch.int64, device=self.device)
         for dim in range(self.mesh.ndim):
             dist.all_reduce(said, dist.ReduceOp.MAX, group=self.mesh.get_group(dim))
-        anywhere, failed, high, low = said.tolist()
+        anywhere, self.most, failed, high, low = said.tolist()
         if error is not None:
             raise error
         if failed:

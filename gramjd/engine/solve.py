@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramjd.engine import backward
+from gramjd.engine import backward, finite
+from gramjd.engine.coverage import uncovered
 from gramjd.engine.layouts import ZERO
 from gramjd.engine.marks import CallMark
 from gramjd.engine.nodes import Cotangents, forget
@@ -19,51 +20,66 @@ from gramjd.engine.probe import Probe, agrees, find_layouts, is_noise
 from gramjd.engine.regions import Later, Stream, regions_of
 from gramjd.engine.replay import Replayed, replay
 from gramjd.engine.sharded import needs_weights
-from gramjd.engine.spread import Spread
-from gramjd.engine.task import Task, is_fused
-from gramjd.engine.ways import BY_WAY, WAYS, Found, by_rows
-from gramjd.errors import CheckFailedError, NotFiniteError, NotSeparableError
+from gramjd.engine.spread import patterns, patterns_for, stays_within
+from gramjd.engine.task import Separation, Task, is_fused
+from gramjd.engine.ways import BY_WAY, WAYS, Found, are_few, by_losses, by_rows
+from gramjd.errors import CheckFailedError, NotSeparableError
 from gramjd.uses import roots
 
-OVERFLOWED = (
-    "The {} of the output has NaN or infinite entries: something overflowed in the backward pass, or it "
-    "divides by zero. Under a GradScaler that happens in ordinary training: skip the step and lower the "
-    "scale, scaler.update(scaler.get_scale() / 2)."
-)
+_PATTERNS_A_CALL = 2  # backward passes of the proof of separation; until it is whole, layouts are measured
 
 Emit = Callable[[Found], None]
 
 
-def solve(task: Task, ways: Sequence[str], check: bool, emit: Emit) -> None:
+def solve(task: Task, ways: Sequence[str], check: bool, emit: Emit, rows_budget: int = 0) -> None:
     """Give ``emit`` the blocks of every parameter, obtained in the first of ``ways`` that is exact for it.
 
     Those of a region as soon as the backward pass has been through it, where that is possible. Measures
-    and checks what the task's plan does not know yet, and writes it there.
+    and verifies what the task's plan does not know yet, and writes it there.
+
+    Args:
+        task: what to solve.
+        ways: the strategies allowed.
+        check: whether results are verified.
+        emit: what takes the blocks.
+        rows_budget: bytes that the rows of all parameters together may take.
 
     Raises:
         NotFiniteError: gradients have NaN or infinite entries.
         NotSeparableError: the samples are mixed.
-        CheckFailedError: no way is left for a parameter.
+        CheckFailedError: no way is left for a parameter, or an audit failed.
     """
     plan, nodes, lockstep = task.plan, task.graph.nodes, task.lockstep
     if not task.samples and lockstep is None:
         return
+    if "losses" in ways and are_few(task, rows_budget):
+        found = by_losses(task)
+        plan.ways.update(dict.fromkeys(map(id, found), "losses"))
+        return emit(found)
+    if not BY_WAY.keys() & set(ways) and lockstep is None:  # no strategy that takes recorded uses
+        return emit(_row_by_row(task, task.parameters, ways))
     plan.regions = plan.regions or regions_of(nodes)
+    if plan.outside is None:
+        plan.outside, opened = uncovered(task.output)
+        plan.opened = {index for index, node in enumerate(nodes) if node in opened}
     opaque = [isinstance(node.record, CallMark) for node in nodes]
-    checking = check and (any(opaque) or not plan.checked)  # replays run the user's code anew
+    auditing = check and bool(plan.audit)
+    checking = check and (any(opaque) or not plan.complete or auditing)  # replays run the user's code anew
     probing = checking or (task.batch_dim is not None and len(plan.layouts) < len(plan.regions))
+    checking = checking or (check and probing and lockstep is not None)  # passes on demand are not in step
     passes = Passes(task, checking)
     done: set[int] = set()  # ids of parameters
-    lasting = [True] * len(plan.regions)
-    spread: Spread | None = None
 
     def solve_region(number: int, cotangents: list[Cotangents]) -> None:
         part = task.of_region(number, cotangents)
         probe = Probe(passes, plan.regions[number].nodes)
         try:
             _expand(part, probe)
-            lasting[number] = find_layouts(part, probe)
-            found = _first_exact(part, probe, ways, checking)
+            find_layouts(part, probe)
+            pattern = part.pattern()
+            verifying = checking or (check and pattern not in plan.patterns.get(number, ()))
+            found = _first_exact(part, probe.verifying() if verifying else None, ways)
+            plan.patterns.setdefault(number, set()).add(pattern)
         except Later:
             plan.late.add(number)  # also the next time: the order of the sum decides on its rounding
             raise
@@ -79,12 +95,11 @@ def solve(task: Task, ways: Sequence[str], check: bool, emit: Emit) -> None:
     if lockstep is not None:  # whatever the data are, all ranks run the same backward passes
         ways = [way for way in ways if way != "rows"]
         early = set()
-        lockstep.agree(probing, lockstep.units_of(weighted), None)
+        lockstep.agree(probing, lockstep.units_of(weighted), task.samples, None)
         if lockstep.passes:
             passes.run_all()
-            spread = Spread(task) if check else None
     elif probing:
-        _refuse_overflow(passes.first)  # or what is measured now would be wrong, and remembered
+        _refuse_overflow(task, passes.first)  # or what is measured now would be wrong, and remembered
     stream = Stream(nodes, plan.regions, early, solve_region)
     passes.busy = True
     basis = backward.basis(task.output, task.batch_dim)
@@ -94,14 +109,32 @@ def solve(task: Task, ways: Sequence[str], check: bool, emit: Emit) -> None:
         if not task.samples:
             return
         if lockstep is not None and probing:
-            _refuse_overflow(passes.first)
+            _refuse_overflow(task, passes.first)
         stream.finish()
     left = {name: p for name, p in task.parameters.items() if id(p) not in done}
     if left:
         emit(_row_by_row(task, left, ways))
-    if checking and plan.lasts and not plan.checked and all(lasting) and passes.conclusive:
-        plan.lasts = task.batch_dim is None or (spread or Spread(task)).stays_within()
-        plan.checked = plan.lasts
+    plan.complete = plan.complete or not check or (checking and plan.seen and passes.conclusive)
+    if task.batch_dim is not None:
+        plan.separation = _separation(task, check)
+
+
+def _separation(task: Task, check: bool) -> Separation | None:
+    """What is proven of the layouts, a little more than before where they are the same."""
+    plan, lockstep, before = task.plan, task.lockstep, task.plan.separation
+    if not plan.complete or not plan.lasting or plan.unlisted:
+        return None
+    if before is not None and before.is_whole:
+        return before
+    needed = patterns_for(task.samples if lockstep is None else lockstep.most)
+    if not check:
+        return Separation(plan.layouts, task.samples, needed, needed)
+    passed = 0
+    if before is not None and (before.samples, before.layouts) == (task.samples, plan.layouts):
+        passed = before.passed
+    until = needed if lockstep is not None else min(needed, passed + _PATTERNS_A_CALL)
+    chosen = patterns(task.samples, needed)[passed:until]
+    return Separation(plan.layouts, task.samples, until, needed) if stays_within(task, chosen) else None
 
 
 def _row_by_row(task: Task, left: dict[str, Tensor], ways: Sequence[str]) -> Found:
@@ -124,22 +157,28 @@ def _row_by_row(task: Task, left: dict[str, Tensor], ways: Sequence[str]) -> Fou
     )
 
 
-def _first_exact(task: Task, probe: Probe, ways: Sequence[str], checking: bool) -> Found:
-    """Blocks of a region's parameters by the ops or by replays of calls, where these are exact."""
-    plan, found, outside = task.plan, Found(), task.graph.outside
+def _first_exact(task: Task, probe: Probe | None, ways: Sequence[str]) -> Found:
+    """Blocks of a region's parameters by the ops or by replays of calls, where these are exact.
+
+    With a probe they are compared with autograd's gradients.
+    """
+    plan, found, outside = task.plan, Found(), task.plan.outside or set()
+    opaque = any(isinstance(node.record, CallMark) for node in task.graph.nodes)
     plan.causes.update(dict.fromkeys(outside, "it was used outside of the calls of registered modules"))
     for way in ways:
         left = {n: p for n, p in task.parameters.items() if p not in found and id(p) not in outside}
         planned = {n: p for n, p in left.items()
                    if WAYS.index(plan.ways.get(id(p), way)) <= WAYS.index(way)}  # fmt: skip
-        if way == "rows" or not planned:
+        if way not in BY_WAY or not planned:
             continue
         candidates = BY_WAY[way](task, planned)
         for name, p in planned.items():
             blocks = candidates.get(p)
             if blocks is None:
                 continue
-            if checking and not agrees(probe, name, blocks):
+            if probe is not None and not agrees(probe, name, blocks):
+                if plan.audit and not opaque:
+                    raise CheckFailedError(plan.audit.format(name))
                 plan.causes[id(p)] = "its uses that were seen do not add up to autograd's gradient"
                 continue
             found[p] = blocks
@@ -147,10 +186,11 @@ def _first_exact(task: Task, probe: Probe, ways: Sequence[str], checking: bool) 
     return found
 
 
-def _refuse_overflow(weighted: Pass) -> None:
+def _refuse_overflow(task: Task, weighted: Pass) -> None:
     """Raise where a pass met NaN or infinity."""
     if not weighted.is_finite:
-        raise NotFiniteError(OVERFLOWED.format("gradient"))
+        in_step = task.lockstep is not None
+        raise finite.unexplained("gradient") if in_step else finite.of_gradient(task.output, task.batch_dim)
 
 
 def _expand(task: Task, probe: Probe) -> None:

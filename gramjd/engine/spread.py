@@ -1,8 +1,9 @@
-"""Do samples meet anywhere in a graph, however small the derivatives are by which they do?
+"""Could samples reach each other anywhere in a graph, however small the derivatives are by which they do?
 
 What one batch shows need not hold for the next: a gate that starts at zero, a saturated softmax, a dead
-ReLU hide that samples are mixed. NaN times zero is NaN. So the derivatives of some samples' objectives are
-made NaN: where NaN comes to a place of another sample, the two meet.
+ReLU hide that samples depend on each other. NaN times zero is NaN. So the derivatives of some samples'
+objectives are made NaN: where NaN comes to a place of another sample, the two can depend on each other.
+Nodes that choose by value pass NaN on to all that they choose from (:mod:`gramjd.engine.node_types`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import combinations, islice
 from typing import Any
 
 import torch
@@ -18,96 +21,87 @@ from torch import Tensor
 from gramjd import gramians
 from gramjd.engine import backward
 from gramjd.engine.layouts import ZERO, Layout, candidates
+from gramjd.engine.node_types import Nan, NodeType, dims_of, facts_of, first_spatial
 from gramjd.engine.nodes import forget
-from gramjd.engine.regions import Region
 from gramjd.engine.task import Layouts, Task, is_fused
 
-# Ops, entry by entry, whose backward passes drop derivatives where the data say so, even if these are NaN.
-_SELECT = ("Clamp", "Fmax", "Fmin", "Hard", "Logit", "MaskedFill", "Maximum", "Minimum", "Pow", "Relu",
-           "Sinc", "Softshrink", "Threshold", "Where", "Xlog")  # fmt: skip
-_CONSTANT = ("Ceil", "Fill", "Floor", "Round", "Sign", "Trunc", "Zero")  # never have derivatives
-_PARTIAL = ("Cumprod", "Renorm")  # pass some on and drop others
-
-_HOOK = "BackwardHookFunctionBackward"  # of nn.Module.register_full_backward_hook
 _PRODUCTS = ("Addmm", "Bmm", "Mm", "Mv")
-_FEW = 8  # samples, of which each is told from each other one
 
 Masks = dict[Any, list[Tensor | None]]  # of each node of the graph: is its cotangent NaN?
+Gradients = Sequence[Tensor | None]
 
 
-class Spread:
-    """Where NaN comes to from some of the samples, time and again from others."""
-
-    def __init__(self, task: Task) -> None:
-        self.task, self.passes = task, list[Masks]()
-        self.chosen = _choices(task.samples, in_step=task.lockstep is not None)
-        nodes = _all_nodes(task.output)
-        if any(type(node).__name__ == _HOOK for node in nodes):
-            return  # what users' hooks keep of gradients must not become NaN
-        unpacked = any(node.hooked for node in task.graph.nodes)  # or a checkpoint runs again for each
-        if any(type(node).__name__.startswith(_PARTIAL) or _is_sparse(node, not unpacked) for node in nodes):
-            return  # the next batch may have its zeros elsewhere
-        with _passed_on(nodes) as dropped, torch.autograd.set_detect_anomaly(False):
-            try:
-                self.passes += [_run(task, chosen) for chosen in self.chosen]
-            except Exception:  # a hook on a tensor that refuses NaN
-                self.passes.clear()
-        if dropped:
-            self.passes.clear()
-
-    def stays_within(self) -> bool:
-        """Does it come to places of those samples alone, by the layouts that the plan has of every node?"""
-        return bool(self.passes) and all(
-            _is_within(chosen, masks.get(node, ()), layouts)
-            for chosen, masks in zip(self.chosen, self.passes, strict=True)
-            for number, region in enumerate(self.task.plan.regions)
-            for node, layouts in self._layouts(number, region)
-        )
-
-    def _layouts(self, number: int, region: Region) -> Iterable[tuple[Any, Layouts | None]]:
-        """The nodes of a region with the layouts of their outputs, where these are not those of a replay."""
-        nodes = [self.task.graph.nodes[index] for index in region.nodes]
-        if any(map(is_fused, nodes)):
-            return [(node, None) for node in nodes]
-        return zip(nodes, self.task.plan.layouts[number], strict=True)
+def patterns_for(samples: int) -> int:
+    """How many passes tell each sample from each other one (Sperner 1928): about ``log2(B) + 1``."""
+    n = 2
+    while math.comb(n, n // 2) < samples:
+        n += 1
+    return n
 
 
-def _choices(samples: int, in_step: bool) -> list[Tensor]:
-    """Halves of the samples: of up to eight, each is without each other one in one of them.
+def patterns(samples: int, number: int) -> list[Tensor]:
+    """So many sets of samples; for any two of them one set has the first and not the second.
 
-    For ranks in step as many whatever their samples are.
+    With ``number`` from :func:`patterns_for`: each sample is in half of the sets, in no two the same half.
     """
-    order = torch.randperm(samples, generator=torch.Generator().manual_seed(samples))
-    bits = _FEW.bit_length() - 1 if in_step else (samples - 1).bit_length() if samples <= _FEW else 1
-    halves = [order % 2 ** (bit + 1) >= 2**bit for bit in range(bits)]
-    return [*halves, *(~half for half in halves)]
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(samples)).tolist()
+    found = torch.zeros(number, samples, dtype=torch.bool)
+    for sample, sets in zip(order, islice(combinations(range(number), number // 2), samples), strict=True):
+        found[list(sets), sample] = True
+    return list(found)
 
 
-def _is_within(chosen: Tensor, masks: Sequence[Tensor | None], layouts: Layouts | None) -> bool:
-    """Do masks of outputs stay within some samples, in the layouts known, else in any that fits?"""
-    samples = len(chosen)
+def stays_within(task: Task, chosen: Sequence[Tensor]) -> bool:
+    """Does NaN from sets of samples come to places of their own alone, by the layouts of every node?
 
-    def fits(mask: Tensor, layout: Layout | None) -> bool:
-        if layout is None or layout is ZERO:  # of no sample, or nothing comes
-            return True
-        reached = layout.split(mask, layout.dim, samples).flatten(1).any(1)
-        return not bool((reached & ~chosen.to(reached.device)).any())
+    The graph must have a separation key: all types of its nodes are listed.
+    """
+    unpacked = any(node.hooked for node in task.graph.nodes)  # or a checkpoint runs again for each
+    if not unpacked and any(map(_is_sparse, task.graph.order)):
+        return False  # the next batch may have its zeros elsewhere
+    with _passed_on(task.graph.order) as dropped, torch.autograd.set_detect_anomaly(False):
+        try:
+            within = all(_is_within(each, _run(task, each), task) for each in chosen)
+        except Exception:  # a hook on a tensor that refuses NaN
+            return False
+    return within and not dropped
 
+
+def _is_within(chosen: Tensor, masks: Masks, task: Task) -> bool:
+    """Do the masks of all nodes stay within some samples, in the layouts known, else in any that fits?"""
     return all(
         any(
-            fits(mask, each)
-            for each in (candidates(mask.shape, samples) if layouts is None else [layouts[n]])
+            _fits(mask, each, chosen)
+            for each in (candidates(mask.shape, len(chosen)) if layouts is None else [layouts[n]])
         )
-        for n, mask in enumerate(masks)
+        for node, layouts in _layouts(task)
+        for n, mask in enumerate(masks.get(node, ()))
         if mask is not None
     )
+
+
+def _fits(mask: Tensor, layout: Layout | None, chosen: Tensor) -> bool:
+    if layout is None or layout is ZERO:  # of no sample, or nothing comes
+        return True
+    reached = layout.split(mask, layout.dim, len(chosen)).flatten(1).any(1)
+    return not bool((reached & ~chosen.to(reached.device)).any())
+
+
+def _layouts(task: Task) -> Iterable[tuple[Any, Layouts | None]]:
+    """All nodes with the layouts of their outputs, where these are not those of a replay."""
+    for number, region in enumerate(task.plan.regions):
+        nodes = [task.graph.nodes[index] for index in region.nodes]
+        if any(map(is_fused, nodes)):
+            yield from ((node, None) for node in nodes)
+        else:
+            yield from zip(nodes, task.plan.layouts[number], strict=True)
 
 
 def _run(task: Task, chosen: Tensor) -> Masks:
     """A backward pass of the objectives of some samples, NaN each."""
     found: Masks = {}
 
-    def note(node: Any, grads: Sequence[Tensor | None]) -> Sequence[None]:
+    def note(node: Any, grads: Gradients) -> Sequence[None]:
         found[node] = [g if g is None else g.isnan() for g in grads]
         forget([node])
         return (None,) * len(grads)
@@ -120,45 +114,37 @@ def _run(task: Task, chosen: Tensor) -> Masks:
     return found
 
 
-def _all_nodes(output: Tensor) -> set[Any]:
-    """The nodes of autograd's graph of an output."""
-    stack: list[Any] = [output.grad_fn]
-    seen = set(stack)
-    while stack:
-        children = {child for child, _ in stack.pop().next_functions if child is not None} - seen
-        seen |= children
-        stack += children
-    return seen
-
-
-def _is_sparse(node: Any, look: bool) -> bool:
-    """Is a node that of a product with a sparse tensor? If its factors may be looked at."""
-    name = type(node).__name__
-    if name.startswith("Sparse") or not (look and name.startswith(_PRODUCTS)):
-        return name.startswith("Sparse")
+def _is_sparse(node: Any) -> bool:
+    """Is a node that of a product with a sparse tensor?"""
+    if not type(node).__name__.startswith(_PRODUCTS):
+        return False
     factors = (getattr(node, f"_saved_{factor}", None) for factor in ("self", "mat1", "mat2"))
     return any(isinstance(t, Tensor) and t.layout is not torch.strided for t in factors)
 
 
 @contextmanager
 def _passed_on(nodes: Iterable[Any]) -> Iterator[list[str]]:
-    """While the context lasts, NaN passes through ops that select, whatever the data are.
+    """While the context lasts, NaN passes through nodes that choose, whatever the data are.
 
-    The names of others that drop it are collected: the deviation of equal numbers has a derivative of zero.
+    The names of others that drop it all the same are collected.
     """
     dropped: list[str] = []
 
-    def watch(node: Any) -> Any:
-        name = type(node).__name__
+    def note(name: str, found: Gradients, given: Gradients) -> None:
+        asked = any(g is not None for g in found)
+        if asked and any(map(_has_nan, given)) and not any(map(_has_nan, found)):
+            dropped.append(name)
 
-        def note(found: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> None:
-            asked = any(g is not None for g in found)
-            if asked and any(map(_has_nan, given)) and not any(map(_has_nan, found)):
-                dropped.append(name)
-
-        return node.register_hook(_pass_on if name.startswith(_SELECT) else note)
-
-    handles = [watch(node) for node in nodes if not type(node).__name__.startswith(_CONSTANT)]
+    handles = []
+    for node in nodes:
+        kind: Any = type(node)
+        facts = facts_of(kind)
+        if facts is None or facts.nan is Nan.CONSTANT:  # a recorded use, a leaf; or it has no derivative
+            continue
+        if facts.nan is Nan.MULTIPLIED:
+            handles.append(node.register_hook(partial(note, kind.__name__)))
+        else:
+            handles.append(node.register_hook(partial(_spread, node, facts)))
     try:
         yield dropped
     finally:
@@ -170,9 +156,49 @@ def _has_nan(gradient: Tensor | None) -> bool:
     return gradient is not None and bool(gradient.sum().isnan())
 
 
-def _pass_on(found: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The gradients that a node returned, NaN where those that it was given are."""
-    if given[0] is None:
-        return tuple(found)
-    lost = given[0].isnan().to(given[0].dtype)
-    return tuple([g if g is None else g.masked_fill(lost.sum_to_size(g.shape) > 0, math.nan) for g in found])
+def _spread(node: Any, facts: NodeType, found: Gradients, given: Gradients) -> Gradients:
+    """The gradients that a node returned, NaN wherever other data could have sent NaN that it was given."""
+    lost = [g.isnan() for g in given if g is not None]
+    return tuple([g if g is None else _with_nan(g, lost, _reach(node, facts, g)) for g in found])
+
+
+def _reach(node: Any, facts: NodeType, gradient: Tensor) -> Sequence[int]:
+    """The dimensions of an input along which the data of a node choose."""
+    rank = gradient.ndim
+    if facts.nan is Nan.SELECTED:
+        return ()
+    if facts.nan is Nan.CHOSEN:
+        return dims_of(node, facts, rank)
+    first = (
+        first_spatial(type(node), rank) if facts.nan is Nan.WINDOWED else int(facts.nan is Nan.WITHIN_FIRST)
+    )
+    return range(first, rank)
+
+
+def _with_nan(gradient: Tensor, lost: Sequence[Tensor], along: Sequence[int]) -> Tensor:
+    """A gradient with NaN where masks of outputs lead, along some dimensions everywhere."""
+    lines = [1 if dim in along else size for dim, size in enumerate(gradient.shape)]
+    for mask in lost:
+        gradient = gradient.masked_fill(_aligned(mask, lines, along), math.nan)
+    return gradient
+
+
+def _aligned(mask: Tensor, lines: Sequence[int], along: Sequence[int]) -> Tensor:
+    """A mask of an output as one of an input, by lines: sizes of 1 along some dimensions."""
+    if not along:  # entry by entry, after broadcasting
+        return (mask.to(torch.float32).sum_to_size(lines) if mask.ndim else mask) > 0
+    if mask.ndim == len(lines):
+        mask = mask.amax(tuple(along), keepdim=True)
+    elif mask.ndim == len(lines) - len(along):  # reduced without keepdim
+        for dim in sorted(along):
+            mask = mask.unsqueeze(dim)
+    else:
+        return mask.any()
+    if shared := [dim for dim, size in enumerate(lines) if size == 1 < mask.shape[dim]]:  # broadcast
+        mask = mask.amax(shared, keepdim=True)
+    if any(n not in (1, size) for n, size in zip(mask.shape, lines, strict=True)):
+        whole = mask.new_zeros(lines)  # gather and scatter may use a part of their inputs
+        parts = tuple([slice(min(n, size)) for n, size in zip(mask.shape, lines, strict=True)])
+        whole[parts] = mask[parts]
+        return whole
+    return mask

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,28 +18,63 @@ from gramjd.engine.regions import Region
 from gramjd.engine.replay import Replayed
 from gramjd.engine.sharded import Lockstep
 
+# Of the nodes of a region: the place of each in the user's forward, its op, and the kind of its layouts.
+Pattern = frozenset[tuple[int, Hashable, tuple[str, ...]]]
 Layouts = Sequence[Layout | None]  # of the outputs of a node; None: samples are mixed, or it has none
+
+
+@dataclass(frozen=True)
+class Separation:
+    """How far it is proven that samples are apart in graphs of one separation key, in these layouts."""
+
+    layouts: dict[int, list[Layouts]]  # of the nodes of each region, but for fused ops
+    samples: int
+    passed: int  # patterns of samples
+    needed: int
+
+    @property
+    def is_whole(self) -> bool:
+        return self.passed >= self.needed
 
 
 @dataclass
 class Plan:
-    """What was measured on the first graph of a signature, and holds for the next ones."""
+    """What is known of a graph from earlier ones of its structure, and what this call finds out."""
 
     regions: list[Region] = field(default_factory=list)
-    layouts: dict[int, list[Layouts]] = field(default_factory=dict)  # of each node of a region
+    layouts: dict[int, list[Layouts]] = field(default_factory=dict)  # of the nodes of each region
     late: set[int] = field(default_factory=set)  # regions that wait for the end of the backward pass
     mixed: set[int] = field(default_factory=set)  # ids of parameters whose uses mix samples
     flattened: dict[int, set[int]] = field(default_factory=dict)  # sizes that say so if samples have them
     sizes: set[int] = field(default_factory=set)  # of samples and their positions, in one dimension
     ways: dict[int, str] = field(default_factory=dict)  # of each parameter, by id
     causes: dict[int, str] = field(default_factory=dict)  # why it did not go an earlier way
-    checked: bool = False
-    lasts: bool = True  # may it hold for the next one? Not where the data decide on whether samples meet
+    outside: set[int] | None = None  # ids of leaves that are used outside of recorded ops; None: not known
+    opened: set[int] = field(default_factory=set)  # nodes of derived tensors that are, too
+    patterns: dict[int, set[Pattern]] = field(default_factory=dict)  # of layouts, verified, of each region
+    complete: bool = False  # is it proven that blocks in right layouts add up to the gradients?
+    separation: Separation | None = None  # what is proven of the layouts
+    calls: int = 0  # of this structure since it was proven, before this one
+    audit: str = ""  # is this call an audit of what is trusted? What its error says, then
+    seen: bool = True  # did every recorded use take part, with a cotangent that is not zero?
+    lasting: bool = True  # would the layouts found be the same in another graph of the separation key?
+    unlisted: str = ""  # why the graph has no separation key
+
+    def trusted(self) -> Plan:
+        """What of it may be taken over to the next call, as a copy."""
+        patterns = {region: set(each) for region, each in self.patterns.items()}
+        return Plan(self.regions, {}, set(self.late), ways=dict(self.ways), causes=dict(self.causes),
+                    outside=self.outside, opened=self.opened, patterns=patterns,
+                    complete=self.complete)  # fmt: skip
 
 
 def is_fused(node: Any) -> bool:
     """Is it of an op whose uses come from a replay?"""
     return isinstance(node.record, OpMark) and node.record.replay is not None
+
+
+def _kind(layout: Layout | None) -> str:
+    return "none" if layout is None else "zero" if layout is ZERO else type(layout).__name__
 
 
 @dataclass
@@ -81,6 +116,21 @@ class Task:
         """Are all arguments of a use the same for all samples?"""
         mark = self.graph.nodes[node].record
         return isinstance(mark, OpMark) and mark.unbatched
+
+    def pattern(self) -> Pattern:
+        """What blocks depend on besides the recorded uses: which outputs have samples, and in what layout."""
+        kinds = [tuple([_kind(layout) for layout in mine]) for mine in self.layouts]
+        marks = [node.record for node in self.graph.nodes]
+        ops = [mark.record.call.op if isinstance(mark, OpMark) else mark.names for mark in marks]
+        return frozenset(zip(self.places or range(len(ops)), ops, kinds, strict=True))
+
+    def is_open(self, node: int) -> bool:
+        """Did an op that was not recorded use a derived tensor?"""
+        assert self.region is not None
+        if self.precisions and self.precisions[node] is not None:  # of a replay
+            return False
+        place = self.places[node] if self.places else node
+        return self.plan.regions[self.region].nodes[place] in self.plan.opened
 
     def layouts_met(self) -> set[Layout | None]:
         """The layouts of nodes; None for those that have none, though their arguments are of samples."""

@@ -1,4 +1,4 @@
-"""The three exact ways from the nodes of a graph to blocks."""
+"""The exact strategies from the graph of an output to blocks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gramjd.assembly import blocks_of
 from gramjd.blocks import Block, Dense
-from gramjd.engine import backward
+from gramjd.engine import backward, finite
 from gramjd.engine.calls import call_blocks
 from gramjd.engine.layouts import ZERO, Layout, canonical
 from gramjd.engine.marks import CallMark, OpMark
@@ -18,7 +18,7 @@ from gramjd.engine.task import Task
 from gramjd.rules.registry import any_entry
 from gramjd.uses import Derived, Record, Source, Use, names_of_leaves, roots
 
-WAYS = ("ops", "functional", "rows")  # best first
+WAYS = ("losses", "ops", "functional", "rows")  # best first
 
 Found = dict[Tensor, list[Block]]  # of each parameter; those not covered are missing
 
@@ -36,6 +36,8 @@ def by_ops(task: Task, parameters: dict[str, Tensor]) -> Found:
     split: dict[Record, Layout] = {}  # of derived tensors that have samples
     resolved: set[Source] = set()  # derived tensors whose cotangents contain all that their uses send
     for index, node in enumerate(task.graph.nodes):
+        if isinstance(node.record, CallMark):  # what it holds was used by what no op shows
+            failed.update(map(id, node.record.parameters))
         if isinstance(node.record, OpMark):
             if node.record.lost:
                 for source in {slot.source for slot in node.record.record.slots} - resolved:
@@ -68,7 +70,13 @@ def _use(task: Task, index: int, split: Mapping[Record, Layout], fail: Callable[
         for slot in mark.record.slots:
             fail(slot.source, "its fused op could not be replayed")
         return None
-    record, saved = mark.record, values_of(node)
+    record = mark.record
+    try:
+        saved = values_of(node)
+    except RuntimeError:
+        for slot in record.slots:
+            fail(slot.source, f"what {_name(record.call.op)} used it with was written in place afterwards")
+        return None
     slots = saved[len(record.saved) :]
     slots = [t if t.untyped_storage().size() else _hollow(t) for t in slots]  # no sharded weights
     live = iter(task.canonical(index))
@@ -78,6 +86,10 @@ def _use(task: Task, index: int, split: Mapping[Record, Layout], fail: Callable[
         return None
     layout = layouts[0]
     if layout is None or len(set(layouts)) > 1:
+        if record.derived and task.is_open(index):
+            for slot in record.slots:
+                fail(slot.source, f"an op that was not recorded used the result of {_name(record.call.op)}")
+            return None
         if record.derived:  # no sample's own: its rows come from where the tensor meets the batch
             return Use.of(record, saved[: len(record.saved)], [None] * len(cs), slots)
         for slot in record.slots:
@@ -88,6 +100,10 @@ def _use(task: Task, index: int, split: Mapping[Record, Layout], fail: Callable[
     values = saved[: len(record.saved)]
     if task.batch_dim is None:
         return Use.of(record, [t.unsqueeze(0) for t in values], cs, slots)
+    if any(t.layout is not torch.strided for t in values):
+        for slot in record.slots:
+            fail(slot.source, f"its use by {_name(record.call.op)} is with a sparse tensor")
+        return None
     output = next(c for c in task.cotangents[index] if c is not None).shape[1:]
     where = _where(record, saved, output, layout.dim)
     try:
@@ -100,8 +116,12 @@ def _use(task: Task, index: int, split: Mapping[Record, Layout], fail: Callable[
     own: dict[int, Tensor] = {}  # slots that have samples
     for slot, tensor in zip(record.slots, slots, strict=True):
         at = split.get(slot.source.record) if isinstance(slot.source, Derived) else None
-        if at is not None:
-            own[slot.index] = at.split(tensor, at.dim, task.samples)
+        if at is None:
+            continue
+        if at.dim >= tensor.ndim or tensor.shape[at.dim] % task.samples:  # written in place since
+            fail(slot.source, f"its use by {_name(record.call.op)} has samples elsewhere than its argument")
+            return None
+        own[slot.index] = at.split(tensor, at.dim, task.samples)
     return Use.of(record, found, cs, slots, own)
 
 
@@ -113,9 +133,10 @@ def _hollow(tensor: Tensor) -> Tensor:
 def _where(record: Record, saved: Sequence[Tensor], output: Sequence[int], dim: int) -> list[int | None]:
     """The dimensions of a call's saved arguments and slots that meet dimension ``dim`` of its output."""
     entry = next((entry for entry in record.entries if entry is not None), None) or any_entry(record.call.op)
-    if entry is None:  # as of most ops: the last dimensions meet
-        dims = [dim - len(output) + t.ndim for t in saved]
-        return [dim if dim >= 0 else None for dim in dims]
+    # as of most ops: the last dimensions meet
+    last = [at if at >= 0 else None for at in (dim - len(output) + t.ndim for t in saved)]
+    if entry is None:
+        return last
     leaves = list(record.leaves)
     tensors = [*record.saved, *(slot.index for slot in record.slots)]
     for index, tensor in zip(tensors, saved, strict=True):
@@ -123,7 +144,8 @@ def _where(record: Record, saved: Sequence[Tensor], output: Sequence[int], dim: 
     names = names_of_leaves(record.call)
     arguments = {name: leaf for name, leaf in zip(names, leaves, strict=True) if name is not None}
     arguments["output"] = output
-    return [entry.meets(arguments, str(names[i]), dim) for i in tensors]
+    named = [(names[i], at) for i, at in zip(tensors, last, strict=True)]
+    return [at if name is None else entry.meets(arguments, str(name), dim) for name, at in named]
 
 
 def by_calls(task: Task, parameters: dict[str, Tensor]) -> Found:
@@ -153,6 +175,30 @@ def by_calls(task: Task, parameters: dict[str, Tensor]) -> Found:
             found.setdefault(owner, []).extend(mine)
     covered = found.keys() - failed
     return {p: found[id(p)] for p in parameters.values() if id(p) in covered}
+
+
+def are_few(task: Task, budget: int) -> bool:
+    """Is a backward pass for each loss the way to go: few of them, no samples, and memory for all rows?"""
+    if task.batch_dim is not None or task.lockstep is not None or task.output.numel() > backward.FEW:
+        return False
+    rows = sum(p.numel() * p.element_size() for p in task.parameters.values())
+    return rows * task.output.numel() <= budget
+
+
+def by_losses(task: Task) -> Found:
+    """One ordinary backward pass for each of a few losses: exact by definition, there is nothing to prove.
+
+    Raises:
+        NotFiniteError: gradients have NaN or infinite entries.
+    """
+    rows = backward.loss_gradients(task.output, list(task.parameters.values()))
+    if not all(row is None or bool(torch.isfinite(row).all()) for row in rows):
+        raise finite.of_gradient(task.output, task.batch_dim)
+    origin = "one of few losses (a backward pass for each is the fastest)"
+    return {
+        p: [] if row is None else [Dense(row, origin=origin)]
+        for p, row in zip(task.parameters.values(), rows, strict=True)
+    }
 
 
 def by_rows(task: Task, parameters: dict[str, Tensor]) -> Found:

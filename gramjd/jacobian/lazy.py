@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gramjd import distributed, pytree
 from gramjd.blocks import Block
+from gramjd.complexes import as_given, as_real, entries, real_block
 from gramjd.jacobian import groups, operator, parts
 from gramjd.jacobian.accumulate import accumulate
 from gramjd.jacobian.outputs import Output, Outputs
@@ -30,6 +31,10 @@ class Jacobian:
     is the Gramian as a matrix. Factors are not copied: products after a tensor that they are made of was
     written in place raise a ``RuntimeError``.
 
+    A complex parameter counts as its real and imaginary parts, so that the Gramian is ``Re(J Jᴴ)``: they
+    lie side by side in flat vectors, while :meth:`vjp`, :meth:`jvp`, :meth:`dense` and :meth:`backward` take
+    and give complex tensors, gradients in torch's convention.
+
     Attributes:
         parameters: what was differentiated with respect to, in a flat list.
         outputs: shapes of the outputs (with their batch dimension).
@@ -44,7 +49,7 @@ class Jacobian:
     def of(blocks: Sequence[Sequence[Block]], parameters: Sequence[Tensor], parameters_spec: PyTreeSpec,
            outputs: Sequence[Output], outputs_spec: PyTreeSpec, samples: int) -> Jacobian:  # fmt: skip
         """The Jacobian of one batch, from the blocks of each parameter."""
-        part = Part.watched(blocks, samples)
+        part = Part.watched([list(map(real_block, mine)) for mine in blocks], samples)
         return Jacobian([part], parameters, parameters_spec, Outputs(outputs, outputs_spec, samples))
 
     @staticmethod
@@ -85,7 +90,7 @@ class Jacobian:
     @property
     def shape(self) -> tuple[int, int]:
         """``(rows, entries of all parameters)``, of the matrix."""
-        return self.outputs.rows, sum(p.numel() for p in self.parameters)
+        return self.outputs.rows, sum(map(entries, self.parameters))
 
     @property
     def blocks(self) -> list[list[Block]]:
@@ -110,7 +115,7 @@ class Jacobian:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of products with it: that of the parameters."""
+        """Of products with it: that of the parameters, of their real parts where they are complex."""
         return self._like.dtype
 
     def __repr__(self) -> str:
@@ -241,7 +246,7 @@ class Jacobian:
         (rows, batched), given = self._packed(w), self.intact
 
         def one(row: Tensor) -> list[Tensor]:
-            return parts.vjp(given, self.parameters, row)
+            return _pulled(given, self.parameters, row)
 
         found = torch.vmap(one)(rows) if batched else one(rows[0])
         return pytree.unflatten(self.parameters_spec, list(found))
@@ -267,13 +272,15 @@ class Jacobian:
                     f"Expected a direction of shape {list(p.shape)} for parameter {name!r}, got "
                     f"{list(tangent.shape)}."
                 )
-        return self.outputs.unpack(parts.jvp(self.intact, given, self.objectives, self._like))
+        pairs = zip(given, self.parameters, strict=True)
+        tangents = [as_real(v.to(p.dtype)) if p.is_complex() else v for v, p in pairs]
+        return self.outputs.unpack(parts.jvp(self.intact, tangents, self.objectives, self._like))
 
     def dense(self) -> PyTree:
         """``J`` itself: for each output, a PyTree like the parameters of ``[*shape, *p.shape]``."""
         given = self.intact
         columns = [
-            self.outputs.unpack(parts.dense(given, number, self.objectives, p))
+            self.outputs.unpack(as_given(parts.dense(given, number, self.objectives, as_real(p)), p))
             for number, p in enumerate(self.parameters)
         ]
         leaves = [pytree.leaves(column) for column in columns]
@@ -317,7 +324,7 @@ class Jacobian:
             raise ValueError("Jacobian.backward takes one tensor of weights; see vjp for a batch of them.")
         with torch.no_grad():
             chosen = [part.of_parameters(used) for part in self.intact]
-            found = parts.vjp(chosen, leaves, rows[0])
+            found = _pulled(chosen, leaves, rows[0])
             found = [distributed.averaged(g, p) for g, p in zip(found, leaves, strict=True)]
         accumulate(leaves, found)
 
@@ -358,7 +365,7 @@ class Jacobian:
         return replace(
             self,
             parts=[part.moved(device, dtype) for part in self.intact],
-            parameters=[p.detach().to(device=device, dtype=dtype) for p in self.parameters],
+            parameters=[_moved(p.detach(), device, dtype) for p in self.parameters],
         )
 
     def __matmul__(self, right: Any) -> Tensor:
@@ -380,7 +387,7 @@ class Jacobian:
     @property
     def _like(self) -> Tensor:
         """A tensor of the dtype and on the device of the products."""
-        return self.parameters[0]
+        return as_real(self.parameters[0])
 
     def _packed(self, w: PyTree) -> tuple[Tensor, bool]:
         """Weights as rows, see :meth:`Outputs.pack`."""
@@ -398,3 +405,16 @@ class Jacobian:
                 f"The Jacobians are of different parameters: {dict(mine)} and {dict(theirs)}. Use select() "
                 "to restrict both to the same ones."
             )
+
+
+def _pulled(given: Sequence[Part], parameters: Sequence[Tensor], w: Tensor) -> list[Tensor]:
+    """``Jᵀ w`` for ``w [K, B]``, in the shapes and dtypes of the parameters."""
+    found = parts.vjp(given, list(map(as_real, parameters)), w)
+    return [as_given(g, p) for g, p in zip(found, parameters, strict=True)]
+
+
+def _moved(parameter: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+    """On another device; of another real dtype, complex ones of parts of that dtype."""
+    if dtype is not None and parameter.is_complex():
+        dtype = dtype.to_complex()
+    return parameter.to(device=device, dtype=dtype)

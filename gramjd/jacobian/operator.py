@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gramjd import pytree
+from gramjd.complexes import as_given, as_real, entries
 
 if TYPE_CHECKING:
     from gramjd.jacobian.lazy import Jacobian
@@ -33,7 +34,7 @@ class Transposed:
         else:
             given = jac.outputs.unravel(w)
         leaves = pytree.leaves(jac.vjp(given))
-        flat = torch.cat([x.reshape(*w.shape[1:], -1) for x in leaves], -1)
+        flat = torch.cat([as_real(x).reshape(*w.shape[1:], -1) for x in leaves], -1)
         return flat.mT if w.ndim == 2 else flat
 
 
@@ -51,9 +52,15 @@ def times(jac: Jacobian, right: Any) -> Tensor:
     if right.ndim == 2:
         found: Tensor = torch.vmap(lambda v: times(jac, v), 1, 1)(right)
         return found
-    sizes = [p.numel() for p in jac.parameters]
-    shaped = [x.view(p.shape) for x, p in zip(right.split(sizes), jac.parameters, strict=True)]
+    pieces = right.split([entries(p) for p in jac.parameters])
+    shaped = [_shaped(x, p) for x, p in zip(pieces, jac.parameters, strict=True)]
     return jac.outputs.ravel(jac.jvp(pytree.unflatten(jac.parameters_spec, shaped)))
+
+
+def _shaped(flat: Tensor, parameter: Tensor) -> Tensor:
+    """A piece of a flat vector as the direction of a parameter."""
+    shape = (*parameter.shape, 2) if parameter.is_complex() else parameter.shape
+    return as_given(flat.reshape(shape), parameter)
 
 
 def _rows(crossed: Any, jac: Jacobian) -> list[Any]:
@@ -80,7 +87,7 @@ def as_linear_operator(jac: Jacobian) -> Any:
         from scipy.sparse.linalg import LinearOperator
     except ImportError as error:
         raise ImportError("as_linear_operator needs scipy: pip install scipy.") from error
-    like = jac.parameters[0]
+    like = as_real(jac.parameters[0])
     try:
         dtype = torch.empty((), dtype=like.dtype).numpy().dtype
     except TypeError as error:

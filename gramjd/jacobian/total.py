@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gramjd import pytree
 from gramjd.blocks import Block
+from gramjd.complexes import as_real, real_block, real_dtype
 from gramjd.jacobian import parts
 from gramjd.jacobian.outputs import Output, Outputs
 from gramjd.plan import Options
@@ -23,10 +24,11 @@ class Sum:
 
     def add(self, blocks: Mapping[Tensor, Sequence[Block]]) -> None:
         """Add the share of some parameters, given the blocks of each."""
-        used = {p: mine for p, mine in blocks.items() if mine}
+        used = {p: list(map(real_block, mine)) for p, mine in blocks.items() if mine}
         if not used:
             return
-        like, (first, *_) = next(iter(used.items()))
+        p, (first, *_) = next(iter(used.items()))
+        like = as_real(p)
         K, samples = first.rows
         part = parts.Part(list(used.values()), samples)
         for mine, others, tile in parts.tiles(part, K, self.options, like):
@@ -42,9 +44,8 @@ class Sum:
         outputs = Outputs([output], pytree.LEAF, output.samples)
         total = self.total
         if total is None:
-            total = torch.zeros(
-                2 * (outputs.objectives, outputs.samples), dtype=like.dtype, device=like.device
-            )
+            size = 2 * (outputs.objectives, outputs.samples)
+            total = torch.zeros(size, dtype=real_dtype(like.dtype), device=like.device)
         found = outputs.square(total, outputs)
         assert isinstance(found, Tensor)
         return found

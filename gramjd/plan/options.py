@@ -45,6 +45,12 @@ class Options:
             return default_budget(device)
         return max(SMALLEST, self.memory_budget)
 
+    def rows_budget(self, device: torch.device) -> int:
+        """Bytes that rows may take that are kept as a whole, on a device."""
+        if self.memory_budget is not None:
+            return self.memory_budget
+        return _free(device) // 8
+
     def accumulated(self, *dtypes: torch.dtype) -> torch.dtype:
         """The dtype in which factors of these dtypes are contracted."""
         if self.accumulate_dtype is not None:
@@ -86,10 +92,14 @@ _FREE_AT_START = _free_host_memory()  # read once: the same model gets the same 
 def default_budget(device: torch.device) -> int:
     """A sane budget from the memory that is free."""
     enough = ENOUGH.get(device.type, ENOUGH["cpu"])
-    free = _FREE_AT_START
+    return max(MiB, min(enough, _free(device) // 8))
+
+
+def _free(device: torch.device) -> int:
+    """Bytes, on the host as they were at the start."""
     if device.type == "cuda" and not _compiling():
-        free = torch.cuda.mem_get_info(device)[0]
-    return max(MiB, min(enough, free // 8))
+        return torch.cuda.mem_get_info(device)[0]
+    return _FREE_AT_START
 
 
 def _compiling() -> bool:

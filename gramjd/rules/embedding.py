@@ -1,14 +1,16 @@
-"""Looking rows of a table up."""
+"""Looking rows of a table up: an embedding, or a parameter indexed by integers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gramjd.blocks import Lookup
+from gramjd.blocks import Dense, Lookup
 from gramjd.rules.registry import register_rule
 
 
@@ -33,3 +35,30 @@ def embedding_weight(
     if padding_idx is not None:  # the padding row gets no gradient
         c = c * (ids != padding_idx % weight.shape[0])[None, :, :, None]
     return Lookup(c, ids, tuple(weight.shape))
+
+
+def _by_integers(arguments: Mapping[Any, Any]) -> bool:
+    """One tensor of integers: no mask, slice or several indices."""
+    index = arguments["index"]
+    return isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32)
+
+
+def _of_rows(arguments: Mapping[Any, Any]) -> bool:
+    return arguments["input"].ndim > 0 and arguments["dim"] % arguments["input"].ndim == 0
+
+
+@register_rule(Tensor.__getitem__, wrt="input", needs=["index"], when=_by_integers)
+def indexed_input(c: Tensor, input: Tensor, index: Tensor) -> Lookup | Dense:
+    return _looked_up(c, input, index)
+
+
+@register_rule(torch.index_select, Tensor.index_select, wrt="input", needs=["index"], when=_of_rows)
+def selected_input(c: Tensor, input: Tensor, dim: int, index: Tensor) -> Lookup | Dense:
+    return _looked_up(c, input, index)
+
+
+def _looked_up(c: Tensor, table: Tensor, index: Tensor) -> Lookup | Dense:
+    """The block of a table whose entries along the first dimension were taken, by ``index [B, ...]``."""
+    ids = index.reshape(len(index), -1) % len(table)  # a negative one counts from the end
+    found = Lookup(c.reshape(*c.shape[:2], ids.shape[1], prod(table.shape[1:])), ids, tuple(table.shape))
+    return found if ids.shape[1] <= len(table) else Dense(found.dense())

@@ -17,7 +17,7 @@ R = TypeVar("R", bound=Rule)
 Align = str | Callable[[Mapping[Any, Any], str, int], int | None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry:
     """The rule of one argument of an op."""
 

@@ -1,0 +1,100 @@
+"""Few losses without a batch dimension: one ordinary backward pass for each, and no other."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from oracle import assert_close, dense_gramian
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gramjd
+from gramjd import Engine
+
+
+class Calls(TorchDispatchMode):
+    """Counts calls of ops by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def network() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 10)
+    ).double()
+
+
+def stacked(model: nn.Module, x: Tensor) -> Tensor:
+    return torch.stack([column.square().mean() for column in model(x).unbind(1)])
+
+
+def reduced(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).square().mean(0)
+
+
+@pytest.mark.parametrize("losses", [stacked, reduced])
+@pytest.mark.parametrize("ways", [("losses",), ("rows",), None])
+def test_a_backward_pass_for_each_loss_and_no_more(
+    losses: Callable[[nn.Module, Tensor], Tensor], ways: tuple[str, ...] | None
+) -> None:
+    model, x = network(), torch.randn(5, 2, 6, 6, dtype=torch.float64)
+    engine = Engine(model, batch_dim=None) if ways is None else Engine(model, batch_dim=None, ways=ways)
+    for _ in range(2):
+        out = losses(model, x)
+        with Calls() as calls:
+            gramian = engine.compute_gramian(out)
+        assert_close(gramian, dense_gramian(out, model.parameters()))
+        assert calls.counts["convolution_backward"] == 20
+
+
+def test_a_loss_of_a_stack_takes_the_pass_of_its_own_branch() -> None:
+    heads = nn.ModuleList(nn.Linear(3, 3) for _ in range(4)).double()
+    engine, x = Engine(heads, batch_dim=None), torch.randn(5, 3, dtype=torch.float64)
+    out = torch.stack([*(head(x).square().sum() for head in heads), torch.tensor(1.0).double()])
+    with Calls() as calls:
+        gramian = engine.compute_gramian(out)
+    assert_close(gramian, dense_gramian(out, heads.parameters()))
+    assert calls.counts["pow"] == 4 and bool((gramian[4] == 0).all())
+
+
+def test_rows_that_the_budget_does_not_hold_are_not_kept() -> None:
+    model = nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 4))
+    x = torch.randn(8, 256)
+    rows = sum(p.numel() for p in model.parameters()) * 4 * 4
+    for budget, losses in [(rows, True), (rows - 1, False)]:
+        engine = Engine(model, batch_dim=None, memory_budget=budget)
+        origins = {row.op for row in engine.explain(reduced(model, x))}
+        assert any("losses" in origin for origin in origins) == losses
+
+
+def test_more_losses_and_samples_go_other_ways() -> None:
+    model, x = network(), torch.randn(20, 2, 6, 6, dtype=torch.float64)
+    engine = Engine(model.eval(), batch_dim=None)
+    assert all("losses" not in row.op for row in engine.explain(model(x)[:, 0]))
+    assert all("losses" not in row.op for row in Engine(model, batch_dim=0).explain(model(x[:3])[:, 0]))
+
+
+def test_gradients_that_are_not_finite() -> None:
+    model = nn.Linear(2, 2)
+    engine = Engine(model, batch_dim=None)
+    with pytest.raises(gramjd.NotFiniteError):
+        engine.jacobian((model(torch.zeros(3, 2)) * 0).sqrt().sum(0))
+
+
+def test_the_gradient_follows_from_the_rows() -> None:
+    model, x = network(), torch.randn(5, 2, 6, 6, dtype=torch.float64)
+    weights = torch.rand(10, dtype=torch.float64)
+    jacobian = Engine(model, batch_dim=None).jacobian(reduced(model, x))
+    jacobian.backward(weights)
+    want = torch.autograd.grad(reduced(model, x) @ weights, list(model.parameters()))
+    found = [p.grad for p in model.parameters()]
+    assert_close(torch.cat([g.flatten() for g in found]), torch.cat([g.flatten() for g in want]))

@@ -1,0 +1,107 @@
+"""Each type of node: its derivative is exact or refused at every step while the data move."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from exactness import draw
+from node_programs import ELSEWHERE, PROGRAMS, Program
+from oracle import assert_close, dense_gramian
+from torch import Tensor, nn
+
+from gramjd import Engine, GramjdError, SlowPathWarning
+
+STEPS = 4
+CASES = [(kind, name) for kind, programs in PROGRAMS.items() for name in programs]
+
+
+class Model(nn.Module):
+    """A program behind a layer; its parameters come into being when it first asks for them."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.program, self.first, self.own = program, nn.Linear(2, 3).double(), nn.ParameterDict()
+
+    def parameter(self, *shape: int) -> Tensor:
+        name = "x".join(map(str, shape))
+        if name not in self.own:
+            self.own[name] = nn.Parameter(draw(*shape))
+        return self.own[name]
+
+    def forward(self, step: int) -> Tensor:
+        out = self.program(self.parameter, self.first(draw(4, 4, 2)), step)
+        return out.abs().square().flatten(1).sum(1) if out.ndim > 1 else out.abs().square()
+
+
+def nodes(output: Tensor) -> set[str]:
+    """The names of the types in an output's graph."""
+    stack: list[Any] = [output.grad_fn]
+    seen = set(stack)
+    while stack:
+        children = {child for child, _ in stack.pop().next_functions if child is not None} - seen
+        seen |= children
+        stack += children
+    return {type(node).__name__ for node in seen}
+
+
+def bare(kind: str) -> str:
+    """A type's name without its number."""
+    return re.sub(r"\d+$", "", kind)
+
+
+def listed() -> set[str]:
+    """The types that the engine takes for independent of their data."""
+    module = importlib.import_module("gramjd.engine.node_types")
+    return set(module.PROVEN)
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_data_that_move_between_steps(kind: str, name: str) -> None:
+    model = Model(PROGRAMS[kind][name])
+    before = [
+        nodes(model(step)) for step in range(STEPS)
+    ]  # without an engine; the parameters come into being
+    assert kind in {bare(node) for node in set().union(*before)} | set().union(*before)
+    engine = Engine(model, batch_dim=0, audit=None)  # what is trusted must be right by itself
+    found: list[str] = []
+    for step in (*range(STEPS), 0):
+        losses = model(step)
+        told = f"step {step} after {found}"
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", SlowPathWarning)
+                got = engine.compute_gramian(losses)
+        except GramjdError as error:
+            if not name.startswith("mixed"):
+                raise AssertionError(f"{told}: {type(error).__name__}: {error}") from error
+            found.append(type(error).__name__)
+            continue
+        try:
+            assert_close(got, dense_gramian(losses, model.parameters()), 1e-9)
+        except AssertionError as error:
+            raise AssertionError(f"{told}: {error}") from None
+        found.append("exact")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_listed_type_has_a_program() -> None:
+    """A type that this version of torch lacks needs none, nor one that only other devices have."""
+    known = set(dir(torch._C._functions))
+    occurring = {
+        kind: set().union(*map(_occurring, programs.values())) for kind, programs in PROGRAMS.items()
+    }
+    reachable = (listed() & known) - set(ELSEWHERE)
+    missing = [kind for kind in reachable if kind not in occurring.get(bare(kind), set())]
+    assert not missing, f"write a program into node_programs.py in which there are {sorted(missing)}"
+
+
+def _occurring(program: Callable[..., Tensor]) -> set[str]:
+    model = Model(program)
+    return set().union(*(nodes(model(step)) for step in range(STEPS)))

@@ -1,0 +1,221 @@
+"""What an engine trusts after a proof, for which graphs, and that audits find what a graph does not show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from oracle import assert_close, dense_gramian
+from torch import Tensor, nn
+
+import gramjd
+from gramjd import Engine
+from gramjd.engine.graph import walk
+from gramjd.engine.proofs import Proofs, describe
+from gramjd.engine.signature import Unlisted, separation_key
+from gramjd.engine.spread import patterns, patterns_for
+
+WHOLE = "it is proven that no data let one sample reach another"
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(12, 3, 22, dropout=0.0, batch_first=True, norm_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).double()
+
+
+def convolutional() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3), nn.GroupNorm(2, 6), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(6 * 9, 2)
+    ).double()
+
+
+def step(engine: Engine, model: nn.Module, x: Tensor) -> str:
+    """One step, exact; what it rests on."""
+    losses = model(x).flatten(1).sin().sum(1)
+    jacobian, task = engine._jacobian(losses)
+    assert_close(jacobian.gramian(), dense_gramian(losses, model.parameters()))
+    return describe(task.plan, "first", task.samples)
+
+
+def test_explain_says_what_a_result_rests_on() -> None:
+    model = nn.Linear(3, 2).double()
+    engine = Engine(model, batch_dim=0)
+    proofs = [engine.explain(model(draw(6, 3)).sum(1)).proof for _ in range(4)]
+    assert "Proven" in proofs[0] and "2 of 4 patterns" in proofs[0]
+    assert "Verified against autograd's gradients in this call" in proofs[1]  # the audit of the second call
+    assert "in an earlier call of this structure, 2 ago" in proofs[2] and WHOLE in proofs[2]
+    assert str(engine.explain(model(draw(6, 3)).sum(1))).endswith(".")
+    assert (
+        "check='never'" in Engine(model, batch_dim=0, check="never").explain(model(draw(6, 3)).sum(1)).proof
+    )
+
+
+def test_a_proof_holds_for_other_batch_sizes_and_lengths() -> None:
+    model, engine = encoder(), None
+    engine = Engine(model, batch_dim=0, audit=None)
+    for _ in range(3):
+        step(engine, model, draw(5, 7, 12))
+    for batch, length in [(5, 8), (7, 9), (7, 13), (8, 11), (10, 17)]:
+        assert WHOLE in step(engine, model, draw(batch, length, 12)), (batch, length)
+
+
+def test_coincidences_of_sizes_cost_a_proof_and_no_number() -> None:
+    model = encoder()
+    engine = Engine(model, batch_dim=0, audit=None)
+    for _ in range(3):
+        step(engine, model, draw(5, 7, 12))
+    for batch, length in [(7, 7), (4, 7), (12, 12), (5, 12), (3, 3), (1, 5)]:
+        assert WHOLE not in step(engine, model, draw(batch, length, 12)), (batch, length)
+
+
+def test_a_new_size_of_images_costs_a_proof() -> None:
+    model = convolutional()
+    engine = Engine(model, batch_dim=0, audit=None)
+    for _ in range(3):
+        step(engine, model, draw(5, 2, 8, 8))
+    assert WHOLE in step(engine, model, draw(5, 2, 8, 8))
+    assert "measured" in step(engine, model, draw(3, 2, 8, 8))  # six channels, which five do not divide
+
+
+@pytest.mark.parametrize("samples", [2, 3, 6, 7, 20, 21, 64])
+def test_patterns_tell_each_sample_from_each_other(samples: int) -> None:
+    found = torch.stack(patterns(samples, patterns_for(samples)))
+    for i in range(samples):
+        for j in range(samples):
+            assert i == j or bool((found[:, i] & ~found[:, j]).any())
+
+
+def test_one_pair_among_many_behind_a_gate_is_never_trusted() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.gate = nn.Linear(3, 3), nn.Parameter(torch.zeros(()))
+            self.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.layer(x)
+            leak = torch.zeros(len(x), len(x), dtype=x.dtype)
+            leak[4, 11] = 1.0
+            return h + self.gate * (leak.tril(0) + leak.triu(0)) @ h.tanh()
+
+    model = Pair()
+    engine = Engine(model, batch_dim=0)
+    for _ in range(12):
+        assert WHOLE not in step(engine, model, draw(16, 3))
+    with torch.no_grad():
+        model.gate.fill_(0.5)
+    with pytest.raises(gramjd.NotSeparableError):
+        engine.compute_gramian(model(draw(16, 3)).square().sum(1))
+
+
+def steps_until(error: type[Exception], at: Callable[[int], Tensor], engine: Engine, most: int) -> int:
+    for number in range(1, most):
+        losses = at(number)
+        try:
+            engine.compute_gramian(losses)
+        except error as raised:
+            message = str(raised)
+            break
+    else:
+        return most
+    assert f"in call {number}" in message and "may be wrong" in message
+    return number
+
+
+@pytest.mark.parametrize(("audit", "found"), [(256, 16), (5, 15), (None, 40)])
+def test_an_audit_finds_a_hook_that_begins_to_mix_samples(audit: int | None, found: int) -> None:
+    """Nothing in the graph shows it; the message says which calls may be wrong."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    engine = Engine(model, batch_dim=0, audit=audit)
+
+    def at(number: int) -> Tensor:
+        h = model[0](draw(8, 3))
+        if number > 10:
+            h.register_hook(lambda g: g + g.roll(1, -2))
+        return model[2](torch.tanh(h))[:, 0]
+
+    assert steps_until(gramjd.CheckFailedError, at, engine, 40) == found
+
+
+def test_audits_are_rare() -> None:
+    proofs = Proofs(256)
+    due = [call for call in range(2, 2000) if proofs._is_due(call)]
+    assert due == [2, 4, 8, 16, 32, 64, 128, 256, 512, 768, 1024, 1280, 1536, 1792]
+
+
+@pytest.mark.parametrize("audit", [0, -1, "often", 1.5])
+def test_audits_that_are_no_number_of_calls_are_refused(audit: object) -> None:
+    with pytest.raises(ValueError, match="audit must be"):
+        Engine(nn.Linear(2, 2), batch_dim=0, audit=audit)  # type: ignore[arg-type]
+
+
+def key(x: Tensor, samples: int) -> object:
+    losses = x.flatten(1).sum(1) if x.ndim > 1 else x
+    graph = walk(losses)
+    return graph.structure, separation_key(graph.order, graph.numbers, tuple(losses.shape), samples)
+
+
+def leaf(*shape: int) -> Tensor:
+    return draw(*shape).requires_grad_()
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: object, g: Tensor) -> Tensor:  # type: ignore[override]
+        return 2 * g
+
+
+def test_what_is_not_listed_has_no_key() -> None:
+    with pytest.raises(Unlisted, match="TwiceBackward"):
+        key(Twice.apply(leaf(4, 3)), 4)
+    with pytest.raises(Unlisted, match="IndexBackward"):
+        key(leaf(4, 3)[torch.arange(4)], 4)
+    with pytest.raises(Unlisted, match="Cat"):
+        key(torch.cat([draw(1, 3), leaf(2, 3), draw(1, 3)]), 4)
+
+
+# What is different in two programs of the same ops on the same shapes, or of the same ops.
+DIFFERENT: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
+    "the start of a slice": (lambda: leaf(6, 3)[0:4], lambda: leaf(6, 3)[1:5]),
+    "the step of a slice": (lambda: leaf(9, 3)[0:4], lambda: leaf(9, 3)[0:8:2]),
+    "an index": (lambda: leaf(4, 5, 3)[:, 0], lambda: leaf(4, 5, 3)[:, 1]),
+    "a shift": (lambda: leaf(4, 3).roll(1, 0), lambda: leaf(4, 3).roll(2, 0)),
+    "sizes of a split": (lambda: leaf(8, 3).split([4, 4])[0], lambda: leaf(8, 3).split([4, 1, 3])[0]),
+    "the order of a view": (lambda: leaf(20).view(4, 5), lambda: leaf(20).view(5, 4).T),
+    "offsets of a diagonal": (
+        lambda: leaf(4, 4, 5).diagonal(0, 0, 1).T,
+        lambda: leaf(4, 4, 5).diagonal(1, 1, 2),
+    ),
+    "padding": (
+        lambda: nn.functional.pad(leaf(3, 3), (0, 0, 0, 1)),
+        lambda: nn.functional.pad(leaf(3, 3), (0, 0, 1, 0)),
+    ),
+    "dimensions of a transposition": (
+        lambda: leaf(4, 4, 4).transpose(0, 1),
+        lambda: leaf(4, 4, 4).transpose(1, 2),
+    ),
+    "what a concatenation begins with": (
+        lambda: torch.cat([draw(2, 3), leaf(2, 3)]),
+        lambda: torch.cat([leaf(2, 3), draw(2, 3)]),
+    ),
+    "groups of a convolution": (
+        lambda: nn.functional.conv1d(leaf(1, 4, 3), draw(4, 4, 1))[0],
+        lambda: nn.functional.conv1d(leaf(1, 4, 3), draw(4, 1, 1), groups=4)[0],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(DIFFERENT))
+def test_keys_that_differ(name: str) -> None:
+    first, second = DIFFERENT[name]
+    assert key(first(), 4) == key(first(), 4)
+    assert key(first(), 4) != key(second(), 4)
