@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gramjd import gramians
+from gramjd.complexes import as_real
 from gramjd.rounding import own_precision
 
 Losses = Tensor | Sequence[Tensor]
@@ -67,7 +68,9 @@ def combined(outputs: Losses, cotangents: Tensor | Sequence[Tensor | None]) -> T
                 f"with the same m for all outputs; got {list(c.shape)}."
             )
     with torch.enable_grad():
-        shares = [c.detach().to(out).reshape(len(c), -1) @ out.reshape(-1) for out, c in pairs]
+        shares = [
+            as_real(c.detach().to(out)).reshape(len(c), -1) @ as_real(out).reshape(-1) for out, c in pairs
+        ]
         return torch.stack(shares).sum(0)
 
 

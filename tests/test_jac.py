@@ -102,6 +102,27 @@ def test_factors_of_samples() -> None:
     assert isinstance(whole.blocks[0][0], Outer)
 
 
+@pytest.mark.parametrize("chunk_size", [1, 100])
+def test_complex_inputs(chunk_size: int) -> None:
+    """As pairs of real ones: the Gramian is ``Re(J Jᴴ)``, gradients are in torch's convention."""
+    z = torch.randn(3, 2, dtype=torch.complex128, requires_grad=True)
+    x = data().requires_grad_()
+    hidden = x.to(z.dtype) @ z
+    losses = hidden.abs().square().sum(1) + hidden.real.sum(1)
+    J = gramjd.jac(losses, [z, x, hidden], chunk_size=chunk_size)
+    rows = [rows_of(losses, t) for t in (z, x, hidden)]
+    for got, want in zip(J.dense(), rows, strict=True):
+        assert_close(got, want)
+    assert_close(J.gramian(), sum((r.flatten(1) @ r.flatten(1).mH).real for r in rows))  # type: ignore[arg-type]
+    chained = gramjd.jac(hidden, z, jac_outputs=rows[2])
+    assert_close(chained.dense(), rows[0])
+    w = torch.randn(6).double()
+    J = gramjd.jac(losses, z)
+    J.backward(w)
+    assert z.grad is not None
+    assert_close(z.grad, torch.autograd.grad(losses, z, w)[0])
+
+
 def test_ops_without_a_batching_rule() -> None:
     class Cube(torch.autograd.Function):
         @staticmethod

@@ -260,6 +260,21 @@ def test_mgda_ub() -> None:
             assert float((((1 - t) * weights + t * other) @ rows).norm()) >= float(norm) - 1e-9
 
 
+@pytest.mark.parametrize("wrt", ["shared", "features"])
+def test_complex_features(wrt: str) -> None:
+    encoder = torch.randn(3, 4, dtype=torch.complex128, requires_grad=True)
+    features = torch.randn(5, 3, dtype=torch.complex128) @ encoder
+    losses = [features.abs().square().mean(), (features.real - 1).square().sum(), features.imag.exp().mean()]
+    of = encoder if wrt == "shared" else features
+    rows = torch.stack([torch.autograd.grad(loss, of, retain_graph=True)[0].flatten() for loss in losses])
+    want = WEIGHTING[wrt]((rows @ rows.mH).real)
+    gradients = [torch.autograd.grad(loss, encoder, retain_graph=True)[0] for loss in losses]
+    weights = gramjd.mtl_backward(losses, features, WEIGHTING[wrt], wrt=wrt)
+    assert_close(weights, want, 1e-9)
+    assert encoder.grad is not None
+    assert_close(encoder.grad, torch.tensordot(want.to(encoder.dtype), torch.stack(gradients), 1), 1e-9)
+
+
 # what would be silently wrong
 
 

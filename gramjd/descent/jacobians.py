@@ -36,7 +36,7 @@ def jac(outputs: Losses, inputs: Inputs, *, jac_outputs: Losses | None = None, b
         outputs: the tensor to differentiate, or a list or tuple, as in :meth:`gramjd.Engine.compute_gramian`.
             The graph is kept.
         inputs: what to differentiate with respect to: a tensor, a module (its trainable parameters, by name),
-            or a mapping or an iterable of these, each tensor once.
+            or a mapping or an iterable of these, each tensor once. Complex ones count as pairs of real ones.
         jac_outputs: ``[m, *output.shape]`` for each output, with the same ``m``: the Jacobian is then of
             the ``m`` sums of their products with the outputs. With the dense Jacobian of a later part of a
             graph they are the chain rule.
@@ -54,7 +54,7 @@ def jac(outputs: Losses, inputs: Inputs, *, jac_outputs: Losses | None = None, b
         NotFiniteError: they have NaN or infinite entries.
         ValueError: an input does not require gradients, or is there twice; ``jac_outputs`` do not fit; the
             outputs are empty, or have no dimension ``batch_dim``.
-        TypeError: outputs or inputs hold something else than tensors; an input is complex.
+        TypeError: outputs or inputs hold something else than tensors; an output is complex.
 
     Examples:
         >>> jac([y1, y2], params).dense()  # of each parameter [m, *p.shape], as torchjd.autojac.jac
@@ -153,8 +153,6 @@ def _check_inputs(tensors: Sequence[Tensor], names: Sequence[str]) -> None:
                 f"{name}, of shape {list(t.shape)}, does not require gradients. Leave it out, or call "
                 "requires_grad_() before the forward pass."
             )
-        if t.is_complex():
-            raise TypeError(f"{name} is complex ({t.dtype}), and a Gramian is of real gradients.")
         if is_sharded(t):
             raise TypeError(f"{name} is sharded over ranks: create an Engine after sharding, and keep it.")
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from gramjd.complexes import as_real
 from gramjd.engine.backward import FEW
 from gramjd.errors import NoGraphError
 from gramjd.internals import without_hooks
@@ -105,7 +106,8 @@ def _add_up(output: Tensor, inputs: Sequence[Tensor], found: Gradients) -> bool:
     v = torch.randn(output.numel(), generator=generator, dtype=torch.float64).to(output)
     wanted = gradients(output, inputs, v.view_as(output))
     return all(
-        float((torch.tensordot(v.to(x), x, 1) - want).norm()) <= tolerance(x.dtype) * float(want.norm())
+        float((torch.tensordot(v.to(x), x, 1) - want).norm())
+        <= tolerance(as_real(x).dtype) * float(want.norm())
         for x, want in zip(found, wanted, strict=True)
         if x is not None and want is not None
     )

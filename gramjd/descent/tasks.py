@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gramjd import pytree
+from gramjd.complexes import as_real
 from gramjd.descent.jacobians import Inputs, jacobian_of, unique
 from gramjd.descent.rows import gradients, keeping_grads
 from gramjd.engine.reach import Reach, reach
@@ -247,7 +248,8 @@ def _stacked(column: Sequence[Tensor | None], feature: Tensor) -> Tensor | None:
 def _of_rows(rows: Sequence[Tensor | None], tasks: int) -> Tensor:
     """The Gramian of the features, at least in float32."""
     used = [row for row in rows if row is not None]
-    wide = [row.flatten(1).to(torch.promote_types(row.dtype, torch.float32)) for row in used]
+    flat = [as_real(row).flatten(1) for row in used]
+    wide = [row.to(torch.promote_types(row.dtype, torch.float32)) for row in flat]
     total = sum((row @ row.T for row in wide[1:]), wide[0] @ wide[0].T)
     assert total.shape == (tasks, tasks)
     return (total + total.T) / 2
