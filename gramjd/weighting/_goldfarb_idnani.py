@@ -10,23 +10,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-DONE = 1e-12  # violation, relative to the largest possible, at which a constraint holds
 
-
-def multipliers(gramian: Tensor, bound: Tensor, dependent: float) -> tuple[Tensor, Tensor | None]:
+def multipliers(
+    gramian: Tensor, bound: Tensor, dependent: float, tolerance: float
+) -> tuple[Tensor, Tensor | None]:
     """``μ [m]`` for ``G [m, m]`` of unit diagonal, and ``b_j = c_j - g_j'g``, of order one.
 
     A gradient counts as a combination of those of active constraints if the square of its distance
-    from them is at most ``dependent``. If no ``d`` satisfies all constraints, also the combination
+    from them is at most ``dependent``. A constraint holds if it is violated by no more than ``tolerance``
+    times ``1 + Σ μ_j``, what its terms may be. If no ``d`` satisfies all constraints, also the combination
     ``ray [m]``, not negative, with ``G ray = 0`` and ``b'ray > 0``, that proves it; else ``None``.
     """
     mu, active = torch.zeros_like(bound), torch.zeros(0, dtype=torch.long)
-    tolerance = DONE * (1 + float(bound.abs().max()))
     for _ in range(50 * len(bound) + 50):
         slack = gramian @ mu - bound
         slack[active] = 0
         new = int(slack.argmin())
-        if float(slack[new]) >= -tolerance:
+        if float(slack[new]) >= -tolerance * (1 + float(mu.sum())):
             return _polished(gramian, bound, mu, active), None
         while True:
             along = torch.linalg.solve(gramian[active][:, active], gramian[active, new])

@@ -51,6 +51,11 @@ def transforming() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
+def watched() -> bool:
+    """Whether a mode sees every operation, to trace it for instance: nothing may go past it."""
+    return bool(torch._C._len_torch_dispatch_stack())
+
+
 def is_constant(*tensors: Tensor) -> bool:
     """Whether nothing can be differentiated with respect to these tensors, nor is mapped."""
     if transforming() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):

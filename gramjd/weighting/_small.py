@@ -17,7 +17,7 @@ from torch import Tensor
 from gramjd.internals import is_compiling
 from gramjd.weighting._certificate import CERTIFIED
 from gramjd.weighting._gramian import flat_preference
-from gramjd.weighting._opaque import is_constant
+from gramjd.weighting._opaque import is_constant, watched
 
 LARGEST = 128  # objectives
 ROUNDS = 10  # of pivoting
@@ -40,7 +40,7 @@ np = _usable_numpy()
 
 def easy(gramian: Tensor) -> Any:
     """A float64 array ``[m, m]``, if the Gramian is an exactly symmetric, finite and constant one."""
-    if np is None or type(gramian) is not Tensor or gramian.ndim != 2 or is_compiling():
+    if np is None or type(gramian) is not Tensor or gramian.ndim != 2 or is_compiling() or watched():
         return None
     if not 0 < len(gramian) <= LARGEST or gramian.device.type != "cpu" or not gramian.is_floating_point():
         return None

@@ -65,9 +65,10 @@ def pcd(
         beta: share of the old average in the next one.
         eps: added to the averages.
         certificate: also return the largest violation of the optimality conditions, in units of the
-            ``|h_j|``, or, where no ``d`` exists, ``|Σ r_j h_j|²`` of the combination ``r >= 0`` that proves
-            it, relative to ``(Σ r_j |h_j|)²`` and less ten times the rounding of single precision or
-            lower; and do not raise if it is large.
+            ``|h_j|`` and relative to ``1 + Σ μ_j`` of their multipliers; or, where no ``d`` exists,
+            ``|Σ r_j h_j|²`` of the combination ``r >= 0`` that proves it, relative to ``(Σ r_j |h_j|)²``.
+            What the rounding of single precision or lower may leave counts as none. And do not raise if
+            it is large.
 
     Returns:
         Weights of the objectives' shape and the Gramian's dtype, computed in float64 on the CPU;
@@ -136,12 +137,13 @@ def _each(normalized: Tensor, fractions: Tensor, size: int, precision: float) ->
     """``1, μ`` and the residual, one Gramian after the other."""
     matrices = normalized.reshape(-1, size, size).cpu()
     rows = zip(matrices, fractions.reshape(len(matrices), size - 1).cpu(), strict=True)
-    found = [_one(matrix, fraction, max(1e-9, precision)) for matrix, fraction in rows]
+    found = [_one(matrix, fraction, precision) for matrix, fraction in rows]
     weights, residuals = (torch.stack(each).to(normalized.device) for each in zip(*found, strict=True))
     return weights.reshape(normalized.shape[:-1]), residuals.reshape(normalized.shape[:-2])
 
 
-def _one(matrix: Tensor, fraction: Tensor, dependent: float) -> tuple[Tensor, Tensor]:
+def _one(matrix: Tensor, fraction: Tensor, precision: float) -> tuple[Tensor, Tensor]:
+    """``precision`` is what the entries of a Gramian of gradients of unit length are known to."""
     lengths = matrix.diagonal().sqrt()
     weights = torch.zeros_like(lengths)
     weights[0] = 1
@@ -153,13 +155,14 @@ def _one(matrix: Tensor, fraction: Tensor, dependent: float) -> tuple[Tensor, Te
     inner.fill_diagonal_(1)
     bound = fraction[others - 1] * unit - matrix[others, 0] / unit
     size = max(float(bound.abs().max()), 1e-300)
-    mu, ray = multipliers(inner, bound / size, dependent)
+    mu, ray = multipliers(inner, bound / size, max(1e-9, precision), max(1e-12, precision))
+    known = precision if precision > 1e-12 else 0.0
     if ray is not None:
-        length = (ray @ inner @ ray) / ray.sum() ** 2 - (dependent if dependent > 1e-9 else 0)
-        return weights, torch.where(ray @ bound > 0, length.clamp(min=0), 1)
-    residual = torch.minimum(mu, inner @ mu - bound / size).abs().max()
+        length = (ray @ inner @ ray) / ray.sum() ** 2
+        return weights, torch.where(ray @ bound > 0, (length - known).clamp(min=0), 1)
     weights[others] = size * mu / unit
-    return weights, residual
+    residual = torch.minimum(mu, inner @ mu - bound / size).abs().max() / (1 + mu.sum())
+    return weights, (residual - known).clamp(min=0)
 
 
 class PCDWeighting(StatefulWeighting):

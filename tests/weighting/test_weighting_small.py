@@ -100,6 +100,19 @@ def test_without_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(function(matrix), general(function, matrix), rtol=1e-9, atol=1e-10)
 
 
+def test_a_trace_has_no_constants() -> None:
+    """The short way would put the weights of the first Gramian into the graph, for all others."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    first, second = (symmetric(gramian("random", 4, seed)) for seed in (0, 1))
+    for function in FUNCTIONS.values():
+        try:
+            traced = make_fx(function)(first)
+        except RuntimeError:
+            continue  # an error, as the general way asks for values
+        torch.testing.assert_close(traced(second), function(second))
+
+
 def test_the_result_is_not_the_input() -> None:
     """Nothing shares memory with what the caller has."""
     preference, zero = torch.ones(3, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64)
