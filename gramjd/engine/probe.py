@@ -8,7 +8,7 @@ negligible, the rounding itself is measured.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
@@ -52,6 +52,10 @@ class Probe:
     def verifying(self) -> Probe:
         """The same of passes that also gave the gradients of parameters."""
         return self if self.passes.checking else Probe(self.passes.full, self.nodes, self.scattered)
+
+    def by_others(self) -> Probe:
+        """The same, which compares totals by other weights."""
+        return replace(self, scattered=True)
 
     @property
     def total(self) -> tuple[Tensor, Pass]:

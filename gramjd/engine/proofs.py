@@ -59,7 +59,7 @@ class Proofs:
         proof = self.known.get(structure)
         plan = proof.plan.trusted() if proof is not None else Plan()
         key: Hashable = None
-        if samples is not None:
+        if samples:  # a rank may have none
             try:
                 if hooks := next((h for node in graph.nodes for h in getattr(node.record, "hooks", ())), ""):
                     raise Unlisted(hooks)
