@@ -323,6 +323,21 @@ def test_the_graph_is_freed_by_a_backward_pass() -> None:
         engine.backward(losses, upgrad)
 
 
+def test_a_gramian_that_overflows_is_an_error_that_says_where() -> None:
+    model = mlp()
+    engine = Engine(model, batch_dim=0)
+    scales = torch.tensor([1.0, 1, 1e200, 1, 1, 1]).double()
+    losses = model(data()).square().sum(1) * scales
+    with pytest.raises(gramjd.NotFiniteError) as of_gramian:
+        engine.compute_gramian(losses)
+    with pytest.raises(gramjd.NotFiniteError) as of_step:
+        engine.backward(losses, upgrad)
+    assert str(of_step.value) == str(of_gramian.value)
+    with pytest.raises(gramjd.NotFiniteError, match="NaN or infinite"):
+        gramjd.backward(losses, upgrad)
+    assert all(p.grad is None for p in model.parameters())
+
+
 # without an engine
 
 

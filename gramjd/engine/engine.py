@@ -26,7 +26,7 @@ from gramjd.engine.solve import Emit, solve
 from gramjd.engine.step import Scaled, Step, Weightings
 from gramjd.engine.task import Task
 from gramjd.engine.ways import WAYS
-from gramjd.errors import NotCoveredError, SlowPathWarning
+from gramjd.errors import NotCoveredError, NotFiniteError, SlowPathWarning
 from gramjd.explanation import Explanation, explanation
 from gramjd.jacobian import Jacobian, Output, Sum, groups
 from gramjd.jacobian.lazy import Per
@@ -161,11 +161,7 @@ class Engine:
         if group is not None and rows == "local":  # where one rank raises, all do
             right = distributed.everywhere(group, right)
         if not bool(right):
-            if group is not None or self._registry.shards.units:
-                raise finite.unexplained("Gramian")
-            raise finite.of_gramian(
-                gramian, output, None if (d := self._batch_dim) is None else d % output.ndim
-            )
+            raise self._not_finite(gramian, output, group is not None)
         gramian = gramian.to(output.device)
         return gramians.flatten(gramian) if flat else gramian
 
@@ -236,9 +232,19 @@ class Engine:
 
         def alone() -> Any:
             jac = self._jacobian(output)[0]
-            return step.take(jac, jac.gramian(per, **asdict(self._options)), output, output.shape, _all)
+            gramian = jac.gramian(per, **asdict(self._options))
+            if per is None and not bool(torch.isfinite(gramian).all()):
+                raise self._not_finite(gramian, output, False)
+            return step.take(jac, gramian, output, output.shape, _all)
 
         return scaled.attempt(alone, lambda: reach([output]).leaves.values(), per)
+
+    def _not_finite(self, gramian: Tensor, output: Tensor, in_step: bool) -> NotFiniteError:
+        """The error for such a Gramian; it says where from, unless ranks that are in step must not look."""
+        if in_step or self._registry.shards.units:
+            return finite.unexplained("Gramian")
+        dim = self._batch_dim
+        return finite.of_gramian(gramian, output, None if dim is None else dim % output.ndim)
 
     def _jacobian_of_ranks(self, output: Tensor, group: Any) -> Jacobian:
         """That of this rank's output, of all registered parameters: ranks may use some each."""
