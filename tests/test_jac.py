@@ -90,6 +90,16 @@ def test_the_chain_rule() -> None:
         assert_close(J.dense(), torch.tensordot(cotangents, rows_of(hidden, model[0].weight), 2))
 
 
+def test_under_autocast() -> None:
+    """The chain rule has the precision of its tensors, not that of the context."""
+    x = torch.randn(6, 3, requires_grad=True)
+    hidden = x.sin()
+    cotangents = torch.randn(2, 6, 3)
+    want = gramjd.jac(hidden, x, jac_outputs=cotangents).dense()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(gramjd.jac(hidden, x, jac_outputs=cotangents).dense(), want, 1e-6)
+
+
 def test_factors_of_samples() -> None:
     model = mlp()
     engine = Engine(model, batch_dim=0)
