@@ -22,6 +22,7 @@ class Graph:
     structure: Hashable  # equal for graphs of the same nodes over the same leaves, recorded in the same order
     order: list[Any]  # all nodes, in the order of the walk
     numbers: dict[Any, int]  # the place of each in that order
+    hooked: bool  # is there a hook on the output, or on a tensor that a recorded op received or came before?
     batched: bool  # can its backward pass take several cotangents at once?
 
 
@@ -87,4 +88,5 @@ def walk(output: Tensor) -> Graph:
         structure.append(tuple(edges))
     nodes.sort(key=lambda node: node.record.number)
     recorded = tuple([numbers[node] for node in nodes])
-    return Graph(nodes, leaves, (output.ndim, recorded, tuple(structure)), order, numbers, batched)
+    hooked = bool(output._backward_hooks) or any(getattr(node.record, "hooks", ()) for node in nodes)
+    return Graph(nodes, leaves, (output.ndim, recorded, tuple(structure)), order, numbers, hooked, batched)

@@ -16,6 +16,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from gramjd.engine.graph import Graph
+from gramjd.engine.marks import HOOK
 from gramjd.engine.signature import Unlisted, separation_key
 from gramjd.engine.task import Plan, Separation
 
@@ -61,8 +62,8 @@ class Proofs:
         key: Hashable = None
         if samples:  # a rank may have none
             try:
-                if hooks := next((h for node in graph.nodes for h in getattr(node.record, "hooks", ())), ""):
-                    raise Unlisted(hooks)
+                if graph.hooked:
+                    raise Unlisted(HOOK)
                 key = separation_key(graph.order, graph.numbers, shape, samples)
             except Unlisted as error:
                 plan.unlisted = str(error)
