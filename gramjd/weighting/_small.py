@@ -93,13 +93,25 @@ def dual_cone(matrix: Any, preference: Any, norm_eps: float, reg_eps: float) -> 
     return None if x is None else scale * (target + size * growth * x)
 
 
-def _definite(matrix: Any) -> bool:
+def nonnegative(hessian: Tensor, linear: Tensor, dependent: float) -> Tensor | None:
+    """The ``x >= 0`` that minimizes ``x'Hx / 2 + q'x``, for a Hessian that is easy, of unit diagonal.
+
+    It is not if the sine of the angle between a gradient and others is below ``dependent``.
+    """
+    if np is None or not 0 < len(hessian) <= LARGEST:
+        return None
+    matrix = hessian.numpy()
+    x = _nonnegative(matrix, linear.numpy()) if _definite(matrix, dependent) else None
+    return None if x is None else torch.from_numpy(x)
+
+
+def _definite(matrix: Any, dependent: float = DEPENDENT) -> bool:
     """Whether no row is, nearly, a combination of others."""
     try:
         pivots = np.linalg.cholesky(matrix).diagonal()
     except np.linalg.LinAlgError:
         return False
-    return bool((pivots > DEPENDENT * np.sqrt(matrix.diagonal())).all())
+    return bool((pivots > dependent * np.sqrt(matrix.diagonal())).all())
 
 
 def _nonnegative(hessian: Any, linear: Any) -> Any:

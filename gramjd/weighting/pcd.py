@@ -15,6 +15,7 @@ from gramjd.weighting._gramian import nothing, prepare, rounding
 from gramjd.weighting._opaque import opaque
 from gramjd.weighting._options import not_negative, number, vector
 from gramjd.weighting._semidefinite import semidefinite
+from gramjd.weighting._small import nonnegative
 
 _beta = number(0.0, 1.0, open_end=True)
 _fraction = number(0.0, 1.0)
@@ -155,7 +156,10 @@ def _one(matrix: Tensor, fraction: Tensor, precision: float) -> tuple[Tensor, Te
     inner.fill_diagonal_(1)
     bound = fraction[others - 1] * unit - matrix[others, 0] / unit
     size = max(float(bound.abs().max()), 1e-300)
-    mu, ray = multipliers(inner, bound / size, max(1e-9, precision), max(1e-12, precision))
+    dependent = max(1e-9, precision)
+    mu, ray = nonnegative(inner, -bound / size, dependent**0.5), None  # of independent ones, the quick way
+    if mu is None:
+        mu, ray = multipliers(inner, bound / size, dependent, max(1e-12, precision))
     known = precision if precision > 1e-12 else 0.0
     if ray is not None:
         length = (ray @ inner @ ray) / ray.sum() ** 2

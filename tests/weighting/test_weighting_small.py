@@ -94,8 +94,10 @@ def test_what_is_not_easy_is_left() -> None:
 
 
 def test_without_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = symmetric(gramian("conflicting", 6))
+    by_numpy = w.pcd(matrix, tau=0.5)[0]
     monkeypatch.setattr(_small, "np", None)
-    matrix = symmetric(gramian("random", 6))
+    torch.testing.assert_close(w.pcd(matrix, tau=0.5)[0], by_numpy, rtol=1e-9, atol=1e-10)
     for function in FUNCTIONS.values():
         torch.testing.assert_close(function(matrix), general(function, matrix), rtol=1e-9, atol=1e-10)
 
