@@ -16,6 +16,7 @@ demo: .venv/installed  ## train on digits: plain SGD beside Jacobian descent
 	$(BIN)/python examples/train_digits.py --out out/digits
 
 test: .venv/installed  ## the tests, without the slow ones
+	-$(MAKE) out/torchjd-0.11
 	$(BIN)/python -m pytest -m "not slow" -n $(JOBS)
 
 test-slow: .venv/installed  ## the slow tests alone
@@ -70,6 +71,12 @@ clean:
 	$(LOWEST_BIN)/python -m pip install -c .venv-lowest/constraints.txt \
 		"torch==2.1.0" "numpy<2" -e ".[test]"
 	touch $@
+
+# The last TorchJD whose Gramians are generalized, for tests/test_migration.py, beside the one in .venv.
+out/torchjd-0.11: .venv/installed
+	rm -rf $@ $@.part
+	$(BIN)/python -m pip install --no-deps --target $@.part torchjd==0.11.0
+	mv $@.part $@
 
 # Without dependencies: they would bring another torch. A folder exists only if its installation succeeded.
 out/bench/peers: .venv/installed benchmarks/peers.txt
