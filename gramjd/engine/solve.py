@@ -178,7 +178,7 @@ def _separation(task: Task, check: bool, masks: list[Masks] | None) -> Separatio
         same = before is not None and (before.samples, before.layouts) == (task.samples, plan.layouts)
         passed = before.passed if before is not None and same else 0
         until = min(needed, passed + _PATTERNS_A_CALL)
-        masks = spread(task, patterns(task.samples, needed)[passed:until])
+        masks = spread(task, patterns(task.samples, needed)[passed:until], first=not passed)
     chosen = patterns(task.samples, needed)[passed:until]
     if masks is None or not stays_within(task, chosen, masks):
         return None
