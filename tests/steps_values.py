@@ -303,12 +303,6 @@ def sets_summed_in_a_custom_function() -> tuple[nn.Module, At]:
     return rows(lambda m, h, s: SumSets.apply(h, s))
 
 
-@torch.library.custom_op("gramjd_tests::pick", mutates_args=())
-def pick(h: Tensor, order: list[int]) -> Tensor:
-    """An op that only torch's dispatcher knows, as one that is written in C++."""
-    return h[order].clone()
-
-
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.order = inputs[1]
 
@@ -317,12 +311,18 @@ def _picked(ctx: Any, grad: Tensor) -> Any:
     return torch.zeros_like(grad).index_add(0, T(ctx.order), grad), None
 
 
-pick.register_autograd(_picked, setup_context=_keep)
+if hasattr(torch.library, "custom_op"):  # not on torch 2.1
 
+    @torch.library.custom_op("gramjd_tests::pick", mutates_args=())
+    def pick(h: Tensor, order: list[int]) -> Tensor:
+        """An op that only torch's dispatcher knows, as one that is written in C++."""
+        return h[order].clone()
 
-@family(*ORDERS)
-def rows_picked_in_an_op_of_a_library() -> tuple[nn.Module, At]:
-    return rows(lambda m, h, s: pick(h, s), 4)
+    pick.register_autograd(_picked, setup_context=_keep)
+
+    @family(*ORDERS)
+    def rows_picked_in_an_op_of_a_library() -> tuple[nn.Module, At]:
+        return rows(lambda m, h, s: pick(h, s), 4)
 
 
 def _compiled(backend: str) -> tuple[nn.Module, At]:
