@@ -251,7 +251,7 @@ class Jacobian:
                 as a matrix ``X`` of its first dimension by all others, becomes ``Lᵀ X R`` with ``√dim``
                 random signs in each row of ``L`` and ``R``, so that cotangents and activations are projected
                 one by one (LoGra, arXiv 2405.13954). Without bias, too, but the variance falls with
-                ``√dim`` in place of ``dim``: about ``4 ‖x‖⁴ / √dim`` for a row with itself if ``X`` has rank 1.
+                ``√dim`` in place of ``dim``: up to about ``4 ‖x‖⁴ / √dim`` for a row with itself.
                 Parameters with one dimension get random signs.
             memory_budget: bytes of working memory beside the result.
 
