@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import random
-import signal
+import os
 import subprocess
 import sys
 import time
@@ -160,7 +159,7 @@ def test_nothing_is_computed_twice(work: Work) -> None:
         seen.append(len(batch[0]))
         return work.jacobian(batch)
 
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="the disk"):
         work.run(Countdown(work.loader, 2), jacobian=counted)
     work.run(jacobian=counted)
     assert seen == [3, 3] + [3, 3, 2]
@@ -191,59 +190,58 @@ def test_torn(work: Work, cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 KILLED = """
-import sys, time, torch, gramjd
+import os, random, signal, sys, time, torch, gramjd
 from gramjd import journal
+folder, samples, size, flush, pause, within = sys.argv[1], *map(float, sys.argv[2:])
 torch.set_num_threads(1)
-journal.FLUSH_SECONDS = float(sys.argv[4])
+journal.FLUSH_SECONDS = flush
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
 func, params = gramjd.functional_loss(model, torch.nn.CrossEntropyLoss(reduction="none"))
 jac = gramjd.jacobian(func)
-x, y = torch.randn(int(sys.argv[2]), 8), torch.randint(0, 4, (int(sys.argv[2]),))
+x, y = torch.randn(int(samples), 8), torch.randint(0, 4, (int(samples),))
+loader = list(zip(x.split(int(size)), y.split(int(size))))
 
-def jacobian(batch):
-    time.sleep(float(sys.argv[5]))
-    return jac(params, *batch)
+def write(name, pause):
+    def jacobian(batch):
+        time.sleep(pause)
+        return jac(params, *batch)
+    gramjd.gradients_dataset(jacobian, loader, f"{folder}/{name}", 32, dtype=torch.float16, progress=False)
 
-size = int(sys.argv[3])
-loader = list(zip(x.split(size), y.split(size)))
-print("ready", flush=True)
-gramjd.gradients_dataset(jacobian, loader, sys.argv[1], 32, dtype=torch.float16, progress=False)
+draw, killed = random.Random(0), 0
+while True:
+    child = os.fork()
+    if child == 0:
+        write("killed", pause)
+        os._exit(0)
+    time.sleep(draw.random() * within * (1 + killed / 4))
+    os.kill(child, signal.SIGKILL)
+    if os.WIFEXITED(status := os.waitpid(child, 0)[1]):
+        break
+    killed += 1
+write("whole", 0)
+print(status, killed)
 """
 
 
 def store_under_fire(folder: Path, samples: int, size: int, flush: float, pause: float, within: float) -> int:
-    """Write a store in processes that are killed at random moments until one ends: how many were?"""
-    given = [sys.executable, "-c", KILLED, str(folder / "killed"), *map(str, (samples, size, flush, pause))]
-    draw, killed = random.Random(0), 0
-    while True:
-        process = subprocess.Popen(given, stdout=subprocess.PIPE)
-        try:
-            assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-            try:
-                assert process.wait(draw.random() * within * (1 + killed / 4)) == 0
-                break
-            except subprocess.TimeoutExpired:
-                killed += 1
-        finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            process.stdout.close()
-    given[3] = str(folder / "whole")
-    given[-1] = "0"
-    subprocess.run(given, check=True, stdout=subprocess.DEVNULL)
+    """Write a store in processes that are killed at random moments, until one ends: how many were?"""
+    given = [sys.executable, "-c", KILLED, str(folder), *map(str, (samples, size, flush, pause, within))]
+    found = subprocess.run(given, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+    assert found[0] == "0"
     assert content(folder / "killed") == content(folder / "whole")
     assert len(GradientStore.open(folder / "killed")) == samples
-    return killed
+    return int(found[1])
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a system with SIGKILL")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system with fork and SIGKILL")
 def test_killed(tmp_path: Path) -> None:
     """Killed at random moments and resumed: to the byte what one run writes."""
     assert store_under_fire(tmp_path, 120, 3, flush=0, pause=0.02, within=0.5) > 0
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system with fork and SIGKILL")
 def test_killed_often(tmp_path: Path) -> None:
     start = time.monotonic()
     killed = store_under_fire(tmp_path, 20_000, 32, flush=0.05, pause=0.002, within=2)
@@ -321,7 +319,7 @@ def test_damaged(work: Work) -> None:
 
 def test_refused(work: Work) -> None:
     loader: list[Batch] = []
-    with pytest.raises(FileNotFoundError, match="There is no folder .* to make store in"):
+    with pytest.raises(FileNotFoundError, match=r"There is no folder .* to make store in"):
         work.run(path=work.path / "missing" / "store")
     with pytest.raises(FileNotFoundError, match="There is no store of gradients at"):
         GradientStore.open(work.path)
@@ -335,10 +333,10 @@ def test_refused(work: Work) -> None:
         work.run(dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="kind must be one of"):
         work.run(kind="sparse")
-    with pytest.raises(TypeError, match="must return a gramjd.Jacobian, not a Tensor"):
+    with pytest.raises(TypeError, match=r"must return a gramjd.Jacobian, not a Tensor"):
         work.run(jacobian=lambda batch: batch[0])
+    engine = Engine(work.model, batch_dim=None)
     with pytest.raises(ValueError, match="must be of one tensor with a batch dimension"):
-        engine = Engine(work.model, batch_dim=None)
         work.run(jacobian=lambda batch: engine.jacobian(work.model(batch[0]).sum()))
     with pytest.raises(TypeError, match=r"ids of batch 0 must be integers, not torch.float64"):
         work.run(ids=lambda batch: batch[0])
