@@ -18,6 +18,7 @@ from gramjd.explanation import Explanation
 from gramjd.functional import functional_loss
 from gramjd.gradients_dataset import gradients_dataset
 from gramjd.jacobian import Jacobian
+from gramjd.less import less
 from gramjd.ntk import ntk
 from gramjd.ntk_dataset import ntk_dataset
 from gramjd.rules import register_rule
@@ -49,6 +50,7 @@ __all__ = [
     "gramian_and_value",
     "jacobian",
     "jacobian_and_value",
+    "less",
     "ntk",
     "ntk_dataset",
     "register_rule",

@@ -56,7 +56,7 @@ def similarity(left: Any, right: Any, *, cosine: bool = False, topk: int | None 
             for begin, end in ranges(len(second), step):
                 yield mine @ _unit(second.rows(begin, end).to(wide), cosine).mT
 
-        found.append(_collected(tiles(), topk))
+        found.append(collected(tiles(), topk))
     if topk is None:
         return torch.cat([part for part in found if isinstance(part, Tensor)])
     best = [part for part in found if isinstance(part, TopK)]
@@ -91,7 +91,7 @@ def dataset_similarity(
             no samples, or fewer than ``topk``.
         NotFiniteError: a score is NaN or infinite.
     """
-    return _collected(_crossed([queries], [jacobian], loader, [1.0], cosine), topk)
+    return collected(_crossed([queries], [jacobian], loader, [1.0], cosine), topk)
 
 
 def tracin(
@@ -122,7 +122,7 @@ def tracin(
             f"tracin needs as many queries, jacobians and rates as checkpoints: got {len(queries)}, "
             f"{len(jacobians)} and {len(rates)}."
         )
-    return _collected(_crossed(queries, jacobians, loader, rates, False), topk)
+    return collected(_crossed(queries, jacobians, loader, rates, False), topk)
 
 
 def _crossed(queries: Sequence[Jacobian], jacobians: Sequence[Callable[[PyTree], Jacobian]],
@@ -135,24 +135,29 @@ def _crossed(queries: Sequence[Jacobian], jacobians: Sequence[Callable[[PyTree],
     for batch in loader:
         total: Tensor | None = None
         for n, (query, jacobian, rate) in enumerate(zip(queries, jacobians, rates, strict=True)):
-            jac = jacobian(batch)
-            if not isinstance(jac, Jacobian) or [len(out.shape) for out in jac.outputs.each] != [1]:
-                raise ValueError(f"jacobian must give the Jacobian of one loss for each sample, got {jac!r}.")
+            jac = one_loss(jacobian(batch))
             with torch.no_grad():
                 scores = rate * query.cross(jac).detach()
                 if cosine:
-                    scores = _divided(scores, norms[n][..., None].detach() * jac.norms().detach())
+                    scores = divided(scores, norms[n][..., None].detach() * jac.norms().detach())
             total = scores if total is None else total + scores
         assert total is not None
         yield total.cpu()
 
 
-def _divided(scores: Tensor, norms: Tensor) -> Tensor:
+def one_loss(jac: Jacobian) -> Jacobian:
+    """Raise for a Jacobian of something else than one loss for each sample."""
+    if not isinstance(jac, Jacobian) or [len(out.shape) for out in jac.outputs.each] != [1]:
+        raise ValueError(f"jacobian must give the Jacobian of one loss for each sample, got {jac!r}.")
+    return jac
+
+
+def divided(scores: Tensor, norms: Tensor) -> Tensor:
     """Zero where a norm is zero."""
     return torch.where(norms == 0, 0, scores / torch.where(norms == 0, 1, norms))
 
 
-def _collected(tiles: Iterable[Tensor], topk: int | None) -> Tensor | TopK:
+def collected(tiles: Iterable[Tensor], topk: int | None) -> Tensor | TopK:
     """Scores ``[*Q, n]`` side by side, or the best of them, of which no more than a tile is kept."""
     if topk is not None and (type(topk) is not int or topk < 1):
         raise ValueError(f"topk must be a positive integer, not {topk!r}.")
@@ -211,7 +216,7 @@ class _Rows:
 
 
 def _unit(rows: Tensor, wanted: bool) -> Tensor:
-    return _divided(rows, rows.norm(dim=-1, keepdim=True).expand_as(rows)) if wanted else rows
+    return divided(rows, rows.norm(dim=-1, keepdim=True).expand_as(rows)) if wanted else rows
 
 
 def _check_projections(left: Any, right: Any) -> None:
