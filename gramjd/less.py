@@ -27,9 +27,9 @@ def less(
     """Cosines of the gradients of queries with the steps of Adam for the samples of a dataset, exactly.
 
     ``cos(∇ℓ(query), Γ(sample))`` at one checkpoint, where ``Γ`` is the direction of the step that the
-    optimizer would take if the gradient of this sample were its next one (LESS, Xia et al., arXiv 2402.04333);
-    several checkpoints are added up with their learning rates. ``Γ`` is no linear function of the gradient:
-    gradients of one batch are formed, of one parameter at a time.
+    optimizer would take if the gradient of this sample were its next one (LESS, Xia et al., arXiv
+    2402.04333); several checkpoints are added up with their learning rates. ``Γ`` is no linear function of
+    the gradient: gradients of one batch are formed, of one parameter at a time.
 
     Args:
         queries: the Jacobian of one tensor of losses, of any shape ``Q``.
@@ -46,8 +46,9 @@ def less(
 
     Raises:
         ValueError: the optimizer has no state for a parameter, or steps otherwise than plain Adam
-            (``amsgrad``, ``maximize``, weight decay that is added to gradients); the Jacobians are of different
-            parameters, of complex ones, or of outputs of other shapes; fewer samples than ``topk``.
+            (``amsgrad``, ``maximize``, weight decay that is added to gradients); the Jacobians are of
+            different parameters, of complex ones, or of outputs of other shapes; there are fewer samples
+            than ``topk``.
         NotFiniteError: a cosine is NaN or infinite.
     """
     if len(queries.outputs.each) > 1:

@@ -21,6 +21,7 @@ from gramjd.jacobian.projection import Projection
 
 KINDS = ["rademacher", "gaussian", "factored"]
 SEEDS = range(200)
+RECENT = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
 
 # the generator
 
@@ -270,6 +271,18 @@ def test_vmap_and_grad(kind: str) -> None:
     found = torch.autograd.grad(sketched(trained).sin().sum(), list(trained.values()))
     for name, g in zip(trained, found, strict=True):
         assert_close(g, want[name])
+
+
+@pytest.mark.skipif(not RECENT, reason="Dynamo traces these transforms as of torch 2.13")
+def test_compiled() -> None:
+    """One graph, for a seed that is written into it."""
+    p, x = loss_params(), torch.randn(5, 6, dtype=torch.float64)
+    jac = gramjd.jacobian(loss)
+
+    def sketched(p: dict[str, Tensor], x: Tensor) -> Any:
+        return torch.stack([jac(p, x).sketch(9, seed=7, kind=kind) for kind in KINDS])
+
+    assert_close(torch.compile(sketched, fullgraph=True, backend="aot_eager")(p, x), sketched(p, x))
 
 
 # inner products

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gramjd.internals import constant_in_graphs
+
 Key = tuple[int, int]
 
 _ROUNDS = 10
@@ -23,6 +25,7 @@ _SIGNS = 128  # of one call: 4 words of 32 bits
 _NORMALS = 4
 
 
+@constant_in_graphs
 def key_of(*parts: object) -> Key:
     """A key that depends on all of some values."""
     found = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
