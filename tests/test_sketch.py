@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from allocations import OLD, Allocations
 from oracle import assert_close, dense_jacobian
 from torch import Tensor, nn
 from torch.func import grad, vmap
@@ -234,6 +235,33 @@ def test_half_precision() -> None:
     want = rows @ omega("w", (3, 8), Projection(16, 0, "rademacher"))
     assert_close(got.flatten(0, 1).double(), want, 1e-2)  # dense() rounds the products to bfloat16
     assert_close(J.to(dtype=torch.float32).sketch(16), got, 1e-6)
+
+
+MODELS = {
+    "mlp": (lambda: nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 4)), (64, 256)),
+    "cnn": (
+        lambda: nn.Sequential(
+            nn.Conv2d(8, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.Flatten(), nn.Linear(4608, 3)
+        ),
+        (32, 8, 16, 16),
+    ),
+    "table": (lambda: nn.Sequential(nn.Embedding(5000, 64), nn.Flatten(), nn.Linear(2048, 2)), (32, 32)),
+}
+
+
+@pytest.mark.skipif(OLD, reason="torch 2.1 cannot tell when storages are freed")
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("name", list(MODELS))
+def test_memory(name: str, kind: str) -> None:
+    """Within the budget, where a row of weights times ``dim`` is more than that."""
+    build, shape = MODELS[name]
+    func, params = gramjd.functional_loss(build())
+    x = torch.randint(0, 5000, shape) if name == "table" else torch.randn(shape)
+    J = gramjd.jacobian(lambda p, x: func(p, x).flatten()[0])(params, x)
+    for budget in (2**20, 2**22):
+        with Allocations() as allocations:
+            result = J.sketch(64, kind=kind, memory_budget=budget)
+        assert allocations.peak <= budget + 3 * result.nbytes
 
 
 # composition

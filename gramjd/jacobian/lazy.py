@@ -253,7 +253,8 @@ class Jacobian:
                 one by one (LoGra, arXiv 2405.13954). Without bias, too, but the variance falls with
                 ``√dim`` in place of ``dim``: up to about ``4 ‖x‖⁴ / √dim`` for a row with itself.
                 Parameters with one dimension get random signs.
-            memory_budget: bytes of working memory beside the result.
+            memory_budget: bytes of working memory beside the result; a factored sketch needs the ``L`` and
+                ``R`` of one parameter beside it.
 
         Returns:
             ``[*shape, dim]`` for an output of this shape; a PyTree of them where outputs are. In float32 for

@@ -47,6 +47,7 @@ def signs(rows: Tensor, dim: int, key: Key, dtype: torch.dtype) -> Tensor:
     """``[len(rows), dim]`` of -1 and 1: rows of these numbers of a random matrix."""
     words = torch.stack(_words(rows, -(-dim // _SIGNS), key), -1)  # [rows, calls, 4]
     octets = torch.stack([words >> shift & 255 for shift in (0, 8, 16, 24)], -1).flatten(1)
+    octets = octets[:, : -(-dim // 8)]
     bits = torch.arange(256, device=rows.device)[:, None] >> torch.arange(8, device=rows.device) & 1
     table = (2 * bits - 1).to(dtype)
     return table.index_select(0, octets.flatten()).view(len(rows), -1)[:, :dim]

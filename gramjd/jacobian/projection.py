@@ -50,6 +50,10 @@ class Projection:
         """Rows of ``Ω`` for these entries of a parameter, ``[len(entries), dim]``."""
         return _KINDS[self.kind](entries, self.dim, key_of(self.seed, name), dtype)
 
+    def working(self, dtype: torch.dtype) -> int:
+        """Numbers of this dtype whose memory making an entry of ``Ω`` takes, itself included."""
+        return (72 if self.kind == "gaussian" else 16) // dtype.itemsize
+
     def factors(self, name: str, sizes: tuple[int, int], like: Tensor, dtype: torch.dtype
                 ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """``L [sizes[0], l]`` and ``R [sizes[1], r]``: of a matrix ``X``, the sketch is ``LᵀXR``."""

@@ -29,7 +29,7 @@ from gramjd.plan.rows import matrix
 from gramjd.rounding import own_precision
 
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
-_TEMPORARIES = 4  # times the memory of some rows of Ω that making them takes
+_COPIES = 3  # of rows, that making them may take
 _CACHED = 2**20  # elements of Ω that are made at once
 
 Sides = tuple[int, int]  # of a parameter as a matrix: its first dimension, and all others
@@ -85,22 +85,29 @@ def _shares(live: Live, name: str, shape: tuple[int, ...], projection: Projectio
 def _products(live: Live, name: str, projection: Projection, limits: Limits, used: Tensor | None = None
               ) -> Shares:  # fmt: skip
     """Rows by ``Ω``, some entries at a time; ``used``: which pieces of ``grain`` entries theirs are."""
-    first = live[0][1]
-    device, entries = _factor(first).device, prod(first.shape)
+    device, entries = _factor(live[0][1]).device, prod(live[0][1].shape)
     grain = lcm(*(block.grain for _, block in live))
-    most = max(prod(block.rows) for _, block in live)
-    step = limits.elements // (grain * (most + _TEMPORARIES * projection.dim))
-    step = min(step, _CACHED // (grain * projection.dim))
+    most, half = max(prod(block.rows) for _, block in live), max(1, limits.elements // 2)
+    most_of_omega = max(1, half // (projection.dim * projection.working(limits.dtype)))  # entries
+    step = min(half // (most * _COPIES), most_of_omega, max(1, _CACHED // projection.dim)) // grain
+    few = Limits(max(1, limits.elements // 4), limits.dtype)
     for begin, end in ranges(entries // grain, step):
         start, stop = begin * grain, end * grain
         which = torch.arange(start, stop, device=device)
         if used is not None:
             which = used[which // grain] * grain + which % grain
-        omega = projection.rows(name, which, limits.dtype)
+        slabs = ranges(stop - start, most_of_omega)  # several, if one grain is too much
+        omega = projection.rows(name, which, limits.dtype) if len(slabs) == 1 else None
+        build = _part(start, stop, limits.dtype)
         for n, block in live:
-            build = _part(start, stop, limits.dtype)
-            rows = matrix(block, limits, block.workspace(limits.dtype), build)  # [B K, entries]
-            yield n, (rows @ omega).unflatten(0, block.rows[::-1]).transpose(0, 1)
+            K, B = block.rows
+            for some in ranges(B, half // (K * (stop - start) * _COPIES)):
+                piece = block.samples(*some)
+                rows = matrix(piece, few, piece.workspace(limits.dtype), build)  # [b K, stop - start]
+                for a, b in slabs:
+                    mine = projection.rows(name, which[a:b], limits.dtype) if omega is None else omega
+                    share = (rows[:, a:b] @ mine).unflatten(0, (some[1] - some[0], K)).transpose(0, 1)
+                    yield n, F.pad(share, (0, 0, some[0], B - some[1]))
 
 
 def _part(start: int, stop: int, dtype: torch.dtype) -> Callable[[Block], Tensor]:
@@ -123,7 +130,10 @@ def _samples(block: Block, projection: Projection, limits: Limits) -> int:
     else:
         positions = block.ids.shape[1] if isinstance(block, Lookup) else 0
     each = block.rows[0] * (positions * sum(projection.sides) + projection.dim)
-    return max(1, limits.elements // each)
+    copied = _factor(block).numel() // max(1, block.rows[1])
+    if isinstance(block, (Outer, Conv)):
+        copied += block.factors[1].numel() // max(1, block.rows[1])
+    return max(1, limits.elements // (2 * (each + copied)))
 
 
 def _factored(block: Block, sides: Sides, left: Tensor, right: Tensor, limits: Limits) -> Tensor:
