@@ -14,8 +14,8 @@ from gramjd import pytree
 from gramjd.arguments import Arguments
 from gramjd.pytree import PyTree
 
-_REMEDY = (
-    "A kernel's tiles need the same batches in every pass: no shuffling and no random augmentation. "
+REMEDY = (
+    "All passes must give the same batches: no shuffling and no random augmentation. "
     "Read them once, if they fit into memory: list(loader)."
 )
 
@@ -32,7 +32,7 @@ class Batches:
     @staticmethod
     def of(loader: Iterable[PyTree], name: str, in_dims: PyTree, params: PyTree) -> Batches:
         """Read a loader once."""
-        _check(loader, name)
+        check_loader(loader, name)
         sizes, digests = [], []
         for batch in loader:
             given = Arguments.of((params, batch), {}, (0,), (None, in_dims), single=True)
@@ -62,17 +62,17 @@ class Batches:
         for number, batch in enumerate(self.loader):
             if number in left:
                 if digest(batch) != self.digests[number]:
-                    raise ValueError(f"Batch {number} of {self.name} changed since the first pass. {_REMEDY}")
+                    raise ValueError(f"Batch {number} of {self.name} changed since the first pass. {REMEDY}")
                 yield batch
                 left.remove(number)
             if not left:
                 return
         raise ValueError(
-            f"{self.name} gave {len(self.sizes)} batches in its first pass and fewer in another. {_REMEDY}"
+            f"{self.name} gave {len(self.sizes)} batches in its first pass and fewer in another. {REMEDY}"
         )
 
 
-def _check(loader: Iterable[PyTree], name: str) -> None:
+def check_loader(loader: Iterable[PyTree], name: str) -> None:
     """Raise for what cannot be read twice in the same order."""
     if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
         raise TypeError(
@@ -82,7 +82,7 @@ def _check(loader: Iterable[PyTree], name: str) -> None:
     if isinstance(loader, Iterator):
         raise TypeError(f"{name} is an iterator, which can be read only once. Pass list({name}) instead.")
     if isinstance(getattr(loader, "sampler", None), RandomSampler):
-        raise ValueError(f"{name} shuffles its samples. {_REMEDY}")
+        raise ValueError(f"{name} shuffles its samples. {REMEDY}")
 
 
 def digest(tree: PyTree) -> str:
@@ -92,6 +92,8 @@ def digest(tree: PyTree) -> str:
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
             found.update(repr(leaf).encode())
+            if hasattr(leaf, "tobytes"):  # an array, whose repr leaves out most of a large one
+                found.update(leaf.tobytes())
             continue
         values = leaf.detach().cpu().contiguous()
         found.update(f"{values.dtype} {list(values.shape)}".encode())

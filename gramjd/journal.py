@@ -1,4 +1,4 @@
-"""A large array in a file that is filled tile by tile, and the journal of its finished tiles."""
+"""Journals of long computations, and a large array in a file that is filled tile by tile."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 Tile = tuple[int, int]
 FLUSH_SECONDS = 1.0  # at most that much work is lost; flushing each tile would cost more than a small one
 
@@ -33,19 +34,46 @@ class InMemory:
 
 
 @dataclass
-class Journal:
-    """A ``.npy`` file, mapped into memory, with the numbers of the tiles that are on disk.
+class Log:
+    """A file with a line for each piece of work that is on disk.
 
-    The journal's first line is a fingerprint of what the tiles are computed from; then comes a line for
-    each tile, written once the tile's bytes are on disk.
+    Its first line is a fingerprint of what is computed. No line is written before the bytes that it tells of.
     """
+
+    file: BinaryIO
+    sync: Callable[[], object]  # brings the bytes to disk
+    pending: list[bytes] = field(default_factory=list)  # lines of bytes that are perhaps not on disk
+    flushed: float = field(default_factory=time.monotonic)
+
+    @staticmethod
+    def open(path: Path, sync: Callable[[], object]) -> Log:
+        """One that :func:`begin` has made."""
+        return Log(path.open("ab", buffering=0), sync)
+
+    def add(self, line: bytes) -> None:
+        """The bytes that a line tells of are written, but perhaps not on disk."""
+        self.pending.append(line + b"\n")
+        if time.monotonic() - self.flushed >= FLUSH_SECONDS:
+            self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self.file.close()
+
+    def _flush(self) -> None:
+        self.sync()
+        self.file.write(b"".join(self.pending))
+        self.pending.clear()
+        self.flushed = time.monotonic()
+
+
+@dataclass
+class Journal:
+    """A ``.npy`` file, mapped into memory, with the numbers of the tiles that are on disk."""
 
     values: Tensor  # the memory map
     done: set[Tile]
-    array: Any
-    lines: BinaryIO
-    pending: list[Tile] = field(default_factory=list)  # in the memory map, but perhaps not on disk
-    flushed: float = field(default_factory=time.monotonic)
+    log: Log
 
     @staticmethod
     def open(path: Path, shape: Sequence[int], dtype: torch.dtype, fingerprint: Mapping[str, Any]) -> Journal:
@@ -53,28 +81,21 @@ class Journal:
         done: set[Tile] = set()
         journal = _beside(path)
         if journal.exists():
-            done = _resume(path, journal, fingerprint)
+            found = resume(
+                journal, fingerprint, _tile, "kernel", f"{path} holds tiles of another kernel", path
+            )
+            done = set(found) if path.exists() else set()
         if not done:
-            _begin(journal, fingerprint)
+            begin(journal, fingerprint)
         array = _map(path, shape, dtype, new=not done)
-        return Journal(torch.from_numpy(array), done, array, journal.open("ab", buffering=0))
+        return Journal(torch.from_numpy(array), done, Log.open(journal, array.flush))
 
     def finish(self, tile: Tile) -> None:
         """A tile is complete in memory."""
-        self.pending.append(tile)
-        if time.monotonic() - self.flushed >= FLUSH_SECONDS:
-            self._flush()
+        self.log.add(b"%d %d" % tile)
 
     def close(self) -> None:
-        self._flush()
-        self.lines.close()
-
-    def _flush(self) -> None:
-        """The bytes of the pending tiles go to disk, and only then their numbers to the journal."""
-        self.array.flush()
-        self.lines.write(b"".join(b"%d %d\n" % tile for tile in self.pending))
-        self.pending.clear()
-        self.flushed = time.monotonic()
+        self.log.close()
 
 
 def checked(path: Path) -> Path:
@@ -96,8 +117,8 @@ def _beside(path: Path) -> Path:
     return path.with_name(path.name + ".journal")
 
 
-def _begin(journal: Path, fingerprint: Mapping[str, Any]) -> None:
-    """A journal without tiles, in one piece or not at all."""
+def begin(journal: Path, fingerprint: Mapping[str, Any]) -> None:
+    """A journal without lines of work, in one piece or not at all."""
     new = journal.with_name(journal.name + ".new")
     with new.open("wb") as file:
         file.write(json.dumps(fingerprint).encode() + b"\n")
@@ -106,30 +127,47 @@ def _begin(journal: Path, fingerprint: Mapping[str, Any]) -> None:
     os.replace(new, journal)
 
 
-def _resume(path: Path, journal: Path, fingerprint: Mapping[str, Any]) -> set[Tile]:
-    """The tiles that are on disk; what follows a torn line counts for nothing."""
-    first, *rest = journal.read_bytes().split(b"\n")
-    try:
-        found = dict(json.loads(first))
-    except (ValueError, TypeError):
+def settings(journal: Path, what: str) -> dict[str, Any]:
+    """The fingerprint in a journal."""
+    with journal.open("rb") as file:
+        try:
+            return dict(json.loads(file.readline()))
+        except (ValueError, TypeError):
+            raise ValueError(
+                f"{journal} is no journal of a {what}, or is damaged. Choose another path."
+            ) from None
+
+
+def resume(journal: Path, fingerprint: Mapping[str, Any], parse: Callable[[list[bytes]], T | None], what: str,
+           other: str, path: Path) -> list[T]:  # fmt: skip
+    """What the lines say, as ``parse`` reads their words; what follows a torn one counts for nothing.
+
+    Raises:
+        ValueError: this is no journal, or one of a computation with another fingerprint.
+    """
+    found = settings(journal, what)
+    differ = [key for key in fingerprint if not _same(found.get(key), fingerprint[key])]
+    if differ:
         raise ValueError(
-            f"{journal} is no journal of a kernel, or is damaged. Choose another path."
-        ) from None
-    other = [key for key in fingerprint if not _same(found.get(key), fingerprint[key])]
-    if other:
-        raise ValueError(
-            f"{path} holds tiles of another kernel: {', '.join(other)} differ. Choose another path, or "
-            f"delete {path} and {journal} to start anew."
+            f"{other}: {', '.join(differ)} differ. Choose another path, or delete {path} and {journal} to "
+            "start anew."
         )
-    done, end = set(), len(first) + 1
+    first, *rest = journal.read_bytes().split(b"\n")
+    done, end = [], len(first) + 1
     for line in rest[:-1]:  # the last ends without a newline, or is empty
-        numbers = line.split()
-        if len(numbers) != 2 or not all(n.isdigit() for n in numbers):
+        entry = parse(line.split())
+        if entry is None:
             break
-        done.add((int(numbers[0]), int(numbers[1])))
+        done.append(entry)
         end += len(line) + 1
     os.truncate(journal, end)
-    return done if path.exists() else set()
+    return done
+
+
+def _tile(words: list[bytes]) -> Tile | None:
+    if len(words) != 2 or not all(word.isdigit() for word in words):
+        return None
+    return int(words[0]), int(words[1])
 
 
 def _same(old: Any, new: Any) -> bool:

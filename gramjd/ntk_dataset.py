@@ -21,6 +21,7 @@ from gramjd.distributed import Team, rounds
 from gramjd.jacobian import Jacobian
 from gramjd.journal import InMemory, Journal, Tile, checked
 from gramjd.ntk import Axes, check_finite, jacobian_of, output_shape
+from gramjd.progress import progress_bar
 from gramjd.pytree import PyTree
 from gramjd.transforms import jacobian
 
@@ -130,7 +131,9 @@ def ntk_dataset(
         hands = team.deal(tiles)
         found = work.found(hands[team.rank], params)
         count = len(work.tiles)
-        bar = stack.enter_context(_bar(progress and team.rank == 0, count, count - len(tiles)))
+        bar = stack.enter_context(
+            progress_bar(progress and team.rank == 0, "NTK", "tile", count, count - len(tiles))
+        )
         for dealt in rounds(hands):
             with team.together():
                 own = next(found, None)
@@ -262,27 +265,3 @@ def _axes(shape: Sequence[int], trace_axes: Sequence[int], diagonal_axes: Sequen
             "torch.cat([gramjd.ntk(func, diagonal_axes=[0])(params, x) for x in loader])."
         )
     return axes
-
-
-class _NoBar:
-    """In place of tqdm's."""
-
-    def __enter__(self) -> _NoBar:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        pass
-
-    def update(self, count: int) -> None:
-        pass
-
-
-def _bar(wanted: bool, total: int, initial: int) -> Any:
-    """A progress bar of tiles."""
-    if wanted:
-        try:
-            from tqdm.auto import tqdm
-        except ImportError:
-            return _NoBar()
-        return tqdm(total=total, initial=initial, desc="NTK", unit="tile")
-    return _NoBar()

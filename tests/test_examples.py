@@ -230,3 +230,18 @@ def test_ddp_digits(tmp_path: Path) -> None:
     assert len(one) == 13
     assert one[-1] < one[0]
     assert two == pytest.approx(one, rel=1e-10)
+
+
+def test_mislabelled_digits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Far more than the 5% that chance finds, at once; gradients tell more than losses learnt by heart."""
+    pytest.importorskip("matplotlib")
+    options = ["--epochs", "10", "60", "--seeds", "1", "--dim", "256", "--out", str(tmp_path)]
+    run(monkeypatch, "mislabelled_digits.py", *options)
+    found = results(capsys.readouterr().out)
+    assert list(found) == ["10", "60"]
+    assert min(found["10"]) > 60
+    similarity, loss, norm = found["60"]
+    assert similarity > max(loss, norm)
+    assert (tmp_path / "mislabelled.png").stat().st_size > 10_000

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import gramjd
 from gramjd import ntk_dataset
+from gramjd.batches import digest
 
 OPTIONS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {
     "fcn": ("fcn", (), ()),
@@ -232,3 +233,13 @@ def test_memory() -> None:
             kernel = ntk_dataset(func, params, x.split(8))
         extra[batches] = allocations.peak - kernel.nbytes
     assert extra[24] <= 1.1 * extra[3], extra
+
+
+def test_digests_of_arrays() -> None:
+    """Also of entries that the representation of a large array leaves out."""
+    array = np.zeros(5000)
+    changed = array.copy()
+    changed[2500] = 1
+    assert repr(array) == repr(changed)
+    assert digest({"x": array}) != digest({"x": changed})
+    assert digest({"x": array}) == digest({"x": array.copy()})

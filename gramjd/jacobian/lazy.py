@@ -16,6 +16,8 @@ from gramjd.jacobian import groups, operator, parts
 from gramjd.jacobian.accumulate import accumulate
 from gramjd.jacobian.outputs import Output, Outputs
 from gramjd.jacobian.parts import Part
+from gramjd.jacobian.projection import Projection
+from gramjd.jacobian.sketch import sketch
 from gramjd.plan import Options
 from gramjd.pytree import PyTree, PyTreeSpec
 
@@ -228,6 +230,44 @@ class Jacobian:
         square = rows.transpose(0, 1).reshape(self.samples, *sizes, *sizes)
         order = range(1 + len(sizes), 1 + 2 * len(sizes))
         return square.permute([*range(1 + len(sizes)), *reversed(order)])
+
+    def sketch(self, dim: int, *, seed: int = 0, kind: str = "rademacher", memory_budget: int | None = None
+               ) -> PyTree:  # fmt: skip
+        """``J Ω``, a random projection of every row to ``dim`` numbers, without forming ``J``.
+
+        Inner products of sketches are those of gradients, on average over seeds (Johnson and Lindenstrauss).
+        ``Ω`` is a function of ``seed`` and of the names and shapes of the parameters: any two batches,
+        processes and devices share it, whatever the order of the parameters. It is made some entries at a
+        time, by a counter-based generator, and never stored.
+
+        Args:
+            dim: columns of ``Ω``.
+            seed: any integer.
+            kind: which random matrix, and so which variance an inner product of two rows ``x`` and ``y`` has.
+                ``"rademacher"``: random signs; ``(‖x‖²‖y‖² + ⟨x, y⟩² - 2 Σ_i x_i² y_i²) / dim``.
+                ``"gaussian"``: normal numbers, the same on all devices but for rounding;
+                ``(‖x‖²‖y‖² + ⟨x, y⟩²) / dim``.
+                ``"factored"``, an approximation that is coarser and costs far less: a parameter's gradient,
+                as a matrix ``X`` of its first dimension by all others, becomes ``Lᵀ X R`` with ``√dim``
+                random signs in each row of ``L`` and ``R``, so that cotangents and activations are projected
+                one by one (LoGra, arXiv 2405.13954). Without bias, too, but the variance falls with
+                ``√dim`` in place of ``dim``: up to about ``4 ‖x‖⁴ / √dim`` for a row with itself.
+                Parameters with one dimension get random signs.
+            memory_budget: bytes of working memory beside the result; a factored sketch needs the ``L`` and
+                ``R`` of one parameter beside it.
+
+        Returns:
+            ``[*shape, dim]`` for an output of this shape; a PyTree of them where outputs are. In float32 for
+            parameters in half precision.
+
+        Raises:
+            ValueError: an option is none of these; the sides of a factored sketch differ too much (take a
+                square); two parameters have one name.
+        """
+        projection, options = Projection(dim, seed, kind), Options(memory_budget)
+        parameters = [as_real(p) for p in self.parameters]
+        found = sketch(self.intact, self.names, parameters, self.objectives, projection, options, self._like)
+        return self.outputs.unpack(found)
 
     def vjp(self, w: PyTree) -> PyTree:
         """``Jᵀ w``, the weighted gradient, without a second backward pass.

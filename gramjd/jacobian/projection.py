@@ -1,0 +1,66 @@
+"""Which random matrix ``Ω`` a sketch multiplies a Jacobian with: a function of a seed and of names alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isqrt
+
+import torch
+from torch import Tensor
+
+from gramjd.jacobian.philox import key_of, normals, signs
+
+_KINDS = {"rademacher": signs, "gaussian": normals, "factored": signs}
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A random matrix with ``dim`` columns, of entries with variance 1: sketches are divided by ``√dim``.
+
+    Raises:
+        ValueError: an option is none of those that there are; a factored sketch has no two sides of about
+            the same length.
+    """
+
+    dim: int
+    seed: int
+    kind: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise ValueError(f"kind must be one of {', '.join(map(repr, _KINDS))}, not {self.kind!r}.")
+        if type(self.dim) is not int or self.dim < 1:
+            raise ValueError(f"dim must be a positive integer, not {self.dim!r}.")
+        if type(self.seed) is not int:
+            raise ValueError(f"seed must be an integer, not {self.seed!r}.")
+        short, long = self.sides
+        if self.kind == "factored" and 2 * short < long:
+            raise ValueError(
+                f"A factored sketch has two sides, here {short} and {long}, whose product is dim={self.dim}. "
+                f"Take a dim of similar factors, such as the square {max(1, isqrt(self.dim)) ** 2}."
+            )
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """The two factors of ``dim`` that differ the least, the smaller one first."""
+        short = next(n for n in range(isqrt(self.dim), 0, -1) if self.dim % n == 0)
+        return short, self.dim // short
+
+    def rows(self, name: str, entries: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of ``Ω`` for these entries of a parameter, ``[len(entries), dim]``."""
+        return _KINDS[self.kind](entries, self.dim, key_of(self.seed, name), dtype)
+
+    def working(self, dtype: torch.dtype) -> int:
+        """Numbers of this dtype whose memory making an entry of ``Ω`` takes, itself included."""
+        return (72 if self.kind == "gaussian" else 16) // dtype.itemsize
+
+    def factors(self, name: str, sizes: tuple[int, int], like: Tensor, dtype: torch.dtype
+                ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """``L [sizes[0], l]`` and ``R [sizes[1], r]``: of a matrix ``X``, the sketch is ``LᵀXR``."""
+        left, right = (
+            _KINDS[self.kind](
+                torch.arange(size, device=like.device), columns, key_of(self.seed, name, side), dtype
+            )
+            for side, (size, columns) in enumerate(zip(sizes, self.sides, strict=True))
+        )
+        return left, right

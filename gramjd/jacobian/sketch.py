@@ -1,0 +1,174 @@
+"""Random projections ``J Ω`` of the rows of a Jacobian, some entries of a parameter at a time.
+
+For rows ``x`` and ``y`` of ``J``, ``E[⟨xΩ, yΩ⟩] = ⟨x, y⟩``. With ``n`` columns the variance is
+
+    rademacher  (‖x‖²‖y‖² + ⟨x, y⟩² - 2 Σ_i x_i² y_i²) / n
+    gaussian    (‖x‖²‖y‖² + ⟨x, y⟩²) / n
+    factored    of a matrix, for rows X and Y, N = XᵀY, M = YXᵀ, t = tr(N²), n = l r, at most
+                (‖N‖² + t) / r + (‖M‖² + t) / l + (‖N‖² + ‖M‖² + ‖X‖²‖Y‖² + ⟨X, Y⟩²) / n
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from math import lcm, prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gramjd.blocks import Block, Conv, Lookup, Outer, merge
+from gramjd.blocks.conv import covered
+from gramjd.internals import is_ours
+from gramjd.jacobian.parts import Part
+from gramjd.jacobian.projection import Projection
+from gramjd.plan import Options, ranges, sum_of
+from gramjd.plan.options import Limits
+from gramjd.plan.rows import matrix
+from gramjd.rounding import own_precision
+
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+_COPIES = 3  # of rows, that making them may take
+_CACHED = 2**20  # elements of Ω that are made at once
+
+Sides = tuple[int, int]  # of a parameter as a matrix: its first dimension, and all others
+
+
+@own_precision
+def sketch(parts: Sequence[Part], names: Sequence[str], parameters: Sequence[Tensor], K: int,
+           projection: Projection, options: Options, like: Tensor) -> Tensor:  # fmt: skip
+    """``J Ω [K, B, dim]``, for real parameters.
+
+    Raises:
+        ValueError: two parameters have one name, and would share their rows of ``Ω``.
+    """
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if list(names).count(name) > 1)
+        raise ValueError(f"A sketch knows parameters by name, and two are named {twice!r}: rename one.")
+    dtype = options.accumulated(like.dtype)
+    limits = Limits(max(1, options.budget(like.device) // dtype.itemsize), dtype)
+    found = [torch.zeros(K, part.samples, projection.dim, dtype=dtype, device=like.device) for part in parts]
+    for number, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
+        live = [(n, block) for n, part in enumerate(parts) for block in merge(part.live(number))]
+        if live:
+            for n, share in _shares(live, name, tuple(parameter.shape), projection, limits):
+                found[n] = found[n] + share
+    return torch.cat(found, 1) / projection.dim**0.5
+
+
+Live = Sequence[tuple[int, Block]]  # blocks, and of which part they are
+Shares = Iterator[tuple[int, Tensor]]  # [K, B, dim], to be added to that of this part
+
+
+def _shares(live: Live, name: str, shape: tuple[int, ...], projection: Projection, limits: Limits) -> Shares:
+    """Of one parameter."""
+    sides = (shape[0], prod(shape[1:])) if shape else (1, 1)
+    if projection.kind == "factored" and min(sides) > 1:  # as the shape says, whatever the blocks are
+        left, right = projection.factors(name, sides, _factor(live[0][1]), limits.dtype)
+        for n, block in live:
+            for start, stop in ranges(block.rows[1], _samples(block, projection, limits)):
+                share = _factored(block.samples(start, stop), sides, left, right, limits).flatten(2)
+                yield n, F.pad(share, (0, 0, start, block.rows[1] - stop))
+        return
+    looked_up = [(n, b) for n, b in live if isinstance(b, Lookup) and is_ours(b.ids)]
+    for n, block in looked_up:  # of a table, rows of Ω for the entries that are used
+        used, ids = block.ids.unique(return_inverse=True)
+        few = replace(block, ids=ids, shape=(len(used), block.grain))
+        yield from _products([(n, few)], name, projection, limits, used)
+    done = {id(b) for _, b in looked_up}
+    rest = [(n, b) for n, b in live if id(b) not in done]
+    if rest:
+        yield from _products(rest, name, projection, limits)
+
+
+def _products(live: Live, name: str, projection: Projection, limits: Limits, used: Tensor | None = None
+              ) -> Shares:  # fmt: skip
+    """Rows by ``Ω``, some entries at a time; ``used``: which pieces of ``grain`` entries theirs are."""
+    device, entries = _factor(live[0][1]).device, prod(live[0][1].shape)
+    grain = lcm(*(block.grain for _, block in live))
+    most, half = max(prod(block.rows) for _, block in live), max(1, limits.elements // 2)
+    most_of_omega = max(1, half // (projection.dim * projection.working(limits.dtype)))  # entries
+    step = min(half // (most * _COPIES), most_of_omega, max(1, _CACHED // projection.dim)) // grain
+    few = Limits(max(1, limits.elements // 4), limits.dtype)
+    for begin, end in ranges(entries // grain, step):
+        start, stop = begin * grain, end * grain
+        which = torch.arange(start, stop, device=device)
+        if used is not None:
+            which = used[which // grain] * grain + which % grain
+        slabs = ranges(stop - start, most_of_omega)  # several, if one grain is too much
+        omega = projection.rows(name, which, limits.dtype) if len(slabs) == 1 else None
+        build = _part(start, stop, limits.dtype)
+        for n, block in live:
+            K, B = block.rows
+            for some in ranges(B, half // (K * (stop - start) * _COPIES)):
+                piece = block.samples(*some)
+                rows = matrix(piece, few, piece.workspace(limits.dtype), build)  # [b K, stop - start]
+                for a, b in slabs:
+                    mine = projection.rows(name, which[a:b], limits.dtype) if omega is None else omega
+                    share = (rows[:, a:b] @ mine).unflatten(0, (some[1] - some[0], K)).transpose(0, 1)
+                    yield n, F.pad(share, (0, 0, some[0], B - some[1]))
+
+
+def _part(start: int, stop: int, dtype: torch.dtype) -> Callable[[Block], Tensor]:
+    return lambda block: block.part(start, stop, dtype)
+
+
+def _factor(block: Block) -> Tensor:
+    """One of the tensors that a block is made of."""
+    if isinstance(block, (Outer, Conv)):
+        return block.factors[0]
+    return block.c if isinstance(block, Lookup) else block.values
+
+
+def _samples(block: Block, projection: Projection, limits: Limits) -> int:
+    """How many at a time."""
+    if isinstance(block, Conv):
+        positions = block.T * block.points.shape[3]
+    elif isinstance(block, Outer):
+        positions = block.lines * block.c.shape[3]
+    else:
+        positions = block.ids.shape[1] if isinstance(block, Lookup) else 0
+    each = block.rows[0] * (positions * sum(projection.sides) + projection.dim)
+    copied = _factor(block).numel() // max(1, block.rows[1])
+    if isinstance(block, (Outer, Conv)):
+        copied += block.factors[1].numel() // max(1, block.rows[1])
+    return max(1, limits.elements // (2 * (each + copied)))
+
+
+def _factored(block: Block, sides: Sides, left: Tensor, right: Tensor, limits: Limits) -> Tensor:
+    """``Lᵀ X R [K, B, l, r]`` of rows that are matrices ``X`` of these sides."""
+    dtype = limits.dtype
+    if isinstance(block, Conv):
+        return _of_conv(block, left, right)
+    if block.grain == sides[1]:
+        if isinstance(block, Lookup):
+            return torch.einsum("btl,kbtr->kblr", left[block.ids], block.c.to(dtype) @ right)
+        if isinstance(block, Outer):
+            x, y = (factor.to(dtype) for factor in block.factors)  # [K or 1, B, T, G, p and q]
+            x = torch.einsum("kbtgp,gpl->kbtgl", x, left.unflatten(0, x.shape[3:]))
+            return torch.einsum("kbtgl,jbtgr->kjblr", x, y @ right).flatten(0, 1)
+    grain = lcm(block.grain, sides[1])
+    some = grain // sides[1]
+    step = max(1, limits.elements // max(1, grain * prod(block.rows)))
+    shares = []
+    for begin, end in ranges(sides[0] // some, step):
+        rows = block.part(begin * grain, end * grain, dtype).unflatten(2, (-1, sides[1]))  # [B, K, ., rest]
+        shares.append(torch.einsum("bkpr,pl->kblr", rows @ right, left[begin * some : end * some]))
+    total = sum_of(shares)
+    assert total is not None
+    return total
+
+
+def _of_conv(block: Conv, left: Tensor, right: Tensor) -> Tensor:
+    """The windows by a convolution with ``R``, which unfolds nothing."""
+    points, windows = (factor.to(left.dtype) for factor in block.factors)
+    G, r = points.shape[3], right.shape[1]
+    points = torch.einsum("kbmgp...,gpl->kbmgl...", points, left.unflatten(0, points.shape[3:5])).flatten(5)
+    kernel = right.T.reshape(r, *block.shape[1:]).repeat(G, *[1] * (len(block.shape) - 1))
+    flat = covered(block, windows.flatten(0, 1).flatten(2, 3)).flatten(0, 1)
+    out = _CONVOLUTIONS[len(block.kernel) - 1](flat, kernel, None, block.stride, 0, block.dilation, G)
+    out = (
+        out.flatten(2).unflatten(1, (G, r)).unflatten(0, windows.shape[:3])
+    )  # [K or 1, B, m, G, r, positions]
+    return torch.einsum("kbmglx,jbmgrx->kjblr", points, out).flatten(0, 1)
