@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from gramjd import pytree
+from gramjd.internals import applied
 
 CONTRACT = """\
 FILE:FACTORY names a function of no arguments in a Python file (or in an importable module) that returns
@@ -87,7 +88,7 @@ class Problem:
         if not double:
             return Problem(model, self.batches, self.function)
         # not model.double(), which turns complex buffers into real ones
-        return Problem(model._apply(_doubled), pytree.map(_doubled, list(self.batches)), self.function)
+        return Problem(applied(model, _doubled), pytree.map(_doubled, list(self.batches)), self.function)
 
 
 def _doubled(leaf: Any) -> Any:

@@ -11,6 +11,13 @@ from torch import Tensor
 
 from gramjd.engine.nodes import NODE_TYPE
 from gramjd.errors import NoGraphError, NotCoveredError
+from gramjd.internals import (
+    LEAF_TYPE,
+    is_reentrant_checkpoint,
+    leaf_of,
+    learns_static_graph,
+    takes_one_cotangent,
+)
 
 
 @dataclass(frozen=True)
@@ -24,9 +31,6 @@ class Graph:
     numbers: dict[Any, int]  # the place of each in that order
     batched: bool  # can its backward pass take several cotangents at once?
 
-
-# With derivatives of its mean and deviation, as a loss of gradients has them, torch's batching rule is wrong.
-_UNBATCHED = "NativeGroupNormBackward0"
 
 _REENTRANT = (
     "The output was computed through a reentrant checkpoint, which hides its parameters from "
@@ -67,12 +71,13 @@ def walk(output: Tensor) -> Graph:
         if kind is NODE_TYPE:
             nodes.append(node)
             structure.append(node.record.signature)
-        elif hasattr(node, "variable"):
-            leaves[id(node.variable)] = node.variable
-            structure.append(id(node.variable) if isinstance(node.variable, torch.nn.Parameter) else 0)
-        elif kind.__name__ == "CheckpointFunctionBackward":
+        elif kind is LEAF_TYPE:
+            leaf = leaf_of(node)
+            leaves[id(leaf)] = leaf
+            structure.append(id(leaf) if isinstance(leaf, torch.nn.Parameter) else 0)
+        elif is_reentrant_checkpoint(kind):
             raise NotCoveredError(_REENTRANT)
-        elif kind.__name__ == "_DDPSinkBackward" and node.ddp_weakref().static_graph:
+        elif learns_static_graph(node):
             raise NotCoveredError(_STATIC)
         edges: list[tuple[int, int] | None] = []
         for child, number in node.next_functions:
@@ -83,7 +88,8 @@ def walk(output: Tensor) -> Graph:
                 numbers[child] = len(order)
                 order.append(child)
             edges.append((numbers[child], number))
-            batched = batched and not (number and type(child).__name__ == _UNBATCHED)
+            below: Any = type(child)
+            batched = batched and not (number and takes_one_cotangent(below))
         structure.append(tuple(edges))
     nodes.sort(key=lambda node: node.record.number)
     recorded = tuple([numbers[node] for node in nodes])

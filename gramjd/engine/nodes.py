@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramjd.internals import outside_transforms, saved_tensors_hook
+from gramjd.internals import leaf_of, node_type, outside_transforms, saved_tensors_hook
 
 Cotangents = list[Tensor | None]  # of the outputs of a node, [K, *y]
 
@@ -55,7 +55,7 @@ class Node(torch.autograd.Function):
         return outputs if len(outputs) > 1 else outputs[0]
 
 
-NODE_TYPE: Any = Node._backward_cls
+NODE_TYPE: Any = node_type(Node)
 
 
 def attach(
@@ -85,4 +85,4 @@ def forget(nodes: Sequence[Any]) -> None:
 def taps_of(node: Any) -> list[Tensor]:
     """The taps of a node, one for each output."""
     edges = node.next_functions
-    return [edge[0].variable for edge in edges[len(edges) // 2 :]]
+    return [leaf_of(edge[0]) for edge in edges[len(edges) // 2 :]]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gramjd import distributed
 from gramjd.engine.compiled import StandIns, is_compiled
 from gramjd.engine.sharded import Lockstep, Shards, is_unit
+from gramjd.internals import held_by
 
 
 class Registry:
@@ -52,15 +53,16 @@ class Registry:
             unit = module if is_unit(module) else unit
             if is_compiled(module) and self.stand_ins is not None:
                 self.stand_ins.note(module)
-            for name, p in module._parameters.items():
+            parameters, buffers, children = held_by(module)
+            for name, p in parameters.items():
                 if p is not None and unit is not None:
                     self.shards.note(module, name, p, unit)
                 if p is not None and (
                     unit is None or not distributed.is_sharded(p)
                 ):  # shards take no part in a forward
                     (trainable if p.requires_grad else unbatched)[id(p)] = p
-            unbatched.update((id(b), b) for b in module._buffers.values() if b is not None)
-            for child in module._modules.values() if self.recurse else ():
+            unbatched.update((id(b), b) for b in buffers.values() if b is not None)
+            for child in children.values() if self.recurse else ():
                 if child is not None and id(child) not in seen:
                     seen.add(id(child))
                     stack.append((child, unit))

@@ -24,6 +24,7 @@ from gramjd.engine.layouts import ZERO, Layout, candidates
 from gramjd.engine.node_types import Nan, NodeType, dims_of, facts_of, first_spatial
 from gramjd.engine.nodes import forget
 from gramjd.engine.task import Layouts, Task, is_fused
+from gramjd.internals import name_of, name_of_type, saved_value
 
 _PRODUCTS = ("Addmm", "Bmm", "Mm", "Mv")
 
@@ -116,9 +117,9 @@ def _run(task: Task, chosen: Tensor) -> Masks:
 
 def _is_sparse(node: Any) -> bool:
     """Is a node that of a product with a sparse tensor?"""
-    if not type(node).__name__.startswith(_PRODUCTS):
+    if not name_of(node).startswith(_PRODUCTS):
         return False
-    factors = (getattr(node, f"_saved_{factor}", None) for factor in ("self", "mat1", "mat2"))
+    factors = (saved_value(node, factor) for factor in ("self", "mat1", "mat2"))
     return any(isinstance(t, Tensor) and t.layout is not torch.strided for t in factors)
 
 
@@ -142,7 +143,7 @@ def _passed_on(nodes: Iterable[Any]) -> Iterator[list[str]]:
         if facts is None or facts.nan is Nan.CONSTANT:  # a recorded use, a leaf; or it has no derivative
             continue
         if facts.nan is Nan.MULTIPLIED:
-            handles.append(node.register_hook(partial(note, kind.__name__)))
+            handles.append(node.register_hook(partial(note, name_of_type(kind))))
         else:
             handles.append(node.register_hook(partial(_spread, node, facts)))
     try:

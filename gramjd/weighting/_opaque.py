@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from gramjd.internals import stops_functions
+
 
 class _Opaque(torch.autograd.Function):
     """Constant for autograd; under ``vmap`` the function gets one more leading dimension."""
@@ -48,7 +50,7 @@ def opaque(function: Callable[..., Any], *tensors: Tensor) -> Any:
 
 def transforming() -> bool:
     """Whether a ``torch.func`` transform is running; ``autograd.Function`` asks in the same way."""
-    return bool(torch._C._are_functorch_transforms_active())
+    return stops_functions()
 
 
 def is_constant(*tensors: Tensor) -> bool:
