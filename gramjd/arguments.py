@@ -155,7 +155,9 @@ def _check_parameters(parameters: Sequence[Tensor], what: str) -> None:
 
 def _refuse_subclass(value: Any) -> None:
     """Raise for tensors that have a behaviour of their own, which blocks would not respect."""
-    if isinstance(value, Tensor) and (not has_stock_type(value) or nn.parameter.is_lazy(value)):
+    if not isinstance(value, Tensor) or type(value) is Tensor:
+        return
+    if not has_stock_type(value) or nn.parameter.is_lazy(value):
         raise TypeError(
             f"Arguments of a transform must be plain tensors, not {type(value).__name__}. Convert it, "
             "for instance with .to_local(), .to_dense() or .as_subclass(torch.Tensor)."

@@ -19,7 +19,7 @@ from gramjd.capture import capture
 from gramjd.engine.compiled import uncompiled
 from gramjd.engine.layouts import Layout
 from gramjd.engine.marks import CallMark
-from gramjd.internals import original_of
+from gramjd.internals import name_in_original, original_of
 from gramjd.rounding import tolerance
 from gramjd.rules import tensors_of
 
@@ -96,4 +96,4 @@ def _has_samples(argument: Tensor, layout: Layout, output: Tensor) -> bool:
 
 def _without_prefix(named: dict[str, Any]) -> dict[str, Any]:
     """Names of a compiled module's parameters as its original module knows them."""
-    return {name.removeprefix("_orig_mod."): value for name, value in named.items()}
+    return {name_in_original(name): value for name, value in named.items()}

@@ -50,6 +50,11 @@ def original_of(module: nn.Module) -> nn.Module:
     return found
 
 
+def name_in_original(name: str) -> str:
+    """The name that a parameter of a module of ``torch.compile`` has in the original one."""
+    return name.removeprefix("_orig_mod.")
+
+
 def applied(module: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Module:
     """The module itself, its parameters and buffers replaced by what the function makes of them."""
     return module._apply(function)
