@@ -1,6 +1,9 @@
 # Needs make and Python 3.10 or newer; every target builds the environment it runs in.
 PYTHON ?= python3
 
+# Processes that share the tests out among each other.
+JOBS ?= 2
+
 # test-lowest: torch 2.1 has wheels for Python 3.8 to 3.11 alone.
 LOWEST_PYTHON ?= $(PYTHON)
 
@@ -13,7 +16,8 @@ demo: .venv/installed  ## train on digits: plain SGD beside Jacobian descent
 	$(BIN)/python examples/train_digits.py --out out/digits
 
 test: .venv/installed  ## the tests, without the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	-$(MAKE) out/torchjd-0.11
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS)
 
 test-slow: .venv/installed  ## the slow tests alone
 	$(BIN)/python -m pytest -m slow
@@ -22,7 +26,7 @@ fuzz: .venv/installed  ## random models beyond those of the tests, and what beca
 	GRAMJD_FUZZ=$(or $(EXAMPLES),20000) $(BIN)/python -m pytest -q tests/test_fuzz.py
 
 test-lowest: .venv-lowest/installed  ## the tests on torch 2.1.0 and numpy 1 (several GB)
-	$(LOWEST_BIN)/python -m pytest -m "not slow"
+	$(LOWEST_BIN)/python -m pytest -m "not slow" -n $(JOBS)
 
 lint: .venv/installed  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -67,6 +71,12 @@ clean:
 	$(LOWEST_BIN)/python -m pip install -c .venv-lowest/constraints.txt \
 		"torch==2.1.0" "numpy<2" -e ".[test]"
 	touch $@
+
+# The last TorchJD whose Gramians are generalized, for tests/test_migration.py, beside the one in .venv.
+out/torchjd-0.11: .venv/installed
+	rm -rf $@ $@.part
+	$(BIN)/python -m pip install --no-deps --target $@.part torchjd==0.11.0
+	mv $@.part $@
 
 # Without dependencies: they would bring another torch. A folder exists only if its installation succeeded.
 out/bench/peers: .venv/installed benchmarks/peers.txt

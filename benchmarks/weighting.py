@@ -3,6 +3,8 @@
     python -m benchmarks.weighting [--largest 1024] [--threads 1] [--patience 60]
 
 Both get the same float64 Gramian of ``m`` random gradients in ``m`` dimensions, which conflict a lot.
+UPGrad also gets Gramians as they occur, of one PPO loss per sample (``benchmarks/ppo.py``), of four kinds
+and from several rounds of training: the median and the longest of the best times of each.
 Times are the best of several calls. TorchJD's are not measured where a call may take longer than
 ``patience`` seconds, or where a package that it needs is missing. For MGDA, TorchJD's Frank-Wolfe steps
 stop early, so the gaps are shown, too: ours, TorchJD's, and TorchJD's after a hundred times its steps.
@@ -24,6 +26,7 @@ from torch import Tensor
 from torchjd import aggregation as theirs
 
 import gramjd.weighting as ours
+from benchmarks import ppo
 
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "weighting.png"
 TABLE = Path(__file__).parent / "results" / "weighting.md"
@@ -37,6 +40,9 @@ CASES: dict[str, tuple[Any, ...]] = {
     "AlignedMTL": (),
     "PCGrad": (),
     "GradVac": (),
+    "PCD": (),
+    "MoDo": (),
+    "SDMGrad": (),
 }
 
 
@@ -57,6 +63,9 @@ def main() -> None:
         for size in sizes:
             rows.append(measure(name, size, times[name], options.patience))
             print("".join(f"{cell:>14s}" for cell in rows[-1]), flush=True)
+    for size in [size for size in (64, 128, 256, 512, 768) if size <= options.largest]:
+        rows.append(measure_ppo(size, options.patience))
+        print("".join(f"{cell:>14s}" for cell in rows[-1]), flush=True)
     write(rows, f"torch {torch.__version__}, {options.threads} thread(s), float64")
     draw(sizes, times)
 
@@ -84,6 +93,19 @@ def measure(name: str, size: int, times: dict[str, list[float]], patience: float
     cells = ["", ""] if isnan(other) else [f"{other * 1e3:.2f}", f"{other / mine:.1f}"]
     note = mgda_gaps(matrix) if name == "MGDA" else ""
     return [name, str(size), f"{mine * 1e3:.2f}", *cells, note]
+
+
+def measure_ppo(size: int, patience: float) -> list[str]:
+    """UPGrad on Gramians as they occur; TorchJD on one of each kind, while that takes no longer."""
+    found = [[g.double() for g in ppo.gramians(size, kind)] for kind in ppo.LOSSES]
+    mine = sorted(best_time(partial(ours.upgrad, matrix)) for kind in found for matrix in kind)
+    median, note = mine[len(mine) // 2], f"longest {mine[-1] * 1e3:.2f}"
+    if 3e-9 * size**4 > patience:  # roughly what one call takes
+        return ["UPGrad, PPO", str(size), f"{median * 1e3:.2f}", "", "", note]
+    other = sorted(best_time(partial(theirs.UPGradWeighting(), kind[-1])) for kind in found)
+    taken = other[len(other) // 2]
+    cells = [f"{median * 1e3:.2f}", f"{taken * 1e3:.2f}", f"{taken / median:.1f}"]
+    return ["UPGrad, PPO", str(size), *cells, note]
 
 
 def best_time(call: Callable[[], Any], budget: float = 1.0) -> float:
@@ -119,7 +141,7 @@ def draw(sizes: list[int], times: dict[str, dict[str, list[float]]]) -> None:
     """One panel a weighting."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(3, 3, figsize=(10, 9), sharex=True, sharey=True)
+    figure, axes = pyplot.subplots(4, 3, figsize=(10, 12), sharex=True, sharey=True)
     for axis, (name, series) in zip(axes.flat, times.items(), strict=True):
         for (label, values), marker in zip(series.items(), "os", strict=True):
             axis.loglog(sizes, values, marker=marker, markersize=4, label=label)

@@ -2,8 +2,9 @@
 
 On a GPU the network runs in float16, whose smallest gradients vanish and whose largest overflow, so the
 losses are scaled and steps that overflow are skipped; without one it runs in bfloat16, which needs no
-scaling (try --dtype float16). The Gramian is accumulated in float32 either way. A scale `s` multiplies it
-by `s²`, which does not change UPGrad's weights. Prints the losses and the scale.
+scaling (try --dtype float16). The Gramian is accumulated in float32 either way. `engine.backward` takes the
+scaler: the weighting sees the Gramian without the scale, the optimizer gradients that the scaler unscales,
+and infinite ones if they overflow. Prints the losses and the scale.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from gramjd import Engine, NotFiniteError
+from gramjd import Engine
 from gramjd.weighting import upgrad
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -30,14 +31,8 @@ def step(
     """One step; returns the losses."""
     with torch.autocast(DEVICE, dtype):
         losses = cross_entropy(model(x), y, reduction="none")
-    scaled = scaler.scale(losses)
-    try:
-        weights = upgrad(engine.compute_gramian(scaled))
-    except NotFiniteError:  # the scale was too large: skip the step, as the scaler would
-        scaler.update(scaler.get_scale() / 2)
-        return losses.detach()
-    scaled.backward(weights)
-    scaler.step(optimizer)
+    engine.backward(losses, upgrad, scaler=scaler)
+    scaler.step(optimizer)  # not if gradients overflowed
     scaler.update()
     optimizer.zero_grad()
     return losses.detach()

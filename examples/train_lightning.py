@@ -35,10 +35,9 @@ class Digits(lightning.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x, y = batch
         losses = cross_entropy(self(x), y, reduction="none")  # one loss a sample
-        weights = self.weighting(self.engine.compute_gramian(losses))
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
-        self.manual_backward(losses, weights)  # losses.backward(weights), by Lightning
+        self.engine.backward(losses, self.weighting)  # in place of self.manual_backward(losses.mean())
         optimizer.step()
         self.log("train_loss", losses.mean())
 

@@ -1,6 +1,7 @@
 """Gramians of Jacobians without the Jacobians: Jacobian descent for PyTorch."""
 
-from gramjd import diagnostics, weighting
+from gramjd import diagnostics, gramians, weighting
+from gramjd.descent import backward, grad, grad_and_value, jac, mtl_backward, record
 from gramjd.engine import Engine
 from gramjd.errors import (
     CheckFailedError,
@@ -35,15 +36,22 @@ __all__ = [
     "RankFailedError",
     "RanksDisagreeError",
     "SlowPathWarning",
+    "backward",
     "diagnostics",
     "explain",
     "functional_loss",
+    "grad",
+    "grad_and_value",
     "gramian",
     "gramian_and_value",
+    "gramians",
+    "jac",
     "jacobian",
     "jacobian_and_value",
+    "mtl_backward",
     "ntk",
     "ntk_dataset",
+    "record",
     "register_rule",
     "weighting",
 ]

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(info())
         return 0
     try:
-        problem = load(args.factory, getattr(args, "batches", 1))
+        problem = load(args.factory, getattr(args, "batches", 1), args.batch_dim)
         if args.command == "explain":
             report = explain(problem, args.batch_dim)
         else:

@@ -10,17 +10,19 @@ from torch import Tensor, nn
 from gramjd.engine import Engine
 from gramjd.explanation import Explanation, explanation
 from gramjd.jacobian import Jacobian
+from gramjd.objectives import Losses, joined
 
 
 def explain(target: Jacobian | nn.Module, *args: Any, batch_dim: int | None = 0,
-            loss: Callable[[Any], Tensor] | None = None, **kwargs: Any) -> Explanation:  # fmt: skip
+            loss: Callable[[Any], Losses] | None = None, **kwargs: Any) -> Explanation:  # fmt: skip
     """Every use of every parameter: its op, its block, and the plan, operations and memory it takes.
 
     Args:
         target: a Jacobian, of :func:`gramjd.jacobian` or :meth:`gramjd.Engine.jacobian`; or a module.
         args, kwargs: of the module, which is called once, under an engine of its own.
         batch_dim: of the module's output (or of the loss), as for :class:`gramjd.Engine`.
-        loss: makes a tensor of objectives of the module's output; the output itself by default.
+        loss: makes a tensor of objectives of the module's output, or a list of them; the output itself by
+            default.
 
     Returns:
         An :class:`Explanation` to iterate over or to print. A bias whose plan is ``with its weight``
@@ -42,7 +44,7 @@ def explain(target: Jacobian | nn.Module, *args: Any, batch_dim: int | None = 0,
     engine = Engine(target, batch_dim=batch_dim)
     try:
         output = target(*args, **kwargs)
-        losses = output if loss is None else loss(output)
+        losses = output if loss is None else joined(loss(output), batch_dim)
         if not isinstance(losses, Tensor):
             raise TypeError(
                 f"The module returned a {type(losses).__name__}, not a tensor: say what to differentiate "

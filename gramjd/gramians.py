@@ -45,3 +45,53 @@ def from_rows(rows: Tensor, shape: Sequence[int], batch_dim: int | None) -> Tens
     batch_dim %= len(shape)
     others = [size for dim, size in enumerate(shape) if dim != batch_dim]
     return rows.reshape(*others, shape[batch_dim], *rest).movedim(len(others), batch_dim)
+
+
+def flatten(gramian: Tensor) -> Tensor:
+    """A generalized Gramian as a matrix, whose rows are the objectives in the order of ``losses.flatten()``.
+
+    As TorchJD from version 0.12 on has them: its weightings take it, and return flat weights, which
+    ``weights.view(losses.shape)`` gives their shape.
+
+    Args:
+        gramian: ``[*S, *reversed(S)]``, perhaps with one leading batch dimension.
+
+    Returns:
+        ``[m, m]`` with ``m = prod(S)``, ``[1, 1]`` for a scalar loss; ``[n, m, m]`` of a batch.
+
+    Raises:
+        ValueError: its shape is no Gramian's.
+    """
+    batch, half = gramian.ndim % 2, gramian.ndim // 2
+    lead, shape = gramian.shape[:batch], gramian.shape[batch : batch + half]
+    if gramian.shape[batch + half :] != shape[::-1]:
+        raise ValueError(
+            "A generalized Gramian has shape [*shape, *reversed(shape)], with at most one leading batch "
+            f"dimension; got {list(gramian.shape)}."
+        )
+    straight = gramian.permute([*range(batch + half), *reversed(range(batch + half, gramian.ndim))])
+    return straight.reshape((*lead, prod(shape), prod(shape)))
+
+
+def unflatten(matrix: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of :func:`flatten`: the generalized Gramian of losses of a shape from the flat one.
+
+    Args:
+        matrix: ``[m, m]`` with ``m = prod(shape)``, or ``[n, m, m]``.
+        shape: of the losses.
+
+    Returns:
+        ``[*shape, *reversed(shape)]``, with a leading ``n`` if the matrix has one.
+
+    Raises:
+        ValueError: the matrix is not of so many objectives.
+    """
+    m, half = prod(shape), len(shape)
+    if matrix.ndim not in (2, 3) or matrix.shape[-2:] != (m, m):
+        raise ValueError(
+            f"The flat Gramian of losses of shape {list(shape)} has shape {[m, m]}, perhaps with a batch "
+            f"dimension in front; got {list(matrix.shape)}."
+        )
+    batch = matrix.ndim - 2
+    straight = matrix.reshape((*matrix.shape[:batch], *shape, *shape))
+    return straight.permute([*range(batch + half), *reversed(range(batch + half, straight.ndim))])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fuzz_program import Op, Program, Value
-from fuzz_time import MIXING, TIMED
+from fuzz_time import LEAKS, MIXING, TIMED
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
@@ -392,13 +392,22 @@ def mix(p: Program, v: Value, a: int) -> Value:
         "module of the mean": lambda: p.part("linear module", a)(h.mean(0)) + h,
         "wrong view": lambda: h.transpose(0, 1).reshape(h.shape).cumsum(1),
         "whole norm": lambda: h / h.norm(),
-        "gate": lambda: h + h.mean(0) * p.gate(),
-        "gated attention": lambda: h + _nearest(h, torch.ones(1)) * p.gate(),
-        "saturated attention": lambda: _nearest(h, 60 - 110 * p.gate().detach()) + p.gate(),
-        "dead": lambda: h + (h.mean(0) - 9 + 20 * p.gate().detach()).relu() + p.gate(),
         **{name: functools.partial(function, p, h) for name, function in MIXING.items()},
     })  # fmt: skip
     return Value(out, "BTD")
 
 
-OPS = {**SEPARABLE, "mix": mix}
+def leak(p: Program, v: Value, a: int) -> Value:
+    """Samples mixed by what is nothing in some steps."""
+    h = p.to(v, "BTD").t
+    out = p.choose(a, "leak", {
+        "gate": lambda: h + h.mean(0) * p.gate(),
+        "gated attention": lambda: h + _nearest(h, torch.ones(1)) * p.gate(),
+        "saturated attention": lambda: _nearest(h, 60 - 110 * p.gate().detach()) + p.gate(),
+        "dead": lambda: h + (h.mean(0) - 9 + 20 * p.gate().detach()).relu() + p.gate(),
+        **{name: functools.partial(function, p, h) for name, function in LEAKS.items()},
+    })  # fmt: skip
+    return Value(out, "BTD")
+
+
+OPS = {**SEPARABLE, "mix": mix, "leak": leak}

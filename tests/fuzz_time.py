@@ -219,17 +219,19 @@ def _banded(p: Program, h: Tensor) -> Tensor:
     return h + ((h.flatten(1) @ h.flatten(1).T).tril(k).triu(-k) @ h.flatten(1)).view_as(h) * 0.1
 
 
+LEAKS: dict[str, Callable[[Program, Tensor], Tensor]] = {
+    "one pair": _pair,
+    "mean in a function": lambda p, h: h + p.gate() * Mean.apply(h),
+    "a sample chosen": lambda p, h: h + h[p.now.number % len(h)] * p.gate(),
+}
 # Functions of hidden values ``[B, T, D]`` in which samples are mixed, in some steps at least.
 MIXING: dict[str, Callable[[Program, Tensor], Tensor]] = {
-    "one pair": _pair,
     "sets of other sizes": _sets,
     "band": _banded,
-    "mean in a function": lambda p, h: h + p.gate() * Mean.apply(h),
     "shift by number": lambda p, h: h + h.roll(p.now.number, 0),
     "samples moved": lambda p, h: h[p.order(len(h))],
     "samples moved in a function": lambda p, h: Pick.apply(h, 0, p.order(len(h))),
     "samples written": lambda p, h: torch.stack([h[i] for i in p.order(len(h))]) + h,
-    "a sample chosen": lambda p, h: h + h[p.now.number % len(h)] * p.gate(),
     "batch norm by mode": lambda p, h: (
         F.batch_norm(
             h.mT, torch.zeros(h.shape[2]).double(), torch.ones(h.shape[2]).double(), training=p.training

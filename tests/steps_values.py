@@ -363,6 +363,39 @@ def hooks_on_tensors_that_move_gradients() -> tuple[nn.Module, At]:
     return net, at
 
 
+@family("none", "own", "none", "other", "own", mixed=lambda kind: kind == "other",
+        why="the hook hands a sample's loss to another")  # fmt: skip
+def hooks_on_losses() -> tuple[nn.Module, At]:
+    net = Net(lambda m, x: m.first(x).tanh(), first=nn.Linear(3, 4))
+
+    def at(kind: str) -> Tensor:
+        losses = net(draw(4, 3)).square().sum(1)
+        if kind != "none":
+            losses.register_hook((lambda g: 2 * g) if kind == "own" else (lambda g: g + g.flip(0)))
+        return losses
+
+    return net, at
+
+
+@family("none", "own", "none", "other", "own", mixed=lambda kind: kind == "other",
+        why="the hook hands a sample's gradient to another")  # fmt: skip
+def hooks_inside_of_a_forward() -> tuple[nn.Module, At]:
+    """One outside, on what enters no recorded op, is seen by audits alone (``docs/limits.md``)."""
+
+    def forward(m: Any, x: Tensor, kind: str) -> Tensor:
+        h = m.first(x).tanh()
+        if kind != "none":
+            h.register_hook((lambda g: 2 * g) if kind == "own" else (lambda g: g + g.flip(0)))
+        return m.last(h)
+
+    net = Net(forward, first=nn.Linear(3, 4), last=nn.Linear(4, 2))
+
+    def at(kind: str) -> Tensor:
+        return net(draw(4, 3), kind).square().sum(1)
+
+    return net, at
+
+
 @family("eye", "permuted", "eye", "random blocks", "full", "eye",
         mixed=lambda kind: kind == "full", why="the matrix mixes samples")  # fmt: skip
 def a_matrix_of_data_across_samples() -> tuple[nn.Module, At]:

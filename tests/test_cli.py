@@ -46,6 +46,11 @@ def of_tasks():
     return model, batch, lambda model, batch: losses(model, batch).reshape(6, 2).T
 
 
+def of_lists():
+    model, batch, losses = factory()
+    return model, batch, lambda model, batch: [losses(model, batch), 2 * losses(model, batch)]
+
+
 def half():
     model, (x, y), losses = factory()
     return model.bfloat16(), (x.bfloat16(), y), losses
@@ -204,6 +209,8 @@ def test_a_refusal_is_not_an_error(command: str, file: str, capsys: pytest.Captu
         ("factory", ["--rows", "5"]),
         ("factory", ["--batch-dim", "none", "--repeats", "1"]),
         ("of_tasks", ["--batch-dim", "1"]),
+        ("of_lists", ["--repeats", "1"]),
+        ("of_lists", ["--batch-dim", "none", "--repeats", "1"]),
         ("normalised", ["--batch-dim", "none"]),
         ("half", []),
         ("only_float32", ["--own-precision"]),

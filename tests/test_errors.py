@@ -109,8 +109,10 @@ def test_empty_batch(engine: Engine, model: nn.Module) -> None:
 
 
 def test_not_a_tensor(engine: Engine) -> None:
-    with pytest.raises(TypeError, match="expects a tensor, got a list"):
-        engine.compute_gramian([1.0])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="expects a tensor or a list of tensors, got a dict"):
+        engine.compute_gramian({"loss": 1.0})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="a tensor or a list of tensors, got a float in a list"):
+        engine.compute_gramian([1.0])  # type: ignore[list-item]
 
 
 def test_an_exception_in_the_forward(engine: Engine, model: nn.Module) -> None:

@@ -80,6 +80,33 @@ def test_mixed_precision(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert bfloat16.endswith("scale 1") and 0 < int(float16.split()[-1]) < 1e5
 
 
+def lines_of(capsys: pytest.CaptureFixture[str]) -> tuple[list[float], list[float]]:
+    """The numbers of the first and of the last line."""
+    first, *_, last = (line for line in capsys.readouterr().out.splitlines())
+    a, b = ([float(n) for n in re.findall(r"\d+(?:\.\d+)?", line)] for line in (first, last))
+    return a, b
+
+
+@pytest.mark.parametrize("name", ["iwrm.py", "iwmtl.py", "grouping.py", "partial.py", "monitoring.py"])
+def test_losses_fall(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run(monkeypatch, name)
+    (start, first, *_), (end, last, *_) = lines_of(capsys)
+    assert (start, end) == (0, 9) and last < first / 8
+
+
+@pytest.mark.parametrize("wrt", ["shared", "features"])
+def test_mtl(wrt: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run(monkeypatch, "mtl.py", "--wrt", wrt)
+    (_, value, _, classes, _), (_, value_at_last, _, classes_at_last, _) = lines_of(capsys)
+    assert value_at_last < value / 20 and classes_at_last < classes
+
+
+def test_recurrent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run(monkeypatch, "recurrent.py")
+    for first, last in lines_of(capsys):
+        assert last < first / 10
+
+
 def test_micro_batches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     run(monkeypatch, "micro_batches.py")
     differences = re.findall(r"difference (\S+)", capsys.readouterr().out)

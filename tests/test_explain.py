@@ -194,3 +194,10 @@ def test_a_bias_that_shares_the_products_of_its_weight(case: str) -> None:
         assert listed["bias"].multiply_adds == 0
     else:
         assert listed["bias"].multiply_adds == samples**2 * 300
+
+
+def test_a_list_of_losses() -> None:
+    model, x = nn.Linear(4, 2), torch.randn(6, 4)
+    found = gramjd.explain(model, x, loss=lambda out: [out[:, 0], out[:, 1].square()])
+    want = gramjd.explain(model, x, loss=lambda out: torch.stack([out[:, 0], out[:, 1].square()], 1))
+    assert str(found) == str(want)

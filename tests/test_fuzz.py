@@ -13,7 +13,7 @@ from fuzz_ops import OPS, SEPARABLE
 from fuzz_program import Instruction, Moment
 from hypothesis import HealthCheck, given, settings
 
-# What must occur in at least every fortieth model, as patterns of what models note.
+# What must occur in at least every ninetieth model, as patterns of what models note.
 FEATURES = {
     "reuse": "reuse",
     "tied weights": "tying|tied",
@@ -23,7 +23,7 @@ FEATURES = {
     "nested modules": "nested module",
     "PyTrees": "PyTree",
     "un-batched branches": "un-batched",
-    "samples mixed": "^mix|centred|contrastive",
+    "samples mixed": "^mix|^leak|centred|contrastive",
     "flattened": "flattened",
     "time first": "time first|gru",
     "checkpoints and saved-tensor hooks": "checkpoint|saved-tensor",
@@ -46,7 +46,7 @@ FEATURES = {
     "values used twice": "double use",
     "control flow": "branch|one by one|reorder|another order|a loop",
     "index ops": "^move|rows chosen",
-    "mixing behind a closed gate": "mix: (gate|satur|dead|one pair|mean in|a sample chosen)",
+    "mixing behind a closed gate": "^leak",
     "numbers that move": "^timed",
     "ragged samples": "^ragged",
     "hidden uses": "^hidden",
@@ -98,8 +98,8 @@ def recipes(body: st.SearchStrategy[tuple[Instruction, ...]], losses: list[str])
 
 
 TIME = [*2 * ["timed"], *2 * ["ragged"], *2 * ["hidden"]]
-SEPARATE = recipes(instructions([*SEPARABLE, *4 * ["child"], "rearrange", *TIME], 2, 7), list(LOSSES))
-MIXED = recipes(instructions([*OPS, *3 * ["mix"], "child"], 2, 7), [*LOSSES, *MIXED_LOSSES])
+SEPARATE = recipes(instructions([*SEPARABLE, *4 * ["child"], *3 * ["rearrange"], *TIME], 2, 7), list(LOSSES))
+MIXED = recipes(instructions([*OPS, *3 * ["mix"], *3 * ["leak"], "child"], 2, 7), [*LOSSES, *MIXED_LOSSES])
 ALLOWED = re.compile(": (exact|warranted|out of sight|cancelled|rounding)|^(nothing|overflow)")
 RECIPES = st.one_of(SEPARATE, SEPARATE, SEPARATE, MIXED)
 
@@ -142,5 +142,5 @@ def test_random_models_are_exact_or_refused(capsys: pytest.CaptureFixture[str]) 
     excuses = re.compile("out of sight|cancelled|rounding")
     excused = sum(count for name, count in results.items() if excuses.search(name))
     assert excused < 0.02 * results.total()
-    rare = {name: features[name] for name in FEATURES if features[name] < int(BY_HAND or EVERY_RUN) // 40}
+    rare = {name: features[name] for name in FEATURES if features[name] < int(BY_HAND or EVERY_RUN) // 90}
     assert not rare, f"hardly any model has {rare}"

@@ -280,7 +280,7 @@ def sparse() -> None:
     assert len(internals.sparse_values(twice)) == 2
 
 
-@contract("is_plain", "is_ours", "runs_plainly")
+@contract("is_plain", "is_ours", "runs_plainly", "is_watched")
 def plain() -> None:
     x = draw(2)
     assert internals.is_plain(x) and internals.is_ours(x) and internals.runs_plainly([x, parameter(2)])
@@ -289,8 +289,9 @@ def plain() -> None:
     assert not internals.is_plain(strange) and not internals.runs_plainly([strange])
     with dual_level():
         assert not internals.is_ours(make_dual(x, x)) and not internals.runs_plainly([x])
+    assert not internals.is_watched()
     with torch.utils._python_dispatch.TorchDispatchMode():
-        assert not internals.runs_plainly([x])
+        assert internals.is_watched() and not internals.runs_plainly([x])
     seen = []
     torch.vmap(lambda y: (seen.append((internals.is_plain(y), internals.runs_plainly([x]))), y)[1])(x)
     assert seen == [(False, False)]
@@ -328,10 +329,12 @@ def values() -> None:
     assert found == [None, None]
 
 
-@contract("without_hooks")
+@contract("without_hooks", "hooks_of")
 def hooks() -> None:
     x, calls = leaf(2), []
+    assert not internals.hooks_of(x)
     x.register_hook(lambda g: calls.append(g))
+    assert len(internals.hooks_of(x)) == 1 and internals.hooks_of(x * 1) is None
     with internals.without_hooks([x]):
         torch.autograd.grad(x.sum(), x)
     assert not calls
@@ -432,7 +435,7 @@ def reentrant() -> None:
     assert not internals.is_reentrant_checkpoint(type(x.sin().grad_fn))
 
 
-@contract("learns_static_graph")
+@contract("learns_static_graph", "DDP_SINK_TYPE")
 def static_graphs() -> None:
     sink: Any = torch.nn.parallel.distributed._DDPSink
 
@@ -441,10 +444,9 @@ def static_graphs() -> None:
 
     wrapped = Wrapped()
     node = sink.apply(lambda: wrapped, leaf(2))[0].grad_fn
-    assert not internals.learns_static_graph(node)
+    assert type(node) is internals.DDP_SINK_TYPE and not internals.learns_static_graph(node)
     wrapped.static_graph = True
     assert internals.learns_static_graph(node)
-    assert not internals.learns_static_graph(leaf(2).sin().grad_fn)
 
 
 @contract("takes_one_cotangent")
@@ -472,6 +474,7 @@ def saved() -> None:
         "PowBackward0": at(x**3, "self", "exponent"),
         "PowBackward1": at(x.exp() ** y, "self", "exponent"),
         "LogBackward0": at(x.log(), "self"),
+        "EmbeddingBackward0": at(F.embedding(torch.zeros(1).long(), x, sparse=True), "sparse"),
         "CdistBackward0": at(torch.cdist(x, y), "x1"),
     }
     for name, (node, attributes) in wanted.items():
@@ -495,10 +498,13 @@ def numbers() -> None:
     assert not {"self", "other"} & product.keys()  # tensors
 
 
-@contract("shapes_of")
+@contract("shapes_of", "dtypes_of")
 def shapes() -> None:
     found = internals.shapes_of([leaf(2, 3).sin().grad_fn, leaf(4, 2).unbind(0)[0].grad_fn])
     assert found == (None if OLD else [[(2, 3)], [(2,)] * 4])
+    half = leaf(2).to(torch.float16).grad_fn
+    dtypes = {torch.float16, torch.float64}
+    assert internals.dtypes_of([half, leaf(2).sin().grad_fn]) == (set() if OLD else dtypes)
 
 
 @contract("losses_of_stack")

@@ -7,6 +7,7 @@ import steps_arguments  # noqa: F401
 import steps_gates  # noqa: F401
 import steps_modes  # noqa: F401
 import steps_ragged  # noqa: F401
+import steps_sizes  # noqa: F401
 import steps_values  # noqa: F401
 from steps import FAMILIES, ORDERS, judge
 

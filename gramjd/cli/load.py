@@ -8,7 +8,7 @@ import importlib.util
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from gramjd import pytree
 from gramjd.internals import applied
+from gramjd.objectives import Losses, joined
 
 CONTRACT = """\
 FILE:FACTORY names a function of no arguments in a Python file (or in an importable module) that returns
@@ -53,7 +54,8 @@ class Problem:
 
     model: nn.Module
     batches: Sequence[Any]
-    function: Callable[[nn.Module, Any], Tensor]
+    function: Callable[[nn.Module, Any], Losses]
+    batch_dim: int | None = 0  # by which a list of losses is joined
 
     def losses(self, batch: Any = _FIRST) -> Tensor:
         """Run the user's forward, on the first batch unless another is given.
@@ -63,13 +65,14 @@ class Problem:
         """
         try:
             found = self.function(self.model, self.batches[0] if batch is _FIRST else batch)
+            found = joined(found, self.batch_dim)
         except Exception as error:
             raise CannotRunError(f"losses(model, batch) raised {_brief(error)}") from error
         if not isinstance(found, Tensor) or not found.requires_grad:
             got = "a tensor without a graph" if isinstance(found, Tensor) else type(found).__name__
             raise CannotRunError(
-                f"losses(model, batch) returned {got}; it must return a tensor of losses that were "
-                "computed from the model's trainable parameters."
+                f"losses(model, batch) returned {got}; it must return a tensor of losses, or a list of "
+                "them, computed from the model's trainable parameters."
             )
         return found
 
@@ -86,9 +89,10 @@ class Problem:
                 f"The model cannot be copied: copy.deepcopy raised {_brief(error)}"
             ) from error
         if not double:
-            return Problem(model, self.batches, self.function)
+            return replace(self, model=model)
         # not model.double(), which turns complex buffers into real ones
-        return Problem(applied(model, _doubled), pytree.map(_doubled, list(self.batches)), self.function)
+        batches = pytree.map(_doubled, list(self.batches))
+        return replace(self, model=applied(model, _doubled), batches=batches)
 
 
 def _doubled(leaf: Any) -> Any:
@@ -98,7 +102,7 @@ def _doubled(leaf: Any) -> Any:
     return leaf.to(torch.complex128 if leaf.is_complex() else torch.float64)
 
 
-def load(spec: str, most: int = MOST) -> Problem:
+def load(spec: str, most: int = MOST, batch_dim: int | None = 0) -> Problem:
     """The problem that ``FILE:FACTORY`` makes, with at most so many batches.
 
     Raises:
@@ -125,7 +129,7 @@ def load(spec: str, most: int = MOST) -> Problem:
     if any(problem.model is not problems[0].model for problem in problems):
         raise CannotRunError(f"{spec} yielded several models; every (model, batch, losses) must be of one.")
     batches = [batch for problem in problems for batch in problem.batches]
-    return Problem(problems[0].model, batches[:most], problems[0].function)
+    return replace(problems[0], batches=batches[:most], batch_dim=batch_dim)
 
 
 def _batches(spec: str, batch: Any, most: int) -> list[Any]:

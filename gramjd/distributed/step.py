@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from gramjd.distributed.ranks import Ranks
+from gramjd.objectives import Losses, joined
 
 
-def local_weights(weights: Tensor, output: Tensor, group: Any, *, batch_dim: int | None = 0,
+def local_weights(weights: Tensor, output: Losses, group: Any, *, batch_dim: int | None = 0,
                   averaged: bool = True) -> Tensor:  # fmt: skip
     """This rank's share of the weights of all ranks' objectives, for its own backward pass.
 
@@ -20,7 +21,8 @@ def local_weights(weights: Tensor, output: Tensor, group: Any, *, batch_dim: int
 
     Args:
         weights: of all ranks' objectives, in order of ranks, the same on every rank.
-        output: this rank's objectives, of which the shape counts.
+        output: this rank's objectives, of which the shape counts; a list or tuple of them as in
+            :meth:`gramjd.Engine.compute_gramian`.
         group: the process group over which gradients are averaged; each rank of it calls this.
         batch_dim: the dimension of samples; ``None`` where the objectives are sums over ranks, so
             that each rank's shares of them take all weights.
@@ -32,9 +34,10 @@ def local_weights(weights: Tensor, output: Tensor, group: Any, *, batch_dim: int
     Raises:
         ValueError: the weights are not shaped like the objectives of all ranks; every rank raises it.
     """
-    ranks = Ranks.of(group, output.device)
+    own: Tensor = joined(output, batch_dim)
+    ranks = Ranks.of(group, own.device)
     shapes: list[tuple[tuple[int, ...], tuple[int, ...]]]
-    shapes = ranks.gather_objects((tuple(weights.shape), tuple(output.shape)))
+    shapes = ranks.gather_objects((tuple(weights.shape), tuple(own.shape)))
     sizes = [_samples(shape, batch_dim) for _, shape in shapes]
     for rank, (given, shape) in enumerate(shapes):
         want = list(shape)

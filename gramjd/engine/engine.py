@@ -11,22 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramjd import distributed, pytree
+from gramjd import distributed, gramians, pytree
 from gramjd.blocks import Block
 from gramjd.engine import finite
 from gramjd.engine.compiled import StandIns
 from gramjd.engine.graph import walk
 from gramjd.engine.nodes import forget
 from gramjd.engine.proofs import Case, Proofs, describe
+from gramjd.engine.reach import reach
 from gramjd.engine.recorder import AfterHook, BeforeHook, Watcher
 from gramjd.engine.registry import Registry
 from gramjd.engine.sharded import Lockstep, refuse_flat, refuse_parallel
 from gramjd.engine.solve import Emit, solve
+from gramjd.engine.step import Scaled, Step, Weightings
 from gramjd.engine.task import Task
 from gramjd.engine.ways import WAYS
-from gramjd.errors import NotCoveredError, SlowPathWarning
+from gramjd.errors import NotCoveredError, NotFiniteError, SlowPathWarning
 from gramjd.explanation import Explanation, explanation
-from gramjd.jacobian import Jacobian, Output, Sum
+from gramjd.jacobian import Jacobian, Output, Sum, groups
+from gramjd.jacobian.lazy import Per
+from gramjd.objectives import Losses, joined
 from gramjd.plan import Options
 from gramjd.rounding import own_precision
 
@@ -106,12 +110,16 @@ class Engine:
             ]
         self._finalizer = weakref.finalize(self, _remove, handles)
 
-    def compute_gramian(self, output: Tensor, /, *, group: Any = None, rows: str = "all") -> Tensor:
+    def compute_gramian(
+        self, losses: Losses, /, *, group: Any = None, rows: str = "all", flat: bool = False
+    ) -> Tensor:
         """The generalized Gramian ``G = J Jᵀ`` of an output with respect to the parameters.
 
         Args:
-            output: the tensor to differentiate, of any shape, with a graph. Its graph is kept, so
-                that ``output.backward(weights)`` can follow.
+            losses: the output to differentiate, a tensor of any shape, with a graph. Its graph is kept, so
+                that ``losses.backward(weights)`` can follow. A list or tuple of tensors stands for all
+                their entries, one after the other, or with a ``batch_dim`` for their stack along a new
+                last dimension (a first one where ``batch_dim`` is negative).
             group: a ``torch.distributed`` process group, or a ``DeviceMesh`` of one dimension, each
                 rank of which calls this with the output of its own samples, perhaps of none: the
                 Gramian is that of all samples, in order of ranks. With ``batch_dim=None`` objectives
@@ -119,12 +127,14 @@ class Engine:
                 Gramian is that of the sums. For the step that follows see
                 :func:`gramjd.distributed.local_weights`.
             rows: with a group, ``"all"``, or ``"local"`` for the rows of this rank's samples alone.
+            flat: whether to return a matrix, as of TorchJD 0.12 and newer: :func:`gramjd.gramians.flatten`.
 
         Returns:
-            ``[*output.shape, *reversed(output.shape)]``, exactly symmetric, detached, on the
-            output's device: ``[m, m]`` for losses ``[m]``, the squared norm of the gradient for a
+            ``[*losses.shape, *reversed(losses.shape)]``, exactly symmetric, detached, on the
+            losses' device: ``[m, m]`` for losses ``[m]``, the squared norm of the gradient for a
             scalar. With a group, the shape is that of the output of all samples, and with
-            ``rows="local"`` the first half of it that of this rank's.
+            ``rows="local"`` the first half of it that of this rank's. ``[m, m]`` with
+            ``m = losses.numel()`` if ``flat``.
 
         Raises:
             NoGraphError: the output has no graph, or it has been freed.
@@ -132,13 +142,17 @@ class Engine:
             NotSeparableError: ``batch_dim`` is not a dimension of independent samples.
             CheckFailedError: none of the allowed ways gives a Gramian that agrees with autograd.
             NotFiniteError: the output has NaN or infinite entries, or its gradients have.
-            ValueError: the output is empty, or has no dimension ``batch_dim``; ``rows`` without a group.
+            ValueError: the output is empty, or has no dimension ``batch_dim``; ``rows`` without a group,
+                or ``"local"`` ones that shall be ``flat``.
             TypeError: the output is complex.
             RanksDisagreeError: ranks have different models or settings; all of them raise it.
             RankFailedError: another rank could not take part; it raises what it failed by.
         """
+        output: Tensor = joined(losses, self._batch_dim)
+        if flat and rows == "local":
+            raise ValueError("The rows of one rank are no square matrix: leave flat=True out.")
         if group is not None:
-            gramian = self._of_all_ranks(output, group, rows)
+            gramian = self._gramian_of_ranks(self._jacobian_of_ranks(output, group), None, group, rows)
         else:
             distributed.refuse_rows(rows)
             _refuse_empty(output)
@@ -147,15 +161,93 @@ class Engine:
         if group is not None and rows == "local":  # where one rank raises, all do
             right = distributed.everywhere(group, right)
         if not bool(right):
-            if group is not None or self._registry.shards.units:
-                raise finite.unexplained("Gramian")
-            raise finite.of_gramian(
-                gramian, output, None if (d := self._batch_dim) is None else d % output.ndim
-            )
-        return gramian.to(output.device)
+            raise self._not_finite(gramian, output, group is not None)
+        gramian = gramian.to(output.device)
+        return gramians.flatten(gramian) if flat else gramian
 
-    def _of_all_ranks(self, output: Tensor, group: Any, rows: str) -> Tensor:
-        """The Gramian over a process group, of all registered parameters: ranks may use some each."""
+    def backward(self, losses: Losses, /, weighting: Weightings, *, per: Per = None, flat: bool = False,
+                 inputs: Iterable[Tensor] | None = None, retain_graph: bool = False, scaler: Any = None,
+                 group: Any = None, averaged: bool = True) -> Any:  # fmt: skip
+        """A step of Jacobian descent: Gramian, weights, and the weighted gradient added to ``.grad``.
+
+        The same as ``weights = weighting(engine.compute_gramian(losses)); losses.backward(weights)``,
+        for all leaves, registered or not (*partial* Jacobian descent). No second backward pass runs where
+        all leaves are registered: gradients are products of the factors that the Gramian was made of, as
+        of :meth:`gramjd.Jacobian.backward`, which takes less time and more memory: nothing frees the graph
+        then before nobody holds the losses (``del losses``).
+
+        Args:
+            losses: as in :meth:`compute_gramian`: a tensor of any shape, or a list or tuple of tensors.
+            weighting: from their Gramian to one weight for each, such as those of
+                :mod:`gramjd.weighting` and of ``torchjd.aggregation``.
+            per: groups of parameters that get weights of their own, from their own Gramians, as in
+                :meth:`gramjd.Jacobian.gramian`. Every leaf is in one. ``weighting`` may be a mapping from
+                groups to weightings; it must be, if these remember earlier calls.
+            flat: whether the weighting takes ``[m, m]`` and returns ``[m]``, as TorchJD's do.
+            inputs: the leaves that get gradients; all of them by default.
+            retain_graph: whether a backward pass for the gradients keeps the graph, as in ``torch``.
+            scaler: a ``GradScaler``, for mixed precision: gradients are those of ``scaler.scale(losses)``,
+                for ``scaler.step(optimizer)`` to unscale; the weighting sees the Gramian of the losses. If
+                gradients overflow, they become infinite, so that ``scaler`` skips the step and lowers its
+                scale, and the weights are NaN (of groups there are none). With a process group an overflow
+                is an error.
+            group: a process group, as in :meth:`compute_gramian`: the weights are of the losses of all
+                ranks, the gradients this rank's share of them.
+            averaged: with a group, whether gradients are averaged over it, as by
+                ``DistributedDataParallel`` and ``fully_shard``; see :func:`gramjd.distributed.local_weights`.
+
+        Returns:
+            The weights, shaped like the losses (of all ranks, with a group), detached; with ``per`` a
+            dictionary of them by group.
+
+        Raises:
+            NotCoveredError: no trainable registered parameter takes part; with ``per``, a leaf is in no
+                group.
+            TypeError, ValueError: the weights are no tensor, are not shaped like the losses, or not finite;
+                options contradict each other.
+            GramjdError: as :meth:`compute_gramian`.
+
+        Examples:
+            >>> losses = criterion(model(input), target)  # shape: [m]
+            >>> weights = engine.backward(losses, UPGradWeighting())
+        """
+        output = joined(losses, self._batch_dim)
+        scaled = Scaled.by(scaler, output)
+        step = Step(
+            weighting, per, flat, None if inputs is None else list(inputs), scaled.scale, retain_graph
+        )
+        output = scaled.output
+        if group is not None:
+            jac = self._jacobian_of_ranks(output, group)
+            gramian = self._gramian_of_ranks(jac, per, group, "all")
+            some = gramian if per is None else next(iter(gramian.values()))
+            shape = some.shape[: output.ndim]
+            dim = self._batch_dim
+
+            def local(weights: Tensor) -> Tensor:
+                return distributed.local_weights(weights, output, group, batch_dim=dim, averaged=averaged)
+
+            return step.take(jac, gramian, output, shape, local)
+        _refuse_empty(output)
+
+        def alone() -> Any:
+            jac = self._jacobian(output)[0]
+            gramian = jac.gramian(per, **asdict(self._options))
+            if per is None and not bool(torch.isfinite(gramian).all()):
+                raise self._not_finite(gramian, output, False)
+            return step.take(jac, gramian, output, output.shape, _all)
+
+        return scaled.attempt(alone, lambda: reach([output]).leaves.values(), per)
+
+    def _not_finite(self, gramian: Tensor, output: Tensor, in_step: bool) -> NotFiniteError:
+        """The error for such a Gramian; it says where from, unless ranks that are in step must not look."""
+        if in_step or self._registry.shards.units:
+            return finite.unexplained("Gramian")
+        dim = self._batch_dim
+        return finite.of_gramian(gramian, output, None if dim is None else dim % output.ndim)
+
+    def _jacobian_of_ranks(self, output: Tensor, group: Any) -> Jacobian:
+        """That of this rank's output, of all registered parameters: ranks may use some each."""
         with distributed.taking_part(group, getattr(output, "device", torch.device("cpu"))):
             jac = self.jacobian(output)
             parameters, spec = pytree.flatten(self._registry.named())
@@ -163,11 +255,14 @@ class Engine:
             names = pytree.paths(pytree.unflatten(spec, parameters))
             blocks = [known.get(name, []) for name in names]
             out = jac.outputs
-            jac = Jacobian.of(blocks, parameters, spec, out.each, out.spec, out.samples)
+            return Jacobian.of(blocks, parameters, spec, out.each, out.spec, out.samples)
+
+    def _gramian_of_ranks(self, jac: Jacobian, per: Per, group: Any, rows: str) -> Any:
+        """The Gramian over a process group; a dictionary of those of groups of parameters."""
         settings = {"batch_dim": self._batch_dim, "check": self._check, "ways": self._ways}
-        which = {"": range(len(parameters))}
-        found: Tensor = distributed.gramian(jac, which, self._options, group, rows, settings)[""]
-        return found
+        which = {"": range(len(jac.parameters))} if per is None else groups.partition(jac.names, per)
+        found = distributed.gramian(jac, which, self._options, group, rows, settings)
+        return found[""] if per is None else found
 
     @own_precision
     def _streamed(self, output: Tensor) -> Tensor:
@@ -177,13 +272,13 @@ class Engine:
         shape = Output(0, tuple(output.shape), task.batch_dim)
         return total.gramian(shape, next(iter(task.parameters.values())))
 
-    def jacobian(self, output: Tensor, /) -> Jacobian:
+    def jacobian(self, output: Losses, /) -> Jacobian:
         """The lazy Jacobian of an output with respect to the parameters, by name.
 
         The arguments and errors are those of :meth:`compute_gramian`, but for an output without
         samples, whose Jacobian has no rows.
         """
-        return self._jacobian(output)[0]
+        return self._jacobian(joined(output, self._batch_dim))[0]
 
     @own_precision
     def _jacobian(self, output: Tensor) -> tuple[Jacobian, Task]:
@@ -236,14 +331,14 @@ class Engine:
         case = self._proofs.recall(graph, held, tuple(output.shape), samples)
         return Task(output, batch_dim, graph, named, case.plan, lockstep=lockstep), case
 
-    def explain(self, output: Tensor, /) -> Explanation:
+    def explain(self, output: Losses, /) -> Explanation:
         """What the Gramian of an output is made of: every use of every parameter, its op and its plan.
 
         Parameters whose Jacobian is computed row by row say why, and the last line what the result
         rests on: a proof of this call or of an earlier one, measurements. The arguments and errors are
         those of :meth:`compute_gramian`.
         """
-        jacobian, task = self._jacobian(output)
+        jacobian, task = self._jacobian(joined(output, self._batch_dim))
         return explanation(
             jacobian,
             self._options,
@@ -264,10 +359,11 @@ class Engine:
         }
         return _rebuild, (given, {**keywords, **asdict(self._options)})
 
-    def _validate(self, output: Tensor) -> int | None:
+    def _validate(self, output: Any) -> int | None:
         """The batch dimension as a dimension of this output."""
         if not isinstance(output, Tensor):
-            raise TypeError(f"compute_gramian expects a tensor, got a {type(output).__name__}.")
+            what = type(output).__name__
+            raise TypeError(f"compute_gramian expects a tensor or a list of tensors, got a {what}.")
         dim = self._batch_dim
         if dim is not None and not -output.ndim <= dim < output.ndim:
             raise ValueError(
@@ -291,6 +387,11 @@ class Engine:
             f"No parameter of the registered modules ({names}) takes part in the output. Compute the "
             "output from their outputs, and with gradients enabled."
         )
+
+
+def _all(weights: Tensor) -> Tensor:
+    """The weights of one process: all are its own."""
+    return weights
 
 
 def _refuse_empty(output: Any) -> None:

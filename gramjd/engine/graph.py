@@ -12,7 +12,9 @@ from torch import Tensor
 from gramjd.engine.nodes import NODE_TYPE
 from gramjd.errors import NoGraphError, NotCoveredError
 from gramjd.internals import (
+    DDP_SINK_TYPE,
     LEAF_TYPE,
+    hooks_of,
     is_reentrant_checkpoint,
     leaf_of,
     learns_static_graph,
@@ -29,6 +31,7 @@ class Graph:
     structure: Hashable  # equal for graphs of the same nodes over the same leaves, recorded in the same order
     order: list[Any]  # all nodes, in the order of the walk
     numbers: dict[Any, int]  # the place of each in that order
+    hooked: bool  # is there a hook on the output, or on a tensor that a recorded op received or came before?
     batched: bool  # can its backward pass take several cotangents at once?
 
 
@@ -77,7 +80,7 @@ def walk(output: Tensor) -> Graph:
             structure.append(id(leaf) if isinstance(leaf, torch.nn.Parameter) else 0)
         elif is_reentrant_checkpoint(kind):
             raise NotCoveredError(_REENTRANT)
-        elif learns_static_graph(node):
+        elif kind is DDP_SINK_TYPE and learns_static_graph(node):
             raise NotCoveredError(_STATIC)
         edges: list[tuple[int, int] | None] = []
         for child, number in node.next_functions:
@@ -93,4 +96,5 @@ def walk(output: Tensor) -> Graph:
         structure.append(tuple(edges))
     nodes.sort(key=lambda node: node.record.number)
     recorded = tuple([numbers[node] for node in nodes])
-    return Graph(nodes, leaves, (output.ndim, recorded, tuple(structure)), order, numbers, batched)
+    hooked = bool(hooks_of(output)) or any(getattr(node.record, "hooks", ()) for node in nodes)
+    return Graph(nodes, leaves, (output.ndim, recorded, tuple(structure)), order, numbers, hooked, batched)

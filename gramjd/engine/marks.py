@@ -19,6 +19,8 @@ from gramjd.internals import after_backward, autocasts, has_plain_layout
 from gramjd.rules import tensors_of
 from gramjd.uses import Record, describe
 
+HOOK = "a hook on a tensor"
+
 _NUMBERS = itertools.count()  # of marks, in the order of the forward
 
 

@@ -70,7 +70,7 @@ def _names(text: str) -> Iterable[str]:
 
 # Each entry of the output depends on the entries of the inputs in its place, after broadcasting.
 _POINTWISE = """
-    Abs Acos Acosh:01 Add:01 Addcdiv Addcmul Alias Asin Asinh:01 Atan Atan2 Atanh:01 Clone Complex Conj
+    Abs Acos Acosh Add:01 Addcdiv Addcmul Alias Asin Asinh Atan Atan2 Atanh Clone Complex Conj
     ConjPhysical:01 Cos Cosh Deg2Rad Digamma Div:01 Erf Erfc Erfinv Exp Exp2 Expm1 Fmod:01 Frac Hypot Ldexp
     Lerp:01 Lgamma Lift LiftFresh Log Log10 Log1P Log2 Logaddexp Logaddexp2 Mul:01 Neg NegView Polar Rad2Deg
     Reciprocal Remainder:01 Rsqrt Rsub:01 Sigmoid Silu Mish Sin Sinh Softplus Sqrt Sub:01 Tan Tanh ToCopy Gelu

@@ -46,13 +46,18 @@ class Node(torch.autograd.Function):
         if ctx.sink is not None:
             if ctx.hooked and ctx.values is None:
                 ctx.values = ctx.saved_tensors  # outside of a backward pass, each would be computed anew
-            taps = ctx.sink(ctx, grads)
+            taps = ctx.sink(ctx, [_dense(g) for g in grads])
         return (None, None, None, *grads, *taps)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         outputs = tuple(t.view_as(t) for t in tangents[3 : 3 + (len(tangents) - 3) // 2])
         return outputs if len(outputs) > 1 else outputs[0]
+
+
+def _dense(gradient: Tensor | None) -> Tensor | None:
+    """Sparse gradients, as of ``to_sparse``, written out."""
+    return gradient if gradient is None or gradient.layout is torch.strided else gradient.to_dense()
 
 
 NODE_TYPE: Any = node_type(Node)

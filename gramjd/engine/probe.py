@@ -8,7 +8,7 @@ negligible, the rounding itself is measured.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
@@ -52,6 +52,10 @@ class Probe:
     def verifying(self) -> Probe:
         """The same of passes that also gave the gradients of parameters."""
         return self if self.passes.checking else Probe(self.passes.full, self.nodes, self.scattered)
+
+    def by_others(self) -> Probe:
+        """The same, which compares totals by other weights."""
+        return replace(self, scattered=True)
 
     @property
     def total(self) -> tuple[Tensor, Pass]:
@@ -178,14 +182,17 @@ def _mixes(task: Task, index: int, c: Tensor, probed: Tensor, v: Tensor) -> bool
     return regular and not broadcast and not follows_samples(c, probed, v)
 
 
-def agrees(probe: Probe, name: str, blocks: Sequence[Block]) -> bool:
-    """The check of the total: is ``Jᵀ v`` from the blocks autograd's own?"""
+def agrees(probe: Probe, name: str, blocks: Sequence[Block], least: float = 0.0) -> bool:
+    """The check of the total: is ``Jᵀ v`` from the blocks autograd's own?
+
+    Up to rounding, and to ``least`` of its norm in any case.
+    """
     v, weighted = probe.total
     wanted = weighted.gradients[name]
     if wanted is None:
         return not blocks
     weights, left, size = v.to(wanted.dtype), wanted[0], weighted.sizes[name]
-    most = tolerance(wanted.dtype) * size
+    most = max(tolerance(wanted.dtype), least) * size
     if _looks_equal(blocks, weights, left):
         return True
     for block in blocks:

@@ -16,6 +16,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from gramjd.engine.graph import Graph
+from gramjd.engine.marks import HOOK
 from gramjd.engine.signature import Unlisted, separation_key
 from gramjd.engine.task import Plan, Separation
 
@@ -59,10 +60,10 @@ class Proofs:
         proof = self.known.get(structure)
         plan = proof.plan.trusted() if proof is not None else Plan()
         key: Hashable = None
-        if samples is not None:
+        if samples:  # a rank may have none
             try:
-                if hooks := next((h for node in graph.nodes for h in getattr(node.record, "hooks", ())), ""):
-                    raise Unlisted(hooks)
+                if graph.hooked:
+                    raise Unlisted(HOOK)
                 key = separation_key(graph.order, graph.numbers, shape, samples)
             except Unlisted as error:
                 plan.unlisted = str(error)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gramjd.engine.aliases import Aliases, may_write, replaced, written
 from gramjd.engine.compiled import is_compiled
 from gramjd.engine.marks import (
+    HOOK,
     computed_by,
     is_markable,
     is_marked,
@@ -32,6 +33,7 @@ from gramjd.internals import (
     below_transforms,
     has_plain_layout,
     held_by,
+    hooks_of,
     in_backward,
     innermost_mode,
     innermost_transform,
@@ -88,7 +90,7 @@ class Recorder(Tracker):
             if target is not None and group:
                 return self._write(func, types, args, kwargs or {}, target, group)
         if func is Tensor.register_hook and args[0].grad_fn is not None:
-            self.hooks.append("a hook on a tensor")
+            self.hooks.append(HOOK)
         if func in _DROPOUTS and self.active and args and not _writes(args, kwargs):
             tracked, unbatched = self._classify(args)
             if tracked and unbatched:  # as a product with its mask, it is derived like any other
@@ -185,6 +187,9 @@ class Recorder(Tracker):
             return op(args[0], *others, **named), None
         fused = is_fused(op) and not derived
         rng_state, arguments = torch.get_rng_state(), computed_by((*args, *kwargs.values()))
+        for arg in args:
+            if isinstance(arg, Tensor) and hooks_of(arg) and arg.grad_fn is not None:
+                self.hooks.append(HOOK)
         out = op(*args, **kwargs)
         live = out.requires_grad if isinstance(out, Tensor) else any(t.requires_grad for t in tensors_of(out))
         if not live or saved_tensors_hook() != self.hook:

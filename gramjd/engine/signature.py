@@ -14,7 +14,8 @@ proof for one batch size, or length, holds for others:
 - slices, concatenations and windows have the sizes in the dimensions that they move along in the key, and
   ``B`` if samples may be there.
 
-A graph with a node that is not listed in :mod:`gramjd.engine.node_types` has no key.
+A graph with a node that is not listed in :mod:`gramjd.engine.node_types` has no key, unless the node is over
+leaves alone.
 """
 
 from __future__ import annotations
@@ -65,12 +66,15 @@ def separation_key(order: Sequence[Any], numbers: dict[Any, int], output: Shape,
             continue
         facts = facts_of(kind)
         if facts is None:
-            if kind is LEAF_TYPE:
+            # nothing is behind a leaf, so that a node over leaves alone lets no sample reach another
+            if all(child is None or type(child) is LEAF_TYPE for child, _ in node.next_functions):
                 continue
             raise Unlisted(name_of_type(kind))
         for name in facts.attributes:
             value = getattr(node, name)
-            parts.append(_hashable(value) if isinstance(value, (list, tuple)) else value)
+            if isinstance(value, list) or (isinstance(value, tuple) and value and isinstance(value[0], list)):
+                value = _hashable(value)
+            parts.append(value)
         if facts.sizes is not Sizes.ANY:
             edges = node.next_functions
             if facts.sizes is Sizes.RESHAPE:

@@ -15,15 +15,17 @@ from gramjd.engine.coverage import uncovered
 from gramjd.engine.layouts import ZERO
 from gramjd.engine.marks import CallMark
 from gramjd.engine.nodes import Cotangents, forget
-from gramjd.engine.passes import Pass, Passes
+from gramjd.engine.passes import Passes
 from gramjd.engine.probe import Probe, agrees, find_layouts, is_noise
 from gramjd.engine.regions import Later, Stream, regions_of
 from gramjd.engine.replay import Replayed, replay
-from gramjd.engine.sharded import needs_weights
-from gramjd.engine.spread import patterns, patterns_for, stays_within
+from gramjd.engine.sharded import Lockstep, needs_weights
+from gramjd.engine.spread import Masks, patterns, patterns_for, spread, stays_within
 from gramjd.engine.task import Separation, Task, is_fused
 from gramjd.engine.ways import BY_WAY, WAYS, Found, are_few, by_losses, by_rows
 from gramjd.errors import CheckFailedError, NotSeparableError
+from gramjd.internals import dtypes_of
+from gramjd.rounding import tolerance
 from gramjd.uses import roots
 
 _PATTERNS_A_CALL = 2  # backward passes of the proof of separation; until it is whole, layouts are measured
@@ -49,78 +51,121 @@ def solve(task: Task, ways: Sequence[str], check: bool, emit: Emit, rows_budget:
         NotSeparableError: the samples are mixed.
         CheckFailedError: no way is left for a parameter, or an audit failed.
     """
-    plan, nodes, lockstep = task.plan, task.graph.nodes, task.lockstep
+    plan, lockstep = task.plan, task.lockstep
     if not task.samples and lockstep is None:
         return
     if "losses" in ways and are_few(task, rows_budget):
         found = by_losses(task)
         plan.ways.update(dict.fromkeys(map(id, found), "losses"))
-        return emit(found)
-    if not BY_WAY.keys() & set(ways) and lockstep is None:  # no strategy that takes recorded uses
-        return emit(_row_by_row(task, task.parameters, ways))
-    plan.regions = plan.regions or regions_of(nodes)
-    if plan.outside is None:
-        plan.outside, opened = uncovered(task.output)
-        plan.opened = {index for index, node in enumerate(nodes) if node in opened}
-    opaque = [isinstance(node.record, CallMark) for node in nodes]
-    auditing = check and bool(plan.audit)
-    checking = check and (any(opaque) or not plan.complete or auditing)  # replays run the user's code anew
-    probing = checking or (task.batch_dim is not None and len(plan.layouts) < len(plan.regions))
-    checking = checking or (check and probing and lockstep is not None)  # passes on demand are not in step
-    passes = Passes(task, checking)
-    done: set[int] = set()  # ids of parameters
+        emit(found)
+    elif not BY_WAY.keys() & set(ways) and lockstep is None:  # no strategy that takes recorded uses
+        emit(_row_by_row(task, task.parameters, ways))
+    else:
+        plan.regions = plan.regions or regions_of(task.graph.nodes)
+        if plan.outside is None:
+            plan.outside, opened = uncovered(task.output)
+            plan.opened = {index for index, node in enumerate(task.graph.nodes) if node in opened}
+        _Solver(task, ways, check, emit).run()
 
-    def solve_region(number: int, cotangents: list[Cotangents]) -> None:
-        part = task.of_region(number, cotangents)
-        probe = Probe(passes, plan.regions[number].nodes)
+
+class _Solver:
+    """Solves the regions of a task one after the other, as its backward pass reaches them."""
+
+    def __init__(self, task: Task, ways: Sequence[str], check: bool, emit: Emit) -> None:
+        plan, lockstep = task.plan, task.lockstep
+        self.task, self.check, self.emit = task, check, emit
+        # whatever the data are, all ranks run the same backward passes
+        self.ways = ways if lockstep is None else [way for way in ways if way != "rows"]
+        opaque = any(isinstance(node.record, CallMark) for node in task.graph.nodes)
+        # replays of opaque calls run the user's code anew
+        checking = check and (opaque or not plan.complete or bool(plan.audit))
+        self.probing = checking or (task.batch_dim is not None and len(plan.layouts) < len(plan.regions))
+        # with ranks in step, none may ask for one more pass later
+        self.checking = checking or (check and self.probing and lockstep is not None)
+        self.passes = Passes(task, self.checking)
+        self.done: set[int] = set()  # ids of parameters
+
+    def run(self) -> None:
+        """Solve all regions, and note what that proves."""
+        task, plan, passes = self.task, self.task.plan, self.passes
+        masks = None if task.lockstep is None else self._in_step(task.lockstep)
+        if task.lockstep is None and self.probing:
+            self._refuse_overflow()  # or what is measured now would be wrong, and remembered
+        stream = Stream(task.graph.nodes, plan.regions, self._early(), self._solve_region)
+        passes.busy = True
+        basis = backward.basis(task.output, task.batch_dim)
+        backward.stream(task.output, task.graph.nodes, basis, stream, task.graph.batched)
+        passes.busy = False
+        with nullcontext() if task.lockstep is None else task.lockstep.gather(self._weighted()):
+            if not task.samples:
+                return
+            if task.lockstep is not None and self.probing:
+                self._refuse_overflow()
+            stream.finish()
+        left = {name: p for name, p in task.parameters.items() if id(p) not in self.done}
+        if left:
+            self.emit(_row_by_row(task, left, self.ways))
+        proven = self.checking and plan.seen and passes.conclusive
+        plan.complete = plan.complete or proven or not self.check
+        if task.batch_dim is not None:
+            plan.separation = _separation(task, self.check, masks)
+
+    def _early(self) -> set[int]:
+        """The regions that are solved while the backward pass is in progress."""
+        if self.task.lockstep is not None:
+            return set()
+        nodes, plan = self.task.graph.nodes, self.task.plan
+        waits = [isinstance(node.record, CallMark) or is_fused(node) for node in nodes]  # for a replay
+        return {number for number, region in enumerate(plan.regions)
+                if number not in plan.late and not any(waits[i] for i in region.nodes)}  # fmt: skip
+
+    def _weighted(self) -> list[Any]:
+        return [node for node in self.task.graph.nodes if needs_weights(node)]
+
+    def _in_step(self, lockstep: Lockstep) -> list[Masks] | None:
+        """Run the passes that any rank needs; the masks of the proof of separation."""
+        task = self.task
+        lockstep.agree(self.probing, lockstep.units_of(self._weighted()), task.samples, None)
+        if not lockstep.passes:
+            return None
+        self.passes.run_all()
+        return spread(task, patterns(task.samples, patterns_for(lockstep.most))) if self.check else None
+
+    def _refuse_overflow(self) -> None:
+        """Raise where a pass met NaN or infinity."""
+        if self.passes.first.is_finite:
+            return
+        if self.task.lockstep is not None:
+            raise finite.unexplained("gradient")
+        raise finite.of_gradient(self.task.output, self.task.batch_dim)
+
+    def _solve_region(self, number: int, cotangents: list[Cotangents]) -> None:
+        plan = self.task.plan
+        part = self.task.of_region(number, cotangents)
+        probe = Probe(self.passes, plan.regions[number].nodes)
         try:
             _expand(part, probe)
             find_layouts(part, probe)
-            pattern = part.pattern()
-            verifying = checking or (check and pattern not in plan.patterns.get(number, ()))
-            found = _first_exact(part, probe.verifying() if verifying else None, ways)
-            plan.patterns.setdefault(number, set()).add(pattern)
+            pattern, known = part.pattern(), plan.patterns.setdefault(number, set())
+            verifying = self.checking or (self.check and pattern not in known)
+            audit = plan.audit if pattern in known else ""
+            found = _first_exact(part, probe.verifying() if verifying else None, self.ways, audit)
+            known.add(pattern)
         except Later:
             plan.late.add(number)  # also the next time: the order of the sum decides on its rounding
             raise
-        task.met.update(part.layouts_met())
-        done.update(map(id, found))
-        emit(found)
-        forget([nodes[i] for i in probe.nodes])
-        passes.forget(probe.nodes)
-
-    early = {n for n, region in enumerate(plan.regions) if n not in plan.late
-             and not any(opaque[i] or is_fused(nodes[i]) for i in region.nodes)}  # fmt: skip
-    weighted = [node for node in nodes if lockstep is not None and needs_weights(node)]
-    if lockstep is not None:  # whatever the data are, all ranks run the same backward passes
-        ways = [way for way in ways if way != "rows"]
-        early = set()
-        lockstep.agree(probing, lockstep.units_of(weighted), task.samples, None)
-        if lockstep.passes:
-            passes.run_all()
-    elif probing:
-        _refuse_overflow(task, passes.first)  # or what is measured now would be wrong, and remembered
-    stream = Stream(nodes, plan.regions, early, solve_region)
-    passes.busy = True
-    basis = backward.basis(task.output, task.batch_dim)
-    backward.stream(task.output, nodes, basis, stream, task.graph.batched)
-    passes.busy = False
-    with nullcontext() if lockstep is None else lockstep.gather(weighted):
-        if not task.samples:
-            return
-        if lockstep is not None and probing:
-            _refuse_overflow(task, passes.first)
-        stream.finish()
-    left = {name: p for name, p in task.parameters.items() if id(p) not in done}
-    if left:
-        emit(_row_by_row(task, left, ways))
-    plan.complete = plan.complete or not check or (checking and plan.seen and passes.conclusive)
-    if task.batch_dim is not None:
-        plan.separation = _separation(task, check)
+        self.task.met.update(part.layouts_met())
+        self.done.update(map(id, found))
+        self.emit(found)
+        forget([self.task.graph.nodes[i] for i in probe.nodes])
+        self.passes.forget(probe.nodes)
 
 
-def _separation(task: Task, check: bool) -> Separation | None:
-    """What is proven of the layouts, a little more than before where they are the same."""
+def _separation(task: Task, check: bool, masks: list[Masks] | None) -> Separation | None:
+    """What is proven of the layouts, a little more than before where they are the same.
+
+    With ranks in step, the masks are those of all patterns, if they were needed.
+    """
     plan, lockstep, before = task.plan, task.lockstep, task.plan.separation
     if not plan.complete or not plan.lasting or plan.unlisted:
         return None
@@ -129,12 +174,16 @@ def _separation(task: Task, check: bool) -> Separation | None:
     needed = patterns_for(task.samples if lockstep is None else lockstep.most)
     if not check:
         return Separation(plan.layouts, task.samples, needed, needed)
-    passed = 0
-    if before is not None and (before.samples, before.layouts) == (task.samples, plan.layouts):
-        passed = before.passed
-    until = needed if lockstep is not None else min(needed, passed + _PATTERNS_A_CALL)
+    passed, until = 0, needed
+    if lockstep is None:
+        same = before is not None and (before.samples, before.layouts) == (task.samples, plan.layouts)
+        passed = before.passed if before is not None and same else 0
+        until = min(needed, passed + _PATTERNS_A_CALL)
+        masks = spread(task, patterns(task.samples, needed)[passed:until])
     chosen = patterns(task.samples, needed)[passed:until]
-    return Separation(plan.layouts, task.samples, until, needed) if stays_within(task, chosen) else None
+    if masks is None or not stays_within(task, chosen, masks):
+        return None
+    return Separation(plan.layouts, task.samples, until, needed)
 
 
 def _row_by_row(task: Task, left: dict[str, Tensor], ways: Sequence[str]) -> Found:
@@ -157,10 +206,10 @@ def _row_by_row(task: Task, left: dict[str, Tensor], ways: Sequence[str]) -> Fou
     )
 
 
-def _first_exact(task: Task, probe: Probe | None, ways: Sequence[str]) -> Found:
+def _first_exact(task: Task, probe: Probe | None, ways: Sequence[str], audit: str) -> Found:
     """Blocks of a region's parameters by the ops or by replays of calls, where these are exact.
 
-    With a probe they are compared with autograd's gradients.
+    With a probe they are compared with autograd's gradients. In an ``audit`` a difference is an error.
     """
     plan, found, outside = task.plan, Found(), task.plan.outside or set()
     opaque = any(isinstance(node.record, CallMark) for node in task.graph.nodes)
@@ -177,8 +226,8 @@ def _first_exact(task: Task, probe: Probe | None, ways: Sequence[str]) -> Found:
             if blocks is None:
                 continue
             if probe is not None and not agrees(probe, name, blocks):
-                if plan.audit and not opaque:
-                    raise CheckFailedError(plan.audit.format(name))
+                if audit and not opaque and not agrees(probe.by_others(), name, blocks, _rounding(task)):
+                    raise CheckFailedError(audit.format(name))
                 plan.causes[id(p)] = "its uses that were seen do not add up to autograd's gradient"
                 continue
             found[p] = blocks
@@ -186,11 +235,10 @@ def _first_exact(task: Task, probe: Probe | None, ways: Sequence[str]) -> Found:
     return found
 
 
-def _refuse_overflow(task: Task, weighted: Pass) -> None:
-    """Raise where a pass met NaN or infinity."""
-    if not weighted.is_finite:
-        in_step = task.lockstep is not None
-        raise finite.unexplained("gradient") if in_step else finite.of_gradient(task.output, task.batch_dim)
+def _rounding(task: Task) -> float:
+    """The tolerance of the fewest digits that anything in the graph was computed in."""
+    dtypes = {task.output.dtype, *dtypes_of(task.graph.order)}
+    return max(tolerance(dtype) for dtype in dtypes if dtype.is_floating_point)
 
 
 def _expand(task: Task, probe: Probe) -> None:

@@ -52,20 +52,25 @@ def patterns(samples: int, number: int) -> list[Tensor]:
     return list(found)
 
 
-def stays_within(task: Task, chosen: Sequence[Tensor]) -> bool:
-    """Does NaN from sets of samples come to places of their own alone, by the layouts of every node?
+def spread(task: Task, chosen: Sequence[Tensor]) -> list[Masks] | None:
+    """Where NaN comes to from each of some sets of samples; ``None`` where nothing follows from that.
 
-    The graph must have a separation key: all types of its nodes are listed.
+    The types of all nodes must be listed.
     """
+    with _passed_on(task.graph.order) as dropped, torch.autograd.set_detect_anomaly(False):
+        try:
+            masks = [_run(task, each) for each in chosen]
+        except Exception:  # a hook on a tensor that refuses NaN
+            return None
+    return None if dropped else masks
+
+
+def stays_within(task: Task, chosen: Sequence[Tensor], masks: Sequence[Masks]) -> bool:
+    """Does NaN come to places of the chosen samples alone, by the layouts of every node?"""
     unpacked = any(node.hooked for node in task.graph.nodes)  # or a checkpoint runs again for each
     if not unpacked and any(map(_is_sparse, task.graph.order)):
         return False  # the next batch may have its zeros elsewhere
-    with _passed_on(task.graph.order) as dropped, torch.autograd.set_detect_anomaly(False):
-        try:
-            within = all(_is_within(each, _run(task, each), task) for each in chosen)
-        except Exception:  # a hook on a tensor that refuses NaN
-            return False
-    return within and not dropped
+    return all(_is_within(each, mask, task) for each, mask in zip(chosen, masks, strict=True))
 
 
 def _is_within(chosen: Tensor, masks: Masks, task: Task) -> bool:

@@ -78,6 +78,10 @@ def _use(task: Task, index: int, split: Mapping[Record, Layout], fail: Callable[
             fail(slot.source, f"what {_name(record.call.op)} used it with was written in place afterwards")
         return None
     slots = saved[len(record.saved) :]
+    if any(t.layout is not torch.strided for t in saved):
+        for slot in record.slots:
+            fail(slot.source, f"its use by {_name(record.call.op)} is with a sparse tensor")
+        return None
     slots = [t if t.untyped_storage().size() else _hollow(t) for t in slots]  # no sharded weights
     live = iter(task.canonical(index))
     cs = [next(live) if is_live else None for is_live in mark.live]
@@ -100,10 +104,6 @@ def _use(task: Task, index: int, split: Mapping[Record, Layout], fail: Callable[
     values = saved[: len(record.saved)]
     if task.batch_dim is None:
         return Use.of(record, [t.unsqueeze(0) for t in values], cs, slots)
-    if any(t.layout is not torch.strided for t in values):
-        for slot in record.slots:
-            fail(slot.source, f"its use by {_name(record.call.op)} is with a sparse tensor")
-        return None
     output = next(c for c in task.cotangents[index] if c is not None).shape[1:]
     where = _where(record, saved, output, layout.dim)
     try:

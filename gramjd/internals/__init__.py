@@ -24,7 +24,9 @@ from gramjd.internals.modules import (
     weight_norm_op,
 )
 from gramjd.internals.nodes import (
+    DDP_SINK_TYPE,
     LEAF_TYPE,
+    dtypes_of,
     is_reentrant_checkpoint,
     is_torchs_own,
     leaf_of,
@@ -42,9 +44,11 @@ from gramjd.internals.tensors import (
     base_of,
     has_plain_layout,
     has_stock_type,
+    hooks_of,
     is_ours,
     is_plain,
     is_view,
+    is_watched,
     memory_of,
     runs_plainly,
     sparse_values,
@@ -81,6 +85,7 @@ from gramjd.internals.transforms import (
 )
 
 __all__ = [
+    "DDP_SINK_TYPE",
     "LEAF_TYPE",
     "VF",
     "BatchNorm",
@@ -97,9 +102,11 @@ __all__ = [
     "depends_on_innermost_transform",
     "differentiated_outside",
     "differentiates",
+    "dtypes_of",
     "has_plain_layout",
     "has_stock_type",
     "held_by",
+    "hooks_of",
     "in_backward",
     "innermost_level",
     "innermost_mode",
@@ -113,6 +120,7 @@ __all__ = [
     "is_reentrant_checkpoint",
     "is_torchs_own",
     "is_view",
+    "is_watched",
     "leaf_of",
     "learns_static_graph",
     "losses_of_stack",

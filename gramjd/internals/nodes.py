@@ -30,7 +30,9 @@ def node_type(function: type[torch.autograd.Function]) -> Any:
 
 # Copies of the class, as other libraries have them, go by the same name.
 _CHECKPOINT = name_of_type(node_type(torch.utils.checkpoint.CheckpointFunction))
-_DDP_SINK = node_type(_DDPSink)
+
+# The type of those of ``DistributedDataParallel`` between a model and its loss.
+DDP_SINK_TYPE: Any = node_type(_DDPSink)
 # With derivatives of its mean and deviation, as a loss of gradients has them, torch's batching rule is wrong.
 _UNBATCHED = "NativeGroupNormBackward0"
 
@@ -42,8 +44,8 @@ def is_reentrant_checkpoint(kind: Any) -> bool:
 
 
 def learns_static_graph(node: Any) -> bool:
-    """Is it of a ``DistributedDataParallel`` that learns its graph from the first backward pass?"""
-    return type(node) is _DDP_SINK and bool(node.ddp_weakref().static_graph)
+    """Is a node of ``DDP_SINK_TYPE`` of a model that learns its graph from the first backward pass?"""
+    return bool(node.ddp_weakref().static_graph)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -102,3 +104,8 @@ def losses_of_stack(output: Tensor) -> list[Any] | None:
     edges = [child and make(child, number) for child, number in node.next_functions]
     dtypes = {edge.node._input_metadata[edge.output_nr].dtype for edge in edges if edge is not None}
     return edges if dtypes == {output.dtype} else None
+
+
+def dtypes_of(nodes: Iterable[Any]) -> set[torch.dtype]:
+    """The dtypes of what autograd nodes are the gradient functions of; on torch 2.1, that of no node."""
+    return {output.dtype for node in nodes for output in getattr(node, "_input_metadata", ())}

@@ -67,11 +67,16 @@ def is_ours(tensor: Tensor) -> bool:
     return is_plain(tensor) and not tensor.requires_grad
 
 
+def is_watched() -> bool:
+    """Does a mode see every op below autograd?"""
+    return bool(torch._C._len_torch_dispatch_stack())
+
+
 def runs_plainly(tensors: Sequence[Tensor]) -> bool:
     """Are ops on these tensors what they seem: nothing traces, transforms, watches or records them?"""
     if is_compiling() or inside_transform() or torch.autograd.forward_ad._current_level >= 0:
         return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+    if is_watched() or torch._C._get_tracing_state() is not None:
         return False
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return False
@@ -100,10 +105,14 @@ def value_of(flag: Tensor) -> bool | None:
         return None
 
 
+# The hooks that are on a tensor, if there are any.
+hooks_of: Callable[[Tensor], Any] = attrgetter("_backward_hooks")
+
+
 @contextmanager
 def without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
     """A context in which gradients come to these tensors as they are: no hook of theirs runs."""
-    held = [(hooks, dict(hooks)) for t in tensors if (hooks := t._backward_hooks)]
+    held = [(hooks, dict(hooks)) for t in tensors if (hooks := hooks_of(t))]
     for hooks, _ in held:
         hooks.clear()
     try:

@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
+
+from gramjd.weighting._options import Check
 
 
 class Weighting(nn.Module):
     """A weighting as an object: call it with a Gramian, get one weight per objective.
 
-    A module, as TorchJD's weightings are, so hooks, ``state_dict`` and ``to`` work on it.
+    A module, as TorchJD's weightings are, so hooks, ``state_dict`` and ``to`` work on it. Its options
+    are attributes, checked when they are assigned as when they are given; an attribute that it does
+    not have cannot be assigned, so that a misspelt option is an error.
     """
+
+    _options: ClassVar[Mapping[str, Check]] = {}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._options:
+            self._options[name](name, value)
+        elif "_options" in vars(type(self)) and not (name.startswith("_") or hasattr(self, name)):
+            known = ", ".join(self._options) or "none"
+            raise AttributeError(
+                f"{type(self).__name__} has no option {name!r}; it has {known}. For attributes of your "
+                "own, make a subclass."
+            )
+        super().__setattr__(name, value)
 
     def __lshift__(self, function: Callable[[Any], Tensor]) -> Weighting:
         """``(weighting << f)(x)`` is ``weighting(f(x))``; TorchJD's aggregators need it."""
         return _Composition(self, function)
+
+    def extra_repr(self) -> str:
+        """The options, as they are now; modules among them are printed below."""
+        given = ((name, getattr(self, name)) for name in self._options)
+        return ", ".join(f"{name}={value!r}" for name, value in given if not isinstance(value, nn.Module))
 
 
 class StatefulWeighting(Weighting):
@@ -24,16 +47,28 @@ class StatefulWeighting(Weighting):
 
     _remembered: tuple[str, ...] = ()  # attributes; those that are tensors later may be None at first
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        _be_stateful_for_torchjd()
+        return super().__call__(*args, **kwargs)
+
     def get_extra_state(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._remembered}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        _be_stateful_for_torchjd()
         for name in self._remembered:
             setattr(self, name, state[name])
 
     def reset(self) -> None:
         """Forget them."""
         raise NotImplementedError
+
+
+def _be_stateful_for_torchjd() -> None:
+    """Let TorchJD, if it is in use, reset ours that it wraps: it asks for instances of a class of its."""
+    kind = getattr(sys.modules.get("torchjd"), "Stateful", None)
+    if kind is not None and not issubclass(StatefulWeighting, kind):
+        kind.register(StatefulWeighting)
 
 
 class _Composition(Weighting):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from gramjd.weighting._options import not_negative
 from gramjd.weighting._qp import solve_qp
 from gramjd.weighting._semidefinite import semidefinite
 
@@ -19,8 +18,8 @@ def regularize(matrix: Tensor, norm_eps: float, reg_eps: float, rounding: float)
     ``R`` is scaled to unit diagonal on both sides by ``d``; both are returned. A trace below
     ``norm_eps`` counts as zero; ``rounding`` is for :func:`semidefinite`.
     """
-    if norm_eps < 0 or reg_eps < 0:
-        raise ValueError(f"norm_eps and reg_eps cannot be negative; got {norm_eps} and {reg_eps}.")
+    not_negative("norm_eps", norm_eps)
+    not_negative("reg_eps", reg_eps)
     trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True).unsqueeze(-1)
     smallest = max(norm_eps, torch.finfo(trace.dtype).tiny)
     share = (trace >= smallest) / trace.clamp(min=smallest)
@@ -31,31 +30,21 @@ def regularize(matrix: Tensor, norm_eps: float, reg_eps: float, rounding: float)
     return matrix * scale.unsqueeze(-1) * scale.unsqueeze(-2), scale
 
 
-def project_units(scaled: Tensor) -> tuple[Tensor, Tensor]:
-    """For each unit vector ``e_i``, the ``v >= e_i`` that minimizes ``v'Rv``: ``[..., m, m]``."""
-    x, residual = solve_qp(scaled, scaled)
+def project_units(scaled: Tensor, ridge: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """For each unit vector ``e_i``, the ``v >= e_i`` that minimizes ``v'Rv``: ``[..., m, m]``.
+
+    ``ridge [..., m]`` is the part of the diagonal of ``R`` that regularizes.
+    """
+    x, residual = solve_qp(scaled, scaled, ridge)
     return x + torch.eye(x.shape[-1], dtype=x.dtype, device=x.device), residual
 
 
-def project(scaled: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def project(scaled: Tensor, target: Tensor, ridge: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The ``v >= u [..., m]`` that minimizes ``v'Rv``, and the KKT residual."""
     size = target.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny).detach()
     unit = (target / size).expand(scaled.shape[:-1])  # the solution scales with u
     linear = unit.unsqueeze(-2) @ scaled
     # the slack can be as large as the sum of a row; residuals are relative to that
     growth = linear.abs().amax(-1, keepdim=True).clamp(min=1).detach()
-    x, residual = solve_qp(scaled, linear / growth)
+    x, residual = solve_qp(scaled, linear / growth, ridge)
     return size * (unit + (growth * x).squeeze(-2)), residual.squeeze(-1)
-
-
-def projector_eps(projector: Any, norm_eps: float, reg_eps: float) -> tuple[float, float]:
-    """``norm_eps`` and ``reg_eps`` of TorchJD's projector, if there is one, else the given ones."""
-    if projector is None:
-        return norm_eps, reg_eps
-    try:
-        return projector.norm_eps, projector.reg_eps
-    except AttributeError:
-        raise TypeError(
-            f"A projector is used for its norm_eps and reg_eps alone; {projector!r} has none. Leave it "
-            "out, and pass norm_eps and reg_eps instead."
-        ) from None

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import isfinite, prod
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from gramjd.weighting._certificate import Certificate
 from gramjd.weighting._opaque import opaque
+from gramjd.weighting._options import real_tensor
 
 
 def _check(matrix: Tensor) -> Tensor:
     """Raise on NaN, infinity, asymmetry beyond rounding or a negative diagonal entry."""
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    if not matrix.numel():
+        return diagonal
     smallest = float(diagonal.min())
     if smallest >= 0 and isfinite(float(matrix.sum())) and torch.equal(matrix, matrix.mT):
         return diagonal  # most often; opaque functions return a tensor
@@ -69,39 +73,93 @@ def prepare(gramian: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         ValueError: its shape is no Gramian's, or it has NaN, infinity, asymmetry beyond rounding or
             a negative diagonal entry.
     """
+    matrix, restore = _flatten(gramian)
+    opaque(_check, matrix)
+    matrix = matrix.to(torch.float64)
+    return (matrix + matrix.mT) / 2, restore
+
+
+def prepare_cross(cross: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The same for ``J₁J₂'`` of two batches, which needs to be finite alone.
+
+    Raises:
+        TypeError: it is not a floating-point tensor.
+        ValueError: its shape is no Gramian's, or it has NaN or infinity.
+    """
+    matrix, restore = _flatten(cross)
+    opaque(_check_finite_matrix, matrix)
+    return matrix.to(torch.float64), restore
+
+
+def _check_finite_matrix(matrix: Tensor) -> Tensor:
+    bad = int((~torch.isfinite(matrix)).sum())
+    if bad:
+        raise ValueError(
+            f"The matrix of inner products has {bad} entries that are NaN or infinite. Look for a loss or "
+            "gradient that overflowed."
+        )
+    return matrix.new_zeros(matrix.shape[:-2])
+
+
+def _flatten(gramian: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """``[..., m, m]``, and the way back of weights ``[..., m]``."""
     if not isinstance(gramian, Tensor) or not gramian.is_floating_point():
         got = gramian.dtype if isinstance(gramian, Tensor) else type(gramian).__name__
         raise TypeError(f"A Gramian is a real floating-point tensor; got {got}.")
     batch, half = gramian.ndim % 2, gramian.ndim // 2
     lead, shape = gramian.shape[:batch], gramian.shape[batch : batch + half]
-    if gramian.shape[batch + half :] != shape[::-1] or 0 in gramian.shape:
+    if gramian.shape[batch + half :] != shape[::-1]:
         raise ValueError(
             "A Gramian has shape [*shape, *reversed(shape)], with at most one leading batch "
-            f"dimension and no empty one; got {list(gramian.shape)}. Use torch.vmap for more."
+            f"dimension; got {list(gramian.shape)}. Use torch.vmap for more."
         )
     if half > 1:
         order = [*range(batch + half), *reversed(range(batch + half, gramian.ndim))]
         gramian = gramian.permute(order)
-    matrix = gramian.reshape((*lead, prod(shape), prod(shape)))
-    opaque(_check, matrix)
     dtype = gramian.dtype
 
     def restore(weights: Tensor) -> Tensor:
         return weights.reshape((*lead, *shape)).to(dtype)
 
-    matrix = matrix.to(torch.float64)
-    return (matrix + matrix.mT) / 2, restore
+    return gramian.reshape((*lead, prod(shape), prod(shape))), restore
+
+
+def same_shape(state: Tensor | None, matrix: Tensor, like: Tensor) -> Tensor:
+    """A state shaped like the objectives as float64 ``[..., m]``; ``1 / m`` each at first.
+
+    Raises:
+        ValueError: it has another shape.
+    """
+    batch, half = like.ndim % 2, like.ndim // 2
+    shape = like.shape[: batch + half]
+    if state is None:
+        return matrix.new_full(matrix.shape[:-1], 1 / max(matrix.shape[-1], 1))
+    if state.shape != shape:
+        raise ValueError(
+            f"The state is of shape {list(state.shape)}, the objectives of shape {list(shape)}: start "
+            "again without a state when the objectives change."
+        )
+    return state.to(matrix).reshape(matrix.shape[:-1])
+
+
+def nothing(matrix: Tensor, restore: Callable[[Tensor], Tensor], certificate: bool) -> Any:
+    """The answer for no objectives, or for a batch of no Gramians: nothing, and a certificate of it."""
+    weights = restore(matrix.new_zeros(matrix.shape[:-1]))
+    residual = matrix.new_zeros(matrix.shape[:-2])
+    return (weights, Certificate(residual, residual == 0)) if certificate else weights
 
 
 def flat_preference(preference: Tensor | None, matrix: Tensor, like: Tensor) -> Tensor:
     """A preference shaped like the objectives as float64 ``[..., m]``; ``1 / m`` each by default.
 
     Raises:
+        TypeError: it is no tensor of real numbers.
         ValueError: its shape is not the objectives', or it has NaN or infinity.
     """
     size = matrix.shape[-1]
     if preference is None:
-        return matrix.new_full((size,), 1 / size)
+        return matrix.new_full((size,), 1 / max(size, 1))
+    real_tensor("The preference", preference)
     batch, half = like.ndim % 2, like.ndim // 2
     shape = like.shape[batch : batch + half]
     if preference.shape not in (shape, like.shape[: batch + half]):

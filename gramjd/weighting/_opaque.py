@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from gramjd.internals import stops_functions
+from gramjd.internals import is_watched, stops_functions
 
 
 class _Opaque(torch.autograd.Function):
@@ -51,6 +51,11 @@ def opaque(function: Callable[..., Any], *tensors: Tensor) -> Any:
 def transforming() -> bool:
     """Whether a ``torch.func`` transform is running; ``autograd.Function`` asks in the same way."""
     return stops_functions()
+
+
+def watched() -> bool:
+    """Whether a mode sees every operation, to trace it for instance: nothing may go past it."""
+    return is_watched()
 
 
 def is_constant(*tensors: Tensor) -> bool:

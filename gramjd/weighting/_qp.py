@@ -15,21 +15,23 @@ from gramjd.weighting._pivoting import SMALL, pivot_rows
 from gramjd.weighting._shared_hessian import guess_free, solve_rows
 
 
-def solve_qp(hessian: Tensor, linear: Tensor) -> tuple[Tensor, Tensor]:
+def solve_qp(hessian: Tensor, linear: Tensor, ridge: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Solve for every row of ``linear [..., r, m]``, given ``hessian [..., m, m]`` (unit diagonal).
 
     The rows should be of order one. Returns ``x [..., r, m]`` and the KKT residuals ``[..., r]``,
-    unscaled. Differentiable in both, by the active set.
+    unscaled. Differentiable in both, by the active set. ``ridge [..., m]``, if given, is the part of the
+    Hessian's diagonal that regularizes, for a preconditioner.
     """
-    x, free, residual = opaque(_solve, hessian, linear)
+    given = (hessian, linear) if ridge is None else (hessian, linear, ridge)
+    x, free, residual = opaque(_solve, *given)
     return on_face(hessian, -linear, free, x), residual
 
 
-def _solve(hessian: Tensor, linear: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _solve(hessian: Tensor, linear: Tensor, ridge: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     shape = linear.shape
     hessian = hessian.reshape(-1, shape[-1], shape[-1])
     linear = linear.reshape(-1, *shape[-2:])
-    x = _small(hessian, linear) if shape[-1] <= SMALL else _large(hessian, linear)
+    x = _small(hessian, linear) if shape[-1] <= SMALL else _large(hessian, linear, ridge)
     slack = torch.baddbmm(linear, x, hessian)
     residual = torch.minimum(x, slack).abs().amax(-1)
     return x.reshape(shape), (x > slack).reshape(shape), residual.reshape(shape[:-1])
@@ -44,11 +46,12 @@ def _small(hessian: Tensor, linear: Tensor) -> Tensor:
     return pivot_rows(each, linear.reshape(-1, size), free).reshape(batch, rows, size)
 
 
-def _large(hessian: Tensor, linear: Tensor) -> Tensor:
+def _large(hessian: Tensor, linear: Tensor, ridge: Tensor | None) -> Tensor:
     """``[B, m, m]``, ``[B, r, m]``: one Hessian after the other, its rows together."""
+    ridges = [None] * len(hessian) if ridge is None else ridge.reshape(-1, ridge.shape[-1])
     results = []
-    for matrix, rows in zip(hessian, linear, strict=True):
-        x, done = solve_rows(matrix, rows)
+    for matrix, rows, own in zip(hessian, linear, ridges, strict=True):
+        x, done = solve_rows(matrix, rows, own)
         if not bool(done.all()):
             left = torch.nonzero(~done).squeeze(-1)
             each = matrix.expand(len(left), -1, -1)

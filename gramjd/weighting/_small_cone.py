@@ -13,7 +13,7 @@ from torch import Tensor
 from gramjd.weighting._certificate import CERTIFIED
 from gramjd.weighting._opaque import is_constant
 
-LARGEST = 16  # objectives
+LARGEST = 32  # objectives
 ROUNDS = 6  # of pivoting, before the general way with its better first guess takes over
 STEP = 0.6  # of projected gradient descent, for a Hessian of unit diagonal
 

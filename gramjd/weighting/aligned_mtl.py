@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from gramjd.weighting._base import Weighting
-from gramjd.weighting._gramian import flat_preference, prepare
+from gramjd.weighting._gramian import flat_preference, nothing, prepare
 from gramjd.weighting._opaque import opaque
+from gramjd.weighting._options import one_of, optional, vector
+from gramjd.weighting._small import aligned, easy, finish, is_fixed, preference_array
 
 ScaleMode = Literal["min", "median", "rmse"]
+_scale_mode = one_of("min", "median", "rmse")
 
 
-def aligned_mtl(gramian: Tensor, preference: Tensor | None = None, scale_mode: ScaleMode = "min") -> Tensor:
+def aligned_mtl(gramian: Tensor, pref_vector: Tensor | None = None, scale_mode: ScaleMode = "min") -> Tensor:
     """Weights of Aligned-MTL: ``sqrt(σ) (G⁺)^(1/2) p``, with ``σ`` from the eigenvalues of ``G``.
 
     Senushkin et al. (2023), "Independent Component Alignment for Multi-Task Learning", Algorithm 1.
 
     Args:
         gramian: ``[*shape, *reversed(shape)]``, or a batch of these along one leading dimension.
-        preference: ``p``, of the objectives' shape; ``1 / m`` each by default.
+        pref_vector: ``p``, of the objectives' shape; ``1 / m`` each by default.
         scale_mode: ``σ`` is the smallest (``"min"``, as in the paper), the lower median or, for
             ``"rmse"``, the mean of the eigenvalues that are not zero.
 
@@ -34,10 +37,15 @@ def aligned_mtl(gramian: Tensor, preference: Tensor | None = None, scale_mode: S
     Raises:
         ValueError: not a Gramian (shape, NaN, asymmetry), a wrong preference, or another mode.
     """
-    if scale_mode not in ("min", "median", "rmse"):
-        raise ValueError(f"scale_mode must be 'min', 'median' or 'rmse'; got {scale_mode!r}.")
+    _scale_mode("scale_mode", scale_mode)
+    small = easy(gramian) if is_fixed(pref_vector) else None
+    if small is not None:
+        own = preference_array(pref_vector, gramian)
+        return finish(aligned(small, own, scale_mode, torch.finfo(gramian.dtype).eps), gramian)
     matrix, restore = prepare(gramian)
-    weights = flat_preference(preference, matrix, gramian)
+    if not matrix.numel():
+        return nothing(matrix, restore, False)
+    weights = flat_preference(pref_vector, matrix, gramian)
     values, vectors = opaque(lambda stack: tuple(torch.linalg.eigh(stack)), matrix)
     tolerance = values[..., -1:] * matrix.shape[-1] * torch.finfo(gramian.dtype).eps
     kept = values > tolerance.clamp(min=0)
@@ -114,9 +122,11 @@ class AlignedMTLWeighting(Weighting):
     """:func:`aligned_mtl` as an object.
 
     Args:
-        pref_vector: the preference, of the objectives' shape; ``1 / m`` each by default.
+        pref_vector: ``p``, of the objectives' shape; ``1 / m`` each by default.
         scale_mode: see :func:`aligned_mtl`.
     """
+
+    _options: ClassVar = {"pref_vector": optional(vector), "scale_mode": _scale_mode}
 
     def __init__(self, pref_vector: Tensor | None = None, scale_mode: ScaleMode = "min") -> None:
         super().__init__()

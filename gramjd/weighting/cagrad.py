@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal, overload
+from typing import ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
@@ -11,10 +11,12 @@ from torch import Tensor
 from gramjd.weighting._base import Weighting
 from gramjd.weighting._certificate import Certificate, certify
 from gramjd.weighting._faces import solve
-from gramjd.weighting._gramian import prepare, rounding
+from gramjd.weighting._gramian import nothing, prepare, rounding
 from gramjd.weighting._min_norm import min_norm
 from gramjd.weighting._opaque import is_constant, opaque
+from gramjd.weighting._options import not_negative
 from gramjd.weighting._semidefinite import semidefinite
+from gramjd.weighting._small import averse, easy, finish
 
 
 # fmt: off
@@ -54,9 +56,16 @@ def cagrad(
         NotConvergedError: the gap is above 1e-9; or the Gramian requires a gradient where no
             derivative exists.
     """
-    if c < 0 or norm_eps < 0:
-        raise ValueError(f"c and norm_eps cannot be negative; got {c} and {norm_eps}.")
+    not_negative("c", c)
+    not_negative("norm_eps", norm_eps)
+    small = None if certificate else easy(gramian)
+    if small is not None:
+        found = averse(small, c, norm_eps)
+        if found is not None:
+            return finish(found, gramian)
     matrix, restore = prepare(gramian)
+    if not matrix.numel():
+        return nothing(matrix, restore, certificate)
     trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     usable = (trace >= norm_eps) & (trace > 0)
     matrix = torch.where(usable, matrix / torch.where(usable, trace, 1), 0)
@@ -165,6 +174,8 @@ class CAGradWeighting(Weighting):
         c: see :func:`cagrad`.
         norm_eps: see :func:`cagrad`.
     """
+
+    _options: ClassVar = {"c": not_negative, "norm_eps": not_negative}
 
     def __init__(self, c: float, norm_eps: float = 0.0001) -> None:
         super().__init__()

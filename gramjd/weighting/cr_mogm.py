@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 from torch import Tensor
 
 from gramjd.weighting._base import StatefulWeighting
+from gramjd.weighting._options import function, optional, share, vector
 
 
 def cr_mogm(weights: Tensor, state: Tensor | None = None, *, alpha: float = 0.9) -> Tensor:
@@ -25,8 +27,7 @@ def cr_mogm(weights: Tensor, state: Tensor | None = None, *, alpha: float = 0.9)
     Raises:
         ValueError: ``alpha`` is out of range, or the state has another shape than the weights.
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be in [0, 1]; got {alpha}.")
+    share("alpha", alpha)
     if state is None:
         return weights
     if state.shape != weights.shape:
@@ -45,6 +46,8 @@ class CRMOGMWeighting(StatefulWeighting):
         alpha: see :func:`cr_mogm`; it may be changed between calls.
         initial_weights: the first state.
     """
+
+    _options: ClassVar = {"weighting": function, "alpha": share, "initial_weights": optional(vector)}
 
     _remembered = ("state",)
     state: Tensor | None

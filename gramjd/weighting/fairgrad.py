@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
@@ -10,7 +10,8 @@ from torch import Tensor
 from gramjd.weighting._balance import balance
 from gramjd.weighting._base import Weighting
 from gramjd.weighting._certificate import Certificate, certify
-from gramjd.weighting._gramian import prepare, rounding
+from gramjd.weighting._gramian import nothing, prepare, rounding
+from gramjd.weighting._options import not_negative, unused
 
 
 # fmt: off
@@ -49,9 +50,11 @@ def fairgrad(
             argument.
         NotConvergedError: the residual is above 1e-9.
     """
-    if alpha < 0 or reg_eps < 0:
-        raise ValueError(f"alpha and reg_eps cannot be negative; got {alpha} and {reg_eps}.")
+    not_negative("alpha", alpha)
+    not_negative("reg_eps", reg_eps)
     matrix, restore = prepare(gramian)
+    if not matrix.numel():
+        return nothing(matrix, restore, certificate)
     if alpha == 0:
         weights = torch.full_like(matrix[..., 0], 1 / matrix.shape[-1])
         residual = torch.zeros_like(weights[..., 0])
@@ -66,9 +69,11 @@ class FairGradWeighting(Weighting):
 
     Args:
         alpha: see :func:`fairgrad`.
-        max_iters: accepted as TorchJD's, and not needed: the solution is exact.
+        max_iters: TorchJD's. The solution is exact: anything but the default is refused.
         reg_eps: see :func:`fairgrad`.
     """
+
+    _options: ClassVar = {"alpha": not_negative, "max_iters": unused(None), "reg_eps": not_negative}
 
     def __init__(self, alpha: float, max_iters: int | None = None, *, reg_eps: float = 1e-8) -> None:
         super().__init__()

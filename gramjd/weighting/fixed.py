@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from gramjd.weighting._base import Weighting
 from gramjd.weighting._gramian import flat_preference, prepare
+from gramjd.weighting._options import source, vector
 
 
 def mean(gramian: Tensor) -> Tensor:
@@ -22,13 +25,13 @@ def mean(gramian: Tensor) -> Tensor:
         ValueError: not a Gramian (shape, NaN, asymmetry).
     """
     matrix, restore = prepare(gramian)
-    return restore(torch.full_like(matrix[..., 0], 1 / matrix.shape[-1], requires_grad=False))
+    return restore(matrix.new_full(matrix.shape[:-1], 1 / max(matrix.shape[-1], 1)))
 
 
 def sum(gramian: Tensor) -> Tensor:
     """One for each objective: ordinary training on the sum. See :func:`mean`."""
     matrix, restore = prepare(gramian)
-    return restore(torch.ones_like(matrix[..., 0], requires_grad=False))
+    return restore(matrix.new_ones(matrix.shape[:-1]))
 
 
 def constant(gramian: Tensor, weights: Tensor) -> Tensor:
@@ -76,6 +79,8 @@ def random(gramian: Tensor, *, generator: torch.Generator | None = None) -> Tens
 class MeanWeighting(Weighting):
     """:func:`mean` as an object."""
 
+    _options: ClassVar = {}
+
     def forward(self, gramian: Tensor, /) -> Tensor:
         """Weights of the objectives, of their shape."""
         return mean(gramian)
@@ -83,6 +88,8 @@ class MeanWeighting(Weighting):
 
 class SumWeighting(Weighting):
     """:func:`sum` as an object."""
+
+    _options: ClassVar = {}
 
     def forward(self, gramian: Tensor, /) -> Tensor:
         """Weights of the objectives, of their shape."""
@@ -95,6 +102,8 @@ class ConstantWeighting(Weighting):
     Args:
         weights: of the objectives' shape.
     """
+
+    _options: ClassVar = {"weights": vector}
 
     def __init__(self, weights: Tensor) -> None:
         super().__init__()
@@ -111,6 +120,8 @@ class RandomWeighting(Weighting):
     Args:
         generator: see :func:`random`.
     """
+
+    _options: ClassVar = {"generator": source}
 
     def __init__(self, *, generator: torch.Generator | None = None) -> None:
         super().__init__()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from gramjd.weighting._base import StatefulWeighting
 from gramjd.weighting._gramian import prepare
+from gramjd.weighting._options import not_negative, share, source
 from gramjd.weighting._orders import random_orders
 
 
@@ -41,11 +44,13 @@ def gradvac(
         ValueError: not a Gramian (shape, NaN, asymmetry), a state of another shape, or ``beta`` or
             ``eps`` out of range.
     """
-    if not 0 <= beta <= 1 or eps < 0:
-        raise ValueError(f"beta must be in [0, 1] and eps not negative; got {beta} and {eps}.")
+    share("beta", beta)
+    not_negative("eps", eps)
     matrix, restore = prepare(gramian)
     size = matrix.shape[-1]
     usual = torch.zeros_like(matrix) if state is None else state
+    if not matrix.numel() and usual.shape == matrix.shape:
+        return restore(matrix[..., 0:0].sum(-1)), usual.detach()
     if usual.shape != matrix.shape:
         raise ValueError(
             f"The state is of shape {list(usual.shape)}, but the Gramian, flattened, of shape "
@@ -91,6 +96,8 @@ class GradVacWeighting(StatefulWeighting):
         eps: see :func:`gradvac`.
         generator: see :func:`gradvac`.
     """
+
+    _options: ClassVar = {"beta": share, "eps": not_negative, "generator": source}
 
     _remembered = ("state",)
     state: Tensor | None

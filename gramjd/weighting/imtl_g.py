@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from gramjd.weighting._base import Weighting
-from gramjd.weighting._gramian import prepare
+from gramjd.weighting._gramian import nothing, prepare
+from gramjd.weighting._small import easy, finish, impartial
 
 
 def imtl_g(gramian: Tensor) -> Tensor:
@@ -27,7 +30,12 @@ def imtl_g(gramian: Tensor) -> Tensor:
     Raises:
         ValueError: not a Gramian (shape, NaN, asymmetry).
     """
+    small = easy(gramian)
+    if small is not None:
+        return finish(impartial(small, torch.finfo(gramian.dtype).eps), gramian)
     matrix, restore = prepare(gramian)
+    if not matrix.numel():
+        return nothing(matrix, restore, False)
     mean = matrix.detach().diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
     matrix = matrix / torch.where(mean > 0, mean, 1).unsqueeze(-1)
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
@@ -42,6 +50,8 @@ def imtl_g(gramian: Tensor) -> Tensor:
 
 class IMTLGWeighting(Weighting):
     """:func:`imtl_g` as an object."""
+
+    _options: ClassVar = {}
 
     def forward(self, gramian: Tensor, /) -> Tensor:
         """Weights of the objectives, of their shape."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from gramjd.weighting._base import Weighting
-from gramjd.weighting._gramian import prepare
+from gramjd.weighting._gramian import nothing, prepare
+from gramjd.weighting._options import count
 
 
 def krum(gramian: Tensor, n_byzantine: int, n_selected: int = 1) -> Tensor:
@@ -28,12 +31,11 @@ def krum(gramian: Tensor, n_byzantine: int, n_selected: int = 1) -> Tensor:
         ValueError: not a Gramian (shape, NaN, asymmetry), fewer than ``n_byzantine + 3`` or
             ``n_selected`` objectives, or numbers out of range.
     """
-    if n_byzantine < 0 or n_selected < 1:
-        raise ValueError(
-            "n_byzantine cannot be negative and n_selected must be positive; got "
-            f"{n_byzantine} and {n_selected}."
-        )
+    count(0)("n_byzantine", n_byzantine)
+    count(1)("n_selected", n_selected)
     matrix, restore = prepare(gramian.detach())
+    if not matrix.numel():
+        return nothing(matrix, restore, False)
     size = matrix.shape[-1]
     if size < max(n_byzantine + 3, n_selected):
         raise ValueError(
@@ -56,6 +58,8 @@ class KrumWeighting(Weighting):
         n_byzantine: see :func:`krum`.
         n_selected: see :func:`krum`.
     """
+
+    _options: ClassVar = {"n_byzantine": count(0), "n_selected": count(1)}
 
     def __init__(self, n_byzantine: int, n_selected: int = 1) -> None:
         super().__init__()

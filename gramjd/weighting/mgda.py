@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
@@ -10,9 +10,10 @@ from torch import Tensor
 from gramjd.weighting._base import Weighting
 from gramjd.weighting._certificate import Certificate, certify
 from gramjd.weighting._faces import on_face
-from gramjd.weighting._gramian import prepare, rounding
+from gramjd.weighting._gramian import nothing, prepare, rounding
 from gramjd.weighting._min_norm import min_norm, shifted_program, simplex_gap
 from gramjd.weighting._opaque import opaque
+from gramjd.weighting._options import unused
 from gramjd.weighting._semidefinite import semidefinite
 
 
@@ -43,6 +44,8 @@ def mgda(gramian: Tensor, *, certificate: bool = False) -> Tensor | tuple[Tensor
         NotConvergedError: the gap is above 1e-9; or, in the backward pass, no derivative exists.
     """
     matrix, restore = prepare(gramian)
+    if not matrix.numel():
+        return nothing(matrix, restore, certificate)
     matrix = semidefinite(matrix / _mean_diagonal(matrix), rounding(gramian.dtype))
     found = opaque(_solve, matrix)
     evidence = certify(simplex_gap(matrix.detach(), found), not certificate, "")
@@ -70,9 +73,11 @@ class MGDAWeighting(Weighting):
     """:func:`mgda` as an object.
 
     Args:
-        epsilon: accepted as TorchJD's, and not needed: the solution is exact.
+        epsilon: TorchJD's. The solution is exact: anything but the default is refused.
         max_iters: likewise.
     """
+
+    _options: ClassVar = {"epsilon": unused(0.001), "max_iters": unused(100)}
 
     def __init__(self, epsilon: float = 0.001, max_iters: int = 100) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
@@ -10,7 +10,8 @@ from torch import Tensor
 from gramjd.weighting._balance import balance
 from gramjd.weighting._base import StatefulWeighting
 from gramjd.weighting._certificate import Certificate, certify
-from gramjd.weighting._gramian import prepare, rounding
+from gramjd.weighting._gramian import nothing, prepare, rounding
+from gramjd.weighting._options import count, not_negative, unused
 
 
 # fmt: off
@@ -49,9 +50,11 @@ def nash_mtl(
         ValueError: not a Gramian (shape, NaN, asymmetry, not positive semi-definite).
         NotConvergedError: the residual is above 1e-9.
     """
-    if max_norm < 0 or reg_eps < 0:
-        raise ValueError(f"max_norm and reg_eps cannot be negative; got {max_norm}, {reg_eps}.")
+    not_negative("max_norm", max_norm)
+    not_negative("reg_eps", reg_eps)
     matrix, restore = prepare(gramian)
+    if not matrix.numel():
+        return nothing(matrix, restore, certificate)
     frobenius = torch.linalg.matrix_norm(matrix).unsqueeze(-1)
     frobenius = torch.where(frobenius > 0, frobenius, 1)
     weights, residual = balance(matrix, 1.0, reg_eps, rounding(gramian.dtype))
@@ -75,12 +78,21 @@ class NashMTLWeighting(StatefulWeighting):
         max_norm: see :func:`nash_mtl`.
         update_weights_every: solve at every so many calls, and in between use the last solution,
             limited to ``max_norm`` anew.
-        optim_niter: accepted as TorchJD's, and not needed: the solution is exact.
+        optim_niter: TorchJD's. The solution is exact: anything but the default is refused.
         reg_eps: see :func:`nash_mtl`.
     """
 
+    _options: ClassVar = {
+        "n_tasks": count(1),
+        "max_norm": not_negative,
+        "update_weights_every": count(1),
+        "optim_niter": unused(20),
+        "reg_eps": not_negative,
+    }
+
     _remembered = ("weights", "calls")
     weights: Tensor | None
+    calls: int = 0
 
     def __init__(
         self,
@@ -92,12 +104,9 @@ class NashMTLWeighting(StatefulWeighting):
         reg_eps: float = 1e-8,
     ) -> None:
         super().__init__()
-        if min(n_tasks, update_weights_every, optim_niter) < 1:
-            raise ValueError("n_tasks, update_weights_every and optim_niter must be positive.")
         self.n_tasks, self.max_norm, self.reg_eps = n_tasks, max_norm, reg_eps
         self.update_weights_every, self.optim_niter = update_weights_every, optim_niter
         self.register_buffer("weights", None, persistent=False)
-        self.calls = 0
 
     def forward(self, gramian: Tensor, /) -> Tensor:
         """Weights of the objectives, of their shape."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from gramjd.weighting._base import Weighting
-from gramjd.weighting._gramian import prepare
+from gramjd.weighting._gramian import nothing, prepare
+from gramjd.weighting._options import source
 from gramjd.weighting._orders import random_orders
 
 
@@ -30,6 +33,8 @@ def pcgrad(gramian: Tensor, *, generator: torch.Generator | None = None) -> Tens
         ValueError: not a Gramian (shape, NaN, asymmetry).
     """
     matrix, restore = prepare(gramian)
+    if not matrix.numel():
+        return nothing(matrix, restore, False)
     size = matrix.shape[-1]
     orders = random_orders(matrix, generator, size)
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
@@ -52,6 +57,8 @@ class PCGradWeighting(Weighting):
     Args:
         generator: see :func:`pcgrad`.
     """
+
+    _options: ClassVar = {"generator": source}
 
     def __init__(self, *, generator: torch.Generator | None = None) -> None:
         super().__init__()

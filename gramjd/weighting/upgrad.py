@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import ClassVar, Literal, overload
 
 from torch import Tensor
 
-from gramjd.weighting._base import Weighting
 from gramjd.weighting._certificate import Certificate, certify
-from gramjd.weighting._dual_cone import REMEDY, project_units, projector_eps, regularize
-from gramjd.weighting._gramian import flat_preference, prepare, rounding
+from gramjd.weighting._dual_cone import REMEDY, project_units, regularize
+from gramjd.weighting._dual_cone_weighting import DUAL_CONE, DualConeWeighting
+from gramjd.weighting._gramian import flat_preference, nothing, prepare, rounding
 from gramjd.weighting._small_cone import small_projections
 
 
 # fmt: off
 @overload
-def upgrad(gramian: Tensor, preference: Tensor | None = None, *, norm_eps: float = ...,
+def upgrad(gramian: Tensor, pref_vector: Tensor | None = None, *, norm_eps: float = ...,
            reg_eps: float = ..., certificate: Literal[False] = False) -> Tensor: ...
 @overload
-def upgrad(gramian: Tensor, preference: Tensor | None = None, *, norm_eps: float = ...,
+def upgrad(gramian: Tensor, pref_vector: Tensor | None = None, *, norm_eps: float = ...,
            reg_eps: float = ..., certificate: Literal[True]) -> tuple[Tensor, Certificate]: ...
 # fmt: on
 
 
 def upgrad(
     gramian: Tensor,
-    preference: Tensor | None = None,
+    pref_vector: Tensor | None = None,
     *,
     norm_eps: float = 1e-4,
     reg_eps: float = 1e-4,
@@ -40,7 +40,7 @@ def upgrad(
 
     Args:
         gramian: ``[*shape, *reversed(shape)]``, or a batch of these along one leading dimension.
-        preference: ``p``, of the objectives' shape; ``1 / m`` each by default. Negative entries
+        pref_vector: ``p``, of the objectives' shape; ``1 / m`` each by default. Negative entries
             count as zero: the projection of the opposite of a gradient is then zero.
         norm_eps: a Gramian whose trace is below it counts as zero; the others are divided by it.
         reg_eps: multiple of the identity added to the normalized Gramian. It makes the solution
@@ -57,11 +57,13 @@ def upgrad(
     """
     small = None if certificate else small_projections(gramian, norm_eps, reg_eps)
     if small is not None:
-        return _combine(*small, flat_preference(preference, small[0], gramian)).to(gramian.dtype)
+        return _combine(*small, flat_preference(pref_vector, small[0], gramian)).to(gramian.dtype)
     matrix, restore = prepare(gramian)
-    weights = flat_preference(preference, matrix, gramian)
+    if not matrix.numel():
+        return nothing(matrix, restore, certificate)
+    weights = flat_preference(pref_vector, matrix, gramian)
     scaled, scale = regularize(matrix, norm_eps, reg_eps, rounding(gramian.dtype))
-    projections, residual = project_units(scaled)
+    projections, residual = project_units(scaled, reg_eps * scale**2 if reg_eps else None)
     evidence = certify(residual.amax(-1), not certificate, REMEDY)
     result = restore(_combine(projections, scale, weights))
     return (result, evidence) if certificate else result
@@ -73,31 +75,22 @@ def _combine(projections: Tensor, scale: Tensor, preference: Tensor) -> Tensor:
     return scale * (share.unsqueeze(-2) @ projections).squeeze(-2)
 
 
-class UPGradWeighting(Weighting):
+class UPGradWeighting(DualConeWeighting):
     """:func:`upgrad` as an object.
 
     Args:
-        pref_vector: the preference, of the objectives' shape; ``1 / m`` each by default.
-        projector: accepted as TorchJD's: its ``norm_eps`` and ``reg_eps`` take the place of the next two,
-            and its solver is not needed.
-        norm_eps: see :func:`upgrad`.
-        reg_eps: see :func:`upgrad`.
+        pref_vector: ``p``, of the objectives' shape; ``1 / m`` each by default.
+        projector: one of TorchJD's: its ``norm_eps`` and ``reg_eps``, as they are at each call, take the
+            place of the next two; its solver is not needed. ``None`` afterwards keeps these values.
+        norm_eps: see :func:`upgrad`. Assigning it later takes the place of the projector's.
+        reg_eps: likewise.
 
     Raises:
-        TypeError: the projector has no ``norm_eps`` and ``reg_eps``.
+        TypeError: the projector has no ``norm_eps`` and ``reg_eps``, or an option is of another type.
+        ValueError: an option is out of range.
     """
 
-    def __init__(
-        self,
-        pref_vector: Tensor | None = None,
-        projector: Any = None,
-        *,
-        norm_eps: float = 1e-4,
-        reg_eps: float = 1e-4,
-    ) -> None:
-        super().__init__()
-        self.pref_vector = pref_vector
-        self.norm_eps, self.reg_eps = projector_eps(projector, norm_eps, reg_eps)
+    _options: ClassVar = DUAL_CONE
 
     def forward(self, gramian: Tensor, /) -> Tensor:
         """Weights of the objectives, of their shape."""

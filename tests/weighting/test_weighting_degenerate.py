@@ -7,7 +7,7 @@ import torch
 from gramian_cases import degenerate
 from torch import Tensor
 
-from gramjd.weighting import Certificate, cagrad, dualproj, fairgrad, mgda, nash_mtl, upgrad
+from gramjd.weighting import Certificate, cagrad, config, dualproj, fairgrad, mgda, nash_mtl, pcd, upgrad
 
 SIZES = {1: 100, 2: 300, 3: 300, 4: 200, 6: 200, 8: 200, 12: 200, 16: 200, 24: 150, 32: 150}
 
@@ -20,6 +20,8 @@ SOLVERS: dict[str, Solver] = {
     "cagrad_wide": lambda g: cagrad(g, 2.0, certificate=True),
     "nash_mtl": lambda g: nash_mtl(g, certificate=True),
     "fairgrad_2": lambda g: fairgrad(g, 2.0, certificate=True),
+    "config": lambda g: config(g, certificate=True),
+    "pcd": lambda g: pcd(g, certificate=True)[::2],
     "fairgrad_half": lambda g: fairgrad(g, 0.5, certificate=True),
 }
 

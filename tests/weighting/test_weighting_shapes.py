@@ -23,6 +23,8 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "pcgrad": lambda g: w.pcgrad(g, generator=torch.Generator().manual_seed(0)),
     "gradvac": lambda g: w.gradvac(g, generator=torch.Generator().manual_seed(0))[0],
     "krum": lambda g: w.krum(g, 0, 1),
+    "config": w.config,
+    "pcd": lambda g: w.pcd(g)[0],
     "mean": w.mean,
     "sum": w.sum,
     "random": lambda g: w.random(g, generator=torch.Generator().manual_seed(0)),
@@ -142,7 +144,7 @@ def test_bad_gramians(name: str, mapped: bool) -> None:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 4, 2), (0, 0), (2, 3, 3, 2, 2)])
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 4, 2), (0, 1), (2, 3, 3, 2, 2)])
 def test_bad_shapes(name: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="shape"):
         FUNCTIONS[name](torch.ones(shape))
@@ -202,6 +204,10 @@ STATEFUL: dict[str, Callable[[], w.StatefulWeighting]] = {
     "CR-MOGM of one with a state": lambda: w.CRMOGMWeighting(w.NashMTLWeighting(5, update_weights_every=3)),
     "GradVac": lambda: w.GradVacWeighting(),
     "NashMTL": lambda: w.NashMTLWeighting(5, update_weights_every=3),
+    "MoDo": lambda: w.MoDoWeighting(0.01),
+    "SDMGrad": lambda: w.SDMGradWeighting(0.1),
+    "PCD": lambda: w.PCDWeighting(),
+    "ExcessMTL": lambda: w.ExcessMTLWeighting(n_warmup_steps=1),
 }
 
 

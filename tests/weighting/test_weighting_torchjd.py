@@ -162,7 +162,7 @@ def test_constructors_take_torchjds_arguments(name: str) -> None:
 def test_every_gramian_weighting_has_its_counterpart() -> None:
     documented = (
         "UPGrad DualProj MGDA CAGrad FairGrad IMTLG AlignedMTL PCGrad GradVac Krum Random Mean Sum "
-        "Constant CRMOGM"
+        "Constant CRMOGM ExcessMTL MoDo PCD SDMGrad"
     )
     assert {f"{name}Weighting" for name in documented.split()} == set(SHARED)
 

@@ -1,0 +1,108 @@
+"""Aggregators that need the entries of the Jacobian's rows, which no Gramian tells.
+
+They take the rows of one parameter at a time and drop them before the next, so that never all of
+``J`` is there. Every other aggregator is a weighting, and a product with ``J`` that needs no rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from gramjd import pytree
+from gramjd.jacobian import Jacobian, parts
+from gramjd.pytree import PyTree
+from gramjd.weighting._options import count, source, vector
+
+
+def parameter_rows(jacobian: Jacobian) -> Iterator[Tensor]:
+    """The rows of one parameter after the other, each ``[rows, *shape]``; built when asked for.
+
+    Rows are in the order of ``J.T @ w``: the entries of one output after those of another.
+    """
+    for number, parameter in enumerate(jacobian.parameters):
+        found = parts.dense(jacobian.intact, number, jacobian.objectives, parameter)
+        yield jacobian.outputs.ravel(jacobian.outputs.unpack(found))
+
+
+def graddrop(
+    jacobian: Jacobian,
+    f: Callable[[Tensor], Tensor] | None = None,
+    leak: Tensor | None = None,
+    *,
+    generator: torch.Generator | None = None,
+) -> PyTree:
+    """GradDrop: of each entry of the gradient, either the positive or the negative ones are kept.
+
+    Chen et al. (2020), "Just Pick a Sign", arXiv 2010.06808, Algorithm 1, lines 10 to 15. With the
+    purity ``P_k = (1 + Σ_i J_ik / Σ_i |J_ik|) / 2`` and a uniform number ``U_k``, the ``J_ik > 0`` count
+    where ``f(P_k) > U_k``, the ``J_ik < 0`` where ``f(P_k) < U_k``; each row lets ``leak_i`` through.
+
+    Args:
+        jacobian: of any outputs.
+        f: from purities to thresholds, elementwise and increasing; the identity by default.
+        leak: ``[rows]``, in ``[0, 1]``; zero by default.
+        generator: source of the numbers; the global one of the parameters' device by default. On the CPU
+            the same seed gives TorchJD's, for columns in the order of ``jacobian.parameters``.
+
+    Returns:
+        A PyTree like the parameters.
+
+    Raises:
+        TypeError: an argument is of another kind.
+        ValueError: ``leak`` is not one number in ``[0, 1]`` a row.
+    """
+    source("generator", generator)
+    if leak is not None:
+        vector("leak", leak)
+        if leak.shape != (jacobian.shape[0],) or not bool(((leak >= 0) & (leak <= 1)).all()):
+            raise ValueError(
+                f"leak must have one number in [0, 1] for each of the {jacobian.shape[0]} rows; got {leak}."
+            )
+
+    def combine(rows: Tensor) -> Tensor:
+        purity = 0.5 * (1 + rows.sum(0) / rows.abs().sum(0))  # NaN where all are zero: nothing is kept
+        threshold = purity if f is None else f(purity)
+        device = rows.device if generator is None else generator.device
+        uniform = torch.rand(purity.shape, generator=generator, dtype=rows.dtype, device=device)
+        uniform = uniform.to(rows.device)
+        kept = ((threshold > uniform) & (rows > 0)) | ((threshold < uniform) & (rows < 0))
+        if leak is None:
+            return (rows * kept).sum(0)
+        share = leak.to(rows).view(-1, *[1] * (rows.ndim - 1))
+        return (rows * (share + (1 - share) * kept)).sum(0)
+
+    return _of_each(jacobian, combine)
+
+
+def trimmed_mean(jacobian: Jacobian, trim_number: int) -> PyTree:
+    """The mean of each entry over the rows, without its ``trim_number`` largest and smallest values.
+
+    Yin et al. (2018), "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", arXiv
+    1803.01498, Definition 2.
+
+    Args:
+        jacobian: of any outputs, with more than ``2 * trim_number`` rows.
+        trim_number: how many values to leave out at each end.
+
+    Returns:
+        A PyTree like the parameters.
+
+    Raises:
+        TypeError: ``trim_number`` is not an integer.
+        ValueError: it is negative, or there are too few rows.
+    """
+    count(0)("trim_number", trim_number)
+    rows = jacobian.shape[0]
+    if rows <= 2 * trim_number:
+        raise ValueError(f"trim_number = {trim_number} needs {2 * trim_number + 1} rows; there are {rows}.")
+    return _of_each(jacobian, lambda found: found.sort(0).values[trim_number : rows - trim_number].mean(0))
+
+
+def _of_each(jacobian: Jacobian, combine: Callable[[Tensor], Tensor]) -> PyTree:
+    """What becomes of the rows of each parameter, in its dtype; one at a time."""
+    found = [combine(rows) for rows in parameter_rows(jacobian)]
+    pairs = zip(found, jacobian.parameters, strict=True)
+    return pytree.unflatten(jacobian.parameters_spec, [each.to(p.dtype) for each, p in pairs])

@@ -1,0 +1,108 @@
+"""``grad`` and ``grad_and_value``: the weighted gradient of a pure function, as ``torch.func.grad``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from gramjd import pytree
+from gramjd.arguments import InDims
+from gramjd.jacobian import Jacobian
+from gramjd.objectives import Weights
+from gramjd.pytree import PyTree
+from gramjd.transforms import Argnums, jacobian_and_value
+
+
+def grad(
+    func: Callable[..., Any],
+    weighting: Weights,
+    argnums: Argnums = 0,
+    in_dims: InDims = 0,
+    *,
+    has_aux: bool = False,
+    randomness: str = "error",
+    chunk_size: int | None = None,
+    flat: bool = False,
+) -> Callable[..., Any]:
+    """Transform a per-sample function into one that returns its weighted gradient ``Jᵀ w`` over a batch.
+
+    As ``torch.func.grad``, but of many losses at once: the weights ``w = weighting(J Jᵀ)`` come from the
+    Gramian of their gradients.
+
+    Args:
+        func: a pure function of one sample, ``func(params, *sample) -> losses``, as in :func:`jacobian`.
+        weighting: from the Gramian, ``[B, *S, *reversed(S), B]`` for losses ``S`` of each sample, to weights
+            ``[B, *S]``. If the function returns a PyTree of several tensors, from the matrix of all losses
+            to a vector, both in the order of the flattened leaves.
+        argnums, in_dims, has_aux, randomness, chunk_size: as in :func:`jacobian`.
+        flat: whether the weighting takes ``[m, m]`` and returns ``[m]`` also for one tensor of losses.
+
+    Returns:
+        A function of ``func``'s arguments, batched as ``in_dims`` says, that returns gradients in the
+        structure, shapes and dtypes of the argument that ``argnums`` names (a tuple for several);
+        ``(gradients, aux)`` if ``has_aux``.
+
+    Raises:
+        TypeError, ValueError: as :func:`jacobian`; the weights are no tensor or not shaped like the losses.
+
+    Examples:
+        >>> gradients = gramjd.grad(per_sample_loss, upgrad)(params, inputs, targets)
+    """
+    whole = grad_and_value(
+        func, weighting, argnums, in_dims,
+        has_aux=has_aux, randomness=randomness, chunk_size=chunk_size, flat=flat,
+    )  # fmt: skip
+
+    def transformed(*args: Any, **kwargs: Any) -> Any:
+        found, value = whole(*args, **kwargs)
+        return (found, value[1]) if has_aux else found
+
+    return transformed
+
+
+def grad_and_value(
+    func: Callable[..., Any],
+    weighting: Weights,
+    argnums: Argnums = 0,
+    in_dims: InDims = 0,
+    *,
+    has_aux: bool = False,
+    randomness: str = "error",
+    chunk_size: int | None = None,
+    flat: bool = False,
+) -> Callable[..., tuple[PyTree, Any]]:
+    """Like :func:`grad`, and return the losses, too, from the same single run.
+
+    Returns:
+        A function that returns ``(gradients, losses)``, or ``(gradients, (losses, aux))`` if ``has_aux``, as
+        ``torch.func.grad_and_value``; losses are ``[B, *S]``.
+    """
+    lazy = jacobian_and_value(
+        func, argnums, in_dims, has_aux=has_aux, randomness=randomness, chunk_size=chunk_size
+    )
+
+    def transformed(*args: Any, **kwargs: Any) -> tuple[PyTree, Any]:
+        jac, value = lazy(*args, **kwargs)
+        return jac.vjp(_weights(weighting, jac, flat)), value
+
+    return transformed
+
+
+def _weights(weighting: Weights, jac: Jacobian, flat: bool) -> PyTree:
+    """Weights in the structure of the outputs."""
+    if flat or len(jac.outputs.each) > 1:
+        weights = _checked(weighting(jac @ jac.T), (jac.outputs.rows,))
+        return jac.outputs.unravel(weights)
+    out = jac.outputs.each[0]
+    return pytree.unflatten(jac.outputs.spec, [_checked(weighting(*pytree.leaves(jac.gramian())), out.shape)])
+
+
+def _checked(weights: Any, shape: tuple[int, ...]) -> Tensor:
+    if not isinstance(weights, Tensor) or tuple(weights.shape) != shape:
+        got = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise ValueError(
+            f"The weighting must return a tensor of one weight for each loss, {list(shape)}; got {got}."
+        )
+    return weights

@@ -1,0 +1,84 @@
+"""``backward``: a step of Jacobian descent without an engine to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from gramjd import pytree
+from gramjd.descent.jacobians import Inputs, jacobian_of, unique
+from gramjd.engine.reach import reach
+from gramjd.engine.step import Scaled, Step, Weightings
+from gramjd.errors import NoGraphError
+from gramjd.jacobian.lazy import Per
+from gramjd.objectives import Losses, joined
+
+
+def backward(losses: Losses, weighting: Weightings, modules: Inputs = None, *, batch_dim: int | None = None,
+             per: Per = None, flat: bool = False, inputs: Iterable[Tensor] | None = None,
+             retain_graph: bool = False, scaler: Any = None, chunk_size: int | None = None
+             ) -> Any:  # fmt: skip
+    """A step of Jacobian descent: Gramian, weights, and the weighted gradient added to ``.grad``.
+
+    It takes the place of ``losses.mean().backward()``, and needs nothing before the forward pass. What
+    it costs depends on that: of a forward that ran as any other, one backward pass for each loss, and
+    memory for as many gradients, which is the cheapest there is for a few task losses. For one loss per
+    sample run the forward within ``with gramjd.record(model):`` and name the ``batch_dim``: the Gramian is
+    then made of factors, as by an :class:`gramjd.Engine`.
+
+    Args:
+        losses: a tensor of losses of any shape, or a list or tuple of tensors: all their entries, one after
+            the other; with a ``batch_dim``, their stack along a new last dimension (a first one where
+            ``batch_dim`` is negative).
+        weighting: from their Gramian to one weight for each, such as those of :mod:`gramjd.weighting`.
+        modules: what the Gramian is of: modules, or tensors, leaves or not, such as the output of an encoder
+            in place of its parameters (MGDA-UB: Sener and Koltun, arXiv 1810.04650). ``None`` for all leaves
+            of the losses' graph. Gradients go to all leaves in any case.
+        batch_dim: the dimension of the losses along which there are independent samples.
+        per: groups of parameters with weights of their own, as in :meth:`gramjd.Engine.backward`.
+        flat: whether the weighting takes ``[m, m]`` and returns ``[m]``, as TorchJD's do.
+        inputs: the leaves that get gradients; all of them by default.
+        retain_graph: whether a backward pass for the gradients keeps the graph, as in ``torch``. Where the
+            Gramian is of all leaves there is none: the graph is kept until nobody holds the losses.
+        scaler: a ``GradScaler``, as in :meth:`gramjd.Engine.backward`.
+        chunk_size: as in :func:`gramjd.jac`.
+
+    Returns:
+        The weights, shaped like the losses, detached; with ``per`` a dictionary of them by group.
+
+    Raises:
+        NoGraphError: the losses have no graph, or it was freed.
+        NotCoveredError: they depend on none of the ``modules``; with ``per``, a leaf is in no group.
+        NotFiniteError: losses or their Gramian have NaN or infinite entries.
+        NotSeparableError: a recorded model mixes samples, so that there is no such ``batch_dim``.
+        TypeError, ValueError: the weights are no tensor, are not shaped like the losses, or not finite;
+            arguments do not fit each other.
+
+    Examples:
+        >>> losses = [task_loss(model(input)) for task_loss in task_losses]
+        >>> weights = gramjd.backward(losses, UPGradWeighting())
+    """
+    scaled = Scaled.by(scaler, joined(losses, batch_dim))
+    output = scaled.output
+    step = Step(weighting, per, flat, None if inputs is None else list(inputs), scaled.scale, retain_graph)
+    named = _leaves(output) if modules is None else unique(modules)
+    tensors, spec = pytree.flatten(named)
+
+    def alone() -> Any:
+        jac = jacobian_of(output, tensors, pytree.paths(named), spec, batch_dim, chunk_size)
+        return step.take(jac, jac.gramian(per), output, output.shape, lambda weights: weights)
+
+    return scaled.attempt(alone, lambda: reach([output]).leaves.values(), per)
+
+
+def _leaves(output: Any) -> dict[str, Tensor]:
+    if not isinstance(output, Tensor):
+        raise TypeError(f"Expected a tensor or a list of tensors, got a {type(output).__name__}.")
+    if not output.requires_grad:
+        raise NoGraphError(
+            "The losses have no autograd graph. Compute them with gradients enabled (not under "
+            "torch.no_grad(), not detached)."
+        )
+    return {str(n): leaf for n, leaf in enumerate(reach([output]).leaves.values())}

@@ -1,0 +1,150 @@
+"""GradDrop and TrimmedMean, one parameter's rows at a time: TorchJD's numbers, and plain formulas."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gramjd
+from gramjd.aggregation import graddrop, parameter_rows, trimmed_mean
+from gramjd.jacobian import Jacobian, parts
+from gramjd.weighting import ExcessMTLWeighting
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3), nn.ReLU(), nn.Linear(3, 2)).double()
+
+
+def jacobian(samples: int = 7) -> tuple[Jacobian, Tensor]:
+    """Of losses ``[samples, 2]``; and the same dense, ``[2 samples, n]``, by ordinary autograd."""
+    net, x = model(), torch.randn(samples, 4, dtype=torch.float64)
+    engine = gramjd.Engine(net, batch_dim=0)
+    lazy = engine.jacobian(net(x).square())
+    order = list(lazy.parameters)  # by name
+    rows = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(loss, order, retain_graph=True)])
+        for loss in net(x).square().flatten()
+    ]
+    return lazy, torch.stack(rows)
+
+
+def flat(tree: Any) -> Tensor:
+    return torch.cat([leaf.flatten() for leaf in gramjd.pytree.leaves(tree)])
+
+
+def test_rows_are_those_of_autograd() -> None:
+    lazy, dense = jacobian()
+    rows = torch.cat([some.flatten(1) for some in parameter_rows(lazy)], 1)
+    torch.testing.assert_close(rows, dense, rtol=1e-10, atol=1e-12)
+
+
+def plain_graddrop(
+    dense: Tensor, leak: Tensor, f: Callable[[Tensor], Tensor], uniform: list[float]
+) -> Tensor:
+    """Algorithm 1 of arXiv 2010.06808, lines 10 to 15, entry by entry."""
+    result = torch.zeros_like(dense[0])
+    for k in range(dense.shape[1]):
+        column = dense[:, k].tolist()
+        size = sum(abs(entry) for entry in column)
+        if size == 0:
+            continue
+        threshold = float(f(torch.tensor(0.5 * (1 + sum(column) / size), dtype=dense.dtype)))
+        for entry, through in zip(column, leak.tolist(), strict=True):
+            mask = (threshold > uniform[k] and entry > 0) or (threshold < uniform[k] and entry < 0)
+            result[k] += (through + (1 - through) * mask) * entry
+    return result
+
+
+@pytest.mark.parametrize("leaking", [False, True])
+def test_graddrop(leaking: bool) -> None:
+    lazy, dense = jacobian()
+    leak = torch.linspace(0, 1, len(dense), dtype=torch.float64) if leaking else None
+    f = torch.square if leaking else None
+    found = flat(graddrop(lazy, f, leak, generator=torch.Generator().manual_seed(3)))
+    source = torch.Generator().manual_seed(3)
+    uniform = torch.rand(dense.shape[1], generator=source, dtype=torch.float64)
+    through = torch.zeros(len(dense)) if leak is None else leak
+    want = plain_graddrop(dense, through, f or (lambda purity: purity), uniform.tolist())
+    torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("leaking", [False, True])
+def test_graddrop_equals_torchjd(leaking: bool) -> None:
+    theirs = pytest.importorskip("torchjd.aggregation")
+    lazy, dense = jacobian()
+    leak = torch.linspace(0, 1, len(dense), dtype=torch.float64) if leaking else None
+    torch.manual_seed(5)
+    want = theirs.GradDrop(leak=leak)(dense)
+    torch.manual_seed(5)
+    torch.testing.assert_close(flat(graddrop(lazy, leak=leak)), want, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("trimmed", [0, 2, 6])
+def test_trimmed_mean(trimmed: int) -> None:
+    lazy, dense = jacobian()
+    want = torch.stack([torch.tensor(sorted(c.tolist())[trimmed : 14 - trimmed]).mean() for c in dense.T])
+    found = flat(trimmed_mean(lazy, trimmed))
+    torch.testing.assert_close(found, want.to(found), rtol=1e-6, atol=1e-7)
+    theirs = pytest.importorskip("torchjd.aggregation")
+    torch.testing.assert_close(found, theirs.TrimmedMean(trimmed)(dense), rtol=1e-6, atol=1e-9)
+
+
+def test_excess_mtl_of_the_rows() -> None:
+    theirs = pytest.importorskip("torchjd.aggregation")
+    mine, other = ExcessMTLWeighting(0.5), theirs.ExcessMTLWeighting(0.5)
+    for _ in range(3):
+        lazy, dense = jacobian()
+        torch.testing.assert_close(mine(parameter_rows(lazy)), other(dense), rtol=1e-6, atol=1e-9)
+
+
+def test_a_pytree_like_the_parameters() -> None:
+    def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        return (x @ params["w"]).tanh().square().sum() + params["b"].sum() * x.sum()
+
+    params = {"w": torch.randn(4, 3), "b": torch.randn(2)}
+    lazy = gramjd.jacobian(loss)(params, torch.randn(5, 4))
+    for found in (graddrop(lazy), trimmed_mean(lazy, 1)):
+        assert {name: leaf.shape for name, leaf in found.items()} == {"w": (4, 3), "b": (2,)}
+        assert found["w"].dtype == torch.float32
+
+
+def test_one_parameter_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of a parameter are gone when those of the next are built."""
+    lazy, _ = jacobian()
+    built: list[Any] = []
+    dense = parts.dense
+
+    def watched(*arguments: Any) -> Tensor:
+        assert all(each() is None for each in built[:-1])  # the last may still be a loop variable
+        found = dense(*arguments)
+        built.append(weakref.ref(found.untyped_storage()))
+        return found
+
+    monkeypatch.setattr(parts, "dense", watched)
+    graddrop(lazy)
+    assert len(built) == 6
+    built.clear()
+    trimmed_mean(lazy, 1)
+    assert len(built) == 6
+
+
+def test_what_is_wrong_is_refused() -> None:
+    lazy, _ = jacobian(3)
+    for wrong in (-1, 3):
+        with pytest.raises(ValueError, match="trim_number"):
+            trimmed_mean(lazy, wrong)
+    for leak in (torch.zeros(5), torch.full((6,), 1.5), torch.full((6,), torch.nan)):
+        with pytest.raises(ValueError, match="leak"):
+            graddrop(lazy, leak=leak)
+    calls: list[Callable[[], Any]] = [
+        lambda: trimmed_mean(lazy, 1.0),  # type: ignore[arg-type]
+        lambda: graddrop(lazy, leak=0.5),  # type: ignore[arg-type]
+        lambda: graddrop(lazy, generator=0),  # type: ignore[arg-type]
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=r"must be"):
+            call()
