@@ -172,8 +172,9 @@ class Recorder(Tracker):
         return all(map(self._is_unbatched, tensors_of(arguments)))
 
     def _forget(self, out: Any, func: Any, args: Any) -> None:
+        if self.shared:
+            self.shared.pop(id(args[0] if func is Tensor.__setitem__ else out), None)
         super()._forget(out, func, args)
-        self.shared.pop(id(args[0] if func is Tensor.__setitem__ else out), None)
 
     def _is_unbatched(self, tensor: Tensor) -> bool:
         known = id(tensor) in self.known or id(tensor) in self.shared

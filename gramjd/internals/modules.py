@@ -23,10 +23,8 @@ VF: Any = torch._VF
 weight_norm_op: Callable[..., Tensor] = torch._weight_norm
 
 
-def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
-    """What a module calls that was compiled in place, by ``module.compile()``."""
-    found: Callable[..., Any] | None = getattr(module, "_compiled_call_impl", None)  # older versions: no such
-    return found
+# What a module calls that was compiled in place, by ``module.compile()``.
+compiled_call: Callable[[nn.Module], Callable[..., Any] | None] = attrgetter("_compiled_call_impl")
 
 
 def set_compiled_call(module: nn.Module, call: Callable[..., Any] | None) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 from torch import Tensor
 
@@ -151,13 +152,18 @@ def squared_norms(blocks: Sequence[Block], options: Options = DEFAULT) -> Tensor
     return total
 
 
+_DTYPE = attrgetter("dtype")
+
+
 def _limits(u: Block, v: Block, options: Options) -> Limits:
     tensors = [*_tensors(u), *_tensors(v)]
-    return limits(options, tensors[0], *(x.dtype for x in tensors))
+    return limits(options, tensors[0], *map(_DTYPE, tensors))
 
 
 def _tensors(block: Block) -> tuple[Tensor, ...]:
     """The factors of a block that are not indices."""
+    if isinstance(block, Outer):
+        return block.c, block.a
     if isinstance(block, Dense):
         return (block.values,)
     return (block.c,) if isinstance(block, Lookup) else block.factors
