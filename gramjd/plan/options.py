@@ -59,7 +59,8 @@ class Options:
             return self.accumulate_dtype
         found = dtypes[0]
         for dtype in dtypes[1:]:
-            found = torch.promote_types(found, dtype)
+            if dtype != found:  # to ask torch is an op, dispatched like any other
+                found = torch.promote_types(found, dtype)
         return torch.float32 if found in SMALL_FLOATS else found
 
 
