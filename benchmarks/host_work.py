@@ -3,7 +3,8 @@
     python -m benchmarks.host_work
 
 For three models the functional step and both Engine steps, each after ten calls, when nothing is left to
-prove, and with audits off:
+prove, and with audits off. Every step updates the parameters: ``torch.optim.SGD`` after a backward pass,
+``p - rate * g`` after the functional one.
 
 - **ops** that are dispatched below autograd, all of them and those that are no views: ``arithmetic``;
 - **Python calls** (functions and generators, by ``sys.setprofile``);
@@ -34,7 +35,7 @@ from benchmarks import timing
 from benchmarks.cases import perceptrons, sequences
 from benchmarks.cases.objectives import cross_entropy
 from benchmarks.implementations import ours
-from benchmarks.problem import Problem, Step, sgd
+from benchmarks.problem import Outcome, Problem, Step, sgd
 from benchmarks.setting import setting
 from gramjd import Engine
 from gramjd.engine.graph import walk
@@ -42,6 +43,7 @@ from gramjd.engine.signature import separation_key
 
 RESULTS = Path(__file__).parent / "results"
 WARM_UP = 10  # calls
+RATE = 1e-6
 _WHOLE = "it is proven that no data let one sample reach another"
 _ALIASES = frozenset({"aten::_unsafe_view"})  # that their schema does not call views
 
@@ -153,10 +155,11 @@ def steady(name: str, problem: Problem) -> tuple[Step, Engine | None]:
         RuntimeError: the engine has not proven the model.
     """
     if name == "functional":
-        step, engine = ours.functional(problem, audit=None), None
+        step, engine = _updating(ours.functional(problem, audit=None), problem), None
     else:
         engine = Engine(problem.model, batch_dim=problem.batch_dim, audit=None)
-        step = (ours.engine if name == "engine" else ours.engine_backward)(problem, using=engine)
+        mine = (ours.engine if name == "engine" else ours.engine_backward)(problem, using=engine)
+        step = _optimized(mine, problem)
     for _ in range(WARM_UP):
         step()
     if engine is not None and _WHOLE not in (told := str(engine.explain(problem.objectives()))):
@@ -164,9 +167,37 @@ def steady(name: str, problem: Problem) -> tuple[Step, Engine | None]:
     return step, engine
 
 
+def _optimized(step: Step, problem: Problem) -> Step:
+    """A step that leaves gradients, with the optimizer's."""
+    optimizer = torch.optim.SGD(problem.parameters, lr=RATE)
+
+    def run() -> Outcome:
+        optimizer.zero_grad()
+        found = step()
+        optimizer.step()
+        return found
+
+    return run
+
+
+def _updating(step: Step, problem: Problem) -> Step:
+    """A step that returns gradients, with new parameters computed of them."""
+    parameters = [p.detach() for p in problem.parameters]
+
+    def run() -> Outcome:
+        found = step()
+        assert found.gradient is not None
+        for p, gradient in zip(parameters, found.gradient, strict=True):
+            torch.sub(p, gradient, alpha=RATE)
+        return found
+
+    return run
+
+
 def measure(problem: Problem) -> dict[str, Counts]:
     """The counts of the plain step, and of each of ours; a model of its own for each."""
-    plain = sgd(problem.copied())
+    copied = problem.copied()
+    plain = _optimized(sgd(copied), copied)
     for _ in range(WARM_UP):
         plain()
     found = {"sgd": count(plain)}
