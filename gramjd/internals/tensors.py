@@ -21,8 +21,10 @@ _PLAIN_FUNCTIONS = (_TENSOR.__torch_function__.__func__, torch.nn.Parameter.__to
 # Is it a view of another tensor, as autograd sees it?
 is_view: Callable[[Tensor], bool] = _TENSOR._is_view
 
-# What it is a view of, if it is one.
-base_of: Callable[[Tensor], Tensor | None] = attrgetter("_base")
+
+def base_of(tensor: Tensor) -> Tensor | None:
+    """What it is a view of, if it is one."""
+    return tensor._base
 
 
 def has_stock_type(tensor: Tensor) -> bool:

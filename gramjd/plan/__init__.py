@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
 
 from torch import Tensor
 
@@ -152,12 +151,9 @@ def squared_norms(blocks: Sequence[Block], options: Options = DEFAULT) -> Tensor
     return total
 
 
-_DTYPE = attrgetter("dtype")
-
-
 def _limits(u: Block, v: Block, options: Options) -> Limits:
     tensors = [*_tensors(u), *_tensors(v)]
-    return limits(options, tensors[0], *map(_DTYPE, tensors))
+    return limits(options, tensors[0], *[x.dtype for x in tensors])
 
 
 def _tensors(block: Block) -> tuple[Tensor, ...]:
