@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from exactness import Net, draw, parameter
-from oracle import assert_close, dense_gramian
+from oracle import assert_close, dense_gramian, needs_shapes
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -144,6 +144,7 @@ SEPARABLE: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }  # fmt: skip
 
 
+@needs_shapes
 @pytest.mark.parametrize("name", list(SEPARABLE))
 def test_a_structure_that_keeps_samples_apart_is_known_once_all_pairs_are_proven(name: str) -> None:
     """A known structure pays one backward pass, whatever gates and selections it has."""
@@ -187,6 +188,7 @@ def test_a_hook_on_a_tensor_that_refuses_nan() -> None:
     assert_exact_then_refused(mixing)
 
 
+@needs_shapes
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 def test_under_anomaly_detection() -> None:
     with torch.autograd.detect_anomaly(check_nan=True):

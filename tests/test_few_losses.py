@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracle import assert_close, dense_gramian
+from oracle import assert_close, dense_gramian, needs_shapes
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -56,6 +56,7 @@ def test_a_backward_pass_for_each_loss_and_no_more(
         assert calls.counts["convolution_backward"] == 20
 
 
+@needs_shapes
 def test_a_loss_of_a_stack_takes_the_pass_of_its_own_branch() -> None:
     heads = nn.ModuleList(nn.Linear(3, 3) for _ in range(4)).double()
     engine, x = Engine(heads, batch_dim=None), torch.randn(5, 3, dtype=torch.float64)

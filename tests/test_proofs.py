@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracle import assert_close, dense_gramian
+from oracle import assert_close, dense_gramian, needs_shapes
 from torch import Tensor, nn
 
 import gramjd
@@ -15,6 +15,8 @@ from gramjd.engine.graph import walk
 from gramjd.engine.proofs import Proofs, describe
 from gramjd.engine.signature import Unlisted, separation_key
 from gramjd.engine.spread import patterns, patterns_for
+
+pytestmark = needs_shapes
 
 WHOLE = "it is proven that no data let one sample reach another"
 

@@ -182,17 +182,18 @@ def _mixes(task: Task, index: int, c: Tensor, probed: Tensor, v: Tensor) -> bool
     return regular and not broadcast and not follows_samples(c, probed, v)
 
 
-def agrees(probe: Probe, name: str, blocks: Sequence[Block], least: float = 0.0) -> bool:
-    """The check of the total: is ``Jᵀ v`` from the blocks autograd's own?
+def agrees(probe: Probe, name: str, blocks: Sequence[Block], precision: torch.dtype | None = None) -> bool:
+    """The check of the total: is ``Jᵀ v`` from the blocks autograd's own, up to rounding?
 
-    Up to rounding, and to ``least`` of its norm in any case.
+    Rounding to ``precision``, the gradient's own by default.
     """
     v, weighted = probe.total
     wanted = weighted.gradients[name]
     if wanted is None:
         return not blocks
     weights, left, size = v.to(wanted.dtype), wanted[0], weighted.sizes[name]
-    most = max(tolerance(wanted.dtype), least) * size
+    precision = precision or wanted.dtype
+    most = tolerance(precision) * size
     if _looks_equal(blocks, weights, left):
         return True
     for block in blocks:
@@ -202,7 +203,7 @@ def agrees(probe: Probe, name: str, blocks: Sequence[Block], least: float = 0.0)
         return True
     # A gradient that is nothing but rounding (an attention's key bias) is noise of the whole's size.
     bound = sum(float(block.bound(weights.abs())) for block in blocks)
-    slack = 64 * torch.finfo(wanted.dtype).eps * (bound + max(weighted.sizes.values()))
+    slack = 64 * torch.finfo(precision).eps * (bound + max(weighted.sizes.values()))
     if off <= most + slack:
         return True
     if off > _SMALL * size:

@@ -25,7 +25,6 @@ from gramjd.engine.task import Separation, Task, is_fused
 from gramjd.engine.ways import BY_WAY, WAYS, Found, are_few, by_losses, by_rows
 from gramjd.errors import CheckFailedError, NotSeparableError
 from gramjd.internals import dtypes_of
-from gramjd.rounding import tolerance
 from gramjd.uses import roots
 
 _PATTERNS_A_CALL = 2  # backward passes of the proof of separation; until it is whole, layouts are measured
@@ -179,7 +178,7 @@ def _separation(task: Task, check: bool, masks: list[Masks] | None) -> Separatio
         same = before is not None and (before.samples, before.layouts) == (task.samples, plan.layouts)
         passed = before.passed if before is not None and same else 0
         until = min(needed, passed + _PATTERNS_A_CALL)
-        masks = spread(task, patterns(task.samples, needed)[passed:until])
+        masks = spread(task, patterns(task.samples, needed)[passed:until], first=not passed)
     chosen = patterns(task.samples, needed)[passed:until]
     if masks is None or not stays_within(task, chosen, masks):
         return None
@@ -226,7 +225,7 @@ def _first_exact(task: Task, probe: Probe | None, ways: Sequence[str], audit: st
             if blocks is None:
                 continue
             if probe is not None and not agrees(probe, name, blocks):
-                if audit and not opaque and not agrees(probe.by_others(), name, blocks, _rounding(task)):
+                if audit and not opaque and not agrees(probe.by_others(), name, blocks, _fewest_digits(task)):
                     raise CheckFailedError(audit.format(name))
                 plan.causes[id(p)] = "its uses that were seen do not add up to autograd's gradient"
                 continue
@@ -235,10 +234,12 @@ def _first_exact(task: Task, probe: Probe | None, ways: Sequence[str], audit: st
     return found
 
 
-def _rounding(task: Task) -> float:
-    """The tolerance of the fewest digits that anything in the graph was computed in."""
+def _fewest_digits(task: Task) -> torch.dtype:
+    """The dtype of the fewest digits that anything in the graph was computed in."""
     dtypes = {task.output.dtype, *dtypes_of(task.graph.order)}
-    return max(tolerance(dtype) for dtype in dtypes if dtype.is_floating_point)
+    return max(
+        (dtype for dtype in dtypes if dtype.is_floating_point), key=lambda dtype: torch.finfo(dtype).eps
+    )
 
 
 def _expand(task: Task, probe: Probe) -> None:

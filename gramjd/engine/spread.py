@@ -52,17 +52,22 @@ def patterns(samples: int, number: int) -> list[Tensor]:
     return list(found)
 
 
-def spread(task: Task, chosen: Sequence[Tensor]) -> list[Masks] | None:
+def spread(task: Task, chosen: Sequence[Tensor], first: bool = True) -> list[Masks] | None:
     """Where NaN comes to from each of some sets of samples; ``None`` where nothing follows from that.
 
-    The types of all nodes must be listed.
+    The types of all nodes must be listed. In the ``first`` pass, each is watched for NaN that it drops.
     """
-    with _passed_on(task.graph.order) as dropped, torch.autograd.set_detect_anomaly(False):
-        try:
-            masks = [_run(task, each) for each in chosen]
-        except Exception:  # a hook on a tensor that refuses NaN
+    masks: list[Masks] = []
+    for each in chosen:
+        watched = first and not masks
+        with _passed_on(task.graph.order, watched) as dropped, torch.autograd.set_detect_anomaly(False):
+            try:
+                masks.append(_run(task, each))
+            except Exception:  # a hook on a tensor that refuses NaN
+                return None
+        if dropped:
             return None
-    return None if dropped else masks
+    return masks
 
 
 def stays_within(task: Task, chosen: Sequence[Tensor], masks: Sequence[Masks]) -> bool:
@@ -129,10 +134,10 @@ def _is_sparse(node: Any) -> bool:
 
 
 @contextmanager
-def _passed_on(nodes: Iterable[Any]) -> Iterator[list[str]]:
+def _passed_on(nodes: Iterable[Any], watched: bool) -> Iterator[list[str]]:
     """While the context lasts, NaN passes through nodes that choose, whatever the data are.
 
-    The names of others that drop it all the same are collected.
+    The names of others that drop it all the same are collected, if they are watched.
     """
     dropped: list[str] = []
 
@@ -148,7 +153,8 @@ def _passed_on(nodes: Iterable[Any]) -> Iterator[list[str]]:
         if facts is None or facts.nan is Nan.CONSTANT:  # a recorded use, a leaf; or it has no derivative
             continue
         if facts.nan is Nan.MULTIPLIED:
-            handles.append(node.register_hook(partial(note, name_of_type(kind))))
+            if watched:
+                handles.append(node.register_hook(partial(note, name_of_type(kind))))
         else:
             handles.append(node.register_hook(partial(_spread, node, facts)))
     try:
