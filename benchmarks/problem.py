@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -56,7 +57,7 @@ class Problem:
             return self.weights
         return torch.full_like(objectives, 1 / objectives.numel())
 
-    @property
+    @cached_property
     def parameters(self) -> list[nn.Parameter]:
         """The trainable parameters, each once."""
         return [p for p in self.model.parameters() if p.requires_grad]

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
 from gramjd import pytree
-from gramjd.internals import is_compiling
+from gramjd.internals import has_stock_type, is_compiling
 from gramjd.pytree import PyTree, PyTreeSpec
 
 InDims = int | None | Sequence[PyTree]
@@ -156,10 +155,10 @@ def _check_parameters(parameters: Sequence[Tensor], what: str) -> None:
 
 def _refuse_subclass(value: Any) -> None:
     """Raise for tensors that have a behaviour of their own, which blocks would not respect."""
-    if isinstance(value, Tensor) and type(value) is not Tensor:
-        plain = isinstance(value, (nn.Parameter, FakeTensor)) or type(value).__name__ == "Buffer"
-        if not plain or nn.parameter.is_lazy(value):
-            raise TypeError(
-                f"Arguments of a transform must be plain tensors, not {type(value).__name__}. Convert it, "
-                "for instance with .to_local(), .to_dense() or .as_subclass(torch.Tensor)."
-            )
+    if not isinstance(value, Tensor) or type(value) is Tensor:
+        return
+    if not has_stock_type(value) or nn.parameter.is_lazy(value):
+        raise TypeError(
+            f"Arguments of a transform must be plain tensors, not {type(value).__name__}. Convert it, "
+            "for instance with .to_local(), .to_dense() or .as_subclass(torch.Tensor)."
+        )

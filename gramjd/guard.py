@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gramjd.errors import CheckFailedError, NotSeparableError
+from gramjd.internals import BatchNorm, base_of, held_by
 from gramjd.rules import tensors_of
 
 _BATCH_NORMS = (F.batch_norm, torch.batch_norm)
@@ -57,8 +58,9 @@ class Guard(TorchFunctionMode):
             if isinstance(value, Tensor):
                 if id(value) in self.names:
                     return self.names[id(value)]
-                if value._base is not None and id(value._base) in self.names and value.requires_grad:
-                    return self.names[id(value._base)]
+                base = base_of(value)
+                if base is not None and id(base) in self.names and value.requires_grad:
+                    return self.names[id(base)]
             elif isinstance(value, (list, tuple)) and (found := self._past(value)) is not None:
                 return found
         return None
@@ -91,7 +93,7 @@ def _depends(func: Any, out: Any) -> bool:
 
 
 def _by_batch(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+    return isinstance(module, BatchNorm) and (
         module.training or (module.running_mean is None and module.running_var is None)
     )
 
@@ -100,8 +102,9 @@ def _layer(model: nn.Module, args: Any, kwargs: Any) -> str:
     """The layer that a call of ``batch_norm`` is of, as far as its tensors tell."""
     given = {id(value) for value in (*args[1:], *kwargs.values()) if isinstance(value, Tensor)}
     layers = [(name, m) for name, m in model.named_modules() if _by_batch(m)]
-    mine = [(name, m) for name, m in layers if given & {id(t) for t in (*m._parameters.values(),
-                                                                        *m._buffers.values())}]  # fmt: skip
+    mine = [
+        (name, m) for name, m in layers if given & {id(t) for held in held_by(m)[:2] for t in held.values()}
+    ]
     for name, module in mine or layers:
         return f"{type(module).__name__} {name!r}"
     return "batch_norm(training=True)"

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from gramjd.internals import constant_in_graphs
+from gramjd.internals import constant_in_graphs, undispatched
 from gramjd.rules import tensors_of
 from gramjd.uses import Derived, Record, Source
 
@@ -128,11 +128,5 @@ def is_inplace(func: Any) -> bool:
     return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
 
-def _undispatched(func: Any) -> types_.FunctionType:
-    """A Python function of torch without its own ``__torch_function__`` dispatch: only its body."""
-    space = {**func.__globals__, "has_torch_function": lambda *_: False}
-    return types_.FunctionType(func.__code__, space, func.__name__, func.__defaults__, func.__closure__)
-
-
 # Written in Python on top of ops that have rules: their bodies are followed, not the call itself.
-_COMPOSITE = {F.multi_head_attention_forward: _undispatched(F.multi_head_attention_forward)}
+_COMPOSITE = {F.multi_head_attention_forward: undispatched(F.multi_head_attention_forward)}

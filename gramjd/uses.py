@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gramjd import pytree
@@ -84,10 +85,10 @@ class Use:
         slot, entry = self.record.slots[which], self.record.entries[which]
         own = self.leaves[slot.index]  # if it has samples, all are alike
         tensor = self.tracked[which] if own is None else own[0]
-        leaves = [_as_computed(leaf, self.cs, tensor) for leaf in self.leaves]
-        samples = next(c.shape[1] for c in self.cs if c is not None)
+        given = next(c for c in self.cs if c is not None)
+        leaves, samples = _as_computed(self.leaves, given.dtype, tensor.dtype), given.shape[1]
         for other, value in zip(self.record.slots, self.tracked, strict=True):
-            if leaves[other.index] is None:
+            if other is not slot and leaves[other.index] is None:
                 leaves[other.index] = value.expand(samples, *value.shape)
         leaves[slot.index] = tensor
         call = self.record.call
@@ -113,14 +114,14 @@ def _of_kind(c: Tensor, tensor: Tensor) -> Tensor:
     return c if c.is_complex() != tensor.is_complex() else c.to(tensor.dtype)
 
 
-def _as_computed(leaf: Any, cs: Sequence[Tensor | None], parameter: Tensor) -> Any:
-    """An argument as autocast rounded it for the op, in the parameter's own dtype."""
-    computed = next(c.dtype for c in cs if c is not None)
-    if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or computed == parameter.dtype:
-        return leaf
-    if computed.is_complex or parameter.is_complex():  # which autocast lets be
-        return leaf
-    return leaf.to(computed).to(parameter.dtype)
+def _as_computed(leaves: Sequence[Any], computed: torch.dtype, own: torch.dtype) -> list[Any]:
+    """Arguments as autocast rounded them for the op, in the parameter's own dtype."""
+    if computed == own or computed.is_complex or own.is_complex:  # the latter autocast lets be
+        return list(leaves)
+    return [
+        leaf.to(computed).to(own) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+        for leaf in leaves
+    ]
 
 
 def describe(op: Any, args: Sequence[Any], kwargs: dict[str, Any], sources: dict[int, Any], derived: bool
@@ -135,15 +136,19 @@ def describe(op: Any, args: Sequence[Any], kwargs: dict[str, Any], sources: dict
     slots: list[Slot] = []
     others: list[int] = []
     static: list[Any] = list(leaves)
+    real = True
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
+            real = real and not leaf.is_complex()
             static[i] = pytree.PLACEHOLDER
             source = sources.get(id(leaf))
             if source is None:
                 others.append(i)
             else:
                 slots.append(Slot(i, names[i], source))
-    if any(map(_is_complex, leaves)):  # rules are those of real numbers
+        elif isinstance(leaf, complex):
+            real = False
+    if not real:  # rules are those of real numbers
         entries: tuple[Entry | None, ...] = (None,) * len(slots)
     else:
         entries = tuple([call.entry(slot.name) if slot.name is not None else None for slot in slots])
@@ -153,10 +158,6 @@ def describe(op: Any, args: Sequence[Any], kwargs: dict[str, Any], sources: dict
     values = tuple(static) if spec is None else pytree.unflatten(spec, static)
     template = Call(call.op, call.names, values, call.positional)
     return Record(template, tuple(static), tuple(slots), entries, derived, tuple(others)), leaves
-
-
-def _is_complex(leaf: Any) -> bool:
-    return leaf.is_complex() if isinstance(leaf, Tensor) else isinstance(leaf, complex)
 
 
 def names_of_leaves(call: Call) -> list[str | int | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from oracle import assert_close, dense_gramian, dense_jacobian
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # of the benchmarks, which are not installed
 
-from benchmarks import memory, report, runner  # noqa: E402
+from benchmarks import host_work, memory, report, runner  # noqa: E402
 from benchmarks.cases import CASES, SMALL, make  # noqa: E402
 from benchmarks.implementations import OURS, PEERS, TITLES, floor  # noqa: E402
 from benchmarks.oracle import Oracle, matrix  # noqa: E402
@@ -108,3 +108,47 @@ def test_readme_shows_the_kept_results() -> None:
 def test_every_case_and_implementation_is_kept() -> None:
     known = {(r["case"], r["implementation"]) for r in runner.load("steps.json")}
     assert known == {(case, name) for case in CASES for name in TITLES}
+
+
+def test_what_is_counted() -> None:
+    x = torch.ones(2, 3, requires_grad=True)
+    found = host_work.count(lambda: (x.t() * 2).sum().item())
+    assert (found.ops, found.arithmetic, found.read_back) == (4, 3, 1)
+    assert found.calls == 1
+    assert host_work.python_calls(lambda: [len(y) for y in (small_list() for _ in range(3))]) >= 4
+
+
+def small_list() -> list[int]:
+    return [1]
+
+
+def test_host_work() -> None:
+    """Each step's counts on a small model, the same again; the table has a line for each."""
+    problem = host_work.transformer(batch=2, width=8, depth=1, length=3, vocabulary=5)
+    counts = host_work.measure(problem)
+    assert list(counts) == ["sgd", *host_work.STEPS]
+    assert counts["sgd"].read_back == 0 and 0 < counts["sgd"].arithmetic < counts["sgd"].ops
+    assert all(0 < counts[name].arithmetic < counts[name].ops for name in host_work.STEPS)
+    assert counts == host_work.measure(problem)  # nothing but the code decides
+    key = host_work.key_cost(problem, budget=0.05)
+    assert 0 < key.calls < counts["engine"].calls and 0 < key.share < 1
+    record = {
+        "title": "small",
+        "counts": {name: asdict(mine) for name, mine in counts.items()},
+        "key": asdict(key),
+    }
+    assert host_work.table([record]).count("| small |") == 5
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_host_work_models(name: str) -> None:
+    problem = {"mlp": host_work.mlp, "cnn": host_work.cnn}[name](batch=2, width=4, depth=2)
+    assert host_work.steady("engine", problem)[1] is not None
+
+
+def test_host_work_of_an_unsteady_step() -> None:
+    """An index by the data is never proven."""
+    problem = host_work.mlp(batch=3, width=4, depth=1)
+    gathered = replace(problem, loss=lambda out, labels: out[torch.arange(3), labels])
+    with pytest.raises(RuntimeError, match="is not steady after 10 calls"):
+        host_work.steady("engine", gathered)

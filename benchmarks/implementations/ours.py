@@ -14,9 +14,10 @@ from benchmarks.problem import Outcome, Problem, Step
 SMALLEST = 2**16  # bytes: the least memory_budget that is promised to be kept
 
 
-def functional(problem: Problem, budget: int | None = None, gramian_alone: bool = False) -> Step:
+def functional(problem: Problem, budget: int | None = None, gramian_alone: bool = False,
+               audit: int | None = 256) -> Step:  # fmt: skip
     """``jacobian_and_value``, ``J.gramian()``, ``J.vjp(w)``."""
-    lazy, parameters = _lazy(problem)
+    lazy, parameters = _lazy(problem, audit)
 
     def step() -> Outcome:
         J, objectives = lazy(parameters, problem.inputs, *problem.targets)
@@ -36,11 +37,12 @@ def lazy_jacobian(problem: Problem) -> gramjd.Jacobian:
     return found
 
 
-def _lazy(problem: Problem) -> tuple[Callable[..., tuple[gramjd.Jacobian, Any]], dict[str, Tensor]]:
+def _lazy(problem: Problem, audit: int | None = 256
+          ) -> tuple[Callable[..., tuple[gramjd.Jacobian, Any]], dict[str, Tensor]]:  # fmt: skip
     """The transform, and the parameters to call it with."""
     function, parameters = _function(problem)
     in_dims = None if problem.batch_dim is None else (None,) + (0,) * (1 + len(problem.targets))
-    return gramjd.jacobian_and_value(function, in_dims=in_dims), parameters
+    return gramjd.jacobian_and_value(function, in_dims=in_dims, audit=audit), parameters
 
 
 def _function(problem: Problem) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
@@ -65,9 +67,10 @@ def functional_frugal(problem: Problem) -> Step:
     return functional(problem, SMALLEST)
 
 
-def engine(problem: Problem, budget: int | None = None, gramian_alone: bool = False) -> Step:
+def engine(problem: Problem, budget: int | None = None, gramian_alone: bool = False,
+           using: gramjd.Engine | None = None) -> Step:  # fmt: skip
     """``compute_gramian``, then an ordinary backward pass of the weighted objectives."""
-    engine = gramjd.Engine(problem.model, batch_dim=problem.batch_dim, memory_budget=budget)
+    engine = using or gramjd.Engine(problem.model, batch_dim=problem.batch_dim, memory_budget=budget)
 
     def step() -> Outcome:
         problem.clear()
@@ -91,9 +94,9 @@ def engine_frugal(problem: Problem) -> Step:
     return engine(problem, SMALLEST)
 
 
-def engine_backward(problem: Problem) -> Step:
+def engine_backward(problem: Problem, using: gramjd.Engine | None = None) -> Step:
     """``jacobian``, ``J.gramian()``, ``J.backward(w)``: no second backward pass."""
-    engine = gramjd.Engine(problem.model, batch_dim=problem.batch_dim)
+    engine = using or gramjd.Engine(problem.model, batch_dim=problem.batch_dim)
 
     def step() -> Outcome:
         problem.clear()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from gramjd import pytree
+from gramjd.internals import applied
 from gramjd.objectives import Losses, joined
 
 CONTRACT = """\
@@ -91,7 +92,7 @@ class Problem:
             return replace(self, model=model)
         # not model.double(), which turns complex buffers into real ones
         batches = pytree.map(_doubled, list(self.batches))
-        return replace(self, model=model._apply(_doubled), batches=batches)
+        return replace(self, model=applied(model, _doubled), batches=batches)
 
 
 def _doubled(leaf: Any) -> Any:

@@ -19,6 +19,7 @@ from gramjd.capture import capture
 from gramjd.engine.compiled import uncompiled
 from gramjd.engine.layouts import Layout
 from gramjd.engine.marks import CallMark
+from gramjd.internals import name_in_original, original_of
 from gramjd.rounding import tolerance
 from gramjd.rules import tensors_of
 
@@ -58,7 +59,7 @@ def call_blocks(
         leaves = [next(tensors) if leaf is pytree.PLACEHOLDER else leaf for leaf in mark.leaves]
         args, kwargs = pytree.unflatten(mark.spec, leaves)
         named = dict(zip(mark.names, params, strict=True))
-        module = getattr(mark.module, "_orig_mod", mark.module)
+        module = original_of(mark.module)
         with ExitStack() as stack:
             for device, dtype in mark.autocasts.items():
                 stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
@@ -95,4 +96,4 @@ def _has_samples(argument: Tensor, layout: Layout, output: Tensor) -> bool:
 
 def _without_prefix(named: dict[str, Any]) -> dict[str, Any]:
     """Names of a compiled module's parameters as its original module knows them."""
-    return {name.removeprefix("_orig_mod."): value for name, value in named.items()}
+    return {name_in_original(name): value for name, value in named.items()}

@@ -15,14 +15,14 @@ from typing import Any
 
 from torch import nn
 
-from gramjd.internals import is_compiling
+from gramjd.internals import compiled_call, is_compiling, plain_call, set_compiled_call
 
 _REPLAY = threading.local()  # .on: are calls to run as they were before they were compiled?
 
 
 def is_compiled(module: nn.Module) -> bool:
     """Was ``module.compile()`` called?"""
-    return getattr(module, "_compiled_call_impl", None) is not None
+    return compiled_call(module) is not None
 
 
 @contextmanager
@@ -40,16 +40,16 @@ class StandIn:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = weakref.ref(module)
-        self.call: Callable[..., Any] = module._compiled_call_impl  # type: ignore[assignment]
+        self.call: Any = compiled_call(module)
         self.hooks: list[tuple[Callable[[], Any], Callable[[], Any]]] = []
-        module._compiled_call_impl = self
+        set_compiled_call(module, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module()
         if is_compiling() or module is None:
             return self.call(*args, **kwargs)
         if getattr(_REPLAY, "on", False):
-            return module._call_impl(*args, **kwargs)
+            return plain_call(module, *args, **kwargs)
         hooks, out = [(before(), after()) for before, after in self.hooks], None
         for before, _ in hooks:
             if before is not None:
@@ -77,7 +77,7 @@ class StandIns:
 
     def note(self, module: nn.Module) -> None:
         """See to it that the hooks are called around the compiled calls of a module."""
-        call: Any = module._compiled_call_impl
+        call: Any = compiled_call(module)
         if self.modules is None or (isinstance(call, StandIn) and self.hooks in call.hooks):
             return
         call = call if isinstance(call, StandIn) else StandIn(module)
@@ -88,9 +88,9 @@ class StandIns:
         """Give the modules their own calls back, unless another engine watches them."""
         modules, self.modules = self.modules or [], None
         for module in [ref() for ref in modules]:
-            call: Any = getattr(module, "_compiled_call_impl", None)
+            call: Any = None if module is None else compiled_call(module)
             if module is None or not isinstance(call, StandIn) or self.hooks not in call.hooks:
                 continue
             call.hooks.remove(self.hooks)
             if not call.hooks:
-                module._compiled_call_impl = call.call
+                set_compiled_call(module, call.call)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gramjd.engine.marks import CallMark, OpMark
 from gramjd.engine.nodes import NODE_TYPE
+from gramjd.internals import LEAF_TYPE, leaf_of
 from gramjd.uses import Derived
 
 
@@ -50,8 +51,8 @@ class _Search:
             if node in ends:
                 reached.add(node)
                 continue
-            if hasattr(node, "variable"):
-                self.leaves |= {id(node.variable)} - covered
+            if type(node) is LEAF_TYPE:
+                self.leaves |= {id(leaf_of(node))} - covered
                 continue
             children = self._behind(node, covered)
             stack += children - seen
@@ -97,8 +98,8 @@ def _through(node: Any, arguments: set[Any]) -> tuple[set[Any], set[int]]:
         inner: Any = stack.pop()
         if inner in arguments or type(inner) is NODE_TYPE:
             behind.add(inner)
-        elif hasattr(inner, "variable"):
-            leaves.add(id(inner.variable))
+        elif type(inner) is LEAF_TYPE:
+            leaves.add(id(leaf_of(inner)))
         else:
             children = _children(inner) - seen
             seen |= children

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramjd import pytree
+from gramjd.internals import LEAF_TYPE, leaf_of
 from gramjd.rules.elementwise import MULS
 from gramjd.rules.linear import ADDMMS, MATMULS
 from gramjd.rules.registry import Op
@@ -74,12 +75,13 @@ def edge_to_input(node: Any, arguments: set[Any], slots: list[Tensor]) -> tuple[
     seen, found = set(stack), list[tuple[Any, int]]()
     while stack:
         inner = stack.pop()
-        if inner in arguments or hasattr(inner, "variable"):
+        if inner in arguments or type(inner) is LEAF_TYPE:
             return None  # the op returned an argument as it was
         for index, (child, _) in enumerate(inner.next_functions):
-            if child in tracked or id(getattr(child, "variable", None)) in ids:
+            is_leaf = type(child) is LEAF_TYPE
+            if child in tracked or (is_leaf and id(leaf_of(child)) in ids):
                 continue
-            if child in arguments or hasattr(child, "variable"):
+            if child in arguments or is_leaf:
                 found.append((inner, index))
             elif child not in seen:
                 seen.add(child)

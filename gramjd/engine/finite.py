@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gramjd.errors import NotFiniteError
+from gramjd.internals import LEAF_TYPE, leaf_of, name_of, saved_value, sparse_values
 
 # Ops whose derivatives are infinite, or undefined, where something is zero (or one, of inverse sines).
 _POLES = ("Acos", "Acosh", "Asin", "Atan2", "Atanh", "Cdist", "CumprodBackward", "Digamma", "Div", "Erfinv",
@@ -63,7 +64,7 @@ def _cause(output: Tensor, batch_dim: int | None) -> str:
             ", or it divides by zero", ""
         )
     node, bad, dtype = found
-    op = type(node).__name__.partition("Backward")[0]
+    op = name_of(node).partition("Backward")[0]
     samples = None if batch_dim is None else output.shape[batch_dim]
     dims = [dim for dim, n in enumerate(bad.shape) if n == samples]
     where = _samples(bad, dims[0]) if dims else ""
@@ -93,8 +94,8 @@ def _first(output: Tensor) -> tuple[Any, Tensor, torch.dtype] | None:
 
         return node.register_hook(note)
 
-    leaves = [node.variable for node in nodes if hasattr(node, "variable")]
-    handles = [watch(node) for node in nodes if not hasattr(node, "variable")]
+    leaves = [leaf_of(node) for node in nodes if type(node) is LEAF_TYPE]
+    handles = [watch(node) for node in nodes if type(node) is not LEAF_TYPE]
     try:
         torch.autograd.grad(output, leaves, torch.ones_like(output), retain_graph=True, allow_unused=True)
     except RuntimeError:  # a hook of the user's may refuse them
@@ -106,16 +107,16 @@ def _first(output: Tensor) -> tuple[Any, Tensor, torch.dtype] | None:
 
 
 def _is_finite(gradient: Tensor) -> bool:
-    values = gradient._values() if gradient.is_sparse else gradient
+    values = sparse_values(gradient) if gradient.is_sparse else gradient
     return bool(torch.isfinite(values).all())
 
 
 def _has_pole(node: Any) -> bool:
     """Did the node save a zero (of an inverse sine and the like: a one) or an infinite result?"""
-    name = type(node).__name__
+    name = name_of(node)
     for attribute in ("self", "other", "result", "exponent", "x1"):
         try:
-            saved = getattr(node, f"_saved_{attribute}", None)
+            saved = saved_value(node, attribute)
         except RuntimeError:  # freed
             return True
         if isinstance(saved, Tensor):

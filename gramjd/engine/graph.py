@@ -11,6 +11,15 @@ from torch import Tensor
 
 from gramjd.engine.nodes import NODE_TYPE
 from gramjd.errors import NoGraphError, NotCoveredError
+from gramjd.internals import (
+    DDP_SINK_TYPE,
+    LEAF_TYPE,
+    hooks_of,
+    is_reentrant_checkpoint,
+    leaf_of,
+    learns_static_graph,
+    takes_one_cotangent,
+)
 
 
 @dataclass(frozen=True)
@@ -25,9 +34,6 @@ class Graph:
     hooked: bool  # is there a hook on the output, or on a tensor that a recorded op received or came before?
     batched: bool  # can its backward pass take several cotangents at once?
 
-
-# With derivatives of its mean and deviation, as a loss of gradients has them, torch's batching rule is wrong.
-_UNBATCHED = "NativeGroupNormBackward0"
 
 _REENTRANT = (
     "The output was computed through a reentrant checkpoint, which hides its parameters from "
@@ -68,12 +74,13 @@ def walk(output: Tensor) -> Graph:
         if kind is NODE_TYPE:
             nodes.append(node)
             structure.append(node.record.signature)
-        elif hasattr(node, "variable"):
-            leaves[id(node.variable)] = node.variable
-            structure.append(id(node.variable) if isinstance(node.variable, torch.nn.Parameter) else 0)
-        elif kind.__name__ == "CheckpointFunctionBackward":
+        elif kind is LEAF_TYPE:
+            leaf = leaf_of(node)
+            leaves[id(leaf)] = leaf
+            structure.append(id(leaf) if isinstance(leaf, torch.nn.Parameter) else 0)
+        elif is_reentrant_checkpoint(kind):
             raise NotCoveredError(_REENTRANT)
-        elif kind.__name__ == "_DDPSinkBackward" and node.ddp_weakref().static_graph:
+        elif kind is DDP_SINK_TYPE and learns_static_graph(node):
             raise NotCoveredError(_STATIC)
         edges: list[tuple[int, int] | None] = []
         for child, number in node.next_functions:
@@ -84,9 +91,10 @@ def walk(output: Tensor) -> Graph:
                 numbers[child] = len(order)
                 order.append(child)
             edges.append((numbers[child], number))
-            batched = batched and not (number and type(child).__name__ == _UNBATCHED)
+            below: Any = type(child)
+            batched = batched and not (number and takes_one_cotangent(below))
         structure.append(tuple(edges))
     nodes.sort(key=lambda node: node.record.number)
     recorded = tuple([numbers[node] for node in nodes])
-    hooked = bool(output._backward_hooks) or any(getattr(node.record, "hooks", ()) for node in nodes)
+    hooked = bool(hooks_of(output)) or any(getattr(node.record, "hooks", ()) for node in nodes)
     return Graph(nodes, leaves, (output.ndim, recorded, tuple(structure)), order, numbers, hooked, batched)

@@ -52,7 +52,7 @@ class Nan(Enum):
 
 @dataclass(frozen=True)
 class NodeType:
-    """What is known of a type of node, and the names of the numbers it saves that belong to a signature."""
+    """What is known of a type of node; the attributes of the numbers it saves that belong to a signature."""
 
     sizes: Sizes
     nan: Nan
@@ -173,21 +173,21 @@ _DIMS = ("dim", "dims", "dimension")
 @functools.lru_cache(maxsize=1024)
 def facts_of(kind: Any) -> NodeType | None:
     """What is known of a type of node; ``None`` for one that is not listed."""
-    name = kind.__name__
+    name = internals.name_of_type(kind)
     if name in _IDENTITIES and internals.is_torchs_own(kind):
         return NodeType(Sizes.ANY, Nan.MULTIPLIED)
     if name not in PROVEN:
         return None
     numbers = internals.saved_numbers(kind)
-    attributes = tuple([n for n in numbers if n.removeprefix("_saved_") not in _HARMLESS])
-    dims = next((f"_saved_{d}" for d in _DIMS if f"_saved_{d}" in numbers), "")
+    attributes = tuple([shown for name, shown in numbers.items() if name not in _HARMLESS])
+    dims = next((numbers[d] for d in _DIMS if d in numbers), "")
     return NodeType(*PROVEN[name], attributes, dims)
 
 
 def dims_of(node: Any, facts: NodeType, rank: int) -> tuple[int, ...]:
     """The dimensions that a node names, of a tensor of this rank; all, where it names none."""
     found = getattr(node, facts.dims) if facts.dims else None
-    if type(node).__name__.startswith("NllLoss"):
+    if internals.name_of(node).startswith("NllLoss"):
         return (1,) if rank > 1 else (0,)
     if found is None or found == ():
         return tuple(range(rank))
@@ -198,4 +198,5 @@ def dims_of(node: Any, facts: NodeType, rank: int) -> tuple[int, ...]:
 
 def first_spatial(kind: type, rank: int) -> int:
     """The first of the spatial dimensions of a node's inputs, after samples and channels."""
-    return next((rank - n for n in (1, 2, 3) if f"{n}D" in kind.__name__), 2)
+    name = internals.name_of_type(kind)
+    return next((rank - n for n in (1, 2, 3) if f"{n}D" in name), 2)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramjd.internals import outside_transforms, saved_tensors_hook
+from gramjd.internals import leaf_of, node_type, outside_transforms, saved_tensors_hook
 
 Cotangents = list[Tensor | None]  # of the outputs of a node, [K, *y]
 
@@ -60,7 +60,7 @@ def _dense(gradient: Tensor | None) -> Tensor | None:
     return gradient if gradient is None or gradient.layout is torch.strided else gradient.to_dense()
 
 
-NODE_TYPE: Any = Node._backward_cls
+NODE_TYPE: Any = node_type(Node)
 
 
 def attach(
@@ -90,4 +90,4 @@ def forget(nodes: Sequence[Any]) -> None:
 def taps_of(node: Any) -> list[Tensor]:
     """The taps of a node, one for each output."""
     edges = node.next_functions
-    return [edge[0].variable for edge in edges[len(edges) // 2 :]]
+    return [leaf_of(edge[0]) for edge in edges[len(edges) // 2 :]]

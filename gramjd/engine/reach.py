@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gramjd.engine.marks import CallMark
 from gramjd.engine.nodes import NODE_TYPE
+from gramjd.internals import LEAF_TYPE, leaf_of, saved_value
 from gramjd.uses import roots
 
 Edge = tuple[Any, int]  # a node of autograd's graph, and which of its outputs
@@ -36,15 +37,15 @@ def reach(tensors: Sequence[Tensor], stops: Sequence[Tensor] = ()) -> Reach:
     sparse = recorded = False
     starts = [(t.grad_fn, t.output_nr) for t in tensors if t.grad_fn is not None]
     for node in _walk(starts, ends, met, through=True):
-        if hasattr(node, "variable"):
-            leaves[id(node.variable)] = node.variable
+        if type(node) is LEAF_TYPE:
+            leaves[id(leaf_of(node))] = leaf_of(node)
         elif type(node) is NODE_TYPE:
             recorded = True
             seen |= _used(node)
-        sparse = sparse or bool(getattr(node, "_saved_sparse", False))
+        sparse = sparse or bool(saved_value(node, "sparse"))
     for node in _walk(starts, ends, met, through=False) if recorded else ():
-        if hasattr(node, "variable"):
-            outside.add(id(node.variable))
+        if type(node) is LEAF_TYPE:
+            outside.add(id(leaf_of(node)))
     met |= ids & leaves.keys()
     kept = {n: t for n, t in leaves.items() if n not in ids}
     return Reach(kept, met, (seen & kept.keys()) - outside, sparse)

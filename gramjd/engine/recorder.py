@@ -32,12 +32,16 @@ from gramjd.engine.sharded import is_unit
 from gramjd.internals import (
     below_transforms,
     has_plain_layout,
+    held_by,
+    hooks_of,
     in_backward,
     innermost_mode,
     innermost_transform,
     inside_transform,
+    is_compiled_wrapper,
     is_compiling,
     is_elsewhere,
+    is_view,
     saved_tensors_hook,
     transform_level,
 )
@@ -168,8 +172,9 @@ class Recorder(Tracker):
         return all(map(self._is_unbatched, tensors_of(arguments)))
 
     def _forget(self, out: Any, func: Any, args: Any) -> None:
+        if self.shared:
+            self.shared.pop(id(args[0] if func is Tensor.__setitem__ else out), None)
         super()._forget(out, func, args)
-        self.shared.pop(id(args[0] if func is Tensor.__setitem__ else out), None)
 
     def _is_unbatched(self, tensor: Tensor) -> bool:
         known = id(tensor) in self.known or id(tensor) in self.shared
@@ -184,7 +189,7 @@ class Recorder(Tracker):
         fused = is_fused(op) and not derived
         rng_state, arguments = torch.get_rng_state(), computed_by((*args, *kwargs.values()))
         for arg in args:
-            if isinstance(arg, Tensor) and arg._backward_hooks and arg.grad_fn is not None:
+            if isinstance(arg, Tensor) and hooks_of(arg) and arg.grad_fn is not None:
                 self.hooks.append(HOOK)
         out = op(*args, **kwargs)
         live = out.requires_grad if isinstance(out, Tensor) else any(t.requires_grad for t in tensors_of(out))
@@ -212,15 +217,15 @@ class Recorder(Tracker):
         self, record: Record, leaves: Sequence[Any], out: Any, marked: Any, call: tuple[Any, Any, Any]
     ) -> None:
         """Remember the outputs of an op that share memory with what they were made of, or are derived."""
-        if type(out) is Tensor and not record.derived and not out._is_view():  # most: new memory, or as given
+        if type(out) is Tensor and not record.derived and not is_view(out):  # most: new memory, or as given
             for leaf in leaves:
                 if leaf is out:
                     self.aliases.add(marked, self.aliases.originals.get(id(out), out))
             return
-        if any(t._is_view() for t in tensors_of(out)):
+        if any(map(is_view, tensors_of(out))):
             out = self.aliases.call(*call, out)
         for original, mine in zip(tensors_of(out), tensors_of(marked), strict=True):
-            if original is not mine and (original._is_view() or any(original is leaf for leaf in leaves)):
+            if original is not mine and (is_view(original) or any(original is leaf for leaf in leaves)):
                 self.aliases.add(mine, self.aliases.originals.get(id(original), original))
             elif record.derived:
                 self.aliases.add(mine, mine)
@@ -233,7 +238,7 @@ class Recorder(Tracker):
             or not isinstance(args[0], Tensor)
         ):
             return False
-        if op is Tensor.__setitem__ or args[0]._is_view():
+        if op is Tensor.__setitem__ or is_view(args[0]):
             return True
         return None in describe(op, args, kwargs, self.sources, False)[0].entries
 
@@ -382,7 +387,7 @@ class Watcher:
 
 def _is_opaque(module: nn.Module) -> bool:
     """Is the inside of its calls out of sight: scripted or compiled?"""
-    return isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod") or is_compiled(module)
+    return isinstance(module, torch.jit.ScriptModule) or is_compiled_wrapper(module) or is_compiled(module)
 
 
 def _own_parameters(module: nn.Module) -> Iterable[tuple[str, Tensor | None]]:
@@ -390,10 +395,11 @@ def _own_parameters(module: nn.Module) -> Iterable[tuple[str, Tensor | None]]:
     if _is_opaque(module):
         return module.named_parameters()
     own: list[tuple[str, Tensor | None]] = []
-    for name, child in module._modules.items():
+    parameters, _, children = held_by(module)
+    for name, child in children.items():
         if isinstance(child, torch.jit.ScriptModule):  # takes no hooks
             own += [(f"{name}.{inner}", p) for inner, p in child.named_parameters()]
-    return [*module._parameters.items(), *own] if own else module._parameters.items()
+    return [*parameters.items(), *own] if own else parameters.items()
 
 
 class BeforeHook:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gramjd import distributed
-from gramjd.engine.compiled import StandIns, is_compiled
-from gramjd.engine.sharded import Lockstep, Shards, is_unit
+from gramjd.engine.compiled import StandIns
+from gramjd.engine.sharded import Lockstep, Shards, shards
+from gramjd.internals import compiled_call, held_by
 
 
 class Registry:
@@ -26,8 +28,7 @@ class Registry:
         which = self.shards.in_forward if whole else self.shards.of_user
         for index, module in enumerate(self.modules):
             prefix = "" if len(self.modules) == 1 else f"{index}:{type(module).__name__}."
-            for name, held in module.named_parameters(recurse=self.recurse):
-                p: Tensor = held
+            for name, p in _named_parameters(module, self.recurse):
                 if self.shards.units:
                     owner, _, last = name.rpartition(".")
                     p = which(module.get_submodule(owner), last, p)
@@ -49,18 +50,22 @@ class Registry:
         seen = set(map(id, start))
         while stack:
             module, unit = stack.pop()
-            unit = module if is_unit(module) else unit
-            if is_compiled(module) and self.stand_ins is not None:
+            kind: Any = type(module)
+            unit = module if shards(kind) else unit
+            if self.stand_ins is not None and compiled_call(module) is not None:
                 self.stand_ins.note(module)
-            for name, p in module._parameters.items():
+            parameters, buffers, children = held_by(module)
+            for name, p in parameters.items():
                 if p is not None and unit is not None:
                     self.shards.note(module, name, p, unit)
                 if p is not None and (
                     unit is None or not distributed.is_sharded(p)
                 ):  # shards take no part in a forward
                     (trainable if p.requires_grad else unbatched)[id(p)] = p
-            unbatched.update((id(b), b) for b in module._buffers.values() if b is not None)
-            for child in module._modules.values() if self.recurse else ():
+            for b in buffers.values():
+                if b is not None:
+                    unbatched[id(b)] = b
+            for child in children.values() if self.recurse else ():
                 if child is not None and id(child) not in seen:
                     seen.add(id(child))
                     stack.append((child, unit))
@@ -85,3 +90,24 @@ class Registry:
         below = self.modules if not self.recurse else (m for mine in self.modules for m in mine.modules())
         found = dict.fromkeys(m for m in below if not self.recurse or next(m.parameters(), None) is not None)
         return [m for m in found if not isinstance(m, torch.jit.ScriptModule)]  # these take no such hooks
+
+
+def _named_parameters(module: nn.Module, recurse: bool) -> Iterable[tuple[str, Tensor]]:
+    """Those of ``named_parameters``, in its order, without its generators: every step asks."""
+    if type(module).named_parameters is not nn.Module.named_parameters:
+        return module.named_parameters(recurse=recurse)
+    found: list[tuple[str, Tensor]] = []
+    stack, seen = [("", module)], set[int]()
+    while stack:
+        prefix, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        parameters, _, children = held_by(module)
+        for name, p in parameters.items():
+            if p is not None:
+                found.append((prefix + name, p))
+        for name, child in reversed(list(children.items())) if recurse else ():
+            if child is not None:
+                stack.append((f"{prefix}{name}.", child))
+    return found

@@ -10,6 +10,7 @@ agree about them beforehand.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +39,14 @@ _IN_USE = (
 
 def is_unit(module: nn.Module) -> bool:
     """Was ``fully_shard`` called on the module?"""
-    return hasattr(type(module), "unshard") and hasattr(type(module), "reshard")
+    kind: Any = type(module)
+    return shards(kind)
+
+
+@functools.lru_cache(maxsize=4096)
+def shards(kind: type) -> bool:
+    """Is a type of module one that ``fully_shard`` makes?"""
+    return hasattr(kind, "unshard") and hasattr(kind, "reshard")
 
 
 def refuse_flat(modules: Iterable[nn.Module]) -> None:

@@ -29,7 +29,7 @@ from typing import Any
 
 from gramjd.engine.node_types import NodeType, Sizes, dims_of, facts_of, first_spatial
 from gramjd.engine.nodes import NODE_TYPE
-from gramjd.internals import shapes_of
+from gramjd.internals import LEAF_TYPE, name_of, name_of_type, saved_value, shapes_of
 
 Shape = tuple[int, ...]
 
@@ -67,9 +67,9 @@ def separation_key(order: Sequence[Any], numbers: dict[Any, int], output: Shape,
         facts = facts_of(kind)
         if facts is None:
             # nothing is behind a leaf, so that a node over leaves alone lets no sample reach another
-            if all(child is None or hasattr(child, "variable") for child, _ in node.next_functions):
+            if all(child is None or type(child) is LEAF_TYPE for child, _ in node.next_functions):
                 continue
-            raise Unlisted(kind.__name__)
+            raise Unlisted(name_of_type(kind))
         for name in facts.attributes:
             value = getattr(node, name)
             if isinstance(value, list) or (isinstance(value, tuple) and value and isinstance(value[0], list)):
@@ -94,12 +94,12 @@ def _sizes_token(node: Any, facts: NodeType, inputs: Sequence[Shape], outputs: S
                  unknown: int) -> Hashable:  # fmt: skip
     """What of the sizes at a node belongs to the key; ``unknown`` is how many inputs have no gradients."""
     if facts.sizes is Sizes.ALONG:
-        if type(node).__name__.startswith("Cat") and unknown > 1:
+        if name_of(node).startswith("Cat") and unknown > 1:
             raise Unlisted("CatBackward0 of several tensors without gradients, whose sizes it does not show")
         rank = max(map(len, (*inputs, *outputs)))
         return tuple([_along(dim, inputs, outputs, rank, samples) for dim in dims_of(node, facts, rank)])
     if facts.sizes is Sizes.WINDOW:
-        channels = int(getattr(node, "_saved_groups", 1) > 1)  # samples may be groups of channels
+        channels = int((saved_value(node, "groups") or 1) > 1)  # samples may be groups of channels
         kind = type(node)
         sizes = [shape[max(0, first_spatial(kind, len(shape)) - channels) :] for shape in (*inputs, *outputs)]
         return tuple(sizes), _if_there(sizes, samples)

@@ -24,6 +24,7 @@ from gramjd.engine.layouts import ZERO, Layout, candidates
 from gramjd.engine.node_types import Nan, NodeType, dims_of, facts_of, first_spatial
 from gramjd.engine.nodes import forget
 from gramjd.engine.task import Layouts, Task, is_fused
+from gramjd.internals import name_of, name_of_type, saved_value
 
 _PRODUCTS = ("Addmm", "Bmm", "Mm", "Mv")
 
@@ -126,9 +127,9 @@ def _run(task: Task, chosen: Tensor) -> Masks:
 
 def _is_sparse(node: Any) -> bool:
     """Is a node that of a product with a sparse tensor?"""
-    if not type(node).__name__.startswith(_PRODUCTS):
+    if not name_of(node).startswith(_PRODUCTS):
         return False
-    factors = (getattr(node, f"_saved_{factor}", None) for factor in ("self", "mat1", "mat2"))
+    factors = (saved_value(node, factor) for factor in ("self", "mat1", "mat2"))
     return any(isinstance(t, Tensor) and t.layout is not torch.strided for t in factors)
 
 
@@ -153,7 +154,7 @@ def _passed_on(nodes: Iterable[Any], watched: bool) -> Iterator[list[str]]:
             continue
         if facts.nan is Nan.MULTIPLIED:
             if watched:
-                handles.append(node.register_hook(partial(note, kind.__name__)))
+                handles.append(node.register_hook(partial(note, name_of_type(kind))))
         else:
             handles.append(node.register_hook(partial(_spread, node, facts)))
     try:

@@ -34,10 +34,11 @@ class Sum:
         for mine, others, tile in parts.tiles(part, K, self.options, like):
             if self.total is None:
                 self.total = tile.new_zeros(K, samples, K, samples)
-            self.total = self.total.to(torch.promote_types(self.total.dtype, tile.dtype))
-            self.total[:, mine, :, others] += tile
+            if tile.dtype != self.total.dtype:
+                self.total = self.total.to(torch.promote_types(self.total.dtype, tile.dtype))
+            self.total[:, mine, :, others].add_(tile)  # with += the sum would be copied onto itself
             if mine != others:
-                self.total[:, others, :, mine] += tile.permute(2, 3, 0, 1)
+                self.total[:, others, :, mine].add_(tile.permute(2, 3, 0, 1))
 
     def gramian(self, output: Output, like: Tensor) -> Tensor:
         """What they add up to, ``[*shape, *reversed(shape)]``; without any, zeros ``like`` a parameter."""

@@ -153,11 +153,13 @@ def squared_norms(blocks: Sequence[Block], options: Options = DEFAULT) -> Tensor
 
 def _limits(u: Block, v: Block, options: Options) -> Limits:
     tensors = [*_tensors(u), *_tensors(v)]
-    return limits(options, tensors[0], *(x.dtype for x in tensors))
+    return limits(options, tensors[0], *[x.dtype for x in tensors])
 
 
 def _tensors(block: Block) -> tuple[Tensor, ...]:
     """The factors of a block that are not indices."""
+    if isinstance(block, Outer):
+        return block.c, block.a
     if isinstance(block, Dense):
         return (block.values,)
     return (block.c,) if isinstance(block, Lookup) else block.factors

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gramjd.internals import is_compiling
+
 MiB = 2**20
 SMALLEST = MiB  # bytes: with less, tiles have so few entries that calls of ops take all the time
 # More memory than this gains nothing: larger tiles leave the caches.
@@ -57,7 +59,8 @@ class Options:
             return self.accumulate_dtype
         found = dtypes[0]
         for dtype in dtypes[1:]:
-            found = torch.promote_types(found, dtype)
+            if dtype != found:  # to ask torch is an op, dispatched like any other
+                found = torch.promote_types(found, dtype)
         return torch.float32 if found in SMALL_FLOATS else found
 
 
@@ -97,10 +100,6 @@ def default_budget(device: torch.device) -> int:
 
 def _free(device: torch.device) -> int:
     """Bytes, on the host as they were at the start."""
-    if device.type == "cuda" and not _compiling():
+    if device.type == "cuda" and not is_compiling():
         return torch.cuda.mem_get_info(device)[0]
     return _FREE_AT_START
-
-
-def _compiling() -> bool:
-    return torch._dynamo.is_compiling()

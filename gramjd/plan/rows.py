@@ -81,7 +81,8 @@ def _narrow_first(u: Block, v: Block, limits: Limits) -> tuple[Block, Block]:
 
 def dense_rows(u: Dense, v: Dense, limits: Limits) -> Tensor:
     """Rows that are there, converted some entries at a time where they must be."""
-    left, right = u.matrix(), v.matrix()
+    left = u.matrix()
+    right = left if u is v else v.matrix()
     copied = {left.dtype, right.dtype} != {limits.dtype}
     step = limits.elements // (len(left) + len(right)) if copied else left.shape[1]
 

@@ -82,7 +82,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     """``left @ rightᵀ`` of matrices of rows; exactly symmetric, and half of it, if ``left is right``."""
     if left is not right:
         return _inner(left, right)
-    n = len(left)
+    n = left.shape[0]
     count = min(HALVES, n // LEAF)
     if count < 2 or not is_ours(left):
         return symmetrize(_inner(left, left))
@@ -98,8 +98,9 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 def _inner(left: Tensor, right: Tensor) -> Tensor:
     """``left @ rightᵀ``; threads share out the result of one product, but not its sums over entries."""
     entries = left.shape[1]
-    long = entries * max(len(left), len(right)) >= 2**18 and entries >= 128 * STRETCHES
-    if not long or len(left) * len(right) > 2**14 or entries % STRETCHES:
+    rows, columns = left.shape[0], right.shape[0]  # what len() says takes a call of a Python function
+    long = entries * max(rows, columns) >= 2**18 and entries >= 128 * STRETCHES
+    if not long or rows * columns > 2**14 or entries % STRETCHES:
         return left @ right.mT
     left, right = (x.unflatten(1, (STRETCHES, -1)).transpose(0, 1) for x in (left, right))
     return (left @ right.mT).sum(0)

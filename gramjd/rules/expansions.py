@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gramjd.internals import weight_norm_op
 from gramjd.rules.registry import Op, rules_of
 
 E = TypeVar("E", bound=Callable[..., Any])
@@ -60,7 +61,7 @@ def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None
     return out if bias is None else out + bias
 
 
-@register_expansion(torch._weight_norm)
+@register_expansion(weight_norm_op)
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """``g v / |v|``, the norm over all dimensions but one (over all of them where ``dim`` is -1)."""
     others = [d for d in range(v.ndim) if dim == -1 or d != dim % v.ndim]

@@ -13,13 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gramjd.internals import VF
 from gramjd.rules.expansions import register_expansion
 
 State = tuple[Tensor, ...]  # (h,), of an LSTM (h, cell)
 Step = Callable[..., State]  # (gates of the input, state, weights) -> state
 Weights = Sequence[Tensor | None]  # hidden to hidden, its bias, projection
-
-_VF: Any = torch._VF
 
 
 def lstm_step(gates: Tensor, state: State, weights: Weights) -> State:
@@ -141,7 +140,7 @@ def _is_packed(args: Sequence[Any]) -> bool:
     return isinstance(args[3], (list, tuple))
 
 
-@register_expansion(_VF.lstm)
+@register_expansion(VF.lstm)
 def lstm(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     out, (h, cell) = (_packed if _is_packed(args) else _padded)(lstm_step, *args)
     return out, h, cell
@@ -159,7 +158,7 @@ def _single(step: Step) -> Callable[..., tuple[Tensor, Tensor]]:
     return network
 
 
-@register_expansion(_VF.lstm_cell)
+@register_expansion(VF.lstm_cell)
 def lstm_cell(input: Tensor, hx: State, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
               b_hh: Tensor | None = None) -> State:  # fmt: skip
     return lstm_step(F.linear(input, w_ih, b_ih), tuple(hx), (w_hh, b_hh, None))
@@ -176,5 +175,5 @@ def _single_cell(step: Step) -> Callable[..., Tensor]:
 
 
 for _name, _step in (("gru", gru_step), ("rnn_tanh", tanh_step), ("rnn_relu", relu_step)):
-    register_expansion(getattr(_VF, _name))(_single(_step))
-    register_expansion(getattr(_VF, f"{_name}_cell"))(_single_cell(_step))
+    register_expansion(getattr(VF, _name))(_single(_step))
+    register_expansion(getattr(VF, f"{_name}_cell"))(_single_cell(_step))

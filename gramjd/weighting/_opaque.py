@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from gramjd.internals import is_watched, stops_functions
+
 
 class _Opaque(torch.autograd.Function):
     """Constant for autograd; under ``vmap`` the function gets one more leading dimension."""
@@ -48,12 +50,12 @@ def opaque(function: Callable[..., Any], *tensors: Tensor) -> Any:
 
 def transforming() -> bool:
     """Whether a ``torch.func`` transform is running; ``autograd.Function`` asks in the same way."""
-    return bool(torch._C._are_functorch_transforms_active())
+    return stops_functions()
 
 
 def watched() -> bool:
     """Whether a mode sees every operation, to trace it for instance: nothing may go past it."""
-    return bool(torch._C._len_torch_dispatch_stack())
+    return is_watched()
 
 
 def is_constant(*tensors: Tensor) -> bool:

@@ -1,0 +1,64 @@
+"""Modules and functions of ``torch.nn``: what they hold, what was compiled, what is inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from operator import attrgetter
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Parameters, buffers and children of a module, by name: for walks that every forward takes.
+_Tensors = Mapping[str, Tensor | None]
+held_by: Callable[[nn.Module], tuple[_Tensors, _Tensors, Mapping[str, nn.Module | None]]]
+held_by = attrgetter("_parameters", "_buffers", "_modules")
+
+# The class of all modules that normalise by statistics of the batch.
+BatchNorm: Any = nn.modules.batchnorm._BatchNorm
+
+# The fused recurrent ops, and the weights that ``weight_norm`` makes.
+VF: Any = torch._VF
+weight_norm_op: Callable[..., Tensor] = torch._weight_norm
+
+
+# What a module calls that was compiled in place, by ``module.compile()``.
+compiled_call: Callable[[nn.Module], Callable[..., Any] | None] = attrgetter("_compiled_call_impl")
+
+
+def set_compiled_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
+    """Let a module call something else in its place."""
+    module._compiled_call_impl = call
+
+
+def plain_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call a module by the code that was compiled."""
+    return module._call_impl(*args, **kwargs)
+
+
+def is_compiled_wrapper(module: nn.Module) -> bool:
+    """Did ``torch.compile(module)`` make it?"""
+    return hasattr(module, "_orig_mod")
+
+
+def original_of(module: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` was given; itself, for any other."""
+    found: nn.Module = getattr(module, "_orig_mod", module)
+    return found
+
+
+def name_in_original(name: str) -> str:
+    """The name that a parameter of a module of ``torch.compile`` has in the original one."""
+    return name.removeprefix("_orig_mod.")
+
+
+def applied(module: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Module:
+    """The module itself, its parameters and buffers replaced by what the function makes of them."""
+    return module._apply(function)
+
+
+def undispatched(func: Any) -> FunctionType:
+    """A Python function of torch without its own ``__torch_function__`` dispatch: only its body."""
+    space = {**func.__globals__, "has_torch_function": lambda *_: False}
+    return FunctionType(func.__code__, space, func.__name__, func.__defaults__, func.__closure__)

@@ -1,0 +1,43 @@
+"""What traces a program, and the modes and contexts in progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Is ``torch.compile`` tracing this very code? The function itself: tracing knows what it returns.
+is_compiling: Callable[[], bool] = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling
+
+
+def constant_in_graphs(function: F) -> F:
+    """Decorator, as ``torch.compiler.assume_constant_result``, but without the import that this costs."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def innermost_mode() -> object:
+    """The ``TorchFunctionMode`` on top of the stack."""
+    return torch.overrides._get_current_function_mode()
+
+
+def autocasts() -> dict[str, torch.dtype]:
+    """The dtypes of the autocast contexts in progress, by type of device."""
+    if hasattr(torch, "get_autocast_dtype"):
+        return {d: torch.get_autocast_dtype(d) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)}
+    found = {"cpu": torch.get_autocast_cpu_dtype()} if torch.is_autocast_cpu_enabled() else {}  # torch 2.1
+    return {**found, "cuda": torch.get_autocast_gpu_dtype()} if torch.is_autocast_enabled() else found
+
+
+def unfused_attention() -> AbstractContextManager[Any]:
+    """A context in which attention is made of ordinary ops."""
+    try:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+    except ImportError:  # torch 2.1
+        context: Any = torch.backends.cuda.sdp_kernel(enable_flash=False, enable_mem_efficient=False)
+        return context
+    return sdpa_kernel(SDPBackend.MATH)

@@ -1,0 +1,148 @@
+"""The transforms of ``torch.func`` in progress, and what tensors are inside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+
+from gramjd.internals.tracing import constant_in_graphs, is_compiling
+
+
+def inside_transform() -> bool:
+    """Is a transform of ``torch.func`` in progress?"""
+    return _functorch.peek_interpreter_stack() is not None
+
+
+def transform_level() -> int:
+    """The number of the innermost transform of ``torch.func`` in progress; 0 where there is none."""
+    innermost = _functorch.peek_interpreter_stack()
+    return 0 if innermost is None else int(innermost.level())
+
+
+# The transform of ``torch.func`` that is in progress, the innermost one, if there is one.
+innermost_transform: Callable[[], Any] = _functorch.peek_interpreter_stack
+
+
+def is_elsewhere(level: int) -> bool:
+    """Is another transform the innermost one than the one of this number (0: none)?"""
+    innermost = _functorch.peek_interpreter_stack()
+    return bool(level) if innermost is None else innermost.level() != level
+
+
+@contextmanager
+def outside_transforms() -> Iterator[None]:
+    """A context in which no transform is in progress."""
+    with ExitStack() as stack:
+        while inside_transform():
+            stack.enter_context(temporarily_pop_interpreter_stack())
+        yield
+
+
+def differentiates() -> bool:
+    """Do transforms differentiate here? Those of older versions of torch give zeros in inference mode."""
+    if is_compiling() or not torch.is_inference_mode_enabled():
+        return True
+    return bool(torch.func.grad(torch.sin)(torch.zeros(())))
+
+
+@constant_in_graphs
+def innermost_level() -> int:
+    """The number of the innermost transform in progress."""
+    level: int = _functorch.peek_interpreter_stack().level()
+    return level
+
+
+@constant_in_graphs
+def vmaps_in_progress() -> int:
+    """How many levels of ``vmap`` are in progress?"""
+    return sum(transform.key() == _functorch.TransformType.Vmap for transform in _transforms())
+
+
+def _transforms() -> list[Any]:
+    """The transforms in progress, the outermost first."""
+    if hasattr(_functorch, "get_interpreter_stack"):
+        return _functorch.get_interpreter_stack() or []
+    innermost: Any = _functorch.peek_interpreter_stack()  # all that torch 2.1 shows
+    if innermost is None:
+        return []
+    with temporarily_pop_interpreter_stack():
+        return [*_transforms(), innermost]
+
+
+def below_transforms(tensor: Tensor) -> Tensor:
+    """The tensor that wrappers of transforms stand for: itself, if it has none."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def below_transform(tensor: Tensor, level: int) -> Tensor:
+    """``tensor`` as it is outside the ``grad`` or ``vjp`` of this level: detached from it alone."""
+    below: Tensor = _functorch._unwrap_for_grad(tensor, level)
+    return below
+
+
+def depends_on_innermost_transform(tensor: Tensor) -> bool:
+    """Inside ``grad`` or ``vjp``: was ``tensor`` computed from what is being differentiated?"""
+    level = _functorch.peek_interpreter_stack().level()
+    return _functorch.maybe_get_level(tensor) == level and tensor.requires_grad
+
+
+def differentiated_outside(tensor: Tensor) -> bool:
+    """Inside ``grad`` or ``vjp``: may anything outside of it differentiate ``tensor`` once more?"""
+    transforms = _transforms()
+    if any(transform.key() == _functorch.TransformType.Jvp for transform in transforms):
+        return True
+    level = transforms[-1].level()
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        own = _functorch.maybe_get_level(tensor) == level
+        if not own and _functorch.is_gradtrackingtensor(tensor) and tensor.requires_grad:
+            return True
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
+def belongs_to(tensor: Tensor, level: int) -> bool:
+    """Is it wrapped at this level: batched by the ``vmap`` that the level is?"""
+    return bool(_functorch.maybe_get_level(tensor) == level)
+
+
+# Does a tensor stand for another one, as transforms make them?
+is_wrapped: Callable[[Tensor], bool] = _functorch.is_functorch_wrapped_tensor
+
+
+def stops_functions() -> bool:
+    """Would ``autograd.Function`` ask a transform what to do? Cheaper than :func:`inside_transform`."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def batched_gradients_level() -> int:
+    """The level at which ``autograd.grad(..., is_grads_batched=True)`` called here batches cotangents."""
+    level: int = torch._C._vmapmode_increment_nesting()
+    torch._C._vmapmode_decrement_nesting()
+    return level
+
+
+@contextmanager
+def outside_batched_gradients() -> Iterator[None]:
+    """A context in a backward pass of batched cotangents in which ops (random ones) are as elsewhere."""
+    levels = torch._C._vmapmode_increment_nesting()  # in a thread of autograd's own they count from 0
+    for _ in range(levels):
+        torch._C._vmapmode_decrement_nesting()
+    try:
+        yield
+    finally:
+        for _ in range(levels - 1):
+            torch._C._vmapmode_increment_nesting()
+
+
+def unbatched(gradient: Tensor, level: int, size: int) -> Tensor:
+    """A cotangent batched at this level → ``[size, ...]``."""
+    found: Tensor = torch._remove_batch_dim(gradient, level, size, 0)
+    return found

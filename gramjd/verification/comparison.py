@@ -1,0 +1,170 @@
+"""Blocks beside gradients: do they differ, and by more than the function's own rounding?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from math import inf, isfinite
+
+import torch
+from torch import Tensor
+
+from gramjd import pytree
+from gramjd.blocks import Block
+from gramjd.capture import Captured
+from gramjd.complexes import real_block
+from gramjd.errors import CheckFailedError
+from gramjd.internals import autocasts
+from gramjd.rounding import own_precision, tolerance
+from gramjd.verification.gradients import Gradients, Repeatable, noise_like
+from gramjd.verification.structures import ops_of
+
+_SCALE = 1.37  # no power of two: results differ by rounding alone
+_SMALL = 0.2  # relative differences above it are no rounding
+_NOISE = 8  # times what rounding moves a gradient by, as measured once, that a difference may be
+
+
+class Call(Repeatable):
+    """One call of a transformed function, whose result is compared with that of another way."""
+
+    def difference(self, found: Captured) -> str | None:
+        """How a result differs from ``torch.func``'s gradient: empty if it does not.
+
+        ``None`` if they cannot be compared, because outputs or gradients have NaN or infinite entries.
+
+        Raises:
+            CheckFailedError: the function failed.
+        """
+        if not all(bool(torch.isfinite(out).all()) for out in found.outputs):
+            return None
+        weights = _random_weights(found.outputs, self.seed)
+        try:
+            first = self.gradients(found.outputs, weights)
+        except RuntimeError as error:
+            raise CheckFailedError(
+                "The result could not be verified, because the function failed when torch.func "
+                f"differentiated it: {error}. Pass check='never' if its results are known to be right."
+            ) from error
+        if not all(bool(torch.isfinite(g).all()) for g in first.gradients):
+            return None
+        return self._compared(found, weights, first)
+
+    def _compared(self, found: Captured, weights: list[Tensor], first: Gradients) -> str:
+        blocks = [list(map(real_block, mine)) for mine in found.blocks]
+        dtypes = self._dtypes(found)
+        bad = _disagreements(blocks, found.outputs, weights, first.gradients, max(map(tolerance, dtypes)))
+        sizes = [float(g.norm()) for g in first.gradients]
+        if bad and all(off <= _SMALL * sizes[n] for n, off in bad.items()):
+            # two forwards in few digits may differ in the sign of what enters a ReLU
+            for twin in self._precise():
+                again = twin.capture_or_none()
+                if again is not None and ops_of(again) == ops_of(found):
+                    return twin.difference(again) or ""
+        if not bad:
+            return ""
+        repeated = self.gradients(found.outputs, weights)
+        if not _same(repeated.outputs, first.outputs, max(map(tolerance, dtypes))):
+            return (
+                "The function gave other outputs when it was called again with the same arguments, so that "
+                "its Jacobian could not be verified. It must be pure: draw random numbers from torch's "
+                "default generator, and change nothing outside"
+            )
+        bad = self._without_noise(bad, found, weights, first, max(torch.finfo(d).eps for d in dtypes))
+        if not bad:
+            return ""
+        names = pytree.paths(pytree.unflatten(self.given.parameters_spec, list(self.given.parameters)))
+        relative = {n: off / sizes[n] if sizes[n] else inf for n, off in bad.items()}
+        number, off = max(relative.items(), key=lambda item: item[1])
+        origins = dict.fromkeys(block.origin for block in blocks[number]) or ["none was found"]
+        more = f" (and those of {len(bad) - 1} more)" if len(bad) > 1 else ""
+        return (
+            f"The Jacobian with respect to {names[number] or 'the parameter'!r}{more} is wrong: weighted at "
+            f"random, its rows differ from the gradient of torch.func by {off:.1g} of its norm. Its uses: "
+            f"{', '.join(origins)}"
+        )
+
+    def _dtypes(self, found: Captured) -> set[torch.dtype]:
+        """What the function computes in, as far as its parameters, their uses and its outputs tell."""
+        given = [*self.given.parameters, *found.outputs, *(c for use in found.uses for c in use.cs)]
+        return {*self._autocasts(), *(t.dtype for t in given if t is not None)}
+
+    def _autocasts(self) -> list[torch.dtype]:
+        return [] if self.exact else list(autocasts().values())
+
+    def _precise(self) -> Iterator[Call]:
+        """The same call with more digits, if there are any."""
+        if self._autocasts():
+            yield replace(self, exact=True)
+        elif any(torch.finfo(p.dtype).bits < 64 for p in self.given.parameters):
+            yield replace(self, given=self.given.as_double())
+
+    def _without_noise(self, bad: dict[int, float], found: Captured, weights: list[Tensor],
+                       first: Gradients, eps: float) -> dict[int, float]:  # fmt: skip
+        """The differences that are not rounding of the function's own computation."""
+        noise, sizes = self._noise(found, weights, first, eps), [float(g.norm()) for g in first.gradients]
+        pairs = zip(found.outputs, weights, strict=True)
+        total = sum(float((out * w).abs().sum()) for out, w in pairs)
+        kept = {}
+        for n, off in bad.items():
+            rounding = noise[n] * sizes[n]
+            measured = off <= _NOISE * rounding and (off <= _SMALL * sizes[n] or rounding > sizes[n] / 2)
+            # how the sum changes where the parameter moves along the difference, by as much as it is
+            change = off * max(1.0, float(self.given.parameters[n].norm()))
+            if not measured and change > 4 * eps * total:
+                kept[n] = off
+        return kept
+
+    def _noise(self, found: Captured, weights: list[Tensor], first: Gradients, eps: float) -> list[float]:
+        """How far gradients move, relative to their norms, by the rounding of parameters and weights."""
+        generator = torch.Generator().manual_seed(self.seed)
+        moved = [p * (1 + 2 * eps * noise_like(p, generator)) for p in self.given.parameters]
+        call = replace(self, given=self.given.with_parameters(moved))
+        again = call.gradients(found.outputs, [_SCALE * w for w in weights]).gradients
+        return [
+            float((b / _SCALE - a).norm() / a.norm().clamp(min=torch.finfo(a.dtype).tiny))
+            for a, b in zip(first.gradients, again, strict=True)
+        ]
+
+    def hides_uses(self, found: Captured) -> bool:
+        """Is something zero that need not stay so (a gate, LoRA's B), and hides what was not compared?"""
+        if any(not bool(p.any()) for p in self.given.parameters):
+            return True
+        cotangents = ([c for c in use.cs if c is not None] for use in found.uses)
+        return any(cs and not any(bool(c.any()) for c in cs) for cs in cotangents)
+
+
+def _random_weights(outputs: Sequence[Tensor], seed: int) -> list[Tensor]:
+    """Of each output, ``[B, *S]``: none close to zero."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for out in outputs:
+        uniform = torch.rand(2, *out.shape, generator=generator)
+        found.append(((0.5 + uniform[0]) * (1 - 2 * (uniform[1] < 0.5).float())).to(out.device))
+    return found
+
+
+@own_precision
+def _disagreements(blocks: Sequence[Sequence[Block]], outputs: Sequence[Tensor], weights: Sequence[Tensor],
+                   gradients: Sequence[Tensor], lost: float) -> dict[int, float]:  # fmt: skip
+    """The parameters whose blocks' ``Jᵀ w`` is not the gradient, and the norm of the difference."""
+    pairs = zip(weights, outputs, strict=True)
+    w = torch.cat([x.reshape(len(x), -1).T.to(out.dtype) for x, out in pairs])  # [K, B]
+    sizes = [float(g.norm()) for g in gradients]
+    bad: dict[int, float] = {}
+    for n, (mine, gradient) in enumerate(zip(blocks, gradients, strict=True)):
+        left, row = gradient, w.to(gradient.dtype)
+        for block in mine:
+            left = left - block.vjp(row).detach()
+        off, most = float(left.norm()), max(lost, tolerance(gradient.dtype)) * sizes[n]
+        if off <= most:
+            continue
+        # a gradient that is nothing but rounding (an attention's key bias) is noise of the whole's size
+        bound = sum(float(block.bound(row.abs())) for block in mine)
+        if not off <= most + 64 * torch.finfo(gradient.dtype).eps * (bound + max(sizes)):
+            bad[n] = off if isfinite(off) else inf
+    return bad
+
+
+def _same(got: Sequence[Tensor], want: Sequence[Tensor], most: float) -> bool:
+    """Are two computations of the outputs equal but for rounding?"""
+    return all(float((a - b).norm()) <= most * float(b.norm()) for a, b in zip(got, want, strict=True))
