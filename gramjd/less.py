@@ -11,6 +11,7 @@ from torch.optim import AdamW, Optimizer
 
 from gramjd import pytree
 from gramjd.jacobian import Jacobian
+from gramjd.jacobian.lazy import check_parameters
 from gramjd.pytree import PyTree
 from gramjd.similarity import TopK, collected, divided, one_loss
 
@@ -60,7 +61,7 @@ def less(
             mine = {name: _rows(queries, name, len(queries.outputs.each[0].shape)) for name in queries.names}
         for batch in loader:
             jac = one_loss(jacobian(batch))
-            queries._check_parameters(jac)
+            check_parameters(queries, jac)
             with torch.no_grad():
                 yield _cosines(mine, jac, moments).cpu()
 

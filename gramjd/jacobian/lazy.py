@@ -70,7 +70,7 @@ class Jacobian:
         samples = sum(j.outputs.samples for j in jacobians)
         each = [out.with_samples(samples) for out in first.outputs.each]
         for j in jacobians:
-            first._check_parameters(j)
+            check_parameters(first, j)
             if j.outputs.spec != first.outputs.spec or any(
                 out.batch_dim is None or out.with_samples(samples) != want
                 for out, want in zip(j.outputs.each, each, strict=True)
@@ -190,7 +190,7 @@ class Jacobian:
         Raises:
             ValueError: the Jacobians are of different parameters.
         """
-        self._check_parameters(other)
+        check_parameters(self, other)
         total = parts.cross(
             self.intact,
             other.intact,
@@ -436,16 +436,6 @@ class Jacobian:
             raise ValueError(f"The weights are not on the Jacobian's device, {device}: move them, w.to(...).")
         return self.outputs.pack(w, "weights")
 
-    def _check_parameters(self, other: Jacobian) -> None:
-        """Raise unless another Jacobian is of parameters in the same structure and shapes."""
-        mine, theirs = ([(n, tuple(p.shape)) for n, p in zip(j.names, j.parameters, strict=True)]
-                        for j in (self, other))  # fmt: skip
-        if mine != theirs:
-            raise ValueError(
-                f"The Jacobians are of different parameters: {dict(mine)} and {dict(theirs)}. Use select() "
-                "to restrict both to the same ones."
-            )
-
 
 def _pulled(given: Sequence[Part], parameters: Sequence[Tensor], w: Tensor) -> list[Tensor]:
     """``Jᵀ w`` for ``w [K, B]``, in the shapes and dtypes of the parameters."""
@@ -458,3 +448,14 @@ def _moved(parameter: Tensor, device: torch.device | str | None, dtype: torch.dt
     if dtype is not None and parameter.is_complex():
         dtype = dtype.to_complex()
     return parameter.to(device=device, dtype=dtype)
+
+
+def check_parameters(first: Jacobian, other: Jacobian) -> None:
+    """Raise unless another Jacobian is of parameters in the same structure and shapes."""
+    mine, theirs = ([(n, tuple(p.shape)) for n, p in zip(j.names, j.parameters, strict=True)]
+                    for j in (first, other))  # fmt: skip
+    if mine != theirs:
+        raise ValueError(
+            f"The Jacobians are of different parameters: {dict(mine)} and {dict(theirs)}. Use select() "
+            "to restrict both to the same ones."
+        )
