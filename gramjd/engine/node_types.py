@@ -184,15 +184,14 @@ def facts_of(kind: Any) -> NodeType | None:
     return NodeType(*PROVEN[name], attributes, dims)
 
 
-def dims_of(node: Any, facts: NodeType, rank: int) -> tuple[int, ...]:
-    """The dimensions that a node names, of a tensor of this rank; all, where it names none."""
-    found = getattr(node, facts.dims) if facts.dims else None
-    if internals.name_of(node).startswith("NllLoss"):
+def dims_of(kind: Any, named: Any, rank: int) -> tuple[int, ...]:
+    """The dimensions that a node of a type names, of a tensor of this rank; all, where it names none."""
+    if internals.name_of_type(kind).startswith("NllLoss"):
         return (1,) if rank > 1 else (0,)
-    if found is None or found == ():
+    if named is None or named == ():
         return tuple(range(rank))
     # saved as unsigned numbers: -1 is 2**64 - 1
-    dims = [d - 2**64 if d >= 2**63 else d for d in ([found] if isinstance(found, int) else found)]
+    dims = [d - 2**64 if d >= 2**63 else d for d in ([named] if isinstance(named, int) else named)]
     return tuple([d % rank if rank else 0 for d in dims])
 
 

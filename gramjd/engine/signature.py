@@ -27,9 +27,9 @@ from math import prod
 from operator import mul
 from typing import Any
 
-from gramjd.engine.node_types import NodeType, Sizes, dims_of, facts_of, first_spatial
+from gramjd.engine.node_types import Sizes, dims_of, facts_of, first_spatial
 from gramjd.engine.nodes import NODE_TYPE
-from gramjd.internals import LEAF_TYPE, name_of, name_of_type, saved_value, shapes_of
+from gramjd.internals import LEAF_TYPE, name_of_type, saved_value, shapes_of
 
 Shape = tuple[int, ...]
 
@@ -60,6 +60,8 @@ def separation_key(order: Sequence[Any], numbers: dict[Any, int], output: Shape,
         for shape in mine:
             parts.append(shapes.setdefault(shape, len(shapes)))
         kind: Any = type(node)
+        if kind is LEAF_TYPE:
+            continue
         if kind is NODE_TYPE:
             replay = getattr(node.record, "replay", None)
             parts.append(replay and replay.sizes)
@@ -83,27 +85,43 @@ def separation_key(order: Sequence[Any], numbers: dict[Any, int], output: Shape,
                 for size, form in those:
                     forms.setdefault(size, set()).add(form)
             else:
-                inputs = [found[numbers[child]][n] for child, n in edges if child is not None]
-                token = _sizes_token(node, facts, inputs, mine, samples, len(edges) - len(inputs))
+                inputs: tuple[Shape, ...] = ()
+                for child, number in edges:
+                    if child is not None:
+                        inputs += (found[numbers[child]][number],)
+                named = _hashable(getattr(node, facts.dims)) if facts.dims else None
+                grouped = facts.sizes is Sizes.WINDOW and (saved_value(node, "groups") or 1) > 1
+                unknown = len(edges) - len(inputs)
+                token = _sizes_token(kind, facts.sizes, named, grouped, inputs, tuple(mine), samples, unknown)
             parts.append(token)
     exact = any({"first", "last", "several"} <= form for form in forms.values())
     return tuple(parts), tuple(shapes) if exact else _canonical(tuple(shapes), samples)
 
 
-def _sizes_token(node: Any, facts: NodeType, inputs: Sequence[Shape], outputs: Sequence[Shape], samples: int,
-                 unknown: int) -> Hashable:  # fmt: skip
-    """What of the sizes at a node belongs to the key; ``unknown`` is how many inputs have no gradients."""
-    if facts.sizes is Sizes.ALONG:
-        if name_of(node).startswith("Cat") and unknown > 1:
+@functools.lru_cache(maxsize=4096)  # every step asks for every node
+def _sizes_token(kind: Any, sizes: Sizes, named: Hashable, grouped: bool, inputs: tuple[Shape, ...],
+                 outputs: tuple[Shape, ...], samples: int, unknown: int) -> Hashable:  # fmt: skip
+    """What of the sizes at a node belongs to the key.
+
+    Args:
+        kind: its type.
+        sizes: what is known of that.
+        named: the dimensions that it names.
+        grouped: are its channels in groups?
+        inputs, outputs: shapes.
+        samples: ``B``.
+        unknown: how many inputs have no gradients, so that their shapes are not known.
+    """
+    if sizes is Sizes.ALONG:
+        if name_of_type(kind).startswith("Cat") and unknown > 1:
             raise Unlisted("CatBackward0 of several tensors without gradients, whose sizes it does not show")
         rank = max(map(len, (*inputs, *outputs)))
-        return tuple([_along(dim, inputs, outputs, rank, samples) for dim in dims_of(node, facts, rank)])
-    if facts.sizes is Sizes.WINDOW:
-        channels = int((saved_value(node, "groups") or 1) > 1)  # samples may be groups of channels
-        kind = type(node)
-        sizes = [shape[max(0, first_spatial(kind, len(shape)) - channels) :] for shape in (*inputs, *outputs)]
-        return tuple(sizes), _if_there(sizes, samples)
-    return tuple(inputs), tuple(outputs), samples
+        return tuple([_along(dim, inputs, outputs, rank, samples) for dim in dims_of(kind, named, rank)])
+    if sizes is Sizes.WINDOW:  # samples may be groups of channels
+        firsts = [max(0, first_spatial(kind, len(shape)) - grouped) for shape in (*inputs, *outputs)]
+        spatial = [shape[n:] for n, shape in zip(firsts, (*inputs, *outputs), strict=True)]
+        return tuple(spatial), _if_there(spatial, samples)
+    return inputs, outputs, samples
 
 
 def _along(dim: int, inputs: Sequence[Shape], outputs: Sequence[Shape], rank: int, samples: int) -> Hashable:

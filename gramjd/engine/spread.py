@@ -180,7 +180,7 @@ def _reach(node: Any, facts: NodeType, gradient: Tensor) -> Sequence[int]:
     if facts.nan is Nan.SELECTED:
         return ()
     if facts.nan is Nan.CHOSEN:
-        return dims_of(node, facts, rank)
+        return dims_of(type(node), getattr(node, facts.dims) if facts.dims else None, rank)
     first = (
         first_spatial(type(node), rank) if facts.nan is Nan.WINDOWED else int(facts.nan is Nan.WITHIN_FIRST)
     )
