@@ -32,7 +32,7 @@ def backward(losses: Losses, weighting: Weightings, modules: Inputs = None, *, b
         losses: a tensor of losses of any shape, or a list or tuple of tensors: all their entries, one after
             the other; with a ``batch_dim``, their stack along a new last dimension (a first one where
             ``batch_dim`` is negative).
-        weighting: from their Gramian to one weight for each, such as those of :mod:`gramjd.weighting`.
+        weighting: from their Gramian to one weight for each, such as those of ``gramjd.weighting``.
         modules: what the Gramian is of: modules, or tensors, leaves or not, such as the output of an encoder
             in place of its parameters (MGDA-UB: Sener and Koltun, arXiv 1810.04650). ``None`` for all leaves
             of the losses' graph. Gradients go to all leaves in any case.

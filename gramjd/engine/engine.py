@@ -179,7 +179,7 @@ class Engine:
         Args:
             losses: as in :meth:`compute_gramian`: a tensor of any shape, or a list or tuple of tensors.
             weighting: from their Gramian to one weight for each, such as those of
-                :mod:`gramjd.weighting` and of ``torchjd.aggregation``.
+                ``gramjd.weighting`` and of ``torchjd.aggregation``.
             per: groups of parameters that get weights of their own, from their own Gramians, as in
                 :meth:`gramjd.Jacobian.gramian`. Every leaf is in one. ``weighting`` may be a mapping from
                 groups to weightings; it must be, if these remember earlier calls.
