@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gramjd.internals import is_compiling
 from gramjd.weighting._certificate import CERTIFIED
-from gramjd.weighting._gramian import flat_preference
+from gramjd.weighting._gramian import flat_preference, rounding
 from gramjd.weighting._opaque import is_constant, watched
 
 LARGEST = 128  # objectives
@@ -39,7 +39,7 @@ np = _usable_numpy()
 
 
 def easy(gramian: Tensor) -> Any:
-    """A float64 array ``[m, m]``, if the Gramian is an exactly symmetric, finite and constant one."""
+    """An exactly symmetric float64 array ``[m, m]``, if the Gramian is a finite and constant one."""
     if np is None or type(gramian) is not Tensor or gramian.ndim != 2 or is_compiling() or watched():
         return None
     if not 0 < len(gramian) <= LARGEST or gramian.device.type != "cpu" or not gramian.is_floating_point():
@@ -47,8 +47,12 @@ def easy(gramian: Tensor) -> Any:
     if not is_constant(gramian):
         return None
     matrix = gramian.detach().to(torch.float64).numpy()
-    if matrix.shape[1] != len(matrix) or not (matrix == matrix.T).all():
+    if matrix.shape[1] != len(matrix):
         return None
+    if not (matrix == matrix.T).all():  # as products of large matrices are
+        if not (abs(matrix - matrix.T) <= rounding(gramian.dtype) * abs(matrix).max()).all():
+            return None
+        matrix = (matrix + matrix.T) / 2
     if not (isfinite(matrix.sum()) and matrix.diagonal().min() >= 0):
         return None
     return matrix
