@@ -47,15 +47,13 @@ def easy(gramian: Tensor) -> Any:
     if not is_constant(gramian):
         return None
     matrix = gramian.detach().to(torch.float64).numpy()
-    if matrix.shape[1] != len(matrix):
+    if matrix.shape[1] != len(matrix) or not isfinite(matrix.sum()):
         return None
     if not (matrix == matrix.T).all():  # as products of large matrices are
         if not (abs(matrix - matrix.T) <= rounding(gramian.dtype) * abs(matrix).max()).all():
             return None
         matrix = (matrix + matrix.T) / 2
-    if not (isfinite(matrix.sum()) and matrix.diagonal().min() >= 0):
-        return None
-    return matrix
+    return matrix if matrix.diagonal().min() >= 0 else None
 
 
 def is_fixed(pref_vector: Tensor | None) -> bool:

@@ -1,25 +1,145 @@
-"""Small Gramians take the short way, also where a product has left rounding."""
+"""The short way for one small Gramian agrees with the general solvers, or leaves the Gramian to them."""
 
-from __future__ import annotations
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from gramian_cases import FAMILIES, degenerate, gramian
+from torch import Tensor
 
-from gramjd.weighting import DualProjWeighting
-from gramjd.weighting._small import easy, np
+import gramjd.weighting as w
+from gramjd.weighting import _small
+
+PREFERENCE = torch.arange(_small.LARGEST + 1, dtype=torch.float64).cos()
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "dualproj": w.dualproj,
+    "dualproj_by_preference": lambda g: w.dualproj(g, PREFERENCE[: g.shape[-1]]),
+    "imtl_g": w.imtl_g,
+    "cagrad": lambda g: w.cagrad(g, 0.5),
+    "cagrad_wide": lambda g: w.cagrad(g, 1.5),
+    "aligned_min": lambda g: w.aligned_mtl(g, PREFERENCE[: g.shape[-1]], "min"),
+    "aligned_median": lambda g: w.aligned_mtl(g, PREFERENCE[: g.shape[-1]], "median"),
+    "aligned_rmse": lambda g: w.aligned_mtl(g, PREFERENCE[: g.shape[-1]], "rmse"),
+}
 
 
-@pytest.mark.skipif(np is None, reason="numpy is not here")
+def symmetric(matrix: Tensor) -> Tensor:
+    """As an engine's Gramians are; a plain product is so on some CPUs alone."""
+    return (matrix + matrix.mT) / 2
+
+
+def general(function: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor:
+    """A batch of one does not take the short way."""
+    return function(matrix.unsqueeze(0)).squeeze(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 33])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_agrees_with_the_general_way(name: str, family: str, size: int, dtype: torch.dtype) -> None:
+    matrix = symmetric(gramian(family, size)).to(dtype)
+    short, want = FUNCTIONS[name](matrix), general(FUNCTIONS[name], matrix)
+    assert short.dtype == dtype
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-5
+    if name.startswith(("imtl", "aligned")):  # two eigensolvers differ by their rounding
+        tolerance = max(tolerance, 1e-15 * min(float(torch.linalg.cond(matrix.double())), 1e12))
+    scale = want.abs().max().clamp(min=1e-9)
+    torch.testing.assert_close(short / scale, want / scale, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if not name.startswith(("imtl", "aligned"))])
+def test_degenerate(name: str) -> None:
+    for size in (2, 5, 12):
+        for matrix in symmetric(degenerate(size, 60, seed=size)):
+            want = general(FUNCTIONS[name], matrix)
+            torch.testing.assert_close(
+                FUNCTIONS[name](matrix), want, rtol=1e-6, atol=1e-7 * max(1.0, float(want.abs().max()))
+            )
+
+
+@pytest.mark.parametrize("size", [8, 32, 96])
+def test_it_is_taken(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For ordinary Gramians: the general way is not even prepared."""
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("the general way was taken")
+
+    import sys
+
+    from gramjd.weighting import aligned_mtl, cagrad, dualproj, imtl_g  # noqa: F401
+
+    for module in ("aligned_mtl", "cagrad", "dualproj", "imtl_g"):
+        monkeypatch.setattr(sys.modules[f"gramjd.weighting.{module}"], "prepare", refuse)
+    matrix = symmetric(gramian("random", size))
+    for function in FUNCTIONS.values():
+        function(matrix)
+        with pytest.raises(AssertionError, match="general"):
+            general(function, matrix)
+
+
+def test_what_is_not_easy_is_left() -> None:
+    matrix = symmetric(gramian("random", 4))
+    assert _small.easy(matrix) is not None
+    asymmetric, infinite, negative, missing = (matrix.clone() for _ in range(4))
+    asymmetric[0, 1] += 1.0
+    infinite[0, 1] = infinite[1, 0] = torch.inf
+    negative[0, 0] = -1e-9
+    missing[2, 3] = missing[3, 2] = torch.nan
+    large = symmetric(gramian("random", _small.LARGEST + 1))
+    cases = [asymmetric, infinite, negative, missing, large, torch.stack([matrix, matrix]), matrix[:2]]
+    for case in [*cases, matrix.clone().requires_grad_(), matrix.long(), torch.zeros(0, 0)]:
+        assert _small.easy(case) is None
+
+
+def test_without_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = symmetric(gramian("conflicting", 6))
+    by_numpy = w.pcd(matrix, tau=0.5)[0]
+    monkeypatch.setattr(_small, "np", None)
+    torch.testing.assert_close(w.pcd(matrix, tau=0.5)[0], by_numpy, rtol=1e-9, atol=1e-10)
+    for function in FUNCTIONS.values():
+        torch.testing.assert_close(function(matrix), general(function, matrix), rtol=1e-9, atol=1e-10)
+
+
+def test_a_trace_has_no_constants() -> None:
+    """The short way would put the weights of the first Gramian into the graph, for all others."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    first, second = (symmetric(gramian("random", 4, seed)) for seed in (0, 1))
+    for function in FUNCTIONS.values():
+        try:
+            traced = make_fx(function)(first)
+        except RuntimeError:
+            continue  # an error, as the general way asks for values
+        torch.testing.assert_close(traced(second), function(second))
+
+
+def test_the_result_is_not_the_input() -> None:
+    """Nothing shares memory with what the caller has."""
+    preference, zero = torch.ones(3, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64)
+    weights = w.aligned_mtl(zero, preference)
+    weights.zero_()
+    assert preference.tolist() == [1, 1, 1]
+    matrix = symmetric(gramian("random", 3))
+    kept = matrix.clone()
+    for function in FUNCTIONS.values():
+        function(matrix)
+    assert torch.equal(matrix, kept)
+
+
+@pytest.mark.skipif(_small.np is None, reason="numpy is not here")
 def test_gramians_that_are_symmetric_up_to_rounding() -> None:
     rows = torch.randn(40, 40, dtype=torch.float64)
     exact = (rows @ rows.T + (rows @ rows.T).T) / 2
     rounded = exact + 1e-15 * exact.abs().max() * torch.rand(40, 40, dtype=torch.float64).triu(1)
     assert not torch.equal(rounded, rounded.T)
-    found = easy(rounded)
+    found = _small.easy(rounded)
     assert found is not None and bool((found == found.T).all())
-    torch.testing.assert_close(DualProjWeighting()(rounded), DualProjWeighting()(exact), rtol=0, atol=1e-12)
+    got, want = w.DualProjWeighting()(rounded), w.DualProjWeighting()(exact)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
 def test_asymmetry_that_is_no_rounding_is_refused() -> None:
     with pytest.raises(ValueError, match="not symmetric"):
-        DualProjWeighting()(torch.tensor([[1.0, 0.5], [0.1, 1.0]]))
+        w.DualProjWeighting()(torch.tensor([[1.0, 0.5], [0.1, 1.0]]))
