@@ -97,9 +97,14 @@ def weigh(
         scale: what the losses were multiplied with, which the weighting shall not see.
 
     Raises:
-        TypeError: the weighting does not return a tensor.
+        TypeError: the weighting is no function, or does not return a tensor.
         ValueError: its weights have another shape, or are NaN or infinite.
     """
+    if not callable(weighting):
+        raise TypeError(
+            "The weighting must be a function of the Gramian, such as gramjd.weighting.upgrad; "
+            f"got {weighting!r}."
+        )
     if scale != 1.0:
         gramian = gramian / scale / scale
     weights: Any = weighting(gramians.flatten(gramian) if flat else gramian)

@@ -579,3 +579,11 @@ def test_either_weighting_of_either_shape() -> None:
     taken(model.parameters())
     with pytest.raises((ValueError, RuntimeError)):
         engine.backward(losses, theirs)
+
+
+def test_a_weighting_that_is_no_function() -> None:
+    model = nn.Linear(3, 2)
+    engine = gramjd.Engine(model, batch_dim=0)
+    with pytest.raises(TypeError, match=r"must be a function of the Gramian.*'mean'"):
+        engine.backward(model(torch.randn(4, 3)).sum(1), "mean")  # type: ignore[arg-type]
+    assert model.weight.grad is None
