@@ -51,7 +51,7 @@ def check(
     Only parameters of whose names a piece is in ``rows`` may go row by row.
     """
     for batch_dim in batch_dims:
-        engine = Engine(model, batch_dim=batch_dim, ways=("ops", "functional", "rows"))
+        engine = Engine(model, batch_dim=batch_dim, strategies=("ops", "functional", "rows"))
         for _ in range(times):
             out = losses(model)
             with warnings.catch_warnings():

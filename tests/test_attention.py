@@ -102,7 +102,7 @@ def test_attention(name: str, train: bool, several: bool) -> None:
 
     want = dense_gramian(run(), model.parameters())
     for batch_dim in (0, None):
-        engine = Engine(model, batch_dim=batch_dim, ways=["ops"])
+        engine = Engine(model, batch_dim=batch_dim, strategies=["ops"])
         for _ in range(2):
             got = engine.jacobian(run())
             assert_close(got.gramian(), want)

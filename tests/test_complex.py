@@ -165,7 +165,7 @@ def test_engine(shapes: Sequence[tuple[int, ...]], function: Function, of: bool)
         setattr(model, name, nn.Parameter(complex_draw(*shape) if of else draw(*shape)))
     parameters = [p.detach() for p in model.parameters()]
     for batch_dim in (0, None):
-        engine = Engine(model, batch_dim=batch_dim, ways=["ops"])
+        engine = Engine(model, batch_dim=batch_dim, strategies=["ops"])
         for _ in range(2):
             x = draw(B, D)
             out = model(x)
@@ -179,7 +179,7 @@ def test_engine(shapes: Sequence[tuple[int, ...]], function: Function, of: bool)
 def test_every_way_of_an_engine(way: str) -> None:
     model = Net(lambda m, x: (waves(x) @ m.z * m.p).abs(), z=nn.Parameter(complex_draw(D, 2)),
                 p=nn.Parameter(draw(2)))  # fmt: skip
-    engine, x = Engine(model, batch_dim=0, ways=[way]), draw(B, D)
+    engine, x = Engine(model, batch_dim=0, strategies=[way]), draw(B, D)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SlowPathWarning)
         got = engine.compute_gramian(model(x))

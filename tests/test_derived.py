@@ -97,7 +97,7 @@ def test_derived_weights(name: str, several: bool) -> None:
     model, x = build().double(), torch.randn(3, 4, dtype=torch.float64)
     want = dense_gramian(losses(model(x), several), model.parameters())
     for batch_dim in (0, None):
-        engine = Engine(model, batch_dim=batch_dim, ways=["ops"])
+        engine = Engine(model, batch_dim=batch_dim, strategies=["ops"])
         for _ in range(2):
             got = engine.jacobian(losses(model(x), several))
             assert_close(got.gramian(), want)

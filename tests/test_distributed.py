@@ -263,7 +263,7 @@ def test_sharded_refused(results: Results) -> None:
     for mine in found:
         name, message = mine["covered"]
         assert name == "CheckFailedError"
-        assert "'1.scale'" in message and "no way row by row" in message
+        assert "'1.scale'" in message and "no per-row backward" in message
 
 
 def test_sums_have_no_rows_of_their_own(results: Results) -> None:

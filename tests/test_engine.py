@@ -54,7 +54,7 @@ def test_outputs_of_every_shape(shape: tuple[int, ...], batch_dim: int | None) -
     samples = 1 if batch_dim is None else shape[batch_dim]
     others = [n for d, n in enumerate(shape) if batch_dim is None or d != batch_dim % len(shape)]
     model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 24)).double()
-    engine = Engine(model, batch_dim=batch_dim, ways=["ops"])
+    engine = Engine(model, batch_dim=batch_dim, strategies=["ops"])
     size = torch.Size(others).numel()
     for _ in range(2):
         out = model(torch.randn(samples, 3).double())[:, :size].unflatten(1, others or (1,))
@@ -180,7 +180,7 @@ def test_rounding_noise_is_no_reason_for_a_slow_way() -> None:
             return (self.layer(x) + self.shift).log_softmax(1)
 
     model = Shifted().double()
-    engine = Engine(model, batch_dim=0, ways=["ops"])
+    engine = Engine(model, batch_dim=0, strategies=["ops"])
     out = model(torch.randn(4, 3).double())[:, :2].sum(1)
     assert_close(engine.compute_gramian(out), dense_gramian(out, model.parameters()))
 
@@ -201,7 +201,7 @@ def test_a_cotangent_of_mere_rounding_is_no_mixing(batch_dim: int | None) -> Non
             return above / below
 
     model = Scaled().double()
-    engine = Engine(model, batch_dim=batch_dim, ways=["ops"])
+    engine = Engine(model, batch_dim=batch_dim, strategies=["ops"])
     for _ in range(3):
         out = model(torch.randn(4, 3).double()).square().sum(1)
         assert_close(engine.compute_gramian(out), dense_gramian(out, model.parameters()))
@@ -273,7 +273,7 @@ def test_several_outputs_of_one_forward() -> None:
 
 def test_two_engines_on_one_model() -> None:
     model, inputs = make("tied")
-    whole, part = Engine(model, batch_dim=0), Engine(model.mix, batch_dim=0, ways=["ops"])
+    whole, part = Engine(model, batch_dim=0), Engine(model.mix, batch_dim=0, strategies=["ops"])
     out = model(*inputs(3)).square().mean((1, 2))
     assert_close(whole.compute_gramian(out), dense_gramian(out, model.parameters()))
     assert_close(part.compute_gramian(out), dense_gramian(out, model.mix.parameters()))
@@ -294,7 +294,7 @@ def test_dropout_and_side_effects_are_those_of_the_forward_that_ran() -> None:
             return self.b(h) if h.sum().item() > 0 else self.b(-h)
 
     model = Noisy().double()
-    engine = Engine(model, batch_dim=0, ways=["ops"])
+    engine = Engine(model, batch_dim=0, strategies=["ops"])
     for _ in range(4):
         out = model(torch.randn(5, 3).double()).square().sum(1)
         assert_close(engine.compute_gramian(out), dense_gramian(out, model.parameters()))
@@ -380,7 +380,7 @@ def test_it_is_deterministic_and_draws_no_random_numbers() -> None:
 def test_float32_passes_its_own_checks() -> None:
     model, inputs = make("tied")
     model.float()
-    engine = Engine(model, batch_dim=0, ways=["ops"])
+    engine = Engine(model, batch_dim=0, strategies=["ops"])
     out = model(*inputs(3)).square().mean((1, 2))
     gramian = engine.compute_gramian(out)
     assert gramian.dtype == torch.float32
@@ -469,3 +469,12 @@ def test_a_gradient_of_mere_rounding_excuses_no_other(share: float) -> None:
     with pytest.warns(gramjd.SlowPathWarning, match="'out.weight' is computed"):
         gramian = engine.compute_gramian(losses)
     assert_close(gramian, dense_gramian(losses, model.parameters()))
+
+
+def test_deprecated_ways() -> None:
+    """The former name of ``strategies`` still works, and says so."""
+    model, x = mlp(), torch.randn(4, 3).double()
+    with pytest.warns(DeprecationWarning, match="strategies="):
+        engine = Engine(model, batch_dim=0, ways=("functional",))
+    losses = model(x).sum(1)
+    assert_close(engine.compute_gramian(losses), dense_gramian(losses, model.parameters()), 1e-10)

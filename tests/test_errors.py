@@ -133,7 +133,7 @@ def test_an_interrupt_in_the_forward() -> None:
             return self.layer(x)
 
     model = Interrupted().double()
-    engine = Engine(model, batch_dim=0, ways=["ops"])
+    engine = Engine(model, batch_dim=0, strategies=["ops"])
     with pytest.raises(KeyboardInterrupt):
         model(X)
     model.interrupt = False
@@ -152,12 +152,12 @@ def test_constructor_arguments(model: nn.Module) -> None:
         Engine([], batch_dim=0)
     with pytest.raises(ValueError, match="check must be"):
         Engine(model, batch_dim=0, check="often")
-    with pytest.raises(ValueError, match="ways must be"):
-        Engine(model, batch_dim=0, ways=["magic"])
+    with pytest.raises(ValueError, match="strategies must be"):
+        Engine(model, batch_dim=0, strategies=["magic"])
 
 
 def test_no_way_left(model: nn.Module) -> None:
-    engine = Engine(model, batch_dim=0, ways=["ops"])
+    engine = Engine(model, batch_dim=0, strategies=["ops"])
     out = model(X).sum(1) + model[0].bias.sum()
     with pytest.raises(gramjd.CheckFailedError, match=r"'0.bias'.*outside of the calls.*tries all"):
         engine.compute_gramian(out)

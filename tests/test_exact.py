@@ -133,7 +133,7 @@ def test_weights_tied_across_registered_roots() -> None:
     b.weight = a.weight
     for batch_dim in (0, None):
         for roots in ((a, b), ([b, a],)):
-            engine = Engine(*roots, batch_dim=batch_dim, ways=["ops"])
+            engine = Engine(*roots, batch_dim=batch_dim, strategies=["ops"])
             out = objectives(b(a(x).tanh()))
             assert_close(engine.compute_gramian(out), dense_gramian(out, [a.weight, a.bias, b.bias]))
             engine.close()

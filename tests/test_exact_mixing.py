@@ -106,7 +106,7 @@ def test_micro_batches_of_one_sample_in_front_of_a_float32_island() -> None:
     """Their owners are found within its rounding, which is measured."""
     island = Net(lambda m, x: F.normalize(m.first(x).float(), dim=-1).double() * m.scale,
                  first=nn.Linear(4, 2), scale=nn.Parameter(torch.rand(2)))  # fmt: skip
-    engine, x = Engine(island, batch_dim=0, ways=("ops", "functional")), draw(3, 6, 4)
+    engine, x = Engine(island, batch_dim=0, strategies=("ops", "functional")), draw(3, 6, 4)
     for _ in range(2):
         losses = torch.cat([island(part) for part in (x[:1], x[1:])]).sin().sum((1, 2))
         assert_close(engine.compute_gramian(losses), dense_gramian(losses, island.parameters()), 1e-5)

@@ -129,7 +129,7 @@ def test_two_engines_that_see_one_opaque_call() -> None:
     """It is marked once: without a check of the total, what two marks give would be added up."""
     torch._dynamo.reset()
     model = nn.Sequential(nn.Linear(D, D), torch.compile(net(), backend="eager")).double()
-    engines = [Engine(model, batch_dim=0, check="never", ways=["ops", "functional"]) for _ in range(2)]
+    engines = [Engine(model, batch_dim=0, check="never", strategies=["ops", "functional"]) for _ in range(2)]
     for engine in engines:
         out = losses_on(draw(B, D))(model)
         assert_close(engine.compute_gramian(out), dense_gramian(out, model.parameters()))
@@ -202,7 +202,7 @@ def test_lora_with_a_frozen_base() -> None:
 def test_requires_grad_toggled_between_steps() -> None:
     """One engine; what is frozen takes no part, what is thawed takes part again."""
     model, x = net(), draw(B, D)
-    engine = Engine(model, batch_dim=0, ways=["ops"])
+    engine = Engine(model, batch_dim=0, strategies=["ops"])
     for step in range(6):
         for i, p in enumerate(model.parameters()):
             p.requires_grad_(step % 3 == 0 or i % 3 == step % 3)
@@ -352,7 +352,7 @@ def test_autocast(device: str, dtype: torch.dtype, inside: bool, batch_dim: int 
     model = nn.Sequential(nn.Linear(D, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 3)).to(device)
     x = torch.randn(B, D, device=device)
     scale = 2.0**16 if dtype == torch.bfloat16 else 2.0**8  # where GradScaler starts, and ends up
-    engine = Engine(model, batch_dim=batch_dim, ways=["ops"])
+    engine = Engine(model, batch_dim=batch_dim, strategies=["ops"])
     for _ in range(2):
         with torch.autocast(device, dtype):
             hidden = model(x)
@@ -408,7 +408,7 @@ def test_gradients_that_overflow(first: bool, batch_dim: int | None) -> None:
     """A scale too large for float16 raises, at the first call or later, and is not remembered."""
     model = nn.Sequential(nn.Linear(D, 8), Halved(), nn.Tanh(), nn.Linear(8, 3))
     x = torch.randn(B, D)
-    engine = Engine(model, batch_dim=batch_dim, ways=["ops"])
+    engine = Engine(model, batch_dim=batch_dim, strategies=["ops"])
     for scale in (1e8, 1.0, 1e8, 16.0) if first else (1.0, 1e8, 16.0):
         out = model(x).square().sum(1) * scale
         if scale > 1e4:
@@ -436,12 +436,12 @@ def test_half_precision_is_accumulated_in_float32() -> None:
 
 
 def test_losses_of_bfloat16() -> None:
-    """By all ways, and by the transforms; torch 2.1 has no identity matrix of bfloat16."""
+    """By all strategies, and by the transforms; torch 2.1 has no identity matrix of bfloat16."""
     model = nn.Linear(3, 2, bias=False).bfloat16()
     x = torch.eye(3).bfloat16()  # every product is exact
-    for ways in (["ops"], ["functional"], ["rows"]):
+    for strategies in (["ops"], ["functional"], ["rows"]):
         for batch_dim in (0, None):
-            out = Engine(model, batch_dim=batch_dim, ways=ways).compute_gramian(model(x)).float()
+            out = Engine(model, batch_dim=batch_dim, strategies=strategies).compute_gramian(model(x)).float()
             assert_close(out, torch.einsum("ab,cd->acdb", torch.eye(3), torch.eye(2)))
     function, parameters = gramjd.functional_loss(model)
     assert_close(gramjd.gramian(function)(parameters, x).float(), out)
@@ -457,7 +457,7 @@ def test_tables_with_sparse_gradients(batch_dim: int | None) -> None:
     model = nn.Sequential(nn.Embedding(7, D, sparse=True), nn.Flatten(), nn.Linear(3 * D, 2)).double()
     twin, ids = copy.deepcopy(model), torch.randint(0, 7, (B, 3))
     twin[0].sparse = False
-    engine = Engine(model, batch_dim=batch_dim, ways=["ops"])
+    engine = Engine(model, batch_dim=batch_dim, strategies=["ops"])
     for _ in range(2):
         gramian = engine.compute_gramian(losses_on(ids)(model))
         assert_close(gramian, dense_gramian(losses_on(ids)(twin), twin.parameters()))

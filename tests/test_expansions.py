@@ -43,7 +43,7 @@ def losses(out: Tensor, several: bool = True) -> Tensor:
 def check(model: nn.Module, *inputs: Any) -> None:
     for several, batch_dim in itertools.product((False, True), (0, None)):
         want = dense_gramian(losses(model(*inputs), several), model.parameters())
-        engine = Engine(model, batch_dim=batch_dim, ways=["ops"])
+        engine = Engine(model, batch_dim=batch_dim, strategies=["ops"])
         for _ in range(2):
             got = engine.jacobian(losses(model(*inputs), several))
             assert_close(got.gramian(), want)
@@ -94,7 +94,7 @@ def test_weighted_bags() -> None:
 
     learned = Learned().double()
     want = dense_gramian(losses(learned(ids)), learned.parameters())
-    assert_close(Engine(learned, batch_dim=0, ways=["ops"]).compute_gramian(losses(learned(ids))), want)
+    assert_close(Engine(learned, batch_dim=0, strategies=["ops"]).compute_gramian(losses(learned(ids))), want)
 
 
 def test_a_bag_that_renormalises_its_weight_is_exact_row_by_row() -> None:

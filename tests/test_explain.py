@@ -180,7 +180,7 @@ def test_a_bias_that_shares_the_products_of_its_weight(case: str) -> None:
     samples = 400 if case == "no room" else 8
     x = torch.randn(samples, *([3] if case == "positions" else []), 200)
     model = Layer()
-    engine = gramjd.Engine(model, batch_dim=0, ways=["ops"], memory_budget=2**20)
+    engine = gramjd.Engine(model, batch_dim=0, strategies=["ops"], memory_budget=2**20)
     out = model(x)
     losses = out.flatten(1).sum(1)
     listed = {row.parameter: row for row in engine.explain(losses)}

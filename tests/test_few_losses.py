@@ -42,12 +42,16 @@ def reduced(model: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("losses", [stacked, reduced])
-@pytest.mark.parametrize("ways", [("losses",), ("rows",), None])
+@pytest.mark.parametrize("strategies", [("losses",), ("rows",), None])
 def test_a_backward_pass_for_each_loss_and_no_more(
-    losses: Callable[[nn.Module, Tensor], Tensor], ways: tuple[str, ...] | None
+    losses: Callable[[nn.Module, Tensor], Tensor], strategies: tuple[str, ...] | None
 ) -> None:
     model, x = network(), torch.randn(5, 2, 6, 6, dtype=torch.float64)
-    engine = Engine(model, batch_dim=None) if ways is None else Engine(model, batch_dim=None, ways=ways)
+    engine = (
+        Engine(model, batch_dim=None)
+        if strategies is None
+        else Engine(model, batch_dim=None, strategies=strategies)
+    )
     for _ in range(2):
         out = losses(model, x)
         with Calls() as calls:

@@ -104,7 +104,7 @@ def test_no_tensor_of_batch_times_weight() -> None:
     for _ in range(3):
         layers += [nn.Linear(width, width), nn.ReLU()]
     model = nn.Sequential(*layers, nn.Linear(width, 10))
-    engine = Engine(model, batch_dim=0, ways=["ops"], audit=None)
+    engine = Engine(model, batch_dim=0, strategies=["ops"], audit=None)
     for checked in (True, False):
         losses = model(torch.randn(batch, width)).logsumexp(1)
         with Allocations() as allocations:
@@ -117,7 +117,7 @@ def test_no_tensor_of_batch_times_weight() -> None:
 def test_wide_linear() -> None:
     """Beyond inputs and cotangents, nothing above 64 MiB."""
     model = nn.Linear(4096, 4096)
-    engine = Engine(model, batch_dim=0, ways=["ops"], audit=None)
+    engine = Engine(model, batch_dim=0, strategies=["ops"], audit=None)
     losses = model(torch.randn(64, 4096)).square().mean(1)
     with Allocations() as allocations:
         engine.compute_gramian(losses)
@@ -148,7 +148,7 @@ def test_tied_embedding() -> None:
             return torch.nn.functional.linear(self.table(ids).tanh(), self.table.weight)
 
     model, ids = Tied(), torch.randint(0, 50_000, (8, 32))
-    engine = Engine(model, batch_dim=0, ways=["ops"], audit=None)
+    engine = Engine(model, batch_dim=0, strategies=["ops"], audit=None)
     weight = 4 * 50_000 * 512
     for most in (weight, 8 * weight // 10):  # the check takes one weighted gradient
         losses = model(ids).logsumexp(2).mean(1)
@@ -201,7 +201,7 @@ def test_fused_attention_stays_fused() -> None:
     """No tensor of all pairs of positions, neither in the forward pass nor in the Gramian."""
     T = 1024
     model, x = Attending(), torch.randn(2, T, 8)
-    engine = Engine(model, batch_dim=0, ways=["ops"], memory_budget=MiB, audit=None)
+    engine = Engine(model, batch_dim=0, strategies=["ops"], memory_budget=MiB, audit=None)
     for _ in range(2):
         with Allocations() as allocations:
             engine.compute_gramian(model(x))
@@ -225,7 +225,7 @@ class Deep(nn.Module):
 
 def peaks(model: nn.Module, objectives: int) -> tuple[int, int]:
     """Bytes of the first call of ``compute_gramian``, and of one when all is proven."""
-    engine, x = Engine(model, batch_dim=0, ways=["ops"], audit=None), torch.randn(16, 32, 64)
+    engine, x = Engine(model, batch_dim=0, strategies=["ops"], audit=None), torch.randn(16, 32, 64)
     found = []
     for _ in range(4):  # two of the six patterns of samples in each of the first three
         losses = model(x)[:, :objectives]

@@ -144,7 +144,7 @@ def test_layer(name: str, several: bool) -> None:
     model = Model(build(), x if shape == IDS else x.float()).double()
     want = dense_gramian(losses(model(x), several), model.parameters())
     for batch_dim in (0, None):
-        engine = Engine(model, batch_dim=batch_dim, ways=["ops"])
+        engine = Engine(model, batch_dim=batch_dim, strategies=["ops"])
         for _ in range(2):  # measured and checked first, then from what is known
             assert_close(engine.compute_gramian(losses(model(x), several)), want)
         engine.close()

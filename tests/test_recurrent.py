@@ -53,7 +53,7 @@ def check(network: nn.Module, loss: Any, *args: Any) -> None:
     torch.manual_seed(1)
     want = dense_gramian(loss(network, *args), network.parameters())
     for batch_dim in (0, None):
-        engine = Engine(network, batch_dim=batch_dim, ways=["ops"])
+        engine = Engine(network, batch_dim=batch_dim, strategies=["ops"])
         for _ in range(2):
             torch.manual_seed(1)
             got = engine.jacobian(loss(network, *args))
@@ -133,7 +133,7 @@ def test_states_in_and_the_size_of_the_batch(kind: type[nn.RNNBase]) -> None:
     for steps, samples in ((4, 4), (6, 3), (6, 2)):
         x = torch.randn(steps, samples, 3, dtype=torch.float64)
         want = dense_gramian(model(x), model.parameters())
-        assert_close(Engine(model, batch_dim=0, ways=["ops"]).compute_gramian(model(x)), want)
+        assert_close(Engine(model, batch_dim=0, strategies=["ops"]).compute_gramian(model(x)), want)
 
 
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
@@ -173,7 +173,7 @@ def test_packed_sequences_that_are_not_sorted() -> None:
         return nn.utils.rnn.pad_packed_sequence(out)[0].sin().sum((0, 2))
 
     for batch_dim in (0, None):
-        engine = Engine(network, batch_dim=batch_dim, ways=["ops"])
+        engine = Engine(network, batch_dim=batch_dim, strategies=["ops"])
         got = engine.compute_gramian(loss(network))
         assert_close(got, dense_gramian(loss(network), network.parameters()))
         engine.close()
@@ -207,7 +207,7 @@ def test_cells(kind: type[nn.RNNCellBase], bias: bool) -> None:
 def test_a_float32_island_behind_a_network(kind: type[nn.RNNBase]) -> None:
     """Its rounding, of what a replay is given, is measured: far above float64's, and no mixing."""
     network = kind(3, 4, batch_first=True).double()
-    engine, x = Engine(network, batch_dim=0, ways=["ops"]), torch.randn(5, 3, 3, dtype=torch.float64)
+    engine, x = Engine(network, batch_dim=0, strategies=["ops"]), torch.randn(5, 3, 3, dtype=torch.float64)
     for _ in range(2):
         h = network(x)[0].float()
         losses = (h / h.norm(dim=-1, keepdim=True)).double().sin().sum((1, 2))

@@ -311,7 +311,7 @@ def test_rule(case: Case, several: bool) -> None:
 
     want = dense_gramian(run(), model.parameters())
     for batch_dim in (0, None)[case.alone :]:
-        engine = Engine(model, batch_dim=batch_dim, ways=["ops"])
+        engine = Engine(model, batch_dim=batch_dim, strategies=["ops"])
         for _ in range(2):  # measured and checked first, then from what is known
             assert_close(engine.compute_gramian(run()), want)
         engine.close()

@@ -198,8 +198,8 @@ def test_another_strategy_has_the_same_projection() -> None:
     x = inputs(3)
     for kind in KINDS:
         fast, slow = (
-            quiet(Engine(module, batch_dim=0, ways=ways), module(*x).flatten(1)[:, 0])
-            for ways in (("ops", "functional", "rows"), ("rows",))
+            quiet(Engine(module, batch_dim=0, strategies=strategies), module(*x).flatten(1)[:, 0])
+            for strategies in (("ops", "functional", "rows"), ("rows",))
         )
         assert {type(b) for mine in fast.blocks for b in mine} != {
             type(b) for mine in slow.blocks for b in mine

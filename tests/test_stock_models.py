@@ -150,7 +150,7 @@ def test_peft_adapters_with_a_frozen_base(name: str, mode: str, batch_dim: int |
     model = peft.get_peft_model(MODELS[name].make(), config).double().train(mode == "train")
     assert any(p.requires_grad for p in model.parameters())
     assert not all(p.requires_grad for p in model.parameters())
-    engine = Engine(model, batch_dim=batch_dim, ways=["ops"])
+    engine = Engine(model, batch_dim=batch_dim, strategies=["ops"])
     for _ in range(2):
         losses = masked(model)
         trained = [p for p in model.parameters() if p.requires_grad]

@@ -218,7 +218,7 @@ def test_structure_is_kept(case: Case, several: bool) -> None:
             continue
         want = dense_gramian(losses(model(x), several), [model.p])
         for batch_dim in (0, None):
-            engine = Engine(model, batch_dim=batch_dim, ways=["ops"])
+            engine = Engine(model, batch_dim=batch_dim, strategies=["ops"])
             got = engine.jacobian(losses(model(x), several))
             assert_close(got.gramian(), want, case.tolerance)
             if kind is Mapped and case.structured is not None:
@@ -252,7 +252,7 @@ def test_weights_repeated_for_every_sample(samples: int) -> None:
     model, x = Repeated(), torch.randn(samples, 3, 4, dtype=torch.float64)
     want = dense_gramian(losses(model(x)), model.parameters())
     for batch_dim in (0, None):
-        engine = Engine(model, batch_dim=batch_dim, ways=["ops"])
+        engine = Engine(model, batch_dim=batch_dim, strategies=["ops"])
         for _ in range(2):
             got = engine.jacobian(losses(model(x)))
             assert_close(got.gramian(), want)

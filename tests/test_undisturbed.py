@@ -447,7 +447,7 @@ def assert_same(got: list[Any], want: list[Any]) -> None:
         assert torch.equal(a, b) if isinstance(b, Tensor) else a == b
 
 
-def assert_undisturbed(make: Callable[[], nn.Module], batch_dim: int | None, ways: Any = None) -> None:
+def assert_undisturbed(make: Callable[[], nn.Module], batch_dim: int | None, strategies: Any = None) -> None:
     torch.manual_seed(0)
     model, x = make().double(), draw(B, D)
     state = {name: t.clone() for name, t in model.state_dict().items()}
@@ -456,7 +456,7 @@ def assert_undisturbed(make: Callable[[], nn.Module], batch_dim: int | None, way
     except RuntimeError:
         want = None
     model.load_state_dict(state)
-    engine = Engine(model, batch_dim=batch_dim, **({"ways": ways} if ways else {}))
+    engine = Engine(model, batch_dim=batch_dim, **({"strategies": strategies} if strategies else {}))
     for _ in range(2):
         model.load_state_dict(state)
         if want is None:  # nor does it make a forward run that does not run without it

@@ -1,4 +1,4 @@
-"""Every module of the zoo, through both constructor forms and all three ways."""
+"""Every module of the zoo, through both constructor forms and all three strategies."""
 
 import warnings
 
@@ -10,7 +10,7 @@ from zoo import CASES, make
 import gramjd
 from gramjd import Engine, SlowPathWarning
 
-WAYS = {
+STRATEGIES = {
     "all": ("ops", "functional", "rows"),
     "functional": ("functional", "rows"),
     "rows": ("rows",),
@@ -26,11 +26,11 @@ def objectives(out: torch.Tensor, several: bool) -> torch.Tensor:
 
 @pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
 @pytest.mark.parametrize("batch_dim", [0, None])
-@pytest.mark.parametrize("ways", WAYS)
+@pytest.mark.parametrize("strategies", STRATEGIES)
 @pytest.mark.parametrize("name", CASES)
-def test_exact(name: str, ways: str, batch_dim: int | None, several: bool) -> None:
+def test_exact(name: str, strategies: str, batch_dim: int | None, several: bool) -> None:
     module, inputs = make(name)
-    engine = Engine(module, batch_dim=batch_dim, ways=WAYS[ways])
+    engine = Engine(module, batch_dim=batch_dim, strategies=STRATEGIES[strategies])
     for samples in (3, 2, 1, 4):  # the structure is known from the second batch on
         out = objectives(module(*inputs(samples)), several)
         with warnings.catch_warnings():
@@ -61,7 +61,7 @@ NEED_ROWS = {"in place"} | ({"reused parameter"} if torch.__version__.startswith
 def test_the_ops_cover_everything(name: str) -> None:
     """No parameter of the zoo goes a slow way, except where the point is that it must."""
     module, inputs = make(name)
-    engine = Engine(module, batch_dim=0, ways=("ops", "functional"))
+    engine = Engine(module, batch_dim=0, strategies=("ops", "functional"))
     out = objectives(module(*inputs(3)), False)
     assert_close(engine.compute_gramian(out), dense_gramian(out, module.parameters()))
 

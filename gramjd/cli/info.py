@@ -8,7 +8,7 @@ from importlib import metadata
 import torch
 
 import gramjd
-from gramjd.engine.ways import WAYS
+from gramjd.engine.strategies import STRATEGIES
 from gramjd.plan.options import Options, limits
 
 OPTIONAL = ("numpy", "matplotlib", "scipy", "scikit-learn", "tqdm", "transformers", "torchjd")
@@ -24,7 +24,7 @@ def info() -> str:
         **{name: _version(name) for name in OPTIONAL},
         **{f"device {name}": text for name, text in _devices().items()},
         "check": "first",
-        "ways": ", ".join(WAYS),
+        "strategies": ", ".join(STRATEGIES),
         "accumulate_dtype": "float32 for half and bfloat16, else as the parameters",
     }
     width = max(map(len, rows))

@@ -141,7 +141,7 @@ def grouped(flat: Sequence[Tensor | None], counts: Sequence[int]) -> list[list[T
 
 
 def row_gradients(output: Tensor, inputs: Sequence[Tensor], batch_dim: int | None) -> list[Tensor | None]:
-    """Way 3: rows ``[K, B, *p.shape]`` of each parameter, one objective of one sample at a time."""
+    """Rows ``[K, B, *p.shape]`` of each parameter, one objective of one sample at a time."""
     eye = torch.eye(output.numel(), device=output.device).to(output.dtype)
     cotangents = eye.view(-1, *output.shape)
     rows = gradients(output, inputs, cotangents) if len(cotangents) > FEW else None

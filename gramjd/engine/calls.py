@@ -1,4 +1,4 @@
-"""Way 2: a module call as the pure function ``functional_call(module, params, args, kwargs)``.
+"""A module call as the pure function ``functional_call(module, params, args, kwargs)``.
 
 Its per-sample Jacobian is built by ``vmap(vjp)`` over the batch dimension, with the same capture of
 ops inside, and applied to the cotangents of the call's outputs.

@@ -24,8 +24,8 @@ from gramjd.engine.registry import Registry
 from gramjd.engine.sharded import Lockstep, refuse_flat, refuse_parallel
 from gramjd.engine.solve import Emit, solve
 from gramjd.engine.step import Scaled, Step, Weightings
+from gramjd.engine.strategies import STRATEGIES
 from gramjd.engine.task import Task
-from gramjd.engine.ways import WAYS
 from gramjd.errors import NotCoveredError, NotFiniteError, SlowPathWarning
 from gramjd.explanation import Explanation, explanation
 from gramjd.jacobian import Jacobian, Output, Sum, groups
@@ -53,7 +53,7 @@ class Engine:
             is not proven that this cannot change; ``"always"``; ``"never"``.
         audit: with ``check="first"``, what was proven is verified again in the second, fourth, eighth …
             call of a structure and in each ``audit``-th one; ``None`` for no audits.
-        ways: how blocks may be obtained, best first: by one ordinary backward pass for each of the
+        strategies: how blocks may be obtained, best first: by one ordinary backward pass for each of the
             ``"losses"``, if these are up to sixteen, without a batch dimension, and all rows fit into the
             memory; from the ``"ops"`` of the forward that ran; by ``"functional"`` replay of a module
             call under ``vmap(vjp)``; by autograd's ``"rows"``.
@@ -61,6 +61,7 @@ class Engine:
             use beside the result; ``None`` for a default that follows what is free.
         accumulate_dtype: dtype in which they add up products, and of the Gramian; ``None`` for
             float32 where the parameters are half or bfloat16, else for the parameters' own.
+        ways: deprecated, the former name of ``strategies``.
 
     Raises:
         TypeError: an argument is not a module.
@@ -80,24 +81,29 @@ class Engine:
         batch_dim: int | str | None = "",
         check: str = "first",
         audit: int | None = 256,
-        ways: Sequence[str] = WAYS,
+        strategies: Sequence[str] = STRATEGIES,
         memory_budget: int | None = None,
         accumulate_dtype: torch.dtype | None = None,
+        ways: Sequence[str] | None = None,
     ) -> None:
         found, recurse, batch_dim = _parse(modules, batch_dim)
+        if ways is not None:
+            warnings.warn("Engine(ways=...) is now strategies=...", DeprecationWarning, stacklevel=2)
+            strategies = ways
         if check not in ("first", "always", "never"):
             raise ValueError(f"check must be 'first', 'always' or 'never', not {check!r}.")
         if audit is not None and (not isinstance(audit, int) or audit < 1):
             raise ValueError(f"audit must be a positive number of calls, or None, not {audit!r}.")
-        if not ways or not set(ways) <= set(WAYS):
-            raise ValueError(f"ways must be some of {WAYS}, not {ways!r}.")
+        if not strategies or not set(strategies) <= set(STRATEGIES):
+            raise ValueError(f"strategies must be some of {STRATEGIES}, not {strategies!r}.")
         self._modules, self._recurse, self._batch_dim = found, recurse, batch_dim
-        self._check, self._audit, self._ways = check, audit, tuple(way for way in WAYS if way in ways)
+        self._check, self._audit = check, audit
+        self._strategies = tuple([each for each in STRATEGIES if each in strategies])
         self._options = Options(memory_budget, accumulate_dtype)
         self._proofs = Proofs(audit if check == "first" else None)
         refuse_flat(found)
         self._registry = registry = Registry(found, recurse)
-        self._watcher = Watcher(registry.held, self._ways)
+        self._watcher = Watcher(registry.held, self._strategies)
         refs = weakref.WeakMethod(self._watcher.before), weakref.WeakMethod(self._watcher.after)
         registry.stand_ins = StandIns(*refs)
         registry.held()  # sharded parameters are seen before a forward gathers them
@@ -140,7 +146,7 @@ class Engine:
             NoGraphError: the output has no graph, or it has been freed.
             NotCoveredError: no trainable registered parameter takes part in the output.
             NotSeparableError: ``batch_dim`` is not a dimension of independent samples.
-            CheckFailedError: none of the allowed ways gives a Gramian that agrees with autograd.
+            CheckFailedError: none of the allowed strategies gives a Gramian that agrees with autograd.
             NotFiniteError: the output has NaN or infinite entries, or its gradients have.
             ValueError: the output is empty, or has no dimension ``batch_dim``; ``rows`` without a group,
                 or ``"local"`` ones that shall be ``flat``.
@@ -259,7 +265,7 @@ class Engine:
 
     def _gramian_of_ranks(self, jac: Jacobian, per: Per, group: Any, rows: str) -> Any:
         """The Gramian over a process group; a dictionary of those of groups of parameters."""
-        settings = {"batch_dim": self._batch_dim, "check": self._check, "ways": self._ways}
+        settings = {"batch_dim": self._batch_dim, "check": self._check, "strategies": self._strategies}
         which = {"": range(len(jac.parameters))} if per is None else groups.partition(jac.names, per)
         found = distributed.gramian(jac, which, self._options, group, rows, settings)
         return found[""] if per is None else found
@@ -303,16 +309,20 @@ class Engine:
                 if lockstep is not None:  # the others must not wait
                     lockstep.agree(False, [], 0, error)
                 raise
-            warned = "rows" in task.plan.ways.values()
+            warned = "rows" in task.plan.strategies.values()
             try:
                 solve(
-                    task, self._ways, self._check != "never", emit, self._options.rows_budget(output.device)
+                    task,
+                    self._strategies,
+                    self._check != "never",
+                    emit,
+                    self._options.rows_budget(output.device),
                 )
             finally:
                 forget(task.graph.nodes)
             if self._check != "always":
                 self._proofs.keep(case)
-        if task.samples and not warned and self._ways != ("rows",):
+        if task.samples and not warned and self._strategies != ("rows",):
             _warn_of_rows(task)
         return task
 
@@ -355,7 +365,7 @@ class Engine:
             "batch_dim": self._batch_dim,
             "check": self._check,
             "audit": self._audit,
-            "ways": self._ways,
+            "strategies": self._strategies,
         }
         return _rebuild, (given, {**keywords, **asdict(self._options)})
 
@@ -450,8 +460,8 @@ _DERIVATIVES = (
 
 
 def _warn_of_rows(task: Task) -> None:
-    """Say which parameters go the slow way, and why."""
-    slow = [name for name, p in task.parameters.items() if task.plan.ways[id(p)] == "rows"]
+    """Say which parameters need per-row backward passes, and why."""
+    slow = [name for name, p in task.parameters.items() if task.plan.strategies[id(p)] == "rows"]
     if slow:
         derivatives = any(node.differentiated for node in task.graph.nodes)
         cause = task.plan.causes.get(id(task.parameters[slow[0]]), "it was not used in a registered module")

@@ -113,7 +113,7 @@ class Case:
 
 def describe(plan: Plan, check: str, samples: int | None) -> str:
     """What the result of a call rests on; ``samples`` is ``None`` without a batch dimension."""
-    if "losses" in plan.ways.values():
+    if "losses" in plan.strategies.values():
         return "The rows are those of ordinary backward passes, one for each loss."
     if check == "never":
         return "Nothing was verified: check='never'."

@@ -302,15 +302,20 @@ _WRITTEN = "wrote it into a part of another tensor"
 class Watcher:
     """The hooks of one engine: what happens before and after each call of a registered module."""
 
-    def __init__(self, held: Callable[..., tuple[list[Tensor], list[Tensor]]], ways: Sequence[str]) -> None:
-        self.held, self.ways = held, ways  # trainable parameters and un-batched tensors, at the time
+    def __init__(
+        self, held: Callable[..., tuple[list[Tensor], list[Tensor]]], strategies: Sequence[str]
+    ) -> None:
+        self.held, self.strategies = (
+            held,
+            strategies,
+        )  # trainable parameters and un-batched tensors, at the time
         self.outermost = threading.local()  # .frame, .rng_state: of a call that is marked as a whole
 
     def before(self, module: nn.Module, frame: FrameType) -> None:
         """Start recording, or remember the state that the call starts from."""
         if not torch.is_grad_enabled() or (inside_transform() and not in_backward()):
             return
-        if "ops" in self.ways:
+        if "ops" in self.strategies:
             recorder = active_recorder()
             outermost = recorder is None or (
                 recorder.opaque is None and recorder.hook != saved_tensors_hook()
@@ -332,7 +337,7 @@ class Watcher:
             elif outermost:  # last: it would see all that is asked of the parameters above
                 recorder.__enter__()
         elif (
-            "functional" in self.ways
+            "functional" in self.strategies
             and saved_tensors_hook() is None
             and getattr(self.outermost, "frame", None) is None
         ):
@@ -340,7 +345,7 @@ class Watcher:
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, out: Any, frame: FrameType) -> Any:
         """Mark calls whose inside was not seen; stop recording with the call that started it."""
-        if "ops" not in self.ways:
+        if "ops" not in self.strategies:
             return self._after_unrecorded(module, args, kwargs, out, frame)
         recorder = active_recorder()
         if recorder is None or recorder.opaque not in (None, frame, frame.f_back):

@@ -1,4 +1,4 @@
-"""Blocks of every parameter of an output: each region in the first way that passes the checks."""
+"""Blocks of every parameter of an output: each region by the first strategy that passes the checks."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from gramjd.engine.regions import Later, Stream, regions_of
 from gramjd.engine.replay import Replayed, replay
 from gramjd.engine.sharded import Lockstep, needs_weights
 from gramjd.engine.spread import Masks, patterns, patterns_for, spread, stays_within
+from gramjd.engine.strategies import FROM_USES, STRATEGIES, Found, are_few, by_losses, by_rows
 from gramjd.engine.task import Separation, Task, is_fused
-from gramjd.engine.ways import BY_WAY, WAYS, Found, are_few, by_losses, by_rows
 from gramjd.errors import CheckFailedError, NotSeparableError
 from gramjd.internals import dtypes_of
 from gramjd.uses import roots
@@ -32,15 +32,15 @@ _PATTERNS_A_CALL = 2  # backward passes of the proof of separation; until it is 
 Emit = Callable[[Found], None]
 
 
-def solve(task: Task, ways: Sequence[str], check: bool, emit: Emit, rows_budget: int = 0) -> None:
-    """Give ``emit`` the blocks of every parameter, obtained in the first of ``ways`` that is exact for it.
+def solve(task: Task, strategies: Sequence[str], check: bool, emit: Emit, rows_budget: int = 0) -> None:
+    """Give ``emit`` the blocks of every parameter, by the first strategy that is exact for it.
 
     Those of a region as soon as the backward pass has been through it, where that is possible. Measures
     and verifies what the task's plan does not know yet, and writes it there.
 
     Args:
         task: what to solve.
-        ways: the strategies allowed.
+        strategies: the strategies allowed.
         check: whether results are verified.
         emit: what takes the blocks.
         rows_budget: bytes that the rows of all parameters together may take.
@@ -48,33 +48,35 @@ def solve(task: Task, ways: Sequence[str], check: bool, emit: Emit, rows_budget:
     Raises:
         NotFiniteError: gradients have NaN or infinite entries.
         NotSeparableError: the samples are mixed.
-        CheckFailedError: no way is left for a parameter, or an audit failed.
+        CheckFailedError: no strategy is left for a parameter, or an audit failed.
     """
     plan, lockstep = task.plan, task.lockstep
     if not task.samples and lockstep is None:
         return
-    if "losses" in ways and are_few(task, rows_budget):
+    if "losses" in strategies and are_few(task, rows_budget):
         found = by_losses(task)
-        plan.ways.update(dict.fromkeys(map(id, found), "losses"))
+        plan.strategies.update(dict.fromkeys(map(id, found), "losses"))
         emit(found)
-    elif not BY_WAY.keys() & set(ways) and lockstep is None:  # no strategy that takes recorded uses
-        emit(_row_by_row(task, task.parameters, ways))
+    elif not FROM_USES.keys() & set(strategies) and lockstep is None:  # no strategy that takes recorded uses
+        emit(_row_by_row(task, task.parameters, strategies))
     else:
         plan.regions = plan.regions or regions_of(task.graph.nodes)
         if plan.outside is None:
             plan.outside, opened = uncovered(task.output)
             plan.opened = {index for index, node in enumerate(task.graph.nodes) if node in opened}
-        _Solver(task, ways, check, emit).run()
+        _Solver(task, strategies, check, emit).run()
 
 
 class _Solver:
     """Solves the regions of a task one after the other, as its backward pass reaches them."""
 
-    def __init__(self, task: Task, ways: Sequence[str], check: bool, emit: Emit) -> None:
+    def __init__(self, task: Task, strategies: Sequence[str], check: bool, emit: Emit) -> None:
         plan, lockstep = task.plan, task.lockstep
         self.task, self.check, self.emit = task, check, emit
         # whatever the data are, all ranks run the same backward passes
-        self.ways = ways if lockstep is None else [way for way in ways if way != "rows"]
+        self.strategies = (
+            strategies if lockstep is None else [strategy for strategy in strategies if strategy != "rows"]
+        )
         opaque = any(isinstance(node.record, CallMark) for node in task.graph.nodes)
         # replays of opaque calls run the user's code anew
         checking = check and (opaque or not plan.complete or bool(plan.audit))
@@ -103,7 +105,7 @@ class _Solver:
             stream.finish()
         left = {name: p for name, p in task.parameters.items() if id(p) not in self.done}
         if left:
-            self.emit(_row_by_row(task, left, self.ways))
+            self.emit(_row_by_row(task, left, self.strategies))
         proven = self.checking and plan.seen and passes.conclusive
         plan.complete = plan.complete or proven or not self.check
         if task.batch_dim is not None:
@@ -148,7 +150,7 @@ class _Solver:
             pattern, known = part.pattern(), plan.patterns.setdefault(number, set())
             verifying = self.checking or (self.check and pattern not in known)
             audit = plan.audit if pattern in known else ""
-            found = _first_exact(part, probe.verifying() if verifying else None, self.ways, audit)
+            found = _first_exact(part, probe.verifying() if verifying else None, self.strategies, audit)
             known.add(pattern)
         except Later:
             plan.late.add(number)  # also the next time: the order of the sum decides on its rounding
@@ -185,27 +187,27 @@ def _separation(task: Task, check: bool, masks: list[Masks] | None) -> Separatio
     return Separation(plan.layouts, task.samples, until, needed)
 
 
-def _row_by_row(task: Task, left: dict[str, Tensor], ways: Sequence[str]) -> Found:
-    """Blocks of the parameters that are left, if they may go this way."""
-    if "rows" in ways:
-        _refuse_mixed(task, left, ways)
+def _row_by_row(task: Task, left: dict[str, Tensor], strategies: Sequence[str]) -> Found:
+    """Blocks of the parameters that are left, if this strategy is allowed."""
+    if "rows" in strategies:
+        _refuse_mixed(task, left, strategies)
         found = by_rows(task, left)
-        task.plan.ways.update(dict.fromkeys(map(id, left.values()), "rows"))
+        task.plan.strategies.update(dict.fromkeys(map(id, left.values()), "rows"))
         return found
     name, p = next(iter(left.items()))
     cause = task.plan.causes.get(id(p), "no registered module call used it")
-    remedy = "Allow more ways (the default of Engine tries all), or freeze the parameter."
+    remedy = "Allow more strategies (the default of Engine tries all), or freeze the parameter."
     if task.lockstep is not None:
         remedy = (
-            "Under fully_shard there is no way row by row, whose backward passes ranks would not run in "
+            "Under fully_shard there is no per-row backward, whose backward passes ranks would not run in "
             "step: leave the module unsharded (DistributedDataParallel), or freeze the parameter."
         )
     raise CheckFailedError(
-        f"The Gramian of {name!r} could not be computed by {' or '.join(ways)}: {cause}. {remedy}"
+        f"The Gramian of {name!r} could not be computed by {' or '.join(strategies)}: {cause}. {remedy}"
     )
 
 
-def _first_exact(task: Task, probe: Probe | None, ways: Sequence[str], audit: str) -> Found:
+def _first_exact(task: Task, probe: Probe | None, strategies: Sequence[str], audit: str) -> Found:
     """Blocks of a region's parameters by the ops or by replays of calls, where these are exact.
 
     With a probe they are compared with autograd's gradients. In an ``audit`` a difference is an error.
@@ -213,13 +215,17 @@ def _first_exact(task: Task, probe: Probe | None, ways: Sequence[str], audit: st
     plan, found, outside = task.plan, Found(), task.plan.outside or set()
     opaque = any(isinstance(node.record, CallMark) for node in task.graph.nodes)
     plan.causes.update(dict.fromkeys(outside, "it was used outside of the calls of registered modules"))
-    for way in ways:
+    for strategy in strategies:
         left = {n: p for n, p in task.parameters.items() if p not in found and id(p) not in outside}
-        planned = {n: p for n, p in left.items()
-                   if WAYS.index(plan.ways.get(id(p), way)) <= WAYS.index(way)}  # fmt: skip
-        if way not in BY_WAY or not planned:
+        rank = STRATEGIES.index(strategy)
+        planned = {
+            name: p
+            for name, p in left.items()
+            if STRATEGIES.index(plan.strategies.get(id(p), strategy)) <= rank
+        }
+        if strategy not in FROM_USES or not planned:
             continue
-        candidates = BY_WAY[way](task, planned)
+        candidates = FROM_USES[strategy](task, planned)
         for name, p in planned.items():
             blocks = candidates.get(p)
             if blocks is None:
@@ -230,7 +236,7 @@ def _first_exact(task: Task, probe: Probe | None, ways: Sequence[str], audit: st
                 plan.causes[id(p)] = "its uses that were seen do not add up to autograd's gradient"
                 continue
             found[p] = blocks
-            plan.ways[id(p)] = way
+            plan.strategies[id(p)] = strategy
     return found
 
 
@@ -260,7 +266,7 @@ def _expand(task: Task, probe: Probe) -> None:
         elif is_fused(node) and any(c is not None for c in cs):
             try:
                 found = replay(node, cs, given)
-            except (ValueError, RuntimeError) as error:  # a slower way is left
+            except (ValueError, RuntimeError) as error:  # a slower strategy is left
                 for slot in node.record.record.slots:
                     for root in roots(slot.source):
                         task.plan.causes.setdefault(root, str(error))
@@ -278,12 +284,16 @@ def _expand(task: Task, probe: Probe) -> None:
         probe.first.cotangents = probed
 
 
-def _refuse_mixed(task: Task, planned: dict[str, Tensor], ways: Sequence[str]) -> None:
+def _refuse_mixed(task: Task, planned: dict[str, Tensor], strategies: Sequence[str]) -> None:
     """Rows are exact whatever ``batch_dim`` is; but a wrong one is an error, not a slow path."""
     layouts, plan = task.met, task.plan
     plan.mixed.update(root for root, sizes in plan.flattened.items() if sizes & plan.sizes)
     mixed = [name for name, p in planned.items() if id(p) in plan.mixed]
-    if task.samples == 1 or len(ways) == 1 or not (mixed or (None in layouts and layouts <= {None, ZERO})):
+    if (
+        task.samples == 1
+        or len(strategies) == 1
+        or not (mixed or (None in layouts and layouts <= {None, ZERO}))
+    ):
         return
     shape, dim = list(task.output.shape), task.batch_dim
     if not mixed or layouts <= {None, ZERO}:

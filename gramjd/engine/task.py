@@ -47,8 +47,8 @@ class Plan:
     mixed: set[int] = field(default_factory=set)  # ids of parameters whose uses mix samples
     flattened: dict[int, set[int]] = field(default_factory=dict)  # sizes that say so if samples have them
     sizes: set[int] = field(default_factory=set)  # of samples and their positions, in one dimension
-    ways: dict[int, str] = field(default_factory=dict)  # of each parameter, by id
-    causes: dict[int, str] = field(default_factory=dict)  # why it did not go an earlier way
+    strategies: dict[int, str] = field(default_factory=dict)  # of each parameter, by id
+    causes: dict[int, str] = field(default_factory=dict)  # why an earlier strategy failed
     outside: set[int] | None = None  # ids of leaves that are used outside of recorded ops; None: not known
     opened: set[int] = field(default_factory=set)  # nodes of derived tensors that are, too
     patterns: dict[int, set[Pattern]] = field(default_factory=dict)  # of layouts, verified, of each region
@@ -63,8 +63,8 @@ class Plan:
     def trusted(self) -> Plan:
         """What of it may be taken over to the next call, as a copy."""
         patterns = {region: set(each) for region, each in self.patterns.items()}
-        return Plan(self.regions, {}, set(self.late), ways=dict(self.ways), causes=dict(self.causes),
-                    outside=self.outside, opened=self.opened, patterns=patterns,
+        return Plan(self.regions, {}, set(self.late), strategies=dict(self.strategies),
+                    causes=dict(self.causes), outside=self.outside, opened=self.opened, patterns=patterns,
                     complete=self.complete)  # fmt: skip
 
 

@@ -18,13 +18,13 @@ from gramjd.engine.task import Task
 from gramjd.rules.registry import any_entry
 from gramjd.uses import Derived, Record, Source, Use, names_of_leaves, roots
 
-WAYS = ("losses", "ops", "functional", "rows")  # best first
+STRATEGIES = ("losses", "ops", "functional", "rows")  # best first
 
 Found = dict[Tensor, list[Block]]  # of each parameter; those not covered are missing
 
 
 def by_ops(task: Task, parameters: dict[str, Tensor]) -> Found:
-    """Way 1: the uses that the forward recorded."""
+    """Strategy ``"ops"``: the uses that the forward recorded."""
     failed: set[int] = set()
 
     def fail(source: Source, cause: object) -> None:
@@ -149,7 +149,7 @@ def _where(record: Record, saved: Sequence[Tensor], output: Sequence[int], dim: 
 
 
 def by_calls(task: Task, parameters: dict[str, Tensor]) -> Found:
-    """Way 2: module calls whose inside was not seen, as pure functions under ``vmap(vjp)``."""
+    """Strategy ``"functional"``: module calls as pure functions under ``vmap(vjp)``."""
     found: dict[int, list[Block]] = {}
     failed: set[int] = set()
     for index, node in enumerate(task.graph.nodes):
@@ -166,7 +166,7 @@ def by_calls(task: Task, parameters: dict[str, Tensor]) -> Found:
                 raise ValueError("its outputs do not belong to one sample each")
             layout = None if task.batch_dim is None else layout
             blocks = call_blocks(mark, values_of(node), cs, layout, task.samples)
-        except Exception as error:  # whatever the user's module does under vmap: a slower way is left
+        except Exception as error:  # whatever the user's module does under vmap: a slower strategy is left
             failed.update(owners)
             for owner in owners:
                 task.plan.causes.setdefault(owner, f"{type(mark.module).__name__}: {error}")
@@ -178,7 +178,7 @@ def by_calls(task: Task, parameters: dict[str, Tensor]) -> Found:
 
 
 def are_few(task: Task, budget: int) -> bool:
-    """Is a backward pass for each loss the way to go: few of them, no samples, and memory for all rows?"""
+    """Is a backward pass for each loss the strategy: few of them, no samples, and memory for all rows?"""
     if task.batch_dim is not None or task.lockstep is not None or task.output.numel() > backward.FEW:
         return False
     rows = sum(p.numel() * p.element_size() for p in task.parameters.values())
@@ -205,7 +205,7 @@ def by_losses(task: Task) -> Found:
 
 
 def by_rows(task: Task, parameters: dict[str, Tensor]) -> Found:
-    """Way 3: one row after the other by ordinary autograd."""
+    """Strategy ``"rows"``: one row after the other by ordinary autograd."""
     rows = backward.row_gradients(task.output, list(parameters.values()), task.batch_dim)
     causes = [
         task.plan.causes.get(id(p), "it was not used in a registered module") for p in parameters.values()
@@ -216,7 +216,7 @@ def by_rows(task: Task, parameters: dict[str, Tensor]) -> Found:
     }
 
 
-BY_WAY: dict[str, Callable[[Task, dict[str, Tensor]], Found]] = {"ops": by_ops, "functional": by_calls}
+FROM_USES: dict[str, Callable[[Task, dict[str, Tensor]], Found]] = {"ops": by_ops, "functional": by_calls}
 
 
 def _name(op: object) -> str:
