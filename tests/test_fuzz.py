@@ -9,6 +9,7 @@ from collections import Counter
 import hypothesis.strategies as st
 import pytest
 from fuzz import FORWARDS, LOSSES, MIXED_LOSSES, Recipe, outcome
+from fuzz_found import ROUNDING
 from fuzz_ops import OPS, SEPARABLE
 from fuzz_program import Instruction, Moment
 from hypothesis import HealthCheck, given, settings
@@ -144,3 +145,10 @@ def test_random_models_are_exact_or_refused(capsys: pytest.CaptureFixture[str]) 
     assert excused < 0.02 * results.total()
     rare = {name: features[name] for name in FEATURES if features[name] < int(BY_HAND or EVERY_RUN) // 90}
     assert not rare, f"hardly any model has {rare}"
+
+
+@pytest.mark.filterwarnings("ignore::gramjd.SlowPathWarning", "ignore:There is a performance drop")
+@pytest.mark.parametrize("recipe", ROUNDING, ids=["float32 subgraph", "zero derivative", "micro-batches"])
+def test_rounding_is_no_cross_sample_dependence(recipe: Recipe) -> None:
+    found, _, _ = outcome(recipe)
+    assert {each.split(": ")[1] for each in found} == {"exact"}

@@ -66,8 +66,9 @@ class Scattered(Layout):
         shape[self.dim + 2] = filled.shape[1]
         return (found * filled.view(shape)).transpose(0, 1)
 
-    def explains(self, c: Tensor, probed: Tensor, v: Tensor) -> bool:
-        """Are these the owners by other weights, too? The arguments are those of :func:`measure`."""
+    def misfit(self, c: Tensor, probed: Tensor, v: Tensor) -> float:
+        """The relative difference that it leaves with other weights; arguments as of :func:`measure`."""
+        c, probed = as_real(c), as_real(probed)
         v = torch.cat([v, v.new_zeros(len(v), 1)], 1).double()  # entries of no sample have cotangents of zero
         rows = c.movedim(self.dim + 1, 1).flatten(2).double() if c.ndim > 2 else c.unsqueeze(-1).double()
         wanted = (
@@ -76,8 +77,8 @@ class Scattered(Layout):
             else probed.unsqueeze(-1).double()
         )
         weighted = torch.einsum("knm,kn->nm", rows, v[:, self.owners])
-        off = float((weighted - wanted.double()).norm())
-        return off <= 8 * tolerance(c.dtype) * float(weighted.norm())
+        size = float(weighted.norm())
+        return float((weighted - wanted).norm()) / size if size else inf
 
 
 ZERO = Layout(-1)  # every layout fits: the cotangents are zero, or there are none

@@ -21,6 +21,7 @@ from gramjd.engine.marks import OpMark
 from gramjd.engine.nodes import Cotangents
 from gramjd.engine.passes import Pass, Passes, rounding_of
 from gramjd.engine.task import Task, is_fused
+from gramjd.internals import dtypes_of
 from gramjd.rounding import tolerance
 from gramjd.uses import roots
 
@@ -93,11 +94,12 @@ def _layout(task: Task, probe: Probe, index: int, which: int) -> Layout | None:
     """The layout of one output of a node, by weights of which two may be close: proven by others."""
     layout = _first_fit(task, probe, index, which)
     if isinstance(layout, Scattered) and not probe.passes.checking and not task.places:
-        c, other = (
-            task.cotangents[index][which],
-            probe.passes.independent.of(probe.nodes).cotangents[index][which],
-        )
-        if c is None or other is None or not layout.explains(c, other[0], probe.passes.others):
+        c = task.cotangents[index][which]
+        other = probe.passes.independent.of(probe.nodes).cotangents[index][which]
+        if c is None or other is None:
+            return None
+        off = layout.misfit(c, other[0], probe.passes.others)
+        if off > _NOISE * tolerance(c.dtype) and not _is_rounding(off, task, probe, index, which):
             return None
     return layout
 
@@ -107,23 +109,50 @@ def _first_fit(task: Task, probe: Probe, index: int, which: int) -> Layout | Non
     c, first = task.cotangents[index][which], probe.first.cotangents[index][which]
     if c is None or first is None:
         return ZERO
-    layout, off = measure(c, first[0], probe.v)
+    regular, off = measure(c, first[0], probe.v)
+    layout = regular
     precision = task.precisions[index] if task.precisions else None
     if off > tolerance(precision or c.dtype) and (
         off > _SMALL or off > _NOISE * _noise(task, probe, index, which)
     ):
         layout = None if task.is_unbatched(index) else owned(c, first[0], probe.v)
+        if layout is None and _is_rounding(off, task, probe, index, which):
+            layout = regular
     if layout is None and not task.is_unbatched(index):
         noise = _noise(task, probe, index, which)
         mixed = _mixes(task, index, c, first[0], probe.v)
         if mixed and noise > _SMALL:
             return ZERO  # nothing but rounding: a running maximum, subtracted and added again
         layout = owned(c, first[0], probe.v, min(_SMALL, _NOISE * noise))
-        if layout is None and mixed:
+        if layout is None and mixed and not _is_negligible(first, probe):
             _note_mixed(task, index, first[0].shape)
     elif layout is not None:
         _note_sizes(task, layout, first[0].shape)
     return layout
+
+
+def fewest_digits(task: Task) -> torch.dtype:
+    """The dtype of the fewest digits that anything in the graph was computed in."""
+    dtypes = {task.output.dtype, *dtypes_of(task.graph.order)}
+    return max(
+        (dtype for dtype in dtypes if dtype.is_floating_point), key=lambda dtype: torch.finfo(dtype).eps
+    )
+
+
+def _is_negligible(cotangent: Tensor, probe: Probe) -> bool:
+    """Could a cotangent be the rounding of larger ones (a derivative that is zero in exact arithmetic)?"""
+    largest = max(probe.passes.first.norms, default=0.0)
+    return float(cotangent.norm()) <= _NOISE * torch.finfo(cotangent.dtype).eps * largest
+
+
+def _is_rounding(off: float, task: Task, probe: Probe, index: int, which: int) -> bool:
+    """Is a relative difference explained by the rounding of a cotangent, as it is measured?
+
+    Or by what anything in the graph was computed in: of few entries, the rounding may be small by chance.
+    """
+    if off > _SMALL:
+        return False
+    return off <= _NOISE * _noise(task, probe, index, which) or off <= tolerance(fewest_digits(task))
 
 
 def _note_mixed(task: Task, index: int, shape: Sequence[int]) -> None:

@@ -16,7 +16,7 @@ from gramjd.engine.layouts import ZERO
 from gramjd.engine.marks import CallMark
 from gramjd.engine.nodes import Cotangents, forget
 from gramjd.engine.passes import Passes
-from gramjd.engine.probe import Probe, agrees, find_layouts, is_noise
+from gramjd.engine.probe import Probe, agrees, fewest_digits, find_layouts, is_noise
 from gramjd.engine.regions import Later, Stream, regions_of
 from gramjd.engine.replay import Replayed, replay
 from gramjd.engine.sharded import Lockstep, needs_weights
@@ -24,7 +24,6 @@ from gramjd.engine.spread import Masks, patterns, patterns_for, spread, stays_wi
 from gramjd.engine.strategies import FROM_USES, STRATEGIES, Found, are_few, by_losses, by_rows
 from gramjd.engine.task import Separation, Task, is_fused
 from gramjd.errors import CheckFailedError, NotSeparableError
-from gramjd.internals import dtypes_of
 from gramjd.uses import roots
 
 _PATTERNS_A_CALL = 2  # backward passes of the proof of separation; until it is whole, layouts are measured
@@ -231,21 +230,13 @@ def _first_exact(task: Task, probe: Probe | None, strategies: Sequence[str], aud
             if blocks is None:
                 continue
             if probe is not None and not agrees(probe, name, blocks):
-                if audit and not opaque and not agrees(probe.by_others(), name, blocks, _fewest_digits(task)):
+                if audit and not opaque and not agrees(probe.by_others(), name, blocks, fewest_digits(task)):
                     raise CheckFailedError(audit.format(name))
                 plan.causes[id(p)] = "its uses that were seen do not add up to autograd's gradient"
                 continue
             found[p] = blocks
             plan.strategies[id(p)] = strategy
     return found
-
-
-def _fewest_digits(task: Task) -> torch.dtype:
-    """The dtype of the fewest digits that anything in the graph was computed in."""
-    dtypes = {task.output.dtype, *dtypes_of(task.graph.order)}
-    return max(
-        (dtype for dtype in dtypes if dtype.is_floating_point), key=lambda dtype: torch.finfo(dtype).eps
-    )
 
 
 def _expand(task: Task, probe: Probe) -> None:

@@ -1,0 +1,99 @@
+"""Recipes that the fuzzer once found refused without a reason."""
+
+from __future__ import annotations
+
+from fuzz import Recipe
+from fuzz_program import Instruction, Moment
+
+ROUNDING = [
+    Recipe(
+        sizes={"D": 2, "T": 2, "B": 2, "V": 8, "3": 3},
+        body=(
+            Instruction(op="linear", on=0, variant=11),
+            Instruction(op="hidden", on=52, variant=336),
+            Instruction(op="module", on=12, variant=54019),
+            Instruction(op="recurrent", on=44, variant=15666),
+        ),
+        children=(
+            (
+                Instruction(op="timed", on=15, variant=3298),
+                Instruction(op="activate", on=6, variant=1),
+                Instruction(op="activate", on=0, variant=3),
+            ),
+            (Instruction(op="activate", on=0, variant=3298),),
+        ),
+        loss="masked",
+        forwards="gradient penalty",
+        registered="model",
+        engines="batch",
+        moments=(
+            Moment(batch=0, number=2, gate=0.5, training=False, flip=False, detached=True, frozen=False),
+            Moment(batch=0, number=0, gate=0.0, training=False, flip=False, detached=True, frozen=False),
+            Moment(batch=0, number=0, gate=0.0, training=True, flip=False, detached=False, frozen=False),
+            Moment(batch=0, number=6, gate=0.0, training=True, flip=False, detached=False, frozen=True),
+        ),
+        audited=False,
+        seed=0,
+    ),
+    Recipe(
+        sizes={"B": 2, "D": 2, "T": 2, "V": 8, "3": 3},
+        body=(
+            Instruction(op="linear", on=0, variant=4),
+            Instruction(op="module", on=49, variant=288),
+            Instruction(op="module", on=35, variant=92),
+            Instruction(op="norm", on=5, variant=0),
+            Instruction(op="recurrent", on=37, variant=586),
+            Instruction(op="hidden", on=27, variant=16402),
+        ),
+        children=(
+            (Instruction(op="activate", on=16, variant=20642),),
+            (Instruction(op="move", on=29, variant=1616), Instruction(op="activate", on=34, variant=1162)),
+        ),
+        loss="masked",
+        forwards="intermediate result",
+        registered="some modules",
+        engines="both",
+        moments=(
+            Moment(batch=0, number=0, gate=-0.4, training=True, flip=True, detached=True, frozen=False),
+            Moment(batch=0, number=3, gate=0.0, training=False, flip=False, detached=True, frozen=True),
+            Moment(batch=0, number=0, gate=0.5, training=False, flip=True, detached=False, frozen=False),
+            Moment(batch=0, number=8, gate=-0.4, training=True, flip=True, detached=True, frozen=True),
+            Moment(batch=0, number=4, gate=0.5, training=True, flip=False, detached=False, frozen=True),
+            Moment(batch=0, number=10, gate=0.0, training=False, flip=True, detached=False, frozen=False),
+        ),
+        audited=False,
+        seed=4130,
+    ),
+    Recipe(
+        sizes={"B": 2, "T": 2, "D": 2, "V": 8, "3": 3},
+        body=(
+            Instruction(op="linear", on=0, variant=1),
+            Instruction(op="module", on=14, variant=1425),
+            Instruction(op="linear", on=36, variant=50399),
+            Instruction(op="hidden", on=26, variant=524),
+            Instruction(op="norm", on=35, variant=513),
+            Instruction(op="recurrent", on=26, variant=101),
+        ),
+        children=(
+            (Instruction(op="ragged", on=38, variant=544),),
+            (
+                Instruction(op="ragged", on=38, variant=544),
+                Instruction(op="activate", on=18, variant=681),
+                Instruction(op="combine", on=26, variant=101),
+            ),
+        ),
+        loss="every token, time first",
+        forwards="micro-batches",
+        registered="inner roots",
+        engines="both",
+        moments=(
+            Moment(batch=0, number=2, gate=0.5, training=True, flip=True, detached=True, frozen=True),
+            Moment(batch=0, number=2, gate=0.5, training=True, flip=True, detached=True, frozen=True),
+            Moment(batch=0, number=4, gate=0.5, training=False, flip=True, detached=True, frozen=False),
+            Moment(batch=0, number=9, gate=0.0, training=True, flip=True, detached=False, frozen=False),
+            Moment(batch=0, number=2, gate=0.5, training=True, flip=True, detached=True, frozen=True),
+        ),
+        audited=False,
+        seed=187,
+    ),
+]
