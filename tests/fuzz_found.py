@@ -1,4 +1,4 @@
-"""Recipes that the fuzzer once found refused without a reason."""
+"""Recipes that the fuzzer once found refused without a reason, or, in trials of such mends, wrong."""
 
 from __future__ import annotations
 
@@ -97,3 +97,33 @@ ROUNDING = [
         seed=187,
     ),
 ]
+
+# under autocast, with samples that depend on each other by less than a percent
+AUTOCAST = Recipe(
+    sizes={"T": 6, "D": 3, "B": 3, "V": 8, "3": 3},
+    body=(
+        Instruction(op="linear", on=0, variant=4),
+        Instruction(op="rearrange", on=6, variant=796),
+        Instruction(op="linear", on=33, variant=96),
+        Instruction(op="child", on=8, variant=37944),
+        Instruction(op="mix", on=32, variant=3136),
+        Instruction(op="write", on=61, variant=469),
+        Instruction(op="leak", on=48, variant=21142),
+        Instruction(op="gate", on=42, variant=4096),
+    ),
+    children=((Instruction(op="child", on=17, variant=2578), Instruction(op="hidden", on=56, variant=177)),),
+    loss="contrastive",
+    forwards="siamese",
+    registered="modules",
+    engines="batch",
+    moments=(
+        Moment(batch=0, number=0, gate=0.0, training=True, flip=True, detached=False, frozen=False),
+        Moment(batch=2, number=3, gate=-0.4, training=True, flip=True, detached=True, frozen=False),
+        Moment(batch=0, number=5, gate=0.5, training=True, flip=False, detached=False, frozen=True),
+        Moment(batch=0, number=9, gate=-0.4, training=True, flip=True, detached=False, frozen=False),
+        Moment(batch=0, number=9, gate=0.5, training=True, flip=False, detached=True, frozen=True),
+        Moment(batch=0, number=0, gate=0.0, training=True, flip=True, detached=False, frozen=False),
+    ),
+    audited=False,
+    seed=38182,
+)

@@ -9,7 +9,7 @@ from collections import Counter
 import hypothesis.strategies as st
 import pytest
 from fuzz import FORWARDS, LOSSES, MIXED_LOSSES, Recipe, outcome
-from fuzz_found import ROUNDING
+from fuzz_found import AUTOCAST, ROUNDING
 from fuzz_ops import OPS, SEPARABLE
 from fuzz_program import Instruction, Moment
 from hypothesis import HealthCheck, given, settings
@@ -152,3 +152,9 @@ def test_random_models_are_exact_or_refused(capsys: pytest.CaptureFixture[str]) 
 def test_rounding_is_no_cross_sample_dependence(recipe: Recipe) -> None:
     found, _, _ = outcome(recipe)
     assert {each.split(": ")[1] for each in found} == {"exact"}
+
+
+@pytest.mark.filterwarnings("ignore::gramjd.SlowPathWarning", "ignore:There is a performance drop")
+def test_weak_cross_sample_dependence_is_no_rounding() -> None:
+    found, _, _ = outcome(AUTOCAST)
+    assert all(ALLOWED.search(each) for each in found), found

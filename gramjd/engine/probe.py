@@ -109,22 +109,19 @@ def _first_fit(task: Task, probe: Probe, index: int, which: int) -> Layout | Non
     c, first = task.cotangents[index][which], probe.first.cotangents[index][which]
     if c is None or first is None:
         return ZERO
-    regular, off = measure(c, first[0], probe.v)
-    layout = regular
+    layout, off = measure(c, first[0], probe.v)
     precision = task.precisions[index] if task.precisions else None
-    if off > tolerance(precision or c.dtype) and (
-        off > _SMALL or off > _NOISE * _noise(task, probe, index, which)
-    ):
+    if off > tolerance(precision or c.dtype) and not _is_rounding(off, task, probe, index, which):
         layout = None if task.is_unbatched(index) else owned(c, first[0], probe.v)
-        if layout is None and _is_rounding(off, task, probe, index, which):
-            layout = regular
     if layout is None and not task.is_unbatched(index):
         noise = _noise(task, probe, index, which)
         mixed = _mixes(task, index, c, first[0], probe.v)
         if mixed and noise > _SMALL:
             return ZERO  # nothing but rounding: a running maximum, subtracted and added again
         layout = owned(c, first[0], probe.v, min(_SMALL, _NOISE * noise))
-        if layout is None and mixed and not _is_negligible(first, probe):
+        # of few entries, the rounding that was measured may be small by chance
+        uncertain = off <= tolerance(fewest_digits(task)) or _is_negligible(first, probe)
+        if layout is None and mixed and not uncertain:
             _note_mixed(task, index, first[0].shape)
     elif layout is not None:
         _note_sizes(task, layout, first[0].shape)
@@ -146,13 +143,8 @@ def _is_negligible(cotangent: Tensor, probe: Probe) -> bool:
 
 
 def _is_rounding(off: float, task: Task, probe: Probe, index: int, which: int) -> bool:
-    """Is a relative difference explained by the rounding of a cotangent, as it is measured?
-
-    Or by what anything in the graph was computed in: of few entries, the rounding may be small by chance.
-    """
-    if off > _SMALL:
-        return False
-    return off <= _NOISE * _noise(task, probe, index, which) or off <= tolerance(fewest_digits(task))
+    """Is a relative difference explained by the rounding of a cotangent, as it is measured?"""
+    return off <= _SMALL and off <= _NOISE * _noise(task, probe, index, which)
 
 
 def _note_mixed(task: Task, index: int, shape: Sequence[int]) -> None:
