@@ -24,6 +24,12 @@ def symmetrize(matrix: Tensor) -> Tensor:
     return mirrored.add_(matrix).div_(2)
 
 
+def symmetric(gramian: Tensor) -> Tensor:
+    """The same of ``[K, B, K, B]``."""
+    mirrored = gramian.permute(2, 3, 0, 1).clone(memory_format=torch.contiguous_format)
+    return mirrored.add_(gramian).div_(2)
+
+
 def rows_first(tensor: Tensor, batch_dim: int | None, ndim: int | None = None) -> Tensor:
     """A tensor ``[*shape, ...]`` → ``[K, B, ...]``; ``B = 1`` without a batch dimension.
 

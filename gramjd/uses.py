@@ -88,7 +88,8 @@ class Use:
         given = next(c for c in self.cs if c is not None)
         leaves, samples = _as_computed(self.leaves, given.dtype, tensor.dtype), given.shape[1]
         for other, value in zip(self.record.slots, self.tracked, strict=True):
-            if other is not slot and leaves[other.index] is None:
+            needed = entry is None or other.name in entry.needs
+            if needed and other is not slot and leaves[other.index] is None:
                 leaves[other.index] = value.expand(samples, *value.shape)
         leaves[slot.index] = tensor
         call = self.record.call

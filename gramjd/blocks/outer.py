@@ -38,8 +38,14 @@ class Outer:
         return (a, self.c) if self.transposed else (self.c, a)
 
     @property
+    def sides(self) -> tuple[int, int]:
+        """Features of the two factors."""
+        o, i = self.c.shape[-1], self.a.shape[-1]
+        return (i, o) if self.transposed else (o, i)
+
+    @property
     def grain(self) -> int:
-        return self.factors[1].shape[-1]
+        return self.sides[1]
 
     @property
     def kind(self) -> Hashable:
@@ -76,6 +82,8 @@ class Outer:
 
     def part(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
         """``[B, K, stop - start]``."""
+        if self.c.shape[0] == self.c.shape[3] == 1:  # one objective, no groups: fewer ops
+            return self._part_of_one(start // self.grain, stop // self.grain, dtype or self.c.dtype)
         left, right = (shared(x, 1) for x in self.factors)
         per, grain = left.shape[-1], right.shape[-1]
         first, last = start // grain // per, (stop // grain - 1) // per
@@ -87,6 +95,14 @@ class Outer:
         right = right[..., first : last + 1, :].to(left.dtype)
         rows = torch.einsum("kbtgp,lbtgq->bklgpq", left, right)  # one of k and l is 1
         return rows.reshape(self.rows[1], self.rows[0], -1)
+
+    def _part_of_one(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """The same for some features of the left factor, where ``K`` and ``G`` are 1."""
+        c, a = self.c.squeeze((0, 3)).to(dtype), self.a.squeeze(2).to(dtype)
+        left, right = (a, c) if self.transposed else (c, a)
+        if stop - start < left.shape[2]:
+            left = left[:, :, start:stop]
+        return left.mT.bmm(right).flatten(1).unsqueeze(1)
 
     def dense(self) -> Tensor:
         """``[K, B, *shape]``."""

@@ -29,11 +29,16 @@ class Layout:
     def split(self, tensor: Tensor, dim: int, samples: int) -> Tensor:
         """Samples of dimension ``dim`` first; what is left of it, ``n``, stays: ``[B, ..., n, ...]``."""
         n = tensor.shape[dim] // samples
+        if self.sample_major and dim == 0:
+            return tensor.unflatten(0, (samples, n)) if n > 1 else tensor.unsqueeze(1)
         sizes = (samples, n) if self.sample_major else (n, samples)
         return tensor.unflatten(dim, sizes).movedim(dim + (0 if self.sample_major else 1), 0)
 
     def cotangents(self, c: Tensor, samples: int) -> Tensor:
         """``[K, *y]`` → ``[K, B, *y]`` with ``n`` left of the batch dimension."""
+        if self.sample_major and self.dim == 0:
+            n = c.shape[1] // samples
+            return c.unflatten(1, (samples, n)) if n > 1 else c.unsqueeze(2)
         return self.split(c, self.dim + 1, samples).transpose(0, 1)
 
 

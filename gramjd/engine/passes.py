@@ -58,11 +58,20 @@ class Passes:
 
     def __init__(self, task: Task, checking: bool) -> None:
         self.task, self.checking, self.busy = task, checking, False
-        # weights [K, B], and others like them
-        self.v, self.others = (
-            _random_weights(task.objectives, task.samples, task.output, 2 * task.plan.calls + n)
-            for n in (0, 1)
-        )
+
+    @cached_property
+    def v(self) -> Tensor:
+        """Weights ``[K, B]``."""
+        return self._weights(0)
+
+    @cached_property
+    def others(self) -> Tensor:
+        """Others like them."""
+        return self._weights(1)
+
+    def _weights(self, number: int) -> Tensor:
+        task = self.task
+        return _random_weights(task.objectives, task.samples, task.output, 2 * task.plan.calls + number)
 
     @cached_property
     def full(self) -> Passes:

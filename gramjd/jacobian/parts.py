@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from gramjd import plan
-from gramjd.blocks import Block, is_zero
-from gramjd.internals import is_compiling, version_of
+from gramjd.blocks import Block, Dense, is_zero
+from gramjd.gramians import symmetric
+from gramjd.internals import is_compiling, is_ours, version_of
 from gramjd.plan import Options
 from gramjd.rounding import own_precision
 
@@ -84,6 +85,11 @@ class Part:
 @own_precision
 def gramian(parts: Sequence[Part], which: Sequence[int], K: int, options: Options, like: Tensor) -> Tensor:
     """``Σ J_p J_pᵀ`` over the parameters ``which``, ``[K, B, K, B]``, exactly symmetric."""
+    return symmetric(_gramian(parts, which, K, options, like))
+
+
+def _gramian(parts: Sequence[Part], which: Sequence[int], K: int, options: Options, like: Tensor) -> Tensor:
+    """The same, symmetric but for rounding."""
     pieces = _pieces(parts, K, options, like)
     tiles: list[list[Tensor]] = []
     for i, piece in enumerate(pieces):
@@ -93,7 +99,10 @@ def gramian(parts: Sequence[Part], which: Sequence[int], K: int, options: Option
 
 
 def tiles(part: Part, K: int, options: Options, like: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """The same over all parameters: tiles ``[K, b, K, b']`` and their samples, none below the diagonal."""
+    """The same over all parameters: tiles ``[K, b, K, b']`` and their samples, none below the diagonal.
+
+    Those on the diagonal are symmetric but for rounding.
+    """
     pieces, which = _pieces([part], K, options, like), range(len(part.blocks))
     ends = accumulate(piece.samples for piece in pieces)
     samples = [slice(end - piece.samples, end) for end, piece in zip(ends, pieces, strict=True)]
@@ -132,8 +141,8 @@ def keeping(part: Part, which: Sequence[int], K: int, options: Options, like: Te
         taken = sum(rows.nbytes for rows in used.values())
         budget = options.budget(like.device) - taken
         less = replace(options, memory_budget=max(1, budget)) if taken else options
-        shares.append(gramian([part], rest, K, less, like))
-    return _sum(shares, (), like)
+        shares.append(_gramian([part], rest, K, less, like))
+    return symmetric(_sum(shares, (), like))
 
 
 @own_precision
@@ -183,17 +192,39 @@ def diagonal(parts: Sequence[Part], K: int, options: Options, like: Tensor) -> T
 def vjp(parts: Sequence[Part], parameters: Sequence[Tensor], w: Tensor) -> list[Tensor]:
     """``Jᵀ w`` for ``w [K, B]``, of each parameter's shape and dtype."""
     weights = w.split([part.samples for part in parts], 1)
+    short = _short_vjp(parts[0], w) if len(parts) == 1 else {}
     found = []
     for number, p in enumerate(parameters):
         shares = []
         for part, mine in zip(parts, weights, strict=True):
-            if number in part.kept:
+            if number in short:
+                shares.append(short[number].view(p.shape))
+            elif number in part.kept:
                 flat = mine.to(p.dtype).T.reshape(-1) @ part.kept[number]
                 shares.append(flat.view(p.shape))
             else:
                 shares += [block.vjp(mine.to(p.dtype)) for block in part.blocks[number]]
         found.append(_sum(shares, p.shape, p).to(p.dtype))
     return found
+
+
+def _short_vjp(part: Part, w: Tensor) -> dict[int, Tensor]:
+    """``Jᵀ w`` of the parameters with short rows, by one product for all."""
+    rows = {
+        number: block.matrix()
+        for number, blocks in enumerate(part.blocks)
+        if plan.is_short(blocks)
+        for block in blocks
+        if isinstance(block, Dense) and block.values.dtype == w.dtype
+    }
+    if len(rows) < 2:
+        return {}
+    joined = (w.reshape(1, -1) @ torch.cat(list(rows.values()), 1)).squeeze(0)
+    sizes = [each.shape[1] for each in rows.values()]
+    # gradients with memory of their own, where that takes no call for each
+    split: Any = torch.split_with_sizes_copy if is_ours(joined) else torch.split
+    shares = split(joined, sizes)
+    return dict(zip(rows, shares, strict=True))
 
 
 @own_precision

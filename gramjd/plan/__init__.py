@@ -7,24 +7,25 @@ Multiply-adds of ``Outer × Outer`` (see :mod:`gramjd.blocks` for the letters):
 
 Which of them is cheaper follows from shapes alone, so that contractions compose with ``vmap``,
 ``grad``, ``jvp`` and ``torch.compile``. A block against itself takes half the products where that
-pays, and its share is exactly symmetric.
+pays. The sum of all shares is made exactly symmetric once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from gramjd.blocks import Block, Dense, Lookup, Outer, is_zero, merge
+from gramjd.gramians import symmetric
 from gramjd.plan import diagonals
 from gramjd.plan.choice import plans, swapped
 from gramjd.plan.kept import kept_rows, of_rows
 from gramjd.plan.options import Limits, Options, default_budget, limits
 from gramjd.plan.pairwise import takes_bias, with_bias
 from gramjd.plan.tiles import added, ranges, sum_of
-from gramjd.plan.together import biased
+from gramjd.plan.together import biased, is_short, short_rows
 
 __all__ = [
     "Options",
@@ -34,6 +35,7 @@ __all__ = [
     "default_budget",
     "gramian",
     "gramians",
+    "is_short",
     "kept_rows",
     "of_rows",
     "ranges",
@@ -41,6 +43,7 @@ __all__ = [
     "steps",
     "steps_of_all",
     "sum_of",
+    "waiting",
 ]
 
 DEFAULT = Options()
@@ -81,7 +84,7 @@ def steps_of_all(each: Sequence[Sequence[Block]], options: Options = DEFAULT) ->
 
 def gramian(blocks: Sequence[Block], options: Options = DEFAULT) -> Tensor:
     """``J Jᵀ [K, B, K, B]`` of one parameter, ``J`` the sum of its ``blocks``; exactly symmetric."""
-    return added(_shares(merge(blocks), options))
+    return symmetric(added(_shares(merge(blocks), options)))
 
 
 def _shares(blocks: Sequence[Block], options: Options) -> Iterator[Tensor]:
@@ -93,7 +96,7 @@ def _shares(blocks: Sequence[Block], options: Options) -> Iterator[Tensor]:
 
 
 def gramians(each: Sequence[Sequence[Block]], options: Options = DEFAULT) -> Iterator[Tensor]:
-    """Shares ``[K, B, K, B]`` that add up to the Gramian of several parameters.
+    """Shares ``[K, B, K, B]`` that add up to the Gramian of several parameters, symmetric but for rounding.
 
     A bias whose rows are the very cotangents of its weight costs no product of its own.
     """
@@ -101,10 +104,23 @@ def gramians(each: Sequence[Sequence[Block]], options: Options = DEFAULT) -> Ite
     for n in joined:
         u = _only(each[n])
         yield with_bias(u, _limits(u, u, options).dtype)
-    done = {*joined, *joined.values()}
+    short = _short(each, joined)
+    if short:
+        yield short_rows([block for n in short for block in each[n]], options)
+    done = {*joined, *joined.values(), *short}
     for n, blocks in enumerate(each):
         if n not in done:
-            yield gramian(blocks, options)
+            yield added(_shares(merge(blocks), options))
+
+
+def waiting(each: Sequence[Sequence[Block]], options: Options = DEFAULT) -> list[int]:
+    """Positions of parameters with such short rows that :func:`gramians` multiplies those of many at once."""
+    return _short(each, _joined(each, options))
+
+
+def _short(each: Sequence[Sequence[Block]], joined: Mapping[int, int]) -> list[int]:
+    biases = set(joined.values())
+    return [n for n, blocks in enumerate(each) if n not in biases and is_short(blocks)]
 
 
 def _joined(each: Sequence[Sequence[Block]], options: Options) -> dict[int, int]:
@@ -129,10 +145,7 @@ def cross(left: Sequence[Block], right: Sequence[Block], options: Options = DEFA
 
 
 def contract(u: Block, v: Block, options: Options = DEFAULT) -> Tensor:
-    """Inner products of all rows of two blocks of one parameter, ``[K₁, B₁, K₂, B₂]``.
-
-    Exactly symmetric if ``u is v``.
-    """
+    """Inner products of all rows of two blocks of one parameter, ``[K₁, B₁, K₂, B₂]``."""
     if swapped(u, v):
         return contract(v, u, options).permute(2, 3, 0, 1)
     return plans(u, v)[0][0].run(u, v, _limits(u, v, options))
@@ -162,4 +175,4 @@ def _tensors(block: Block) -> tuple[Tensor, ...]:
         return block.c, block.a
     if isinstance(block, Dense):
         return (block.values,)
-    return (block.c,) if isinstance(block, Lookup) else block.factors
+    return (block.c,) if isinstance(block, Lookup) else (block.points, block.windows)

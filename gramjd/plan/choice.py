@@ -66,11 +66,12 @@ def _sizes(block: Block) -> Hashable:
         return block.values.shape
     if isinstance(block, Lookup):
         return block.c.shape, block.shape, shared(block.ids, 0).shape
+    if isinstance(block, Outer):
+        c, a = block.c, block.a
+        return block.shape, c.shape, a.shape, shared(c, 1).shape, shared(a, 0).shape, block.transposed
     x, y = block.factors
     sizes = block.shape, x.shape, y.shape, shared(x, 1).shape, shared(y, 1).shape
-    if isinstance(block, Conv):
-        return *sizes, block.stride, block.dilation, conv.rounded(block)
-    return *sizes, block.transposed
+    return *sizes, block.stride, block.dilation, conv.rounded(block)
 
 
 def swapped(u: Block, v: Block) -> bool:

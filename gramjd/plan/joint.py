@@ -6,7 +6,6 @@ from torch import Tensor
 
 from gramjd.blocks import Outer
 from gramjd.blocks.outer import shared
-from gramjd.gramians import symmetrize
 from gramjd.plan.cost import Cost
 from gramjd.plan.options import Limits
 from gramjd.plan.tiles import added, ranges
@@ -41,4 +40,4 @@ def joint(u: Outer, v: Outer, limits: Limits) -> Tensor:
         return c.flatten(2).flatten(0, 1) @ mixed.flatten(1).mT
 
     found = added(tile(p, f) for p in ranges(T1, left) for f in ranges(o, features))
-    return (symmetrize(found) if u is v else found).view(K1, B1, K2, B2)
+    return found.view(K1, B1, K2, B2)

@@ -35,7 +35,7 @@ def kept_rows(each: Mapping[int, Sequence[Block]], options: Options, known: Mapp
     alone = {n: mine[0] for n, mine in each.items() if len(mine) == 1}
     found = {n: block for n, block in alone.items() if _builds_rows(block)}
     for n, block in sorted(found.items(), key=lambda item: -positions(item[1])):
-        x, y = block.factors
+        x, y = (block.c, block.a) if isinstance(block, Outer) else block.factors
         most = limits(options, x, x.dtype, y.dtype)
         count, entries = prod(block.rows), prod(block.shape)
         size = count * (entries + 3 * count)  # with room for products of these rows
@@ -62,7 +62,7 @@ def _builds_rows(block: Block) -> TypeGuard[Outer | Conv]:
     """Are rows what its plan builds, of so many positions that they are worth it?"""
     if not isinstance(block, (Outer, Conv)) or positions(block) < POSITIONS:
         return False
-    if not all(map(is_ours, block.factors)):
+    if not all(map(is_ours, (block.c, block.a) if isinstance(block, Outer) else block.factors)):
         return False
     return plans(block, block)[0][0].name in ("rows", *_METHODS)
 

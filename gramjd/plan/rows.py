@@ -70,10 +70,10 @@ def _narrow_first(u: Block, v: Block, limits: Limits) -> tuple[Block, Block]:
     """The same rows with their entries in another order, that of the product which is built faster."""
     if not (isinstance(u, Outer) and isinstance(v, Outer)) or u.transposed != v.transposed:
         return u, v
-    if any(block.c.shape[3] > 1 or block.factors[0].shape[-1] <= block.grain for block in (u, v)):
+    if any(block.c.shape[3] > 1 or block.sides[0] <= block.grain for block in (u, v)):
         return u, v
     n = u.rows[0] * u.rows[1] + (0 if u is v else v.rows[0] * v.rows[1])
-    if n * u.factors[0].shape[-1] > limits.cached(CACHED):
+    if n * u.sides[0] > limits.cached(CACHED):
         return u, v
     turned = transpose(u)
     return turned, turned if u is v else transpose(v)
@@ -87,8 +87,11 @@ def dense_rows(u: Dense, v: Dense, limits: Limits) -> Tensor:
     step = limits.elements // (len(left) + len(right)) if copied else left.shape[1]
 
     def slab(start: int, stop: int) -> Tensor:
-        some = left[:, start:stop].to(limits.dtype)
-        return product(some, some if u is v else right[:, start:stop].to(limits.dtype))
+        whole = stop - start == left.shape[1]
+        some = (left if whole else left[:, start:stop]).to(limits.dtype)
+        if u is v:
+            return product(some, some)
+        return product(some, (right if whole else right[:, start:stop]).to(limits.dtype))
 
     total = added(slab(*r) for r in ranges(left.shape[1], step))
     return total.view(*u.rows, *v.rows)
@@ -100,9 +103,11 @@ def matrix(block: Any, limits: Limits, workspace: int, build: Callable[[Any], Te
     ``build`` needs ``workspace`` elements for each sample besides its result.
     """
     step = limits.elements // max(1, workspace)
+    if step >= block.rows[1]:
+        return build(block).flatten(0, 1)
     if step < 1 and isinstance(block, (Outer, Conv)) and block.lines > 1:
         pieces = ranges(block.lines, block.lines * limits.elements // workspace)
         needs = [(r, workspace * (r[1] - r[0]) // block.lines) for r in pieces]
         return added(matrix(block.positions(*r), limits, need, build) for r, need in needs)
     parts = [build(block.samples(*r)) for r in ranges(block.rows[1], step)]
-    return (torch.cat(parts) if len(parts) > 1 else parts[0]).flatten(0, 1)
+    return torch.cat(parts).flatten(0, 1)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramjd.gramians import symmetrize
 from gramjd.internals import is_ours
 
 HALVES = 4  # tiles along each side of a symmetric product
@@ -31,9 +30,7 @@ def over_samples(u: Any, v: Any, step: int, kernel: Callable[[Any, Any], Tensor]
     tiles: list[list[Tensor]] = []
     for i, x in enumerate(left):
         found = [tiles[j][i].permute(2, 3, 0, 1) for j in range(i)]
-        diagonal = kernel(x, x)
-        found.append((diagonal + diagonal.permute(2, 3, 0, 1)) / 2)
-        tiles.append(found + [kernel(x, y) for y in left[i + 1 :]])
+        tiles.append(found + [kernel(x, y) for y in left[i:]])
     return _cat(tiles)
 
 
@@ -79,18 +76,20 @@ def _cat(tiles: list[list[Tensor]]) -> Tensor:
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ rightᵀ`` of matrices of rows; exactly symmetric, and half of it, if ``left is right``."""
+    """``left @ rightᵀ`` of matrices of rows; half of it, if ``left is right`` and that pays.
+
+    Symmetric but for rounding: sums of such products are made exactly symmetric once, at their end.
+    """
     if left is not right:
         return _inner(left, right)
     n = left.shape[0]
     count = min(HALVES, n // LEAF)
     if count < 2 or not is_ours(left):
-        return symmetrize(_inner(left, left))
+        return _inner(left, left)
     found = left.new_empty(n, n)
     for start, stop in ranges(n, -(-n // count)):
         strip = found[start:stop, start:]
         torch.mm(left[start:stop], left[start:].mT, out=strip)
-        found[start:stop, start:stop] = symmetrize(found[start:stop, start:stop])
         found[stop:, start:stop] = strip[:, stop - start :].mT
     return found
 
@@ -101,9 +100,10 @@ def _inner(left: Tensor, right: Tensor) -> Tensor:
     rows, columns = left.shape[0], right.shape[0]  # what len() says takes a call of a Python function
     long = entries * max(rows, columns) >= 2**18 and entries >= 128 * STRETCHES
     if not long or rows * columns > 2**14 or entries % STRETCHES:
-        return left @ right.mT
-    left, right = (x.unflatten(1, (STRETCHES, -1)).transpose(0, 1) for x in (left, right))
-    return (left @ right.mT).sum(0)
+        return left.mm(right.t())
+    stretched = left.view(rows, STRETCHES, -1).transpose(0, 1)
+    other = stretched if left is right else right.view(columns, STRETCHES, -1).transpose(0, 1)
+    return stretched.bmm(other.mT).sum(0)
 
 
 def canonical(square: Tensor, rows1: tuple[int, int], rows2: tuple[int, int]) -> Tensor:
