@@ -152,3 +152,22 @@ def test_host_work_of_an_unsteady_step() -> None:
     gathered = replace(problem, loss=lambda out, labels: out[torch.arange(3), labels])
     with pytest.raises(RuntimeError, match="is not steady after 10 calls"):
         host_work.steady("engine", gathered)
+
+
+@pytest.mark.parametrize("name", ["ConFIG", "ExcessMTL", "GradDrop", "TrimmedMean"])
+def test_weightings_of_rows_answer_alike(name: str) -> None:
+    """What the table of times compares is one computation in both libraries."""
+    pytest.importorskip("torchjd")
+    from benchmarks import weighting
+
+    assert set(weighting.ROWS) == {"ConFIG", "ExcessMTL", "GradDrop", "TrimmedMean"}
+    found = []
+    mine, other = weighting.calls(name, 5)
+    assert other is not None
+    for call in (mine, other):
+        torch.manual_seed(0)
+        found.append(call().flatten())
+    assert_close(*found, 1e-10)
+    times: dict[str, list[float]] = {"gramjd": [], "TorchJD": []}
+    assert weighting.measure(name, 5, times, patience=60)[:2] == [name, "5"]
+    assert all(len(each) == 1 and each[0] > 0 for each in times.values())
