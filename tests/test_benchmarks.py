@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # of the benchmarks, which are not installed
 
 from benchmarks import host_work, memory, report, runner  # noqa: E402
-from benchmarks.cases import CASES, SMALL, make  # noqa: E402
-from benchmarks.implementations import OURS, PEERS, TITLES, floor  # noqa: E402
+from benchmarks.cases import CASES, REAL, SMALL, make  # noqa: E402
+from benchmarks.implementations import IMPLEMENTATIONS, OURS, PEERS, TITLES, USUAL, floor  # noqa: E402
 from benchmarks.oracle import Oracle, matrix  # noqa: E402
 from benchmarks.problem import Outcome, Problem, sgd  # noqa: E402
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 def small(case: str) -> Problem:
     """In float64, with weights that conflict."""
-    if case == "E":
+    if case in ("E", *REAL):
         pytest.importorskip("transformers")
     problem = make(case, **SMALL[case]).moved(torch.float64)
     weights = torch.randn_like(problem.objectives())
@@ -121,8 +121,38 @@ def test_readme_shows_the_kept_results() -> None:
 
 
 def test_every_case_and_implementation_is_kept() -> None:
+    """What is measured on demand may be missing, nothing else."""
     known = {(r["case"], r["implementation"]) for r in runner.load("steps.json")}
-    assert known == {(case, name) for case in CASES for name in TITLES}
+    assert {(case, name) for case in CASES for name in USUAL} <= known
+    assert known <= {(case, name) for case in CASES for name in TITLES}
+    assert set(TITLES) == set(IMPLEMENTATIONS) and set(report.SHORT) == set(PEERS)
+    real = {(r["case"], r["implementation"]) for r in runner.load("real.json")}
+    assert real <= {(case, name) for case in REAL for name in TITLES}
+
+
+def test_the_strongest_opponent() -> None:
+    """The fastest peer, among those that are right and complete."""
+    right = {"gramian_error": 1e-7, "gradient_error": 1e-7}
+    records: list[runner.Record] = [
+        {"implementation": "functional", "ratio": 1.0, **right},
+        {"implementation": "recipe-kept", "ratio": 3.0, **right},
+        {"implementation": "opacus", "ratio": 1.5, **right, "gradient_error": 0.5},
+        {"implementation": "neural-tangents", "ratio": 2.0, "gramian_error": 1e-7},
+        {"implementation": "backpack", "error": "RuntimeError"},
+    ]
+    assert report.strongest(records, kernel=False) is records[1]
+    assert report.strongest(records, kernel=True) is records[3]
+    assert report.strongest(records[:1], kernel=False) is None
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # attention under vmap
+@pytest.mark.parametrize("name", ["functional", "engine", "engine-backward", "recipe-kept", "recipe-dropped"])
+@pytest.mark.parametrize("case", REAL)
+def test_real_models(case: str, name: str) -> None:
+    """The models of real sizes, made small, by everything that is compared on them."""
+    problem = small(case)
+    errors = Oracle.of(problem).errors(IMPLEMENTATIONS[name](problem)())
+    assert len(errors) == 2 and max(errors.values()) < 1e-9
 
 
 def test_what_is_counted() -> None:

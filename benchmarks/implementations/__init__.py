@@ -35,7 +35,12 @@ COMPILED: dict[str, Callable[[Problem], Step]] = {
     "functional-compiled": compiled.functional,
     "sgd-compiled": compiled.sgd,
 }
-IMPLEMENTATIONS = {**OURS, **PEERS, **COMPILED, "floor": floor.activation_backward}
+USUAL = {
+    **OURS,
+    **PEERS,
+    "floor": floor.activation_backward,
+}  # the others on demand: they compile for minutes
+IMPLEMENTATIONS = {**USUAL, **COMPILED}
 TITLES = {
     "functional": "gramjd functional",
     "engine": "gramjd Engine, `losses.backward(w)`",

@@ -63,7 +63,7 @@ def _zeros(v: Tensor) -> Tensor:
 
 
 def _rows(problem: Problem) -> Callable[[], tuple[Rows, Tensor]]:
-    """The fastest of torch's own: ``vmap(grad)``, ``vmap(jacrev)`` of several, a backward pass for each loss."""
+    """By `vmap(grad)`, `vmap(jacrev)` of several objectives a sample, or a backward pass for each loss."""
     if problem.batch_dim is None:
         return lambda: _rows_of_losses(problem)
     model = problem.model
