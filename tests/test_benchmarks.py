@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from oracle import assert_close, dense_gramian, dense_jacobian
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # of the benchmarks, which are not installed
 
-from benchmarks import host_work, memory, report, runner  # noqa: E402
+from benchmarks import gpu, host_work, memory, report, runner  # noqa: E402
 from benchmarks.cases import CASES, REAL, SMALL, make  # noqa: E402
 from benchmarks.implementations import IMPLEMENTATIONS, OURS, PEERS, TITLES, USUAL, floor  # noqa: E402
 from benchmarks.oracle import Oracle, matrix  # noqa: E402
@@ -172,7 +176,9 @@ def test_host_work() -> None:
     problem = host_work.transformer(batch=2, width=8, depth=1, length=3, vocabulary=5)
     counts = host_work.measure(problem)
     assert list(counts) == ["sgd", *host_work.STEPS]
-    assert counts["sgd"].read_back == 0 and 0 < counts["sgd"].arithmetic < counts["sgd"].ops
+    reads = {name: mine.read_back for name, mine in counts.items()}
+    assert reads == {"sgd": 0, "functional": 0, "engine": 2, "engine-backward": 1}  # a GPU waits for each
+    assert 0 < counts["sgd"].arithmetic < counts["sgd"].ops
     assert all(0 < counts[name].arithmetic < counts[name].ops for name in host_work.STEPS)
     assert counts == host_work.measure(problem)  # nothing but the code decides
     key = host_work.key_cost(problem, budget=0.05)
@@ -216,3 +222,70 @@ def test_weightings_of_rows_answer_alike(name: str) -> None:
     times: dict[str, list[float]] = {"gramjd": [], "TorchJD": []}
     assert weighting.measure(name, 5, times, patience=60)[:2] == [name, "5"]
     assert all(len(each) == 1 and each[0] > 0 for each in times.values())
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_a_dry_run_of_what_a_gpu_decides(tmp_path: Path) -> None:
+    """The same code at tiny sizes: everything is equal, every case is timed by everything compared."""
+    out = tmp_path / "gpu.json"
+    assert gpu.main(["--device", "cpu", "--out", str(out)]) == 0
+    kept = json.loads(out.read_text())
+    assert kept["dry_run"] and len(kept["equality"]) == 22
+    assert all(r["equal"] and 0 < r["gramian_error"] <= r["tolerance"] for r in kept["equality"])
+    missing = [r["name"] for r in kept["steps"] if "error" in r and "No module named" not in r["error"]]
+    assert missing == [] and len(kept["steps"]) == len(CASES) * len(gpu.COMPARED)
+    timed = {r["name"]: r for r in kept["steps"] if "ratio" in r}
+    assert all(r["ratio"] > 0 and r["launches"] == 0 <= r["read_back"] for r in timed.values())
+
+
+def test_no_time_is_left_and_what_is_wrong(tmp_path: Path) -> None:
+    """Entries are left out by name, and a run without equal results fails."""
+    out = tmp_path / "gpu.json"
+    assert gpu.main(["--device", "cpu", "--minutes", "-1", "--out", str(out)]) == 1
+    kept = json.loads(out.read_text())
+    assert {r.get("left_out") for r in (*kept["equality"], *kept["steps"])} == {"no time left"}
+    problem = small("A")
+    found = gpu._judged(problem, Outcome(torch.eye(4), None), 1e-3)
+    assert not found["equal"]
+
+
+def test_what_a_profile_counts() -> None:
+    events = {
+        "cudaLaunchKernel": 3,
+        "cudaLaunchKernelExC": 2,
+        "Memcpy DtoH (Device -> Pinned)": 1,
+        "aten::mm": 9,
+    }
+    found = gpu.counted({**events, "aten::_local_scalar_dense": 4})
+    assert found == {"launches": 5, "copies_to_host": 1, "read_back": 4, "synchronizations": 0}
+
+
+class _Factories(TorchDispatchMode):
+    """Records tensors with several entries made on the CPU from no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        on_cpu = [x for x in tree_leaves(found) if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
+        if not given and any(x.numel() > 1 for x in on_cpu):
+            self.made.append(func.name())
+        return found
+
+
+@pytest.mark.parametrize("case", ["A", "B", "C", "F", "H", "J"])
+def test_nothing_is_made_on_the_cpu_for_inputs_elsewhere(case: str) -> None:
+    """A functional step of meta tensors, which also refuse every read by the host."""
+    problem = make(case, "meta", **SMALL[case])
+    step = IMPLEMENTATIONS["functional"](problem)
+    with _Factories() as factories:
+        torch.zeros(2), torch.zeros(2, device="meta"), torch.zeros(())
+    assert factories.made == ["aten::zeros"]
+    with _Factories() as factories:
+        found = step()
+    assert found.gramian is not None and found.gramian.device.type == "meta"
+    assert found.gradient is not None and {g.device.type for g in found.gradient} == {"meta"}
+    assert factories.made == []
