@@ -10,7 +10,7 @@ LOWEST_PYTHON ?= $(PYTHON)
 BIN := .venv/bin
 LOWEST_BIN := .venv-lowest/bin
 
-.PHONY: demo test test-slow fuzz test-lowest lint format bench bench-parts bench-peers docs wheel clean
+.PHONY: demo test test-slow fuzz test-lowest lint format bench bench-parts bench-peers gpu docs wheel clean
 
 demo: .venv/installed  ## train on digits: plain SGD beside Jacobian descent
 	$(BIN)/python examples/train_digits.py --out out/digits
@@ -45,6 +45,11 @@ bench-parts: .venv/installed  ## what hooks, checks, the host's work, plans, wei
 	set -e; for name in hook_overhead check_cost host_work few_losses plans weighting distributed; do $(BIN)/python -m benchmarks.$$name; done
 
 bench-peers: out/bench/peers out/bench/jax  ## the peers that cannot share .venv, apart from it (3 GB)
+
+# With the machine's own torch, which knows its card; .venv may hold one without CUDA.
+gpu:  ## a machine with a CUDA card: equality, times, launches, in eight minutes
+	$(PYTHON) -c "import optree" || $(PYTHON) -m pip install optree
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
 
 docs: .venv/docs-installed  ## the documentation, into out/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build

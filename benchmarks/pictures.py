@@ -19,6 +19,8 @@ STYLES = {
     "engine-backward": ("#d55e00", "X"),
     "torchjd-autogram": ("#0072b2", "s"),
     "torchjd-autojac": ("#0072b2", "D"),
+    "recipe-kept": ("#009e73", "<"),
+    "recipe-dropped": ("#009e73", ">"),
     "vmap-grad": ("#009e73", "^"),
     "layer-vjp": ("#009e73", "v"),
     "opacus": ("#cc79a7", "p"),

@@ -9,13 +9,24 @@ from collections.abc import Sequence
 from statistics import median
 
 from benchmarks import cases, pictures
-from benchmarks.implementations import IMPLEMENTATIONS, TITLES
+from benchmarks.implementations import IMPLEMENTATIONS, OURS, PEERS, TITLES
 from benchmarks.runner import RESULTS, ROOT, Record, load
 from benchmarks.scaling import AXES, slope
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks: written by python -m benchmarks -->\n", "<!-- end of benchmarks -->\n"
 MiB = 2**20
+SHORT = {
+    "recipe-kept": "recipe, kept",
+    "recipe-dropped": "recipe, dropped",
+    "torchjd-autogram": "autogram",
+    "torchjd-autojac": "autojac",
+    "vmap-grad": "`vmap`",
+    "layer-vjp": "per layer",
+    "opacus": "Opacus",
+    "backpack": "BackPACK",
+    "neural-tangents": "neural-tangents",
+}  # of peers, in cells
 COUNTED = """\
 A ratio is the median over rounds of the time of a step, forward pass included, to that of a plain SGD step
 (forward, backward of the mean loss) that takes turns with it in the same process. Memory is the most that
@@ -30,6 +41,8 @@ def write() -> None:
         (RESULTS / "steps.md").write_text(_steps_page(steps))
         pictures.draw_steps(steps, RESULTS)
         _into_readme(section(steps))
+    if real := _ordered(load("real.json")):
+        (RESULTS / "real.md").write_text(_steps_page(real, "Models of real sizes", "--real"))
     if scaling:
         scaling.sort(key=lambda record: list(AXES).index(record["axis"]))
         (RESULTS / "scaling.md").write_text(_scaling_page(scaling))
@@ -37,7 +50,7 @@ def write() -> None:
 
 
 def section(steps: Sequence[Record]) -> str:
-    """The README's: ratio and memory of every implementation on every case."""
+    """The README's: ratio and memory of every implementation on every case, the strongest opponent first."""
     steps = _ordered(steps)
     known = {(r["case"], r["implementation"]): r for r in steps}
     columns = list(dict.fromkeys(r["case"] for r in steps))
@@ -48,11 +61,31 @@ def section(steps: Sequence[Record]) -> str:
     ]
     sgd = [_sgd_cell([r for r in steps if r["case"] == case]) for case in columns]
     lines.append("| *SGD step* | " + " | ".join(sgd) + " |")
-    for name in rows:
-        cells = [_cell(known.get((case, name))) for case in columns]
-        lines.append(f"| {TITLES[name]} | " + " | ".join(cells) + " |")
+    strongest = [_strongest_cell([known[key] for key in known if key[0] == case]) for case in columns]
+    table = {TITLES[name]: [_cell(known.get((case, name))) for case in columns] for name in rows}
+    ours = [TITLES[name] for name in rows if name in OURS]
+    for title in [*ours, "**strongest opponent**", *(each for each in table if each not in ours)]:
+        lines.append(f"| {title} | " + " | ".join(table.get(title, strongest)) + " |")
     listed = "; ".join(f"{case}: {cases.TITLES[case]}" for case in columns)
     return "\n".join([*lines, "", f"{listed}.", "", COUNTED, "", _setting(steps), ""])
+
+
+def strongest(records: Sequence[Record], kernel: bool) -> Record | None:
+    """Of one case, the fastest peer that is right and computes all that is asked for."""
+    asked = ("gramian_error",) if kernel else ("gramian_error", "gradient_error")
+    right = [
+        r for r in records
+        if r["implementation"] in PEERS and "ratio" in r and all(key in r for key in asked)
+        and pictures.error_of(r) < pictures.WRONG
+    ]  # fmt: skip
+    return min(right, key=lambda r: float(r["ratio"]), default=None)
+
+
+def _strongest_cell(records: Sequence[Record]) -> str:
+    """What the README says of it; whether the case is a kernel is told by what ours computes."""
+    kernel = not any("gradient_error" in r for r in records if r["implementation"] in OURS)
+    found = strongest(records, kernel)
+    return "–" if found is None else f"{_cell(found)} {SHORT[found['implementation']]}"
 
 
 def _cell(record: Record | None) -> str:
@@ -102,13 +135,14 @@ def _into_readme(text: str) -> None:
     README.write_text(before + BEGIN + "\n" + text + "\n" + END + rest.partition(END)[2])
 
 
-def _steps_page(steps: Sequence[Record]) -> str:
+def _steps_page(steps: Sequence[Record], title: str = "Steps", flag: str = "") -> str:
     """Every number."""
     titles = (
         "case", "implementation", "ratio", "quartiles", "ms", "SGD, ms", "MiB", "SGD, MiB", "returned, MiB",
         "error of G", "error of Jᵀw",
     )  # fmt: skip
-    lines = ["# Steps", "", f"`python -m benchmarks`, {_minutes(steps)}.", "", COUNTED, "", _setting(steps)]
+    command = f"python -m benchmarks {flag}".strip()
+    lines = [f"# {title}", "", f"`{command}`, {_minutes(steps)}.", "", COUNTED, "", _setting(steps)]
     lines.append("")
     lines.append(_row(titles))
     lines.append("|---" * len(titles) + "|")

@@ -13,11 +13,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cases import REAL
+from benchmarks.implementations import COMPILED
 from benchmarks.setting import environment
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 PATIENCE = 240  # seconds for one process
+LONG = 1200  # for one that compiles, or of a model of real size, whose oracle alone takes minutes
 Record = dict[str, Any]
 
 
@@ -25,9 +28,10 @@ def run(case: str, implementation: str, device: str, seconds: float) -> None:
     """Measure one case by one implementation, print it, and keep it in the place of what was known."""
     key = {"case": case, "implementation": implementation}
     start = time.monotonic()
-    record = {**key, **child("benchmarks.measure", case, implementation, device, str(seconds))}
-    record["took"] = round(time.monotonic() - start, 1)
-    _keep("steps.json", key, [record])
+    patience = LONG if case in REAL or implementation in COMPILED else PATIENCE
+    found = child("benchmarks.measure", case, implementation, device, str(seconds), patience=patience)
+    record = {**key, **found, "took": round(time.monotonic() - start, 1)}
+    _keep("real.json" if case in REAL else "steps.json", key, [record])
     print(f"{case} {implementation}: {shown(record)}", flush=True)
 
 

@@ -3,6 +3,9 @@
     python -m benchmarks.weighting [--largest 1024] [--threads 1] [--patience 60]
 
 Both get the same float64 Gramian of ``m`` random gradients in ``m`` dimensions, which conflict a lot.
+Where TorchJD's takes the rows of ``J``, those of ``m`` random gradients in 4096 dimensions: ExcessMTL gets
+them in both. For ConFIG, GradDrop and TrimmedMean, which answer with the combined gradient, TorchJD's gets
+``J`` as a matrix; ours gets a lazy one, and the time to build its Gramian or its rows is in.
 UPGrad also gets Gramians as they occur, of one PPO loss per sample (``benchmarks/ppo.py``), of four kinds
 and from several rounds of training: the median and the longest of the best times of each.
 Times are the best of several calls. TorchJD's are not measured where a call may take longer than
@@ -16,6 +19,7 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from math import isnan
 from pathlib import Path
@@ -25,8 +29,10 @@ import torch
 from torch import Tensor
 from torchjd import aggregation as theirs
 
+import gramjd
 import gramjd.weighting as ours
 from benchmarks import ppo
+from gramjd import aggregation
 
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "weighting.png"
 TABLE = Path(__file__).parent / "results" / "weighting.md"
@@ -44,6 +50,9 @@ CASES: dict[str, tuple[Any, ...]] = {
     "MoDo": (),
     "SDMGrad": (),
 }
+ROWS: dict[str, tuple[Any, ...]] = {"ConFIG": (), "ExcessMTL": (), "GradDrop": (), "TrimmedMean": (2,)}
+COLUMNS = 4096  # of the rows
+Call = Callable[[], Any]
 
 
 def main() -> None:
@@ -58,7 +67,7 @@ def main() -> None:
     sizes = [size for size in (8, 16, 32, 64, 128, 256, 512, 1024) if size <= options.largest]
     times: dict[str, dict[str, list[float]]] = {}
     rows = []
-    for name in CASES:
+    for name in (*CASES, *ROWS):
         times[name] = {"gramjd": [], "TorchJD": []}
         for size in sizes:
             rows.append(measure(name, size, times[name], options.patience))
@@ -77,21 +86,52 @@ def gramian(size: int) -> Tensor:
     return rows @ rows.T
 
 
+def jacobian(size: int) -> gramjd.Jacobian:
+    """Of a linear function, whose rows are random gradients."""
+    generator = torch.Generator().manual_seed(size)
+    rows = torch.randn(size, COLUMNS, generator=generator, dtype=torch.float64)
+    weight = torch.zeros(COLUMNS, 1, dtype=torch.float64)
+    return gramjd.jacobian(lambda p, row: (row @ p).squeeze(-1), in_dims=(None, 0))(weight, rows)
+
+
+def calls(name: str, size: int) -> tuple[Call, Call | None]:
+    """Ours and TorchJD's, ready to be timed; ``None`` if a package that theirs needs is missing."""
+    if name in ROWS:
+        return _of_rows(name, size)
+    matrix = gramian(size)
+    mine, other = (_weighting(module, name) for module in (ours, theirs))
+    return partial(mine, matrix), other and partial(other, matrix)
+
+
+def _weighting(module: Any, name: str) -> Any:
+    with suppress(ImportError):  # TorchJD's CAGrad needs cvxpy and clarabel
+        return getattr(module, f"{name}Weighting")(*CASES[name])
+
+
+def _of_rows(name: str, size: int) -> tuple[Call, Call]:
+    """The same of what needs rows in TorchJD."""
+    J = jacobian(size)
+    rows = torch.cat([some.flatten(1) for some in aggregation.parameter_rows(J)], 1)
+    if name == "ExcessMTL":
+        mine, other = ours.ExcessMTLWeighting(), theirs.ExcessMTLWeighting()
+        return partial(mine, rows), partial(other, rows)
+    aggregator = partial(getattr(theirs, name)(*ROWS[name]), rows)
+    if name == "ConFIG":
+        weighting = ours.ConFIGWeighting()
+        return lambda: J.vjp(weighting(J.gramian())), aggregator
+    function: Any = {"GradDrop": aggregation.graddrop, "TrimmedMean": aggregation.trimmed_mean}[name]
+    return partial(function, J, *ROWS[name]), aggregator
+
+
 def measure(name: str, size: int, times: dict[str, list[float]], patience: float) -> list[str]:
     """Time both libraries on one size; the cells of a row."""
-    matrix = gramian(size)
-    for label, module in (("gramjd", ours), ("TorchJD", theirs)):
-        done = times[label]
+    for done, call in zip(times.values(), calls(name, size), strict=True):
         growth = 16  # a quadratic program per objective: time grows like m^4
-        skipped = bool(done) and not done[-1] * growth < patience
-        try:
-            weighting = getattr(module, f"{name}Weighting")(*CASES[name])
-        except ImportError:  # TorchJD's CAGrad needs cvxpy and clarabel
-            skipped = True
-        done.append(float("nan") if skipped else best_time(partial(weighting, matrix)))
+        skipped = call is None or (bool(done) and not done[-1] * growth < patience)
+        done.append(float("nan") if call is None or skipped else best_time(call))
     mine, other = times["gramjd"][-1], times["TorchJD"][-1]
     cells = ["", ""] if isnan(other) else [f"{other * 1e3:.2f}", f"{other / mine:.1f}"]
-    note = mgda_gaps(matrix) if name == "MGDA" else ""
+    note = mgda_gaps(gramian(size)) if name == "MGDA" else ""
     return [name, str(size), f"{mine * 1e3:.2f}", *cells, note]
 
 
@@ -141,7 +181,7 @@ def draw(sizes: list[int], times: dict[str, dict[str, list[float]]]) -> None:
     """One panel a weighting."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(4, 3, figsize=(10, 12), sharex=True, sharey=True)
+    figure, axes = pyplot.subplots(4, 4, figsize=(12, 12), sharex=True, sharey=True)
     for axis, (name, series) in zip(axes.flat, times.items(), strict=True):
         for (label, values), marker in zip(series.items(), "os", strict=True):
             axis.loglog(sizes, values, marker=marker, markersize=4, label=label)

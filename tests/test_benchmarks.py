@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from oracle import assert_close, dense_gramian, dense_jacobian
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # of the benchmarks, which are not installed
 
-from benchmarks import host_work, memory, report, runner  # noqa: E402
-from benchmarks.cases import CASES, SMALL, make  # noqa: E402
-from benchmarks.implementations import OURS, PEERS, TITLES, floor  # noqa: E402
+from benchmarks import gpu, host_work, memory, report, runner  # noqa: E402
+from benchmarks.cases import CASES, REAL, SMALL, make  # noqa: E402
+from benchmarks.implementations import IMPLEMENTATIONS, OURS, PEERS, TITLES, USUAL, floor  # noqa: E402
 from benchmarks.oracle import Oracle, matrix  # noqa: E402
 from benchmarks.problem import Outcome, Problem, sgd  # noqa: E402
 
@@ -24,7 +28,7 @@ CPU = torch.device("cpu")
 
 def small(case: str) -> Problem:
     """In float64, with weights that conflict."""
-    if case == "E":
+    if case in ("E", *REAL):
         pytest.importorskip("transformers")
     problem = make(case, **SMALL[case]).moved(torch.float64)
     weights = torch.randn_like(problem.objectives())
@@ -58,6 +62,21 @@ def test_rows(case: str, name: str) -> None:
     problem = small(case)
     errors = Oracle.of(problem).errors(PEERS[name](problem)())
     assert errors and max(errors.values()) < 1e-9
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # attention under vmap
+@pytest.mark.parametrize("name", ["recipe-kept", "recipe-dropped"])
+@pytest.mark.parametrize("case", CASES)
+def test_recipe(case: str, name: str) -> None:
+    """The strongest opponent is right on every case, in its second step, too."""
+    problem = small(case)
+    if case == "G":  # vmap refuses LSTMs in float64
+        problem = problem.moved(torch.float32)
+    step = PEERS[name](problem)
+    step()
+    found = step()
+    assert found.gramian is not None and (found.gradient is None) == problem.kernel
+    assert max(Oracle.of(problem).errors(found).values()) < (1e-5 if case == "G" else 1e-9)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -106,8 +125,38 @@ def test_readme_shows_the_kept_results() -> None:
 
 
 def test_every_case_and_implementation_is_kept() -> None:
+    """What is measured on demand may be missing, nothing else."""
     known = {(r["case"], r["implementation"]) for r in runner.load("steps.json")}
-    assert known == {(case, name) for case in CASES for name in TITLES}
+    assert {(case, name) for case in CASES for name in USUAL} <= known
+    assert known <= {(case, name) for case in CASES for name in TITLES}
+    assert set(TITLES) == set(IMPLEMENTATIONS) and set(report.SHORT) == set(PEERS)
+    real = {(r["case"], r["implementation"]) for r in runner.load("real.json")}
+    assert real <= {(case, name) for case in REAL for name in TITLES}
+
+
+def test_the_strongest_opponent() -> None:
+    """The fastest peer, among those that are right and complete."""
+    right = {"gramian_error": 1e-7, "gradient_error": 1e-7}
+    records: list[runner.Record] = [
+        {"implementation": "functional", "ratio": 1.0, **right},
+        {"implementation": "recipe-kept", "ratio": 3.0, **right},
+        {"implementation": "opacus", "ratio": 1.5, **right, "gradient_error": 0.5},
+        {"implementation": "neural-tangents", "ratio": 2.0, "gramian_error": 1e-7},
+        {"implementation": "backpack", "error": "RuntimeError"},
+    ]
+    assert report.strongest(records, kernel=False) is records[1]
+    assert report.strongest(records, kernel=True) is records[3]
+    assert report.strongest(records[:1], kernel=False) is None
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # attention under vmap
+@pytest.mark.parametrize("name", ["functional", "engine", "engine-backward", "recipe-kept", "recipe-dropped"])
+@pytest.mark.parametrize("case", REAL)
+def test_real_models(case: str, name: str) -> None:
+    """The models of real sizes, made small, by everything that is compared on them."""
+    problem = small(case)
+    errors = Oracle.of(problem).errors(IMPLEMENTATIONS[name](problem)())
+    assert len(errors) == 2 and max(errors.values()) < 1e-9
 
 
 def test_what_is_counted() -> None:
@@ -127,7 +176,9 @@ def test_host_work() -> None:
     problem = host_work.transformer(batch=2, width=8, depth=1, length=3, vocabulary=5)
     counts = host_work.measure(problem)
     assert list(counts) == ["sgd", *host_work.STEPS]
-    assert counts["sgd"].read_back == 0 and 0 < counts["sgd"].arithmetic < counts["sgd"].ops
+    reads = {name: mine.read_back for name, mine in counts.items()}
+    assert reads == {"sgd": 0, "functional": 0, "engine": 2, "engine-backward": 1}  # a GPU waits for each
+    assert 0 < counts["sgd"].arithmetic < counts["sgd"].ops
     assert all(0 < counts[name].arithmetic < counts[name].ops for name in host_work.STEPS)
     assert counts == host_work.measure(problem)  # nothing but the code decides
     key = host_work.key_cost(problem, budget=0.05)
@@ -152,3 +203,89 @@ def test_host_work_of_an_unsteady_step() -> None:
     gathered = replace(problem, loss=lambda out, labels: out[torch.arange(3), labels])
     with pytest.raises(RuntimeError, match="is not steady after 10 calls"):
         host_work.steady("engine", gathered)
+
+
+@pytest.mark.parametrize("name", ["ConFIG", "ExcessMTL", "GradDrop", "TrimmedMean"])
+def test_weightings_of_rows_answer_alike(name: str) -> None:
+    """What the table of times compares is one computation in both libraries."""
+    pytest.importorskip("torchjd")
+    from benchmarks import weighting
+
+    assert set(weighting.ROWS) == {"ConFIG", "ExcessMTL", "GradDrop", "TrimmedMean"}
+    found = []
+    mine, other = weighting.calls(name, 5)
+    assert other is not None
+    for call in (mine, other):
+        torch.manual_seed(0)
+        found.append(call().flatten())
+    assert_close(*found, 1e-10)
+    times: dict[str, list[float]] = {"gramjd": [], "TorchJD": []}
+    assert weighting.measure(name, 5, times, patience=60)[:2] == [name, "5"]
+    assert all(len(each) == 1 and each[0] > 0 for each in times.values())
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_a_dry_run_of_what_a_gpu_decides(tmp_path: Path) -> None:
+    """The same code at tiny sizes: everything is equal, every case is timed by everything compared."""
+    out = tmp_path / "gpu.json"
+    assert gpu.main(["--device", "cpu", "--out", str(out)]) == 0
+    kept = json.loads(out.read_text())
+    assert kept["dry_run"] and len(kept["equality"]) == 22
+    assert all(r["equal"] and 0 < r["gramian_error"] <= r["tolerance"] for r in kept["equality"])
+    missing = [r["name"] for r in kept["steps"] if "error" in r and "No module named" not in r["error"]]
+    assert missing == [] and len(kept["steps"]) == len(CASES) * len(gpu.COMPARED)
+    timed = {r["name"]: r for r in kept["steps"] if "ratio" in r}
+    assert all(r["ratio"] > 0 and r["launches"] == 0 <= r["read_back"] for r in timed.values())
+
+
+def test_no_time_is_left_and_what_is_wrong(tmp_path: Path) -> None:
+    """Entries are left out by name, and a run without equal results fails."""
+    out = tmp_path / "gpu.json"
+    assert gpu.main(["--device", "cpu", "--minutes", "-1", "--out", str(out)]) == 1
+    kept = json.loads(out.read_text())
+    assert {r.get("left_out") for r in (*kept["equality"], *kept["steps"])} == {"no time left"}
+    problem = small("A")
+    found = gpu._judged(problem, Outcome(torch.eye(4), None), 1e-3)
+    assert not found["equal"]
+
+
+def test_what_a_profile_counts() -> None:
+    events = {
+        "cudaLaunchKernel": 3,
+        "cudaLaunchKernelExC": 2,
+        "Memcpy DtoH (Device -> Pinned)": 1,
+        "aten::mm": 9,
+    }
+    found = gpu.counted({**events, "aten::_local_scalar_dense": 4})
+    assert found == {"launches": 5, "copies_to_host": 1, "read_back": 4, "synchronizations": 0}
+
+
+class _Factories(TorchDispatchMode):
+    """Records tensors with several entries made on the CPU from no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        on_cpu = [x for x in tree_leaves(found) if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
+        if not given and any(x.numel() > 1 for x in on_cpu):
+            self.made.append(func.name())
+        return found
+
+
+@pytest.mark.parametrize("case", ["A", "B", "C", "F", "H", "J"])
+def test_nothing_is_made_on_the_cpu_for_inputs_elsewhere(case: str) -> None:
+    """A functional step of meta tensors, which also refuse every read by the host."""
+    problem = make(case, "meta", **SMALL[case])
+    step = IMPLEMENTATIONS["functional"](problem)
+    with _Factories() as factories:
+        torch.zeros(2), torch.zeros(2, device="meta"), torch.zeros(())
+    assert factories.made == ["aten::zeros"]
+    with _Factories() as factories:
+        found = step()
+    assert found.gramian is not None and found.gramian.device.type == "meta"
+    assert found.gradient is not None and {g.device.type for g in found.gradient} == {"meta"}
+    assert factories.made == []

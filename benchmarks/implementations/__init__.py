@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.implementations import floor, ours, per_sample, rows, tangents, torchjd
+from benchmarks.implementations import compiled, floor, ours, per_sample, recipe, rows, tangents, torchjd
 from benchmarks.problem import Problem, Step
 
 OURS: dict[str, Callable[[Problem], Step]] = {
@@ -21,6 +21,8 @@ OURS: dict[str, Callable[[Problem], Step]] = {
     "engine-frugal": ours.engine_frugal,
 }
 PEERS: dict[str, Callable[[Problem], Step]] = {
+    "recipe-kept": recipe.rows_kept,
+    "recipe-dropped": recipe.rows_dropped,
     "torchjd-autogram": torchjd.autogram,
     "torchjd-autojac": torchjd.autojac,
     "vmap-grad": per_sample.vmap_grad,
@@ -29,7 +31,16 @@ PEERS: dict[str, Callable[[Problem], Step]] = {
     "backpack": rows.backpack,
     "neural-tangents": tangents.neural_tangents,
 }
-IMPLEMENTATIONS = {**OURS, **PEERS, "floor": floor.activation_backward}
+COMPILED: dict[str, Callable[[Problem], Step]] = {
+    "functional-compiled": compiled.functional,
+    "sgd-compiled": compiled.sgd,
+}
+USUAL = {
+    **OURS,
+    **PEERS,
+    "floor": floor.activation_backward,
+}  # the others on demand: they compile for minutes
+IMPLEMENTATIONS = {**USUAL, **COMPILED}
 TITLES = {
     "functional": "gramjd functional",
     "engine": "gramjd Engine, `losses.backward(w)`",
@@ -38,6 +49,8 @@ TITLES = {
     "engine-gramian": "gramjd `compute_gramian` alone",
     "functional-frugal": "gramjd functional, smallest `memory_budget`",
     "engine-frugal": "gramjd Engine, smallest `memory_budget`",
+    "recipe-kept": "recipe: `vmap(grad)`, rows kept",
+    "recipe-dropped": "recipe: `vmap(grad)`, rows dropped, a second backward",
     "torchjd-autogram": "TorchJD autogram",
     "torchjd-autojac": "TorchJD autojac",
     "vmap-grad": "naive `vmap(grad)`",
@@ -45,5 +58,7 @@ TITLES = {
     "opacus": "Opacus rows",
     "backpack": "BackPACK rows",
     "neural-tangents": "neural-tangents, its best (JAX)",
+    "functional-compiled": "gramjd functional, compiled",
+    "sgd-compiled": "SGD step, compiled",
     "floor": "floor: forward, backward of activations",
 }

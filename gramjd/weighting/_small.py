@@ -8,7 +8,7 @@ is left to those: then the answer here is ``None``.
 
 from __future__ import annotations
 
-from math import isfinite, sqrt
+from math import sqrt
 from typing import Any
 
 import torch
@@ -38,16 +38,22 @@ def _usable_numpy() -> Any:
 np = _usable_numpy()
 
 
+def finite(matrix: Tensor) -> Any:
+    """A float64 array ``[m, m]``, if the matrix is a small one on the CPU, finite and constant."""
+    if np is None or type(matrix) is not Tensor or matrix.ndim != 2 or is_compiling() or watched():
+        return None
+    if not 0 < len(matrix) <= LARGEST or matrix.device.type != "cpu" or not matrix.is_floating_point():
+        return None
+    if not is_constant(matrix):
+        return None
+    array = matrix.detach().to(torch.float64).numpy()
+    return array if array.shape[1] == len(array) and np.isfinite(array).all() else None
+
+
 def easy(gramian: Tensor) -> Any:
     """An exactly symmetric float64 array ``[m, m]``, if the Gramian is a finite and constant one."""
-    if np is None or type(gramian) is not Tensor or gramian.ndim != 2 or is_compiling() or watched():
-        return None
-    if not 0 < len(gramian) <= LARGEST or gramian.device.type != "cpu" or not gramian.is_floating_point():
-        return None
-    if not is_constant(gramian):
-        return None
-    matrix = gramian.detach().to(torch.float64).numpy()
-    if matrix.shape[1] != len(matrix) or not isfinite(matrix.sum()):
+    matrix = finite(gramian)
+    if matrix is None:
         return None
     if not (matrix == matrix.T).all():  # as products of large matrices are
         if not (abs(matrix - matrix.T) <= rounding(gramian.dtype) * abs(matrix).max()).all():

@@ -11,6 +11,7 @@ from gramjd.weighting._certificate import Certificate, certify
 from gramjd.weighting._gramian import nothing, prepare_cross, same_shape
 from gramjd.weighting._options import not_negative, positive
 from gramjd.weighting._simplex import project_onto_simplex, projection_residual
+from gramjd.weighting._small_simplex import modo_step, shaped
 
 
 # fmt: off
@@ -55,6 +56,9 @@ def modo(
     """
     positive("gamma", gamma)
     not_negative("rho", rho)
+    small = None if certificate else modo_step(cross, state, gamma, rho)
+    if small is not None:
+        return shaped(small, small, cross)
     matrix, restore = prepare_cross(cross)
     w = same_shape(state, matrix, cross)
     if not matrix.numel():
@@ -65,7 +69,7 @@ def modo(
     found = project_onto_simplex(start)
     evidence = certify(projection_residual(start.detach(), found.detach()), not certificate, "")
     weights = restore(found)
-    following = found.detach().reshape(weights.shape)
+    following = found.detach().clone().reshape(weights.shape)
     return (weights, following, evidence) if certificate else (weights, following)
 
 

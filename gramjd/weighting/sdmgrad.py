@@ -12,6 +12,7 @@ from gramjd.weighting._certificate import Certificate, certify
 from gramjd.weighting._gramian import flat_preference, nothing, prepare_cross, same_shape
 from gramjd.weighting._options import count, not_negative, number, optional, positive, vector
 from gramjd.weighting._simplex import project_onto_simplex, projection_residual
+from gramjd.weighting._small_simplex import sdmgrad_steps, shaped
 
 _momentum = number(0.0, 1.0, open_end=True)
 
@@ -69,6 +70,10 @@ def sdmgrad(
     _momentum("momentum", momentum)
     count(1)("n_iter", n_iter)
     not_negative("lambda_", lambda_)
+    if not certificate:
+        small = sdmgrad_steps(cross, state, lr, momentum, n_iter, lambda_, pref_vector)
+        if small is not None:
+            return shaped(small[0], small[1], cross)
     matrix, restore = prepare_cross(cross)
     preference = flat_preference(pref_vector, matrix, cross)
     w = same_shape(state, matrix, cross)
@@ -86,7 +91,7 @@ def sdmgrad(
         w = project_onto_simplex(start)
     evidence = certify(projection_residual(start.detach(), w.detach()), not certificate, "")
     weights = restore((w + lambda_ * preference) / (1 + lambda_))
-    following = w.detach().reshape(weights.shape)
+    following = w.detach().clone().reshape(weights.shape)
     return (weights, following, evidence) if certificate else (weights, following)
 
 

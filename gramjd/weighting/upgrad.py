@@ -10,6 +10,8 @@ from gramjd.weighting._certificate import Certificate, certify
 from gramjd.weighting._dual_cone import REMEDY, project_units, regularize
 from gramjd.weighting._dual_cone_weighting import DUAL_CONE, DualConeWeighting
 from gramjd.weighting._gramian import flat_preference, nothing, prepare, rounding
+from gramjd.weighting._options import not_negative
+from gramjd.weighting._small import finish, is_fixed, np, preference_array
 from gramjd.weighting._small_cone import small_projections
 
 
@@ -55,9 +57,14 @@ def upgrad(
             preference.
         NotConvergedError: the KKT residual is above 1e-9.
     """
-    small = None if certificate else small_projections(gramian, norm_eps, reg_eps)
+    not_negative("norm_eps", norm_eps)
+    not_negative("reg_eps", reg_eps)
+    quick = not certificate and is_fixed(pref_vector)
+    small = small_projections(gramian, norm_eps, reg_eps) if quick else None
     if small is not None:
-        return _combine(*small, flat_preference(pref_vector, small[0], gramian)).to(gramian.dtype)
+        projections, scale = small
+        share = np.maximum(preference_array(pref_vector, gramian), 0) / scale
+        return finish(scale * (share @ projections), gramian)
     matrix, restore = prepare(gramian)
     if not matrix.numel():
         return nothing(matrix, restore, certificate)

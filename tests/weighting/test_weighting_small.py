@@ -1,5 +1,6 @@
 """The short way for one small Gramian agrees with the general solvers, or leaves the Gramian to them."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -9,14 +10,30 @@ from gramian_cases import FAMILIES, degenerate, gramian
 from torch import Tensor
 
 import gramjd.weighting as w
-from gramjd.weighting import _small
+from gramjd.weighting import _small, _small_cone
 
 PREFERENCE = torch.arange(_small.LARGEST + 1, dtype=torch.float64).cos()
+
+
+def _state(matrix: Tensor) -> Tensor:
+    """Weights on the simplex, of the objectives' shape."""
+    share = PREFERENCE[: matrix.shape[-1]].abs()
+    return (share / share.sum()).expand(matrix.shape[:-1]).clone()
+
+
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "dualproj": w.dualproj,
     "dualproj_by_preference": lambda g: w.dualproj(g, PREFERENCE[: g.shape[-1]]),
     "imtl_g": w.imtl_g,
     "cagrad": lambda g: w.cagrad(g, 0.5),
+    "upgrad": w.upgrad,
+    "upgrad_by_preference": lambda g: w.upgrad(g, PREFERENCE[: g.shape[-1]]),
+    "modo": lambda g: w.modo(g, gamma=0.1, rho=0.2)[0],
+    "modo_state": lambda g: w.modo(g.triu(), _state(g), gamma=0.01)[1].to(g),
+    "sdmgrad": lambda g: w.sdmgrad(g, n_iter=3)[0],
+    "sdmgrad_state": lambda g: w.sdmgrad(
+        g.triu(), _state(g), lr=0.1, lambda_=0.5, pref_vector=PREFERENCE[: g.shape[-1]]
+    )[1].to(g),
     "cagrad_wide": lambda g: w.cagrad(g, 1.5),
     "aligned_min": lambda g: w.aligned_mtl(g, PREFERENCE[: g.shape[-1]], "min"),
     "aligned_median": lambda g: w.aligned_mtl(g, PREFERENCE[: g.shape[-1]], "median"),
@@ -66,14 +83,13 @@ def test_it_is_taken(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Any:
         raise AssertionError("the general way was taken")
 
-    import sys
-
-    from gramjd.weighting import aligned_mtl, cagrad, dualproj, imtl_g  # noqa: F401
-
-    for module in ("aligned_mtl", "cagrad", "dualproj", "imtl_g"):
-        monkeypatch.setattr(sys.modules[f"gramjd.weighting.{module}"], "prepare", refuse)
+    modules = dict.fromkeys(("aligned_mtl", "cagrad", "dualproj", "imtl_g", "upgrad"), "prepare")
+    for module, prepare in {**modules, "modo": "prepare_cross", "sdmgrad": "prepare_cross"}.items():
+        monkeypatch.setattr(sys.modules[f"gramjd.weighting.{module}"], prepare, refuse)
     matrix = symmetric(gramian("random", size))
-    for function in FUNCTIONS.values():
+    for name, function in FUNCTIONS.items():
+        if name.startswith("upgrad") and size > _small_cone.LARGEST:
+            continue
         function(matrix)
         with pytest.raises(AssertionError, match="general"):
             general(function, matrix)
@@ -143,3 +159,35 @@ def test_gramians_that_are_symmetric_up_to_rounding() -> None:
 def test_asymmetry_that_is_no_rounding_is_refused() -> None:
     with pytest.raises(ValueError, match="not symmetric"):
         w.DualProjWeighting()(torch.tensor([[1.0, 0.5], [0.1, 1.0]]))
+
+
+@pytest.mark.parametrize("step", [w.modo, w.sdmgrad])
+@pytest.mark.parametrize("size", [3, _small.LARGEST + 1])
+def test_weights_and_state_share_no_memory(step: Callable[..., tuple[Tensor, Tensor]], size: int) -> None:
+    matrix = symmetric(gramian("random", size))
+    _, state = step(matrix)
+    for given in (None, state):
+        weights, following = step(matrix, given)
+        kept = following.clone()
+        weights.zero_()
+        assert torch.equal(following, kept) and not torch.equal(following, weights)
+
+
+@pytest.mark.parametrize("step", [w.modo, w.sdmgrad])
+@pytest.mark.parametrize("size", [3, _small.LARGEST + 1])
+def test_what_is_no_finite_matrix_is_refused(step: Callable[..., Any], size: int) -> None:
+    for bad in (torch.inf, torch.nan):
+        matrix = gramian("random", size)
+        matrix[0, 1], matrix[1, 0] = bad, -bad
+        with pytest.raises(ValueError, match="2 entries that are NaN or infinite"):
+            step(matrix)
+    with pytest.raises(ValueError, match="state is of shape"):
+        step(gramian("random", size), torch.ones(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("step", [w.modo, w.sdmgrad])
+def test_a_state_that_is_differentiated(step: Callable[..., Any]) -> None:
+    """Is left to the general way, whose derivative it has."""
+    state = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64, requires_grad=True)
+    step(1e-3 * gramian("random", 3), state)[0][0].backward()
+    assert state.grad is not None and bool(state.grad.any())
