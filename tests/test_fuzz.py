@@ -9,7 +9,7 @@ from collections import Counter
 import hypothesis.strategies as st
 import pytest
 from fuzz import FORWARDS, LOSSES, MIXED_LOSSES, Recipe, outcome
-from fuzz_found import AUTOCAST, ROUNDING
+from fuzz_found import ROUNDING, WEAK
 from fuzz_ops import OPS, SEPARABLE
 from fuzz_program import Instruction, Moment
 from hypothesis import HealthCheck, given, settings
@@ -155,6 +155,7 @@ def test_rounding_is_no_cross_sample_dependence(recipe: Recipe) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::gramjd.SlowPathWarning", "ignore:There is a performance drop")
-def test_weak_cross_sample_dependence_is_no_rounding() -> None:
-    found, _, _ = outcome(AUTOCAST)
+@pytest.mark.parametrize("recipe", WEAK, ids=["autocast", "float32 subgraph", "autocast of two forwards"])
+def test_weak_cross_sample_dependence_is_no_rounding(recipe: Recipe) -> None:
+    found, _, _ = outcome(recipe)
     assert all(ALLOWED.search(each) for each in found), found

@@ -121,10 +121,12 @@ def _first_fit(task: Task, probe: Probe, index: int, which: int) -> Layout | Non
         mixed = _mixes(task, index, c, first[0], probe.v)
         if mixed and noise > _SMALL:
             return ZERO  # nothing but rounding: a running maximum, subtracted and added again
+        if off <= tolerance(fewest_digits(task)) or _is_negligible(first, probe):
+            return (
+                None  # rounding or a weak dependence of samples: per-row backward passes are exact for both
+            )
         layout = owned(c, first[0], probe.v, min(_SMALL, _NOISE * noise))
-        # of few entries, the rounding that was measured may be small by chance
-        uncertain = off <= tolerance(fewest_digits(task)) or _is_negligible(first, probe)
-        if layout is None and mixed and not uncertain:
+        if layout is None and mixed:
             _note_mixed(task, index, first[0].shape)
     elif layout is not None:
         _note_sizes(task, layout, first[0].shape)
