@@ -111,20 +111,21 @@ def _first_fit(task: Task, probe: Probe, index: int, which: int) -> Layout | Non
     if c is None or first is None:
         return ZERO
     layout, off = measure(c, first[0], probe.v)
+    doubtful = False
     precision = task.precisions[index] if task.precisions else None
     # in a mixed-precision subgraph, a weak dependence would hide behind the tolerance of few digits
     finest = min(c.dtype, task.output.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     if off > tolerance(precision or finest) and not _is_rounding(off, _CLOSE, task, probe, index, which):
-        layout = None if task.is_unbatched(index) else owned(c, first[0], probe.v)
+        # rounding, or a weak dependence between samples: per-row backward passes are exact for both
+        doubtful = off <= tolerance(fewest_digits(task))
+        layout = None if doubtful or task.is_unbatched(index) else owned(c, first[0], probe.v)
     if layout is None and not task.is_unbatched(index):
         noise = _noise(task, probe, index, which)
         mixed = _mixes(task, index, c, first[0], probe.v)
         if mixed and noise > _SMALL:
             return ZERO  # nothing but rounding: a running maximum, subtracted and added again
-        if off <= tolerance(fewest_digits(task)) or _is_negligible(first, probe):
-            return (
-                None  # rounding or a weak dependence of samples: per-row backward passes are exact for both
-            )
+        if doubtful or _is_negligible(first, probe):
+            return None
         layout = owned(c, first[0], probe.v, min(_SMALL, _NOISE * noise))
         if layout is None and mixed:
             _note_mixed(task, index, first[0].shape)
