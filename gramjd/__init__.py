@@ -18,6 +18,7 @@ from gramjd.explain import explain
 from gramjd.explanation import Explanation
 from gramjd.functional import functional_loss
 from gramjd.gradients_dataset import gradients_dataset
+from gramjd.influence import influence
 from gramjd.jacobian import Jacobian
 from gramjd.jacobian.projection import Projection
 from gramjd.less import less
@@ -57,6 +58,7 @@ __all__ = [
     "gramian",
     "gramian_and_value",
     "gramians",
+    "influence",
     "jac",
     "jacobian",
     "jacobian_and_value",
