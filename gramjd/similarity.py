@@ -44,6 +44,7 @@ def similarity(
         ``[m, n]`` on the CPU; with ``topk``, values and indices ``[m, topk]``.
 
     Raises:
+        TypeError: rows are not of floating-point numbers.
         ValueError: rows differ in length; stores differ in dim, seed, kind or parameters; there are fewer
             rows than ``topk``; the damping is not positive, or given with ``cosine``.
         NotFiniteError: a score is NaN or infinite.
@@ -221,6 +222,11 @@ class _Rows:
             return self.given.rows(start, stop)
         some = self.given[start:stop]
         found = some.detach().cpu() if isinstance(some, Tensor) else torch.from_numpy(some.copy())
+        if not found.is_floating_point():
+            raise TypeError(
+                f"Rows must be floating-point numbers, not {found.dtype}. Of a store in bfloat16, pass the "
+                "store itself: its files hold bits."
+            )
         return found if found.dtype == torch.float64 else found.float()
 
 
