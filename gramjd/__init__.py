@@ -18,12 +18,15 @@ from gramjd.explain import explain
 from gramjd.explanation import Explanation
 from gramjd.functional import functional_loss
 from gramjd.gradients_dataset import gradients_dataset
+from gramjd.influence import influence
 from gramjd.jacobian import Jacobian
+from gramjd.jacobian.projection import Projection
 from gramjd.less import less
 from gramjd.ntk import ntk
 from gramjd.ntk_dataset import ntk_dataset
 from gramjd.rules import register_rule
 from gramjd.similarity import TopK, dataset_similarity, similarity, tracin
+from gramjd.sketched import SketchedGramian
 from gramjd.store import GradientStore
 from gramjd.transforms import gramian, gramian_and_value, jacobian, jacobian_and_value
 
@@ -38,8 +41,10 @@ __all__ = [
     "NotCoveredError",
     "NotFiniteError",
     "NotSeparableError",
+    "Projection",
     "RankFailedError",
     "RanksDisagreeError",
+    "SketchedGramian",
     "SlowPathWarning",
     "TopK",
     "backward",
@@ -53,6 +58,7 @@ __all__ = [
     "gramian",
     "gramian_and_value",
     "gramians",
+    "influence",
     "jac",
     "jacobian",
     "jacobian_and_value",

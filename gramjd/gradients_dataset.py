@@ -18,6 +18,7 @@ from gramjd.jacobian import Jacobian
 from gramjd.jacobian.projection import Projection
 from gramjd.progress import progress_bar
 from gramjd.pytree import PyTree
+from gramjd.shards import shard_folder
 from gramjd.store import GradientStore, Writer, new_folder, storable
 
 _CLOSE = 1e-2  # relative difference of norms computed twice, in any precision and on any device
@@ -33,6 +34,7 @@ def gradients_dataset(
     kind: str = "rademacher",
     dtype: torch.dtype = torch.float32,
     ids: Callable[[PyTree], Sequence[int] | Tensor] | None = None,
+    shard: tuple[int, int] | None = None,
     progress: bool = True,
 ) -> GradientStore:
     """Sketches and norms of the gradients of all samples of a dataset, in a folder of ``.npy`` files.
@@ -49,20 +51,24 @@ def gradients_dataset(
             device is its job. Its parameters must not change meanwhile.
         loader: a ``DataLoader`` that does not shuffle, a list, or any other iterable of batches that gives
             the same ones in every pass.
-        path: of a folder, made if it is not there. For one process at a time: several ranks take a path and
-            a part of the dataset each.
+        path: of a folder, made if it is not there. For one process at a time, but for ``shard``.
         dim, seed, kind: of the sketches, see :meth:`gramjd.Jacobian.sketch`.
-        dtype: in which sketches are stored: float32, float64, or float16 with a power of two for each row.
+        dtype: in which sketches are stored: float32, float64, bfloat16, or float16 with a power of two for
+            each row.
         ids: from a batch to an integer for each of its samples; the default is their position.
+        shard: ``(rank, ranks)``: for several processes at once, which call this with the same path and
+            their own part of the dataset each. :meth:`gramjd.GradientStore.open` of the path joins them in
+            order of ranks; parts that follow each other keep the order of the dataset.
         progress: show a bar, if tqdm is installed.
 
     Returns:
-        The store, open for reading.
+        The store, open for reading; with ``shard``, the samples of this rank.
 
     Raises:
         ValueError: the loader is empty, shuffles, or gives other batches than those in the store; the store
             is of other parameters, another function or other options; the parameters changed on the way;
-            outputs have no batch dimension, or another shape per sample than those before.
+            outputs have no batch dimension, or another shape per sample than those before; ``shard`` is not
+            ``(rank, ranks)``.
         NotFiniteError: gradients are NaN or infinite. Batches before them are kept.
         TypeError: the loader can be read only once; ``jacobian`` gives no Jacobian; ids are no integers.
         FileExistsError: there is something else at ``path``.
@@ -74,7 +80,15 @@ def gradients_dataset(
         >>> store = gramjd.gradients_dataset(lambda batch: jac(params, *batch), loader, "gradients", 1024)
         >>> scores, which = gramjd.similarity(queries, store, cosine=True, topk=5)
     """
-    projection, dtype, folder = Projection(dim, seed, kind), storable(dtype), new_folder(path)
+    projection, dtype, folder = (
+        Projection(dim, seed, kind),
+        storable(dtype),
+        new_folder(path, shard is not None),
+    )
+    if shard is not None:
+        whole, folder = folder, shard_folder(folder, shard)
+        if whole.exists():
+            new_folder(folder)
     check_loader(loader, "loader")
     gradients = _Gradients(jacobian, projection, ids, dtype)
     writer: Writer | None = None
@@ -86,6 +100,8 @@ def gradients_dataset(
             if writer is None:
                 first = gradients.of(batch, number)
                 settings = {**first.settings, "stored in": str(dtype).removeprefix("torch.")}
+                if shard is not None:
+                    whole.mkdir(exist_ok=True)
                 writer = Writer.open(folder, first.per_sample, dim, dtype, first.norms.dtype, settings)
                 stack.enter_context(closing(writer))
                 known = len(writer.done)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,9 @@ class TopK(NamedTuple):
     indices: Tensor
 
 
-def similarity(left: Any, right: Any, *, cosine: bool = False, topk: int | None = None) -> Tensor | TopK:
+def similarity(
+    left: Any, right: Any, *, cosine: bool = False, topk: int | None = None, damping: float | None = None
+) -> Tensor | TopK:
     """Inner products of the rows of two stores or matrices, some at a time.
 
     Args:
@@ -33,13 +36,17 @@ def similarity(left: Any, right: Any, *, cosine: bool = False, topk: int | None 
         cosine: of the angle between the rows (of two sketches: between these). A row of zeros has cosine 0.
         topk: for each row of ``left``, the so many largest entries alone: the others are not kept. Of equal
             scores, any.
+        damping: ``λ > 0``, for ``L Rᵀ (R Rᵀ + λI)⁻¹`` in place of ``L Rᵀ``: the influence of samples by
+            their damped kernel, as of :func:`gramjd.influence`, of sketches (TRAK, Park et al., arXiv
+            2303.14186). By a factorization of ``RᵀR + λI``, ``[dim, dim]``, in float64.
 
     Returns:
         ``[m, n]`` on the CPU; with ``topk``, values and indices ``[m, topk]``.
 
     Raises:
+        TypeError: rows are not of floating-point numbers.
         ValueError: rows differ in length; stores differ in dim, seed, kind or parameters; there are fewer
-            rows than ``topk``.
+            rows than ``topk``; the damping is not positive, or given with ``cosine``.
         NotFiniteError: a score is NaN or infinite.
     """
     _check_projections(left, right)
@@ -48,9 +55,12 @@ def similarity(left: Any, right: Any, *, cosine: bool = False, topk: int | None 
         raise ValueError(f"Rows of left have {first.dim} entries, those of right {second.dim}.")
     step = max(1, int(_TILE**0.5))
     wide = torch.promote_types(first.dtype, second.dtype)
+    factor = None if damping is None else _damped(second, damping, cosine, step)
     found = []
     for start, stop in ranges(len(first), step):
         mine = _unit(first.rows(start, stop).to(wide), cosine)
+        if factor is not None:
+            mine = torch.cholesky_solve(mine.double().mT, factor).mT.to(wide)
 
         def tiles(mine: Tensor = mine) -> Iterator[Tensor]:
             for begin, end in ranges(len(second), step):
@@ -212,7 +222,25 @@ class _Rows:
             return self.given.rows(start, stop)
         some = self.given[start:stop]
         found = some.detach().cpu() if isinstance(some, Tensor) else torch.from_numpy(some.copy())
+        if not found.is_floating_point():
+            raise TypeError(
+                f"Rows must be floating-point numbers, not {found.dtype}. Of a store in bfloat16, pass the "
+                "store itself: its files hold bits."
+            )
         return found if found.dtype == torch.float64 else found.float()
+
+
+def _damped(rows: _Rows, damping: float, cosine: bool, step: int) -> Tensor:
+    """The Cholesky factor of ``RᵀR + λI``."""
+    if not (isfinite(damping) and damping > 0) or cosine:
+        raise ValueError(f"damping must be positive, and without cosine; got {damping!r}.")
+    total = damping * torch.eye(rows.dim, dtype=torch.float64)
+    for start, stop in ranges(len(rows), step):
+        some = rows.rows(start, stop).double()
+        total = total + some.mT @ some
+    if not bool(torch.isfinite(total).all()):
+        raise NotFiniteError("A row of right is NaN or infinite.")
+    return torch.linalg.cholesky(total)
 
 
 def _unit(rows: Tensor, wanted: bool) -> Tensor:

@@ -13,10 +13,17 @@ import torch
 from torch import Tensor
 
 from gramjd.journal import Log, begin, resume, settings
+from gramjd.shards import Joined, is_shard, shards_in
 
 _HEADER = 256  # bytes, a multiple of 64, with room for any number of rows
 _WHAT = "store of gradients"
-_DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+_IN_FILES = {"bfloat16": "uint16"}  # numpy has none: the bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +32,9 @@ class GradientStore:
 
     Attributes:
         path: of the folder.
-        sketches: ``sketches.npy``, mapped into memory, ``[N, *S, dim]`` for outputs ``S`` per sample.
+        sketches: ``sketches.npy``, mapped into memory, ``[N, *S, dim]`` for outputs ``S`` per sample. Of
+            bfloat16, which numpy has not, the bits as uint16. Of several shards, their arrays as one, which
+            is read in pieces.
         norms: ``norms.npy``, of the gradients themselves, ``[N, *S]``.
         ids: ``ids.npy``, ``[N]``.
         scales: ``scales.npy``, ``[N, *S]``, powers of two that sketches in float16 must be multiplied with:
@@ -42,13 +51,16 @@ class GradientStore:
 
     @staticmethod
     def open(path: str | os.PathLike[str]) -> GradientStore:
-        """A store on disk, for reading.
+        """A store on disk, for reading; of several shards, all of them, in order of ranks.
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: its journal is damaged.
+            ValueError: its journal is damaged; a shard is missing, or is of other gradients than the first.
         """
         np, folder = _numpy(), Path(path)
+        shards = [] if (folder / "journal").exists() else shards_in(folder)
+        if shards:
+            return _joined(folder, [GradientStore.open(shard) for shard in shards])
         if not (folder / "journal").exists():
             raise FileNotFoundError(f"There is no {_WHAT} at {folder}. gramjd.gradients_dataset writes one.")
         found = settings(folder / "journal", _WHAT)
@@ -71,9 +83,27 @@ class GradientStore:
     def rows(self, start: int, stop: int) -> Tensor:
         """The sketches of some samples, scaled, in float32 or float64; a copy."""
         found = torch.from_numpy(self.sketches[start:stop].copy())
+        if self.settings["stored in"] == "bfloat16":
+            return found.view(torch.bfloat16).float()
         if self.scales is None:
             return found
         return (found.double() * torch.from_numpy(self.scales[start:stop].copy())[..., None]).float()
+
+
+def _joined(folder: Path, stores: Sequence[GradientStore]) -> GradientStore:
+    """Shards one after the other; without ids of their own, samples are numbered through."""
+    np, first = _numpy(), stores[0]
+    for store in stores[1:]:
+        differ = [key for key, value in first.settings.items() if store.settings.get(key) != value]
+        if differ:
+            raise ValueError(f"{store.path} and {first.path} differ in {', '.join(differ)}: not one store.")
+    norms, ids = (np.concatenate([getattr(s, name) for s in stores]) for name in ("norms", "ids"))
+    if not first.settings["ids"]:
+        ids = np.arange(len(ids))
+    scales = None if first.scales is None else np.concatenate([store.scales for store in stores])
+    return GradientStore(
+        folder, Joined([store.sketches for store in stores]), norms, ids, scales, first.settings
+    )
 
 
 class Rows:
@@ -98,7 +128,10 @@ class Rows:
 
     def append(self, values: Tensor) -> None:
         """``[n, *shape]``."""
-        array = _numpy().ascontiguousarray(values.detach().cpu().numpy(), dtype=self.dtype)
+        given = values.detach().cpu().numpy()
+        if given.dtype.kind == "i" and self.dtype.kind == "u":
+            given = given.view(self.dtype)
+        array = _numpy().ascontiguousarray(given, dtype=self.dtype)
         assert array.shape[1:] == self.shape
         left = memoryview(array).cast("B") if array.size else memoryview(b"")
         while left:  # a full disk takes less than all of it, and raises at the next
@@ -143,7 +176,7 @@ class Writer:
             begin(journal, fingerprint)
         count, shape = sum(samples for samples, _ in done), tuple(per_sample)
         kinds: dict[str, tuple[Sequence[int], Any]] = {
-            "sketches": ((*shape, dim), _named(stored)),
+            "sketches": ((*shape, dim), _IN_FILES.get(_named(stored), _named(stored))),
             "norms": (shape, _named(norms)),
             "ids": ((), "int64"),
         }
@@ -169,6 +202,8 @@ class Writer:
             scales = _powers_of_two(sketches)
             self.arrays["scales"].append(scales)
             sketches = (sketches / scales[..., None]).to(torch.float16)
+        if sketches.dtype == torch.bfloat16:
+            sketches = sketches.view(torch.int16)  # which numpy has, with the same bits
         for name, values in (("sketches", sketches), ("norms", norms), ("ids", ids)):
             self.arrays[name].append(values)
         self.done.append((len(ids), digest))
@@ -180,10 +215,14 @@ class Writer:
             rows.file.close()
 
 
-def new_folder(path: str | os.PathLike[str]) -> Path:
+def new_folder(path: str | os.PathLike[str], of_shards: bool = False) -> Path:
     """Raise for a path that cannot be used, before anything is computed."""
     _numpy()
     folder = Path(path)
+    if of_shards and (folder / "journal").exists():
+        raise FileExistsError(f"{folder} is a {_WHAT} of one process. Choose another path for shards.")
+    if of_shards and folder.is_dir() and all(map(is_shard, folder.iterdir())):
+        return folder
     if not folder.parent.is_dir():
         raise FileNotFoundError(
             f"There is no folder {folder.parent} to make {folder.name} in. Create it first."
@@ -194,7 +233,7 @@ def new_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def storable(dtype: torch.dtype) -> torch.dtype:
-    """Raise for a dtype that numpy has not."""
+    """Raise for a dtype that there is no place for in files."""
     if dtype not in _DTYPES.values():
         raise ValueError(f"Sketches can be stored in {', '.join(map(str, _DTYPES.values()))}, not {dtype}.")
     return dtype

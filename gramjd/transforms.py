@@ -12,6 +12,7 @@ from gramjd.arguments import Arguments, InDims
 from gramjd.capture import Captured, capture
 from gramjd.internals import is_compiling
 from gramjd.jacobian import Jacobian, Output
+from gramjd.jacobian.projection import Projection
 from gramjd.pytree import PyTree
 from gramjd.refusals import explained
 from gramjd.verification import Call, Generators, Verifier
@@ -165,10 +166,15 @@ def gramian(
     chunk_size: int | None = None,
     check: str = "first",
     audit: int | None = 256,
+    sketch: int | Projection | None = None,
 ) -> Callable[..., Any]:
     """Transform a per-sample function into one that returns the Gramian of its Jacobian.
 
-    The arguments are those of :func:`jacobian`.
+    The arguments are those of :func:`jacobian`, and one more:
+
+    Args:
+        sketch: for batches in the thousands, ``S Sᵀ`` of a sketch of the rows in place of ``J Jᵀ``, detached:
+            its columns, or a :class:`~gramjd.Projection`; see :meth:`gramjd.Jacobian.gramian`.
 
     Returns:
         A function that returns ``G = J Jᵀ`` of shape ``[B, *S, *reversed(S), B]`` for a per-sample
@@ -182,7 +188,9 @@ def gramian(
 
     def transformed(*args: Any, **kwargs: Any) -> Any:
         found = lazy(*args, **kwargs)
-        return (found[0].gramian(), found[1]) if has_aux else found.gramian()
+        if has_aux:
+            return found[0].gramian(sketch=sketch), found[1]
+        return found.gramian(sketch=sketch)
 
     return transformed
 
@@ -197,6 +205,7 @@ def gramian_and_value(
     chunk_size: int | None = None,
     check: str = "first",
     audit: int | None = 256,
+    sketch: int | Projection | None = None,
 ) -> Callable[..., tuple[PyTree, Any]]:
     """Like :func:`gramian`, and return the function's values, too, from the same single run.
 
@@ -210,7 +219,7 @@ def gramian_and_value(
 
     def transformed(*args: Any, **kwargs: Any) -> tuple[PyTree, Any]:
         found, value = lazy(*args, **kwargs)
-        return found.gramian(), value
+        return found.gramian(sketch=sketch), value
 
     return transformed
 

@@ -232,6 +232,15 @@ def test_ddp_digits(tmp_path: Path) -> None:
     assert two == pytest.approx(one, rel=1e-10)
 
 
+def test_nearest_sentences(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Far more than the three of twelve that chance finds, of gradients and of sketches."""
+    run(monkeypatch, "nearest_sentences.py")
+    out = capsys.readouterr().out
+    hits = {name: int(n) for name, n in re.findall(r"subject, by (exact|sketches).*: (\d+) of 12", out)}
+    assert hits["exact"] >= 9 and hits["sketches"] >= 6
+    assert "cut the onions and fry them in butter" in out
+
+
 def test_mislabelled_digits(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -192,7 +192,7 @@ def test_torn(work: Work, cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
 KILLED = """
 import os, random, signal, sys, time, torch, gramjd
 from gramjd import journal
-folder, samples, size, flush, pause, within = sys.argv[1], *map(float, sys.argv[2:])
+folder, samples, size, flush, pause, within, ranks = sys.argv[1], *map(float, sys.argv[2:])
 torch.set_num_threads(1)
 journal.FLUSH_SECONDS = flush
 torch.manual_seed(0)
@@ -202,35 +202,53 @@ jac = gramjd.jacobian(func)
 x, y = torch.randn(int(samples), 8), torch.randint(0, 4, (int(samples),))
 loader = list(zip(x.split(int(size)), y.split(int(size))))
 
-def write(name, pause):
+def write(name, pause, loader, shard):
     def jacobian(batch):
         time.sleep(pause)
         return jac(params, *batch)
-    gramjd.gradients_dataset(jacobian, loader, f"{folder}/{name}", 32, dtype=torch.float16, progress=False)
+    gramjd.gradients_dataset(
+        jacobian, loader, f"{folder}/{name}", 32, dtype=torch.float16, progress=False, shard=shard
+    )
 
-draw, killed = random.Random(0), 0
-while True:
-    child = os.fork()
-    if child == 0:
-        write("killed", pause)
-        os._exit(0)
+half = len(loader) // 3
+if ranks == 2:
+    work = [(loader[:half], (0, 2)), (loader[half:], (1, 2))]
+else:
+    work = [(loader, None)]
+draw, killed, status = random.Random(0), 0, 0
+while work:
+    children = []
+    for given in work:
+        children.append(os.fork())
+        if children[-1] == 0:
+            write("killed", pause, *given)
+            os._exit(0)
     time.sleep(draw.random() * within * (1 + killed / 4))
-    os.kill(child, signal.SIGKILL)
-    if os.WIFEXITED(status := os.waitpid(child, 0)[1]):
-        break
-    killed += 1
-write("whole", 0)
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+    ends = [os.waitpid(child, 0)[1] for child in children]
+    status = max([status, *(os.WEXITSTATUS(end) for end in ends if os.WIFEXITED(end))])
+    work = [given for given, end in zip(work, ends) if not os.WIFEXITED(end)]
+    killed += len(work)
+write("whole", 0, loader, None)
 print(status, killed)
 """
 
 
-def store_under_fire(folder: Path, samples: int, size: int, flush: float, pause: float, within: float) -> int:
-    """Write a store in processes that are killed at random moments, until one ends: how many were?"""
-    given = [sys.executable, "-c", KILLED, str(folder), *map(str, (samples, size, flush, pause, within))]
+def store_under_fire(
+    folder: Path, samples: int, size: int, flush: float, pause: float, within: float, ranks: int = 1
+) -> int:
+    """Write a store in processes that are killed at random moments, until all end: how many were?"""
+    options = map(str, (samples, size, flush, pause, within, ranks))
+    given = [sys.executable, "-c", KILLED, str(folder), *options]
     found = subprocess.run(given, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
     assert found[0] == "0"
-    assert content(folder / "killed") == content(folder / "whole")
-    assert len(GradientStore.open(folder / "killed")) == samples
+    store, whole = GradientStore.open(folder / "killed"), GradientStore.open(folder / "whole")
+    assert len(store) == samples
+    if ranks == 1:
+        assert content(folder / "killed") == content(folder / "whole")
+    for name in ("sketches", "norms", "ids", "scales"):
+        assert np.array_equal(np.asarray(getattr(store, name)), getattr(whole, name))
     return int(found[1])
 
 
@@ -240,6 +258,12 @@ def test_killed(tmp_path: Path) -> None:
     assert store_under_fire(tmp_path, 120, 3, flush=0, pause=0.02, within=0.5) > 0
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system with fork and SIGKILL")
+def test_killed_shards(tmp_path: Path) -> None:
+    """Two ranks at once, killed together and resumed: joined, they are what one process writes."""
+    assert store_under_fire(tmp_path, 120, 3, flush=0, pause=0.02, within=0.5, ranks=2) > 0
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system with fork and SIGKILL")
 def test_killed_often(tmp_path: Path) -> None:
@@ -247,6 +271,83 @@ def test_killed_often(tmp_path: Path) -> None:
     killed = store_under_fire(tmp_path, 20_000, 32, flush=0.05, pause=0.002, within=2)
     print(f"20,000 samples, killed {killed} times, in {time.monotonic() - start:.0f} s")
     assert killed > 2
+
+
+# several ranks
+
+
+def parts(loader: list[Batch]) -> list[list[Batch]]:
+    """Contiguous, of unequal size."""
+    return [loader[:2], loader[2:3], loader[3:]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_shards(work: Work, dtype: torch.dtype) -> None:
+    """Written in any order, interrupted or not, they are read as one store."""
+    whole = work.run(path=work.path.with_name("whole"), dtype=dtype)
+    given = parts(work.loader)
+    assert len(work.run(given[2], shard=(2, 3), dtype=dtype)) == 2
+    with pytest.raises(ValueError, match=r"lacks the shards 0, 1 of 3"):
+        GradientStore.open(work.path)
+    with pytest.raises(OSError, match="the disk is gone"):
+        work.run(Countdown(given[0], 1), shard=(0, 3), dtype=dtype)
+    work.run(given[0], shard=(0, 3), dtype=dtype)
+    work.run(given[1], shard=(1, 3), dtype=dtype)
+    joined = GradientStore.open(work.path)
+    assert len(joined) == 11 and joined.sketches.shape == whole.sketches.shape
+    for name in ("sketches", "norms", "ids"):
+        assert np.array_equal(np.asarray(getattr(joined, name)), getattr(whole, name))
+    for start in range(12):
+        for stop in range(start, 12):
+            assert torch.equal(joined.rows(start, stop), whole.rows(start, stop))
+    for index in (3, -1, slice(1, 9, 3), slice(None, None, -1), [10, 0, 6], np.array([[5, 6], [7, -11]])):
+        assert np.array_equal(joined.sketches[index], whole.sketches[index])
+    for wrong, error in ((11, IndexError), (-12, IndexError), ([0.5], TypeError), ([True], TypeError)):
+        with pytest.raises(error):
+            joined.sketches[wrong]
+    want = gramjd.similarity(whole, whole, topk=3)
+    found = gramjd.similarity(joined, joined, topk=3)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    work.run([*given[1], *given[2]], shard=(1, 3), dtype=dtype)  # appended to
+    assert len(GradientStore.open(work.path)) == 13
+
+
+def test_bfloat16(work: Work) -> None:
+    store, want = work.run(dtype=torch.bfloat16), work.whole.sketch(16)
+    assert store.sketches.dtype == np.uint16 and store.settings["stored in"] == "bfloat16"
+    assert torch.equal(store.rows(2, 9), want[2:9].to(torch.bfloat16).float())
+    before = content(work.path)
+    work.run(dtype=torch.bfloat16)
+    assert content(work.path) == before
+    with pytest.raises(TypeError, match="pass the store itself"):
+        gramjd.similarity(store.sketches, store.sketches)
+
+
+def test_ids_of_shards(work: Work) -> None:
+    """One's own are kept."""
+    for rank, part in enumerate(parts(work.loader)):
+        work.run(part, shard=(rank, 3), ids=lambda batch: batch[1])
+    assert GradientStore.open(work.path).ids.tolist() == work.y.tolist()
+
+
+def test_shards_that_do_not_fit(work: Work) -> None:
+    given = parts(work.loader)
+    work.run(given[0], shard=(0, 2))
+    with pytest.raises(FileExistsError, match="is no store of gradients"):
+        work.run()  # no place for a store of one process
+    work.run(given[1], shard=(1, 2), seed=1)
+    with pytest.raises(ValueError, match=r"shard-00001-of-00002 and .* differ in projection: not one store"):
+        GradientStore.open(work.path)
+    work.run(given[1], shard=(1, 3))
+    with pytest.raises(ValueError, match="shards of 2 and of 3 ranks"):
+        GradientStore.open(work.path)
+    other = work.path.with_name("other")
+    work.run(path=other)
+    with pytest.raises(FileExistsError, match="of one process"):
+        work.run(path=other, shard=(0, 2))
+    (other / "journal").unlink()
+    with pytest.raises(FileExistsError, match="is no store of gradients"):
+        work.run(path=other, shard=(0, 2))
 
 
 # what must not be mixed
@@ -329,8 +430,11 @@ def test_refused(work: Work) -> None:
         work.run(iter(work.loader))
     with pytest.raises(ValueError, match="shuffles its samples"):
         work.run(DataLoader(TensorDataset(work.x, work.y), shuffle=True))
-    with pytest.raises(ValueError, match=r"stored in torch.float16, .*, not torch.bfloat16"):
-        work.run(dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"stored in torch.float16, .*, not torch.complex64"):
+        work.run(dtype=torch.complex64)
+    for shard in ((2, 2), (-1, 2), (0,), (0.0, 2)):
+        with pytest.raises(ValueError, match=r"shard must be \(rank, ranks\)"):
+            work.run(shard=shard)
     with pytest.raises(ValueError, match="kind must be one of"):
         work.run(kind="sparse")
     with pytest.raises(TypeError, match=r"must return a gramjd.Jacobian, not a Tensor"):

@@ -30,9 +30,11 @@ from gramjd.errors import NotCoveredError, NotFiniteError, SlowPathWarning
 from gramjd.explanation import Explanation, explanation
 from gramjd.jacobian import Jacobian, Output, Sum, groups
 from gramjd.jacobian.lazy import Per
+from gramjd.jacobian.projection import Projection
 from gramjd.objectives import Losses, joined
 from gramjd.plan import Options
 from gramjd.rounding import own_precision
+from gramjd.sketched import SketchedGramian
 
 
 class Engine:
@@ -117,8 +119,9 @@ class Engine:
         self._finalizer = weakref.finalize(self, _remove, handles)
 
     def compute_gramian(
-        self, losses: Losses, /, *, group: Any = None, rows: str = "all", flat: bool = False
-    ) -> Tensor:
+        self, losses: Losses, /, *, group: Any = None, rows: str = "all", flat: bool = False,
+        sketch: int | Projection | None = None,
+    ) -> Any:  # fmt: skip
         """The generalized Gramian ``G = J Jᵀ`` of an output with respect to the parameters.
 
         Args:
@@ -134,6 +137,9 @@ class Engine:
                 :func:`gramjd.distributed.local_weights`.
             rows: with a group, ``"all"``, or ``"local"`` for the rows of this rank's samples alone.
             flat: whether to return a matrix, as of TorchJD 0.12 and newer: :func:`gramjd.gramians.flatten`.
+            sketch: for losses in the thousands, a :class:`~gramjd.SketchedGramian`, whose memory grows with
+                their number and not its square: its columns, or a :class:`~gramjd.Projection`; see
+                :meth:`gramjd.Jacobian.gramian`.
 
         Returns:
             ``[*losses.shape, *reversed(losses.shape)]``, exactly symmetric, detached, on the
@@ -149,7 +155,7 @@ class Engine:
             CheckFailedError: none of the allowed strategies gives a Gramian that agrees with autograd.
             NotFiniteError: the output has NaN or infinite entries, or its gradients have.
             ValueError: the output is empty, or has no dimension ``batch_dim``; ``rows`` without a group,
-                or ``"local"`` ones that shall be ``flat``.
+                or ``"local"`` ones that shall be ``flat``; a ``sketch`` with a group.
             TypeError: the output is complex.
             RanksDisagreeError: ranks have different models or settings; all of them raise it.
             RankFailedError: another rank could not take part; it raises what it failed by.
@@ -157,6 +163,8 @@ class Engine:
         output: Tensor = joined(losses, self._batch_dim)
         if flat and rows == "local":
             raise ValueError("The rows of one rank are no square matrix: leave flat=True out.")
+        if sketch is not None:
+            return self._sketched(output, sketch, flat, group)
         if group is not None:
             gramian = self._gramian_of_ranks(self._jacobian_of_ranks(output, group), None, group, rows)
         else:
@@ -244,6 +252,15 @@ class Engine:
             return step.take(jac, gramian, output, output.shape, _all)
 
         return scaled.attempt(alone, lambda: reach([output]).leaves.values(), per)
+
+    def _sketched(self, output: Tensor, sketch: int | Projection, flat: bool, group: Any) -> SketchedGramian:
+        if group is not None:
+            raise ValueError("A sketched Gramian is of one process: leave group out.")
+        found: SketchedGramian = self.jacobian(output).gramian(sketch=sketch)
+        if not bool(torch.isfinite(found.sketch).all()):
+            raise finite.unexplained("sketched Gramian")
+        found = found.to(output.device)
+        return found.flatten() if flat else found
 
     def _not_finite(self, gramian: Tensor, output: Tensor, in_step: bool) -> NotFiniteError:
         """The error for such a Gramian; it says where from, unless ranks that are in step must not look."""

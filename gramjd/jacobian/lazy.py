@@ -20,6 +20,7 @@ from gramjd.jacobian.projection import Projection
 from gramjd.jacobian.sketch import sketch
 from gramjd.plan import Options
 from gramjd.pytree import PyTree, PyTreeSpec
+from gramjd.sketched import SketchedGramian
 
 Per = str | Mapping[str, Sequence[str]] | Callable[[str], str] | None
 
@@ -133,8 +134,8 @@ class Jacobian:
     # products
 
     def gramian(self, per: Per = None, *, memory_budget: int | None = None,
-                accumulate_dtype: torch.dtype | None = None, group: Any = None, rows: str = "all"
-                ) -> PyTree:  # fmt: skip
+                accumulate_dtype: torch.dtype | None = None, group: Any = None, rows: str = "all",
+                sketch: int | Projection | None = None) -> PyTree:  # fmt: skip
         """The generalized Gramian ``G = J Jᵀ``.
 
         Args:
@@ -151,6 +152,10 @@ class Jacobian:
                 or none (:meth:`without_samples`). Outputs without a batch dimension are sums over
                 ranks, of which each rank has a share: the Gramian is that of the sums.
             rows: with a group, ``"all"``, or ``"local"`` for the rows of this rank's samples alone.
+            sketch: columns of a sketch ``S`` of the rows, or a :class:`~gramjd.Projection`: the result is
+                then ``S Sᵀ`` in place of ``J Jᵀ``, a :class:`~gramjd.SketchedGramian`, detached. It is never
+                formed, so that memory grows with the number of objectives and not its square; how far off
+                its entries are, its ``error`` tells. For objectives in the thousands, more than ``dim``.
 
         Returns:
             For a tensor output, ``[*shape, *reversed(shape)]``, exactly symmetric. For a PyTree of
@@ -159,23 +164,34 @@ class Jacobian:
 
         Raises:
             ValueError: groups leave out a parameter, name one twice, or name one that there is not;
-                ``rows`` without a group.
+                ``rows`` without a group; a sketch of several outputs, with a group or with an
+                ``accumulate_dtype``.
             RanksDisagreeError: ranks have different models or settings; all of them raise it.
             RankFailedError: another rank could not take part; it raises what it failed by.
         """
-        options = Options(memory_budget, accumulate_dtype)
         which = {"": range(len(self.parameters))} if per is None else groups.partition(self.names, per)
+        if sketch is not None:
+            if group is not None or rows != "all" or accumulate_dtype is not None:
+                raise ValueError("A sketched Gramian is of one process, and takes no accumulate_dtype.")
+            given = Projection.of(sketch)
+            shares = {
+                name: self if per is None else self.select([self.names[n] for n in mine])
+                for name, mine in which.items()
+            }
+            sketches = {name: jac._sketched(given, memory_budget) for name, jac in shares.items()}
+            return sketches[""] if per is None else sketches
+        options = Options(memory_budget, accumulate_dtype)
         if group is not None:
             found = distributed.gramian(self, which, options, group, rows)
             return found[""] if per is None else found
         distributed.refuse_rows(rows)
-        given, K = self.intact, self.objectives
+        parts_now, K = self.intact, self.objectives
 
         def share(which: Sequence[int]) -> PyTree:
-            if len(given) == 1:
-                total = parts.keeping(given[0], which, K, options, self._like)
+            if len(parts_now) == 1:
+                total = parts.keeping(parts_now[0], which, K, options, self._like)
             else:
-                total = parts.gramian(given, which, K, options, self._like)
+                total = parts.gramian(parts_now, which, K, options, self._like)
             return self.outputs.square(total, self.outputs)
 
         return share(which[""]) if per is None else {name: share(mine) for name, mine in which.items()}
@@ -423,6 +439,17 @@ class Jacobian:
         large to form (``scipy.sparse.linalg.eigsh``).
         """
         return operator.as_linear_operator(self)
+
+    def _sketched(self, projection: Projection, memory_budget: int | None) -> SketchedGramian:
+        if len(self.outputs.each) != 1:
+            raise ValueError(
+                "A sketched Gramian is of one output tensor; this Jacobian has several. For each of them, "
+                "J.sketch(dim) has the rows."
+            )
+        with torch.no_grad():
+            p = projection
+            rows = self.sketch(p.dim, seed=p.seed, kind=p.kind, memory_budget=memory_budget)
+            return SketchedGramian(pytree.leaves(rows)[0].detach(), p.error)
 
     @property
     def _like(self) -> Tensor:

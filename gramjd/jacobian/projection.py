@@ -15,7 +15,14 @@ _KINDS = {"rademacher": signs, "gaussian": normals, "factored": signs}
 
 @dataclass(frozen=True)
 class Projection:
-    """A random matrix with ``dim`` columns, of entries with variance 1: sketches are divided by ``√dim``.
+    """Which random matrix ``Ω`` a sketch ``J Ω`` is made with; see :meth:`gramjd.Jacobian.sketch`.
+
+    Its entries have variance 1, and sketches are divided by ``√dim``.
+
+    Args:
+        dim: its columns.
+        seed: any integer.
+        kind: ``"rademacher"``, ``"gaussian"`` or ``"factored"``.
 
     Raises:
         ValueError: an option is none of those that there are; a factored sketch has no two sides of about
@@ -23,8 +30,8 @@ class Projection:
     """
 
     dim: int
-    seed: int
-    kind: str
+    seed: int = 0
+    kind: str = "rademacher"
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
@@ -39,6 +46,23 @@ class Projection:
                 f"A factored sketch has two sides, here {short} and {long}, whose product is dim={self.dim}. "
                 f"Take a dim of similar factors, such as the square {max(1, isqrt(self.dim)) ** 2}."
             )
+
+    @staticmethod
+    def of(given: int | Projection) -> Projection:
+        """A projection, or one of so many columns."""
+        return given if isinstance(given, Projection) else Projection(given)
+
+    @property
+    def error(self) -> float:
+        """At most this is the standard deviation of ``⟨xΩ, yΩ⟩`` over seeds, relative to ``‖x‖ ‖y‖``.
+
+        ``√(2 / dim)`` for random signs and normal numbers, ``√(4 / √dim + 4 / dim)`` for a factored sketch
+        with a square for its ``dim``: the bounds of :meth:`gramjd.Jacobian.sketch`, by Cauchy and Schwarz.
+        """
+        if self.kind != "factored":
+            return (2 / self.dim) ** 0.5
+        left, right = self.sides
+        return (2 / left + 2 / right + 4 / self.dim) ** 0.5
 
     @property
     def sides(self) -> tuple[int, int]:

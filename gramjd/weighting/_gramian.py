@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from gramjd.sketched import SketchedGramian
 from gramjd.weighting._certificate import Certificate
 from gramjd.weighting._opaque import opaque
 from gramjd.weighting._options import real_tensor
@@ -63,7 +64,7 @@ def rounding(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps) ** 0.5
 
 
-def prepare(gramian: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def prepare(gramian: Tensor | SketchedGramian) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Check a Gramian; return it as symmetric float64 ``[..., m, m]`` and the way back.
 
     The way back turns weights ``[..., m]`` into the objectives' shape and the input's dtype.
@@ -103,8 +104,13 @@ def _check_finite_matrix(matrix: Tensor) -> Tensor:
     return matrix.new_zeros(matrix.shape[:-2])
 
 
-def _flatten(gramian: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _flatten(gramian: Tensor | SketchedGramian) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """``[..., m, m]``, and the way back of weights ``[..., m]``."""
+    if isinstance(gramian, SketchedGramian):
+        raise TypeError(
+            "Of the weightings, upgrad, dualproj, mgda and cagrad take a SketchedGramian. Pass "
+            "gramian.dense() to others, if there are few objectives."
+        )
     if not isinstance(gramian, Tensor) or not gramian.is_floating_point():
         got = gramian.dtype if isinstance(gramian, Tensor) else type(gramian).__name__
         raise TypeError(f"A Gramian is a real floating-point tensor; got {got}.")
@@ -151,7 +157,7 @@ def nothing(matrix: Tensor, restore: Callable[[Tensor], Tensor], certificate: bo
     return (weights, Certificate(residual, residual == 0)) if certificate else weights
 
 
-def flat_preference(preference: Tensor | None, matrix: Tensor, like: Tensor) -> Tensor:
+def flat_preference(preference: Tensor | None, matrix: Tensor, like: Tensor | SketchedGramian) -> Tensor:
     """A preference shaped like the objectives as float64 ``[..., m]``; ``1 / m`` each by default.
 
     Raises:

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, overload
+from functools import partial
+from typing import Any, ClassVar, Literal, overload
 
 from torch import Tensor
 
+from gramjd.sketched import SketchedGramian
 from gramjd.weighting._certificate import Certificate, certify
 from gramjd.weighting._dual_cone import REMEDY, project, regularize
 from gramjd.weighting._dual_cone_weighting import DUAL_CONE, DualConeWeighting
+from gramjd.weighting._factored_cone import Cone, project_onto
 from gramjd.weighting._gramian import flat_preference, nothing, prepare, rounding
 from gramjd.weighting._options import not_negative
+from gramjd.weighting._sketched import preference_of, weigh
 from gramjd.weighting._small import dual_cone, easy, finish, is_fixed, preference_array
 
 
 # fmt: off
 @overload
-def dualproj(gramian: Tensor, pref_vector: Tensor | None = None, *, norm_eps: float = ...,
+def dualproj(gramian: Tensor | SketchedGramian, pref_vector: Tensor | None = None, *, norm_eps: float = ...,
              reg_eps: float = ..., certificate: Literal[False] = False) -> Tensor: ...
 @overload
-def dualproj(gramian: Tensor, pref_vector: Tensor | None = None, *, norm_eps: float = ...,
+def dualproj(gramian: Tensor | SketchedGramian, pref_vector: Tensor | None = None, *, norm_eps: float = ...,
              reg_eps: float = ..., certificate: Literal[True]) -> tuple[Tensor, Certificate]: ...
 # fmt: on
 
 
 def dualproj(
-    gramian: Tensor,
+    gramian: Tensor | SketchedGramian,
     pref_vector: Tensor | None = None,
     *,
     norm_eps: float = 1e-4,
@@ -38,7 +42,8 @@ def dualproj(
     "Gradient Episodic Memory for Continual Learning".
 
     Args:
-        gramian: ``[*shape, *reversed(shape)]``, or a batch of these along one leading dimension.
+        gramian: ``[*shape, *reversed(shape)]``, or a batch of these along one leading dimension; or a
+            :class:`~gramjd.SketchedGramian`, which needs a positive ``reg_eps``.
         pref_vector: ``p``, of the objectives' shape; ``1 / m`` each by default.
         norm_eps: a Gramian whose trace is below it counts as zero; the others are divided by it.
         reg_eps: multiple of the identity added to the normalized Gramian.
@@ -54,6 +59,11 @@ def dualproj(
     """
     not_negative("norm_eps", norm_eps)
     not_negative("reg_eps", reg_eps)
+    if isinstance(gramian, SketchedGramian):
+        eps: Any = {"norm_eps": norm_eps, "reg_eps": reg_eps}
+        dense = partial(dualproj, pref_vector=pref_vector, certificate=certificate, **eps)
+        preference = preference_of(pref_vector, gramian)
+        return weigh(gramian, dense, partial(_of_rows, preference=preference, **eps), certificate)
     small = None if certificate or not is_fixed(pref_vector) else easy(gramian)
     if small is not None:
         found = dual_cone(small, preference_array(pref_vector, gramian), norm_eps, reg_eps)
@@ -68,6 +78,13 @@ def dualproj(
     evidence = certify(residual, not certificate, REMEDY)
     result = restore(scale * projection)
     return (result, evidence) if certificate else result
+
+
+def _of_rows(rows: Tensor, preference: Tensor, norm_eps: float, reg_eps: float) -> tuple[Tensor, Tensor]:
+    """Weights ``[m]`` and the residual, from a sketch ``[m, n]``."""
+    cone = Cone.of(rows, norm_eps, reg_eps)
+    weights, residual = project_onto(cone, preference / cone.scale)
+    return cone.scale * weights, residual
 
 
 class DualProjWeighting(DualConeWeighting):
@@ -87,6 +104,6 @@ class DualProjWeighting(DualConeWeighting):
 
     _options: ClassVar = DUAL_CONE
 
-    def forward(self, gramian: Tensor, /) -> Tensor:
+    def forward(self, gramian: Tensor | SketchedGramian, /) -> Tensor:
         """Weights of the objectives, of their shape."""
         return dualproj(gramian, self.pref_vector, norm_eps=self.norm_eps, reg_eps=self.reg_eps)

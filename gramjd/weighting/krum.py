@@ -33,7 +33,7 @@ def krum(gramian: Tensor, n_byzantine: int, n_selected: int = 1) -> Tensor:
     """
     count(0)("n_byzantine", n_byzantine)
     count(1)("n_selected", n_selected)
-    matrix, restore = prepare(gramian.detach())
+    matrix, restore = prepare(gramian.detach() if isinstance(gramian, Tensor) else gramian)
     if not matrix.numel():
         return nothing(matrix, restore, False)
     size = matrix.shape[-1]

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, overload
+from functools import partial
+from typing import Any, ClassVar, Literal, overload
 
 from torch import Tensor
 
+from gramjd.sketched import SketchedGramian
 from gramjd.weighting._certificate import Certificate, certify
 from gramjd.weighting._dual_cone import REMEDY, project_units, regularize
 from gramjd.weighting._dual_cone_weighting import DUAL_CONE, DualConeWeighting
+from gramjd.weighting._factored_cone import Cone, combined_units
 from gramjd.weighting._gramian import flat_preference, nothing, prepare, rounding
 from gramjd.weighting._options import not_negative
+from gramjd.weighting._sketched import preference_of, weigh
 from gramjd.weighting._small import finish, is_fixed, np, preference_array
 from gramjd.weighting._small_cone import small_projections
 
 
 # fmt: off
 @overload
-def upgrad(gramian: Tensor, pref_vector: Tensor | None = None, *, norm_eps: float = ...,
+def upgrad(gramian: Tensor | SketchedGramian, pref_vector: Tensor | None = None, *, norm_eps: float = ...,
            reg_eps: float = ..., certificate: Literal[False] = False) -> Tensor: ...
 @overload
-def upgrad(gramian: Tensor, pref_vector: Tensor | None = None, *, norm_eps: float = ...,
+def upgrad(gramian: Tensor | SketchedGramian, pref_vector: Tensor | None = None, *, norm_eps: float = ...,
            reg_eps: float = ..., certificate: Literal[True]) -> tuple[Tensor, Certificate]: ...
 # fmt: on
 
 
 def upgrad(
-    gramian: Tensor,
+    gramian: Tensor | SketchedGramian,
     pref_vector: Tensor | None = None,
     *,
     norm_eps: float = 1e-4,
@@ -41,7 +45,8 @@ def upgrad(
     of these (Equation 4 and Section 3.2).
 
     Args:
-        gramian: ``[*shape, *reversed(shape)]``, or a batch of these along one leading dimension.
+        gramian: ``[*shape, *reversed(shape)]``, or a batch of these along one leading dimension; or a
+            :class:`~gramjd.SketchedGramian`, which needs a positive ``reg_eps``.
         pref_vector: ``p``, of the objectives' shape; ``1 / m`` each by default. Negative entries
             count as zero: the projection of the opposite of a gradient is then zero.
         norm_eps: a Gramian whose trace is below it counts as zero; the others are divided by it.
@@ -59,6 +64,11 @@ def upgrad(
     """
     not_negative("norm_eps", norm_eps)
     not_negative("reg_eps", reg_eps)
+    if isinstance(gramian, SketchedGramian):
+        eps: Any = {"norm_eps": norm_eps, "reg_eps": reg_eps}
+        dense = partial(upgrad, pref_vector=pref_vector, certificate=certificate, **eps)
+        preference = preference_of(pref_vector, gramian)
+        return weigh(gramian, dense, partial(_of_rows, preference=preference, **eps), certificate)
     quick = not certificate and is_fixed(pref_vector)
     small = small_projections(gramian, norm_eps, reg_eps) if quick else None
     if small is not None:
@@ -74,6 +84,13 @@ def upgrad(
     evidence = certify(residual.amax(-1), not certificate, REMEDY)
     result = restore(_combine(projections, scale, weights))
     return (result, evidence) if certificate else result
+
+
+def _of_rows(rows: Tensor, preference: Tensor, norm_eps: float, reg_eps: float) -> tuple[Tensor, Tensor]:
+    """Weights ``[m]`` and the residual, from a sketch ``[m, n]``."""
+    cone = Cone.of(rows, norm_eps, reg_eps)
+    weights, residual = combined_units(cone, preference.clamp(min=0) / cone.scale)
+    return cone.scale * weights, residual
 
 
 def _combine(projections: Tensor, scale: Tensor, preference: Tensor) -> Tensor:
@@ -99,6 +116,6 @@ class UPGradWeighting(DualConeWeighting):
 
     _options: ClassVar = DUAL_CONE
 
-    def forward(self, gramian: Tensor, /) -> Tensor:
+    def forward(self, gramian: Tensor | SketchedGramian, /) -> Tensor:
         """Weights of the objectives, of their shape."""
         return upgrad(gramian, self.pref_vector, norm_eps=self.norm_eps, reg_eps=self.reg_eps)
