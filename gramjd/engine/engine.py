@@ -171,7 +171,7 @@ class Engine:
             distributed.refuse_rows(rows)
             _refuse_empty(output)
             gramian = self._streamed(output)
-        right = torch.isfinite(gramian).all()
+        right = torch.isfinite(gramian).all() & torch.isfinite(output.detach()).all()
         if group is not None and rows == "local":  # where one rank raises, all do
             right = distributed.everywhere(group, right)
         if not bool(right):
@@ -267,6 +267,8 @@ class Engine:
         if in_step or self._registry.shards.units:
             return finite.unexplained("Gramian")
         dim = self._batch_dim
+        if not bool(torch.isfinite(output.detach()).all()):
+            return finite.of_output(output, dim)
         return finite.of_gramian(gramian, output, None if dim is None else dim % output.ndim)
 
     def _jacobian_of_ranks(self, output: Tensor, group: Any) -> Jacobian:
@@ -291,7 +293,7 @@ class Engine:
     def _streamed(self, output: Tensor) -> Tensor:
         """The Gramian, to which each region adds its share when the backward pass has been through it."""
         total = Sum(self._options)
-        task = self._solve(output, total.add)
+        task = self._solve(output, total.add, deferred=True)
         shape = Output(0, tuple(output.shape), task.batch_dim)
         return total.gramian(shape, next(iter(task.parameters.values())))
 
@@ -316,12 +318,16 @@ class Engine:
         blocks = [by_id[id(p)] for p in parameters]
         return Jacobian.of(blocks, parameters, spec, [shape], pytree.LEAF, task.samples), task
 
-    def _solve(self, output: Tensor, emit: Emit) -> Task:
-        """Give ``emit`` the blocks of the parameters that an output depends on."""
+    def _solve(self, output: Tensor, emit: Emit, deferred: bool = False) -> Task:
+        """Give ``emit`` the blocks of the parameters that an output depends on.
+
+        If ``deferred``, the caller looks whether the output is finite, where nothing is left to prove: on a
+        GPU, each such question waits for the device.
+        """
         lockstep = self._registry.lockstep()
         with torch.no_grad():
             try:
-                task, case = self._task(output, lockstep)
+                task, case = self._task(output, lockstep, deferred)
             except Exception as error:
                 if lockstep is not None:  # the others must not wait
                     lockstep.agree(False, [], 0, error)
@@ -343,7 +349,7 @@ class Engine:
             _warn_of_rows(task)
         return task
 
-    def _task(self, output: Tensor, lockstep: Lockstep | None) -> tuple[Task, Case]:
+    def _task(self, output: Tensor, lockstep: Lockstep | None, deferred: bool) -> tuple[Task, Case]:
         """The output's graph, and what is known of its like."""
         batch_dim = self._validate(output)
         graph = walk(output)
@@ -356,6 +362,9 @@ class Engine:
         held = tuple(map(id, self._registry.held()[0]))
         samples = None if batch_dim is None else output.shape[batch_dim]
         case = self._proofs.recall(graph, held, tuple(output.shape), samples)
+        waits = deferred and lockstep is None and case.plan.is_steady(batch_dim)
+        if not waits and not bool(torch.isfinite(output.detach()).all()):
+            raise finite.of_output(output, batch_dim)
         return Task(output, batch_dim, graph, named, case.plan, lockstep=lockstep), case
 
     def explain(self, output: Losses, /) -> Explanation:
@@ -399,8 +408,6 @@ class Engine:
             )
         if dim is None or output.shape[dim] > 0:
             _refuse_empty(output)
-        if not bool(torch.isfinite(output.detach()).all()):
-            raise finite.of_output(output, dim)
         return dim if dim is None else dim % output.ndim
 
     def _raise_not_covered(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import prod
+from math import inf, prod
 
 import torch
 from torch import Tensor
@@ -145,7 +145,8 @@ def fewest_digits(task: Task) -> torch.dtype:
 def _is_negligible(cotangent: Tensor, probe: Probe) -> bool:
     """Could a cotangent be the rounding of larger ones (a derivative that is zero in exact arithmetic)?"""
     largest = max(probe.passes.first.norms, default=0.0)
-    return float(cotangent.norm()) <= _NOISE * torch.finfo(cotangent.dtype).eps * largest
+    rounding = _NOISE * torch.finfo(cotangent.dtype).eps * largest
+    return float(cotangent.norm()) <= rounding < inf
 
 
 def _is_rounding(off: float, most: float, task: Task, probe: Probe, index: int, which: int) -> bool:

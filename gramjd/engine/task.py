@@ -60,6 +60,11 @@ class Plan:
     lasting: bool = True  # would the layouts found be the same in another graph of the separation key?
     unlisted: str = ""  # why the graph has no separation key
 
+    def is_steady(self, batch_dim: int | None) -> bool:
+        """Is nothing left to prove or to audit in this call?"""
+        apart = batch_dim is None or (self.separation is not None and self.separation.is_whole)
+        return self.complete and apart and not self.audit
+
     def trusted(self) -> Plan:
         """What of it may be taken over to the next call, as a copy."""
         patterns = {region: set(each) for region, each in self.patterns.items()}
