@@ -221,12 +221,12 @@ class _Rows:
         if isinstance(self.given, GradientStore):
             return self.given.rows(start, stop)
         some = self.given[start:stop]
-        found = some.detach().cpu() if isinstance(some, Tensor) else torch.from_numpy(some.copy())
-        if not found.is_floating_point():
+        if not (some.is_floating_point() if isinstance(some, Tensor) else some.dtype.kind == "f"):
             raise TypeError(
-                f"Rows must be floating-point numbers, not {found.dtype}. Of a store in bfloat16, pass the "
+                f"Rows must be floating-point numbers, not {some.dtype}. Of a store in bfloat16, pass the "
                 "store itself: its files hold bits."
             )
+        found = some.detach().cpu() if isinstance(some, Tensor) else torch.from_numpy(some.copy())
         return found if found.dtype == torch.float64 else found.float()
 
 

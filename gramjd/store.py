@@ -82,9 +82,10 @@ class GradientStore:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """The sketches of some samples, scaled, in float32 or float64; a copy."""
-        found = torch.from_numpy(self.sketches[start:stop].copy())
-        if self.settings["stored in"] == "bfloat16":
-            return found.view(torch.bfloat16).float()
+        some = self.sketches[start:stop].copy()
+        if self.settings["stored in"] == "bfloat16":  # torch before 2.3 has no uint16
+            return torch.from_numpy(some.view("int16")).view(torch.bfloat16).float()
+        found = torch.from_numpy(some)
         if self.scales is None:
             return found
         return (found.double() * torch.from_numpy(self.scales[start:stop].copy())[..., None]).float()
