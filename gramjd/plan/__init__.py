@@ -115,7 +115,7 @@ def gramians(each: Sequence[Sequence[Block]], options: Options = DEFAULT) -> Ite
 
 def waiting(each: Sequence[Sequence[Block]], options: Options = DEFAULT) -> list[int]:
     """Positions of parameters with such short rows that :func:`gramians` multiplies those of many at once."""
-    return _short(each, _joined(each, options))
+    return _short(each, _joined(each, options)) if any(map(is_short, each)) else []
 
 
 def _short(each: Sequence[Sequence[Block]], joined: Mapping[int, int]) -> list[int]:
