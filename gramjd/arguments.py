@@ -75,7 +75,7 @@ class Arguments:
         return replace(self, parameters=parameters, batch=batch, leaves=leaves)
 
     @property
-    def unbatched(self) -> list[Tensor]:
+    def batch_independent(self) -> list[Tensor]:
         """Tensors that all samples share, besides the parameters."""
         return [x for i, x in enumerate(self.leaves) if isinstance(x, Tensor) and i not in self.where]
 

@@ -47,7 +47,7 @@ def capture(
     batched: Sequence[Tensor],
     cotangents: Sequence[Tensor] | None = None,
     *,
-    unbatched: Sequence[Tensor] = (),
+    batch_independent: Sequence[Tensor] = (),
     randomness: str = "error",
     chunk_size: int | None = None,
     shared: bool = False,
@@ -60,7 +60,7 @@ def capture(
         batched: ``[B, ...]`` each.
         cotangents: of each output, ``[K, B, *S]``; by default every entry of every output is an
             objective of its own, in order.
-        unbatched: tensors that the function closes over and that are the same for all samples.
+        batch_independent: tensors that the function closes over and that are the same for all samples.
         randomness, chunk_size: as in ``torch.func.vmap``.
         shared: no batch: ``batched`` are passed on as they are, and ``B = 1``.
 
@@ -78,7 +78,7 @@ def capture(
 
     def per_sample(batch: Sequence[Tensor], given: Sequence[Tensor]) -> Any:
         nonlocal trace
-        found = run(function, raw, batch, given, shared, unbatched)
+        found = run(function, raw, batch, given, shared, batch_independent)
         trace = found.trace
         return found.cs, found.saved, found.outputs, found.aux
 

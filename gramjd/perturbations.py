@@ -29,9 +29,9 @@ class _Perturb(Watch):
     """Perturbs the output of every use. The first run, without perturbations, finds out about them."""
 
     def __init__(self, wrapped: Sequence[Tensor], raw: Sequence[Tensor], shared: bool,
-                 unbatched: Sequence[Tensor], first: _Perturb | None = None,
+                 batch_independent: Sequence[Tensor], first: _Perturb | None = None,
                  perturbations: Sequence[Tensor] = ()) -> None:  # fmt: skip
-        super().__init__(wrapped, raw, shared, unbatched)
+        super().__init__(wrapped, raw, shared, batch_independent)
         self.first = first
         self.bare_parameters = list(raw)
         self.perturbations = perturbations
@@ -70,11 +70,11 @@ class _Perturb(Watch):
 
 
 def perturbed(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor], given: Sequence[Tensor],
-              shared: bool, unbatched: Sequence[Tensor]) -> Run:  # fmt: skip
+              shared: bool, batch_independent: Sequence[Tensor]) -> Run:  # fmt: skip
     """Run a function of one sample; ``given`` are cotangents of its outputs (empty: all entries)."""
 
     def ask(wanted: Sequence[int]) -> tuple[_Perturb, bool]:
-        return _first_run(function, raw, batch, shared, unbatched, wanted)
+        return _first_run(function, raw, batch, shared, batch_independent, wanted)
 
     first, depends = ask(range(len(raw)))
     is_open = [id(p) in first.opened for p in first.bare_parameters]
@@ -87,7 +87,7 @@ def perturbed(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor]
 
     def run(wrapped: Sequence[Tensor], perturbations: Sequence[Tensor]) -> Any:
         mine = [_fresh(tensor) for tensor in wrapped]
-        watch = _Perturb(mine, raw, shared, unbatched, first, perturbations)
+        watch = _Perturb(mine, raw, shared, batch_independent, first, perturbations)
         with watch:
             outputs, aux = function(mine, batch)
         seen.append(watch)
@@ -107,7 +107,8 @@ def perturbed(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor]
 
 
 def _first_run(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor], shared: bool,
-               unbatched: Sequence[Tensor], wanted: Sequence[int]) -> tuple[_Perturb, bool]:  # fmt: skip
+               batch_independent: Sequence[Tensor], wanted: Sequence[int],
+               ) -> tuple[_Perturb, bool]:  # fmt: skip
     """With gradients for some parameters: what it was like, and do the outputs depend on these?"""
     seen: list[tuple[_Perturb, bool]] = []
 
@@ -115,7 +116,7 @@ def _first_run(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor
         mine = list(bare)
         for number, tensor in zip(wanted, wrapped, strict=True):
             mine[number] = _fresh(tensor)
-        watch = _Perturb(mine, bare, shared, unbatched)
+        watch = _Perturb(mine, bare, shared, batch_independent)
         with watch:
             outputs, _ = function(mine, batch)
         seen.append((watch, any(out.requires_grad for out in outputs)))

@@ -31,8 +31,8 @@ class _Tap(Watch):
     """Remembers autograd's edge behind every use."""
 
     def __init__(self, wrapped: Sequence[Tensor], raw: Sequence[Tensor], zero: Tensor, shared: bool,
-                 unbatched: Sequence[Tensor]) -> None:  # fmt: skip
-        super().__init__(wrapped, raw, shared, unbatched)
+                 batch_independent: Sequence[Tensor]) -> None:  # fmt: skip
+        super().__init__(wrapped, raw, shared, batch_independent)
         self.zero = zero  # requires gradients
         self.taps: list[Any] = []
 
@@ -54,13 +54,13 @@ class _Tap(Watch):
 
 
 def tapped(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor], given: Sequence[Tensor],
-           shared: bool, unbatched: Sequence[Tensor]) -> Run:  # fmt: skip
+           shared: bool, batch_independent: Sequence[Tensor]) -> Run:  # fmt: skip
     """Run a function of one sample; ``given`` are cotangents of its outputs (empty: all entries)."""
     trace = Trace()
 
     def run(wrapped: Sequence[Tensor], zero: Tensor) -> Any:
         nonlocal trace
-        tracker = _Tap(wrapped, raw, zero, shared, unbatched)
+        tracker = _Tap(wrapped, raw, zero, shared, batch_independent)
         with tracker:
             outputs, aux = function(wrapped, batch)
         trace = tracker.trace

@@ -33,18 +33,18 @@ class Tracker(TorchFunctionMode):
     is used twice, and is itself dropped when the forward ends.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], unbatched: Iterable[Tensor] = ()) -> None:
+    def __init__(self, parameters: Iterable[Tensor], batch_independent: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.active = True
         self.sources: dict[int, Source] = {}
-        self.known: dict[int, Tensor] = {}  # tracked and un-batched tensors
-        self.add(parameters, unbatched)
+        self.known: dict[int, Tensor] = {}  # tracked and batch-independent tensors
+        self.add(parameters, batch_independent)
 
-    def add(self, parameters: Iterable[Tensor], unbatched: Iterable[Tensor]) -> None:
-        """Track more parameters, and take more tensors for un-batched."""
+    def add(self, parameters: Iterable[Tensor], batch_independent: Iterable[Tensor]) -> None:
+        """Track more parameters, and take more tensors for batch-independent."""
         for parameter in parameters:
             self.sources[id(parameter)] = self.known[id(parameter)] = parameter
-        for tensor in unbatched:
+        for tensor in batch_independent:
             self.known[id(tensor)] = tensor
 
     def record(self, op: Any, args: Any, kwargs: dict[str, Any], derived: bool) -> tuple[Any, Record | None]:
@@ -61,13 +61,13 @@ class Tracker(TorchFunctionMode):
                 return out
         if func is torch.einsum and len(args) == 2 and isinstance(args[1], (list, tuple)):
             args = (args[0], *args[1])  # one way to write it
-        tracked, unbatched = self._classify(args)
+        tracked, batch_independent = self._classify(args)
         if kwargs:
             inner = self._classify(kwargs.values())
-            tracked, unbatched = tracked or inner[0], unbatched and inner[1]
+            tracked, batch_independent = tracked or inner[0], batch_independent and inner[1]
         if not tracked:
             out = func(*args, **kwargs)
-            if unbatched:
+            if batch_independent:
                 self._remember(out)
             elif isinstance(out, Tensor) or func is Tensor.__setitem__:
                 self._forget(out, func, args)
@@ -75,40 +75,40 @@ class Tracker(TorchFunctionMode):
         if func in _COMPOSITE:
             with self:
                 return _COMPOSITE[func](*args, **kwargs)
-        derived = unbatched and not _is_random(func) and not is_inplace(func)
+        derived = batch_independent and not _is_random(func) and not is_inplace(func)
         out, record = self.record(func, args, kwargs, derived)
         if record is not None and record.derived:
             for output, tensor in enumerate(tensors_of(out)):
                 self.sources[id(tensor)] = Derived(record, output)
                 self.known[id(tensor)] = tensor
-        elif not unbatched:
+        elif not batch_independent:
             self._forget(out, func, args)
         elif record is None and not any(t.requires_grad for t in tensors_of(out)):
             self._remember(out)  # a comparison, an index, detached
         return out
 
     def _classify(self, values: Iterable[Any]) -> tuple[bool, bool]:
-        """Is a tracked tensor among them? Are all tensors among them un-batched?"""
-        tracked, unbatched = False, True
+        """Is a tracked tensor among them? Are all tensors among them batch-independent?"""
+        tracked, batch_independent = False, True
         for value in values:  # every op of the forward comes by here: no call that can be spared
             if isinstance(value, Tensor):
                 if id(value) not in self.known:
-                    unbatched = False
+                    batch_independent = False
                 elif id(value) in self.sources:
                     tracked = True
             elif isinstance(value, (list, tuple)):
                 inner = self._classify(value)
-                tracked, unbatched = tracked or inner[0], unbatched and inner[1]
-        return tracked, unbatched
+                tracked, batch_independent = tracked or inner[0], batch_independent and inner[1]
+        return tracked, batch_independent
 
     def _remember(self, out: Any) -> None:
-        """The results of ops on un-batched tensors alone are un-batched."""
+        """The results of ops on batch-independent tensors alone are batch-independent."""
         for tensor in [out] if isinstance(out, Tensor) else out if isinstance(out, (list, tuple)) else ():
             if isinstance(tensor, Tensor):
                 self.known[id(tensor)] = tensor
 
     def _forget(self, out: Any, func: Any, args: Any) -> None:
-        """A tensor that the batch was written into is un-batched no more."""
+        """A tensor that the batch was written into is batch-independent no more."""
         written = args[0] if func is Tensor.__setitem__ else out
         if id(written) in self.known and id(written) not in self.sources:
             del self.known[id(written)]

@@ -121,7 +121,7 @@ def jacobian_and_value(
                 run,
                 given.parameters,
                 given.batch,
-                unbatched=given.unbatched,
+                batch_independent=given.batch_independent,
                 randomness=randomness,
                 chunk_size=chunk_size,
                 shared=shared,
@@ -263,7 +263,7 @@ class _Run:
 
 
 def _outputs(values: Sequence[Tensor], batched: bool) -> list[Output]:
-    """The rows that each output stands for: ``values`` are ``[B, *S]``, or ``[1, *S]`` unbatched."""
+    """The rows that each output stands for: ``values`` are ``[B, *S]``, or ``[1, *S]`` batch_independent."""
     outputs: list[Output] = []
     for value in values:
         start = outputs[-1].stop if outputs else 0

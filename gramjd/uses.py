@@ -4,7 +4,7 @@ Both captures (:mod:`gramjd.capture` under ``vmap``, :mod:`gramjd.engine` in the
 watch ops through a :class:`gramjd.tracker.Tracker` and end in a list of :class:`Use`; from there on
 they are one.
 
-A tensor is *derived* when it was computed from tracked parameters and un-batched tensors alone (a
+A tensor is *derived* when it was computed from tracked parameters and batch-independent tensors alone (a
 transposed or normalised weight, position embeddings looked up once). It is tracked like a parameter;
 the use is recorded where it meets the batch, and its rows are pulled back through the ops that
 produced it, one after the other, as objectives that share their inputs (``B = 1``).
@@ -36,7 +36,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Derived:
-    """A tensor computed from tracked and un-batched tensors alone: one output of one call."""
+    """A tensor computed from tracked and batch-independent tensors alone: one output of one call."""
 
     record: Record
     output: int

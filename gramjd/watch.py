@@ -22,7 +22,7 @@ from gramjd.internals import (
     version_of,
     vmaps_in_progress,
 )
-from gramjd.rules import expansion_of, tensors_of
+from gramjd.rules import decomposition_of, tensors_of
 from gramjd.rules.registry import op_name
 from gramjd.tracker import Tracker, is_inplace
 from gramjd.uses import Record, describe
@@ -60,8 +60,8 @@ class Watch(Tracker):
     """Runs ops with rules on bare parameters and marks their outputs; all others go their way, wrapped."""
 
     def __init__(self, wrapped: Sequence[Tensor], raw: Sequence[Tensor], shared: bool,
-                 unbatched: Sequence[Tensor]) -> None:  # fmt: skip
-        super().__init__(wrapped, unbatched)
+                 batch_independent: Sequence[Tensor]) -> None:  # fmt: skip
+        super().__init__(wrapped, batch_independent)
         self.below: dict[int, Tensor] = {}  # bare tensors, by the id of the wrapped one
         for parameter, tensor in zip(wrapped, raw, strict=True):
             self.sources[id(parameter)] = tensor
@@ -78,7 +78,7 @@ class Watch(Tracker):
 
     def bare_outputs(self, op: Any, args: Any, kwargs: dict[str, Any], outs: Sequence[Tensor]
                      ) -> list[Tensor] | None:  # fmt: skip
-        """What an op returned for tracked and un-batched arguments, bare; ``None``: it is not tracked."""
+        """What an op returned for tracked and batch-independent arguments, bare; ``None``: untracked."""
         raise NotImplementedError
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -87,11 +87,11 @@ class Watch(Tracker):
         if func is F.scaled_dot_product_attention and args and args[0].device.type == "cpu":
             with unfused_attention():  # the fused kernel has no batching rule there
                 return super().__torch_function__(func, types, args, kwargs)
-        expansion = expansion_of(func)
-        if expansion is None:
+        decomposition = decomposition_of(func)
+        if decomposition is None:
             return super().__torch_function__(func, types, args, kwargs)
         with self:
-            return expansion(*args, **(kwargs or {}))
+            return decomposition(*args, **(kwargs or {}))
 
     def record(self, op: Any, args: Any, kwargs: dict[str, Any], derived: bool) -> tuple[Any, Record | None]:
         if innermost_level() != self.level:  # inside a transform of the function's own
@@ -113,7 +113,7 @@ class Watch(Tracker):
 
     def _derive(self, op: Any, args: Any, kwargs: dict[str, Any], record: Record, leaves: Sequence[Any]
                 ) -> tuple[Any, Record | None]:  # fmt: skip
-        """Call an op on tracked and un-batched tensors alone: what it returns is tracked in turn."""
+        """Call an op on tracked and batch-independent tensors alone: what it returns is tracked in turn."""
         out = op(*args, **kwargs)
         outs = tensors_of(out)
         below = self.bare_outputs(op, args, kwargs, outs)

@@ -316,8 +316,8 @@ def _excuse(recipe: Recipe, model: Program, step: int, did: set[str]) -> str:
     if meet(recipe, model, step):  # by what is nothing now, such as a gate
         opened = any(mixes(recipe, model, other) for other in range(len(recipe.moments)))
         return "warranted, hidden now:" if opened else "cancelled:"
-    if {"un-batched", "broadcast"} & did and did & PARTIAL:
-        return "out of sight:"  # no registered call is seen to give un-batched values their samples
+    if {"batch-independent", "broadcast"} & did and did & PARTIAL:
+        return "out of sight:"  # no registered call is seen to give batch-independent values their samples
     return "rounding:" if "linear: autocast" in did else "unwarranted"  # three digits tell samples apart
 
 

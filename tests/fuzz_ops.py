@@ -135,7 +135,7 @@ def convolve(p: Program, v: Value, a: int) -> Value:
 def embed(p: Program, v: Value, a: int) -> Value:
     """Tokens, or positions looked up once for the whole batch, added."""
     table, ids, h = p.parameter("VD", a // 8), p.ids, p.to(v, "BTD").t
-    p.note(*(["un-batched"] if a % 8 in (0, 1, 6) else []))
+    p.note(*(["batch-independent"] if a % 8 in (0, 1, 6) else []))
     out = p.choose(a, "embed", {
         "positions": lambda: h + table[: p.sizes["T"]],
         "positions by number": lambda: h + F.embedding(torch.arange(p.sizes["T"]), table),
@@ -248,7 +248,7 @@ def attend(p: Program, v: Value, a: int) -> Value:
     m, bias, queries = p.parameter("DD", a), p.parameter("TT", a), p.parameter("TD", a)
     causal = torch.ones_like(bias).triu(1).bool()
     dropout = 0.3 if p.training else 0.0
-    p.note(*(["un-batched"] if a % 6 > 1 else []))
+    p.note(*(["batch-independent"] if a % 6 > 1 else []))
     out = p.choose(a, "attend", {
         "fused": lambda: F.scaled_dot_product_attention(t @ m, t, t, dropout_p=dropout),
         "causal": lambda: (t @ m @ t.mT).masked_fill(causal, -torch.inf).softmax(-1) @ t,
@@ -271,7 +271,7 @@ def write(p: Program, v: Value, a: int) -> Value:
         change(h)
         return h
 
-    p.note(*(["in place"] if a % 8 > 1 else ["un-batched"]))
+    p.note(*(["in place"] if a % 8 > 1 else ["batch-independent"]))
     out = p.choose(a, "write", {
         "class token": lambda: torch.cat([w.expand(len(t), 1, -1), t[:, 1:]], 1),
         "masked fill": lambda: torch.where(chosen.unsqueeze(-1), w, t),
@@ -286,9 +286,9 @@ def write(p: Program, v: Value, a: int) -> Value:
 
 
 def derived(p: Program, v: Value, a: int) -> Value:
-    """A function of parameters alone, un-batched until something meets it."""
+    """A function of parameters alone, batch-independent until something meets it."""
     w, t, b = p.parameter("DD", a), p.parameter("TD", a // 2), p.parameter("D", a)
-    p.note("un-batched")
+    p.note("batch-independent")
     out = p.choose(a, "derived", {
         "@": lambda: t @ w,
         "softmax": lambda: (t.tanh() * b).softmax(-1),
@@ -300,7 +300,7 @@ def derived(p: Program, v: Value, a: int) -> Value:
 
 
 def pool(p: Program, v: Value, a: int) -> Value:
-    """Reduced over positions, and back by expansion."""
+    """Reduced over positions, and back by decomposition."""
     t = p.to(v, "BTD").t
     pooled = p.choose(a, "pool", {
         "mean": lambda: t.mean(1), "max": lambda: t.amax(1), "last": lambda: t[:, -1],

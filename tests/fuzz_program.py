@@ -2,8 +2,8 @@
 
 The numbers choose an op's operands, parameters and variant. Every instruction is valid everywhere, so any
 list is a model. Values know where their samples are only by name: ``B`` samples, ``T`` positions, ``D``
-features, ``N`` is ``(B, T)`` merged and ``M`` is ``(T, B)`` merged; no letter for samples is an un-batched
-value. Models note what they did, so that the tests can count it.
+features, ``N`` is ``(B, T)`` merged and ``M`` is ``(T, B)`` merged; no letter for samples is a
+batch-independent value. Models note what they did, so that the tests can count it.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class Program(nn.Module):
         return {"out": out, "all": values}
 
     def to(self, v: Value, dims: str) -> Value:  # type: ignore[override]
-        """The value with its dimensions in the order asked for; samples are added by expansion."""
+        """The value with its dimensions in the order asked for; samples are added by decomposition."""
         t, have = v
         sizes = self.sizes
         for merged, parts in [("N", "BT"), ("M", "TB")]:
@@ -174,5 +174,5 @@ class Program(nn.Module):
         """Two values that broadcast: ``BTD``, or ``TD`` without samples."""
         found = [self.to(each, "BTD" if {*"BNM"} & {*each.dims} else "TD") for each in (v, u)]
         if found[0].dims != found[1].dims:
-            self.note("broadcast", "un-batched")
+            self.note("broadcast", "batch-independent")
         return found[0].t, found[1].t, max(found[0].dims, found[1].dims, key=len)

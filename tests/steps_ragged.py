@@ -170,7 +170,7 @@ _CONVOLUTIONS = message_passing, message_maximum, graph_attention, sparse_produc
 _GRAPH_POOLS = {
     "batch vector": _sum,
     "batch_num_nodes": lambda h, s: torch.segment_reduce(h, "mean", lengths=torch.tensor(s)),
-    "unbatched": lambda h, s: torch.stack([p.amax(0) for p in h.split(s)]),
+    "batch_independent": lambda h, s: torch.stack([p.amax(0) for p in h.split(s)]),
 }
 for _convolve in _CONVOLUTIONS:
     for _name, _pool in _GRAPH_POOLS.items():

@@ -18,7 +18,7 @@ B, T, D = 3, 5, 4
 OLD = torch.__version__.startswith("2.1.")
 
 
-# Un-batched intermediate results.
+# Batch-independent intermediate results.
 
 
 def test_position_embeddings_looked_up_once() -> None:

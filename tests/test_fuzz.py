@@ -23,7 +23,7 @@ FEATURES = {
     "transposes": "first$|last$",
     "nested modules": "nested module",
     "PyTrees": "PyTree",
-    "un-batched branches": "un-batched",
+    "batch-independent branches": "batch-independent",
     "samples mixed": "^mix|^leak|centred|contrastive",
     "flattened": "flattened",
     "time first": "time first|gru",

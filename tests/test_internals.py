@@ -160,7 +160,7 @@ def transforms_and_functions() -> None:
     assert found == [True]
 
 
-@contract("batched_gradients_level", "outside_batched_gradients", "unbatched")
+@contract("batched_gradients_level", "outside_batched_gradients", "without_batch")
 def batched_gradients() -> None:
     x = leaf(3)
     seen: list[Tensor] = []
@@ -173,7 +173,7 @@ def batched_gradients() -> None:
 
         @staticmethod
         def backward(ctx: Any, g: Tensor) -> Tensor:
-            seen.append(internals.unbatched(g, mine, 3))
+            seen.append(internals.without_batch(g, mine, 3))
             with internals.outside_batched_gradients():
                 assert torch.rand(2).shape == (2,)  # refused where cotangents are batched
             return g

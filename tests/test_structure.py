@@ -37,7 +37,7 @@ class Case:
 
 
 def w(*shape: int) -> Tensor:
-    """Un-batched numbers, the same in every call."""
+    """Batch-independent numbers, the same in every call."""
     return torch.arange(torch.Size(shape).numel(), dtype=torch.float64).cos().view(shape)
 
 

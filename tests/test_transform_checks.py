@@ -309,10 +309,10 @@ def test_random_functions(randomness: str, chunk_size: int | None) -> None:
     for got, want in zip(*found, strict=True):
         assert torch.equal(got, want)
 
-    def unbatched(w: Tensor) -> Tensor:
+    def batch_independent(w: Tensor) -> Tensor:
         return F.dropout(draw(B, D) @ w, 0.4).square().sum(1)
 
-    gramjd.gramian(unbatched, in_dims=None, check="always")(w)
+    gramjd.gramian(batch_independent, in_dims=None, check="always")(w)
 
 
 NORMALIZED: dict[str, Callable[[dict[str, Tensor], Tensor], Tensor]] = {

@@ -17,7 +17,7 @@ from gramjd.internals import (
     batched_gradients_level,
     losses_of_stack,
     outside_batched_gradients,
-    unbatched,
+    without_batch,
     without_hooks,
 )
 from gramjd.rounding import tolerance
@@ -115,7 +115,7 @@ def stream(
         with outside_batched_gradients():
             sink.receive(
                 node,
-                [g if g is None else unbatched(g, level, K) if K > 1 else g.unsqueeze(0) for g in grads],
+                [g if g is None else without_batch(g, level, K) if K > 1 else g.unsqueeze(0) for g in grads],
             )
         return (None,) * len(grads)
 

@@ -75,7 +75,7 @@ def call_blocks(
             parameters,
             mapped,
             [c for c in cs if c is not None],
-            unbatched=shared,
+            batch_independent=shared,
             randomness="different",
             shared=layout is None,
         )

@@ -42,7 +42,7 @@ class OpMark:
     number: int
     record: Record
     live: tuple[bool, ...]  # which outputs require gradients, and so have a tap
-    unbatched: bool  # are all arguments the same for all samples?
+    batch_independent: bool  # are all arguments the same for all samples?
     replay: Replay | None = None
     lost: str = ""  # why its blocks cannot follow from it: what the op did
     arguments: tuple[Any, ...] = ()  # the nodes of autograd's graph that computed the op's arguments
@@ -64,7 +64,7 @@ class OpMark:
         slots = tuple([(slot.index, id(s) if isinstance(s := slot.source, Tensor) else s.output)
                        for slot in record.slots])  # fmt: skip
         settings = () if record.derived else _settings(record.leaves)
-        kind = record.derived, self.unbatched, self.live, self.lost, self.replay is not None
+        kind = record.derived, self.batch_independent, self.live, self.lost, self.replay is not None
         return record.call.op, slots, record.entries, record.saved, settings, kind
 
 
@@ -112,7 +112,7 @@ def computed_by(values: Iterable[Any]) -> tuple[Any, ...]:
 
 def mark_fused(record: Record, leaves: Sequence[Any], out: Any, rng_state: Tensor,
                arguments: tuple[Any, ...]) -> Any:  # fmt: skip
-    """The output of an op that has only an expansion, with a node to replay it from behind it.
+    """The output of an op that has only a decomposition, with a node to replay it from behind it.
 
     Args:
         record: of the call.
@@ -132,12 +132,12 @@ def mark_fused(record: Record, leaves: Sequence[Any], out: Any, rng_state: Tenso
 
 
 def mark_op(record: Record, leaves: Sequence[Any], out: Any, arguments: tuple[Any, ...], inplace: bool,
-            unbatched: bool, lost: str = "", hooks: Sequence[str] = ()) -> Any:  # fmt: skip
+            batch_independent: bool, lost: str = "", hooks: Sequence[str] = ()) -> Any:  # fmt: skip
     """The output of an op with a node for its record behind it."""
     outs = tensors_of(out)
     live = tuple([t.requires_grad for t in outs])
     saved = [leaves[i] for i in record.saved] + [leaves[slot.index] for slot in record.slots]
-    mark = OpMark(next(_NUMBERS), record, live, unbatched, None, lost, arguments, hooks)
+    mark = OpMark(next(_NUMBERS), record, live, batch_independent, None, lost, arguments, hooks)
     return _replace_live(out, attach(mark, saved, [t for t in outs if t.requires_grad], inplace))
 
 

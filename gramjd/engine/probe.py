@@ -118,8 +118,8 @@ def _first_fit(task: Task, probe: Probe, index: int, which: int) -> Layout | Non
     if off > tolerance(precision or finest) and not _is_rounding(off, _CLOSE, task, probe, index, which):
         # rounding, or a weak dependence between samples: per-row backward passes are exact for both
         doubtful = off <= tolerance(fewest_digits(task))
-        layout = None if doubtful or task.is_unbatched(index) else owned(c, first[0], probe.v)
-    if layout is None and not task.is_unbatched(index):
+        layout = None if doubtful or task.is_batch_independent(index) else owned(c, first[0], probe.v)
+    if layout is None and not task.is_batch_independent(index):
         noise = _noise(task, probe, index, which)
         mixed = _mixes(task, index, c, first[0], probe.v)
         if mixed and noise > _SMALL:
@@ -203,7 +203,7 @@ def is_noise(task: Task, probe: Probe, index: int) -> bool:
 
 def _mixes(task: Task, index: int, c: Tensor, probed: Tensor, v: Tensor) -> bool:
     """Does a use without a layout mix samples, or does its output just not belong to any?"""
-    if task.is_unbatched(index) or not isinstance(task.graph.nodes[index].record, OpMark):
+    if task.is_batch_independent(index) or not isinstance(task.graph.nodes[index].record, OpMark):
         return False
     broadcast = probed.ndim > 0 and probed.shape[0] == 1  # position_ids [1, T] and their like
     regular = any(n % task.samples == 0 for n in probed.shape[:-1] or probed.shape)

@@ -65,7 +65,7 @@ class Recorder(Tracker):
     def __init__(self, frame: FrameType, outer: Recorder | None = None) -> None:
         super().__init__(())
         self.outer = outer  # that of the call around the checkpoint
-        self.shared: dict[int, Tensor] = {}  # computed from what that one knows to be un-batched
+        self.shared: dict[int, Tensor] = {}  # computed from what that one knows to be batch-independent
         self.hook = saved_tensors_hook()  # of the innermost checkpoint around
         self.frame: FrameType | None = frame  # of the module call that switched it on
         self.opaque: FrameType | None = None  # of a call whose inside is out of sight
@@ -92,14 +92,14 @@ class Recorder(Tracker):
         if func is Tensor.register_hook and args[0].grad_fn is not None:
             self.hooks.append(HOOK)
         if func in _DROPOUTS and self.active and args and not _writes(args, kwargs):
-            tracked, unbatched = self._classify(args)
-            if tracked and unbatched:  # as a product with its mask, it is derived like any other
+            tracked, batch_independent = self._classify(args)
+            if tracked and batch_independent:  # as a product with its mask, it is derived like any other
                 with torch.no_grad():
                     mask = func(torch.ones_like(args[0]), *args[1:], **(kwargs or {}))
                 self._remember(mask)
                 func, args, kwargs = torch.mul, (args[0], mask), None
         out = super().__torch_function__(func, types, args, kwargs)
-        if self.outer is not None and self.active and self._are_unbatched((args, kwargs)):
+        if self.outer is not None and self.active and self._are_batch_independent((args, kwargs)):
             self.shared.update((id(t), t) for t in tensors_of(out))
         return out
 
@@ -111,8 +111,8 @@ class Recorder(Tracker):
             self.sources.pop(id(marked), None)
             if id(marked) in self.aliases.originals:
                 self.aliases.stale[id(marked)] = self.aliases.originals[id(marked)]
-        unbatched = self._classify(args)[1] and self._classify(kwargs.values())[1]
-        if not unbatched:
+        batch_independent = self._classify(args)[1] and self._classify(kwargs.values())[1]
+        if not batch_independent:
             for marked, _ in group:
                 self.known.pop(id(marked), None)
         original = next((t for marked, t in group if marked is target), target)
@@ -164,21 +164,21 @@ class Recorder(Tracker):
                 break
         return hidden
 
-    def _are_unbatched(self, arguments: Any) -> bool:
+    def _are_batch_independent(self, arguments: Any) -> bool:
         """As far as is known here or around the checkpoint, are all these tensors the same for all samples?
 
         Nothing of what a checkpoint saves may follow from the answer.
         """
-        return all(map(self._is_unbatched, tensors_of(arguments)))
+        return all(map(self._is_batch_independent, tensors_of(arguments)))
 
     def _forget(self, out: Any, func: Any, args: Any) -> None:
         if self.shared:
             self.shared.pop(id(args[0] if func is Tensor.__setitem__ else out), None)
         super()._forget(out, func, args)
 
-    def _is_unbatched(self, tensor: Tensor) -> bool:
+    def _is_batch_independent(self, tensor: Tensor) -> bool:
         known = id(tensor) in self.known or id(tensor) in self.shared
-        return known or (self.outer is not None and self.outer._is_unbatched(tensor))
+        return known or (self.outer is not None and self.outer._is_batch_independent(tensor))
 
     def record(self, op: Any, args: Any, kwargs: dict[str, Any], derived: bool) -> tuple[Any, Record | None]:
         inplace = is_inplace(op)
@@ -204,11 +204,11 @@ class Recorder(Tracker):
         self.seen.update([id(slot.source) for slot in record.slots])
         if fused:
             return mark_fused(record, leaves, out, rng_state, arguments), record
-        unbatched = derived or self._are_unbatched(leaves)
+        batch_independent = derived or self._are_batch_independent(leaves)
         # an op that has a rule draws none
         drew = None in record.entries and not torch.equal(rng_state, torch.get_rng_state())
         lost = "drew random numbers when it used it" if drew else ""
-        marked = mark_op(record, leaves, out, arguments, inplace, unbatched, lost, self.hooks)
+        marked = mark_op(record, leaves, out, arguments, inplace, batch_independent, lost, self.hooks)
         if not inplace:
             self._note_aliases(record, leaves, out, marked, (op, args, kwargs))
         return marked, record
@@ -308,7 +308,7 @@ class Watcher:
         self.held, self.strategies = (
             held,
             strategies,
-        )  # trainable parameters and un-batched tensors, at the time
+        )  # trainable parameters and batch-independent tensors, at the time
         self.outermost = threading.local()  # .frame, .rng_state: of a call that is marked as a whole
 
     def before(self, module: nn.Module, frame: FrameType) -> None:

@@ -44,7 +44,7 @@ class Registry:
         ``named_parameters``, for every forward takes it.
         """
         trainable: dict[int, Tensor] = {}
-        unbatched: dict[int, Tensor] = {}
+        batch_independent: dict[int, Tensor] = {}
         start = self.modules if below is None or not self.recurse else [below]
         stack: list[tuple[nn.Module, nn.Module | None]] = [(module, None) for module in start]
         seen = set(map(id, start))
@@ -61,15 +61,15 @@ class Registry:
                 if p is not None and (
                     unit is None or not distributed.is_sharded(p)
                 ):  # shards take no part in a forward
-                    (trainable if p.requires_grad else unbatched)[id(p)] = p
+                    (trainable if p.requires_grad else batch_independent)[id(p)] = p
             for b in buffers.values():
                 if b is not None:
-                    unbatched[id(b)] = b
+                    batch_independent[id(b)] = b
             for child in children.values() if self.recurse else ():
                 if child is not None and id(child) not in seen:
                     seen.add(id(child))
                     stack.append((child, unit))
-        return list(trainable.values()), list(unbatched.values())
+        return list(trainable.values()), list(batch_independent.values())
 
     def lockstep(self) -> Lockstep | None:
         """For a sharded model; it shows its sharded parameters from then on."""

@@ -17,7 +17,7 @@ from gramjd.engine.marks import OpMark
 from gramjd.engine.nodes import Cotangents, values_of
 from gramjd.engine.recorder import Recorder
 from gramjd.rounding import tolerance
-from gramjd.rules import expansion_of, tensors_of
+from gramjd.rules import decomposition_of, tensors_of
 from gramjd.uses import Record
 
 
@@ -46,7 +46,7 @@ class Replayed:
 
 
 def replay(node: Any, cotangents: Cotangents, probed: Cotangents | None) -> Replayed:
-    """Run the expansion of a node's op on the arguments that it received, under a recorder.
+    """Run the decomposition of a node's op on the arguments that it received, under a recorder.
 
     Raises:
         ValueError: the outputs differ from those of the op.
@@ -64,13 +64,13 @@ def replay(node: Any, cotangents: Cotangents, probed: Cotangents | None) -> Repl
         recorder.add([value], [])
         recorder.sources[id(value)] = slot.source
     values = pytree.unflatten(pytree.flatten(record.call.values)[1], leaves)
-    expansion = expansion_of(record.call.op)
-    assert expansion is not None
+    decomposition = decomposition_of(record.call.op)
+    assert decomposition is not None
     with torch.random.fork_rng(devices=[], enabled=mark.replay.rng_state is not None), torch.enable_grad():
         if mark.replay.rng_state is not None:
             torch.set_rng_state(mark.replay.rng_state)
         with recorder:
-            out = record.call.with_op(expansion)(values)
+            out = record.call.with_op(decomposition)(values)
     recorder.frame = None  # this one, which would keep all that is here alive until it is collected
     live = [t for t, is_live in zip(tensors_of(out), mark.live, strict=True) if is_live]
     for got, want in zip(live, recorded, strict=True):

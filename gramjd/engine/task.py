@@ -117,10 +117,10 @@ class Task:
         mine = {name: p for name, p in self.parameters.items() if id(p) in region.owners}
         return Task(self.output, self.batch_dim, graph, mine, self.plan, self.lockstep, number, cotangents)
 
-    def is_unbatched(self, node: int) -> bool:
+    def is_batch_independent(self, node: int) -> bool:
         """Are all arguments of a use the same for all samples?"""
         mark = self.graph.nodes[node].record
-        return isinstance(mark, OpMark) and mark.unbatched
+        return isinstance(mark, OpMark) and mark.batch_independent
 
     def pattern(self) -> Pattern:
         """What blocks depend on besides the recorded uses: which outputs have samples, and in what layout."""
@@ -143,7 +143,7 @@ class Task:
             layout
             for node, mine in enumerate(self.layouts)
             for layout in mine
-            if layout is not None or not self.is_unbatched(node)
+            if layout is not None or not self.is_batch_independent(node)
         }
 
     def canonical(self, node: int) -> Cotangents:

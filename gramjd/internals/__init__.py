@@ -80,8 +80,8 @@ from gramjd.internals.transforms import (
     outside_transforms,
     stops_functions,
     transform_level,
-    unbatched,
     vmaps_in_progress,
+    without_batch,
 )
 
 __all__ = [
@@ -144,7 +144,6 @@ __all__ = [
     "takes_one_cotangent",
     "tap",
     "transform_level",
-    "unbatched",
     "undispatched",
     "unfused_attention",
     "value_of",
@@ -152,5 +151,6 @@ __all__ = [
     "version_of",
     "vmaps_in_progress",
     "weight_norm_op",
+    "without_batch",
     "without_hooks",
 ]

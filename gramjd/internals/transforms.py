@@ -142,7 +142,7 @@ def outside_batched_gradients() -> Iterator[None]:
             torch._C._vmapmode_increment_nesting()
 
 
-def unbatched(gradient: Tensor, level: int, size: int) -> Tensor:
+def without_batch(gradient: Tensor, level: int, size: int) -> Tensor:
     """A cotangent batched at this level → ``[size, ...]``."""
     found: Tensor = torch._remove_batch_dim(gradient, level, size, 0)
     return found

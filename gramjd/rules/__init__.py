@@ -1,16 +1,16 @@
 """Op rules: for an op with a parameter as one argument, the structured block of that argument."""
 
 from gramjd.rules import bags, conv, einsum, elementwise, embedding, linear, norm, recurrent, shape  # noqa: F401
-from gramjd.rules.expansions import expansion_of, is_fused, register_expansion
+from gramjd.rules.decompositions import decomposition_of, is_fused, register_decomposition
 from gramjd.rules.fallback import dense_rows, tensors_of
 from gramjd.rules.registry import Call, register_rule, registered
 
 __all__ = [
     "Call",
+    "decomposition_of",
     "dense_rows",
-    "expansion_of",
     "is_fused",
-    "register_expansion",
+    "register_decomposition",
     "register_rule",
     "registered",
     "tensors_of",

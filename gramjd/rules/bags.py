@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramjd.internals import inside_transform
-from gramjd.rules.expansions import register_expansion
+from gramjd.rules.decompositions import register_decomposition
 
 
-@register_expansion(F.embedding_bag)
+@register_decomposition(F.embedding_bag)
 def embedding_bag(
     input: Tensor,
     weight: Tensor,

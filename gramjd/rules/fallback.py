@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gramjd import pytree
 from gramjd.blocks import Dense
-from gramjd.rules.expansions import expansion_of
+from gramjd.rules.decompositions import decomposition_of
 from gramjd.rules.registry import Call
 
 
@@ -25,7 +25,7 @@ def dense_rows(call: Call, index: int, canonical: Sequence[Any], cs: Sequence[Te
         cs: cotangents ``[K, B, ...]`` of the tensors that the op returns (``None``: not used).
     """
     # vmap may have no batching rule for the op, and it may write into buffers
-    call = call.with_op(_PURE.get(call.op) or expansion_of(call.op) or call.op)
+    call = call.with_op(_PURE.get(call.op) or decomposition_of(call.op) or call.op)
     _, spec = pytree.flatten(call.values)
     batched = [i for i, x in enumerate(canonical) if isinstance(x, Tensor) and i != index]
     used = [i for i, c in enumerate(cs) if c is not None]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramjd.internals import VF
-from gramjd.rules.expansions import register_expansion
+from gramjd.rules.decompositions import register_decomposition
 
 State = tuple[Tensor, ...]  # (h,), of an LSTM (h, cell)
 Step = Callable[..., State]  # (gates of the input, state, weights) -> state
@@ -140,14 +140,14 @@ def _is_packed(args: Sequence[Any]) -> bool:
     return isinstance(args[3], (list, tuple))
 
 
-@register_expansion(VF.lstm)
+@register_decomposition(VF.lstm)
 def lstm(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     out, (h, cell) = (_packed if _is_packed(args) else _padded)(lstm_step, *args)
     return out, h, cell
 
 
 def _single(step: Step) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The expansion of a network whose state is one tensor."""
+    """The decomposition of a network whose state is one tensor."""
 
     def network(*args: Any) -> tuple[Tensor, Tensor]:
         place = 2 if _is_packed(args) else 1
@@ -158,14 +158,14 @@ def _single(step: Step) -> Callable[..., tuple[Tensor, Tensor]]:
     return network
 
 
-@register_expansion(VF.lstm_cell)
+@register_decomposition(VF.lstm_cell)
 def lstm_cell(input: Tensor, hx: State, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
               b_hh: Tensor | None = None) -> State:  # fmt: skip
     return lstm_step(F.linear(input, w_ih, b_ih), tuple(hx), (w_hh, b_hh, None))
 
 
 def _single_cell(step: Step) -> Callable[..., Tensor]:
-    """The expansion of a cell whose state is one tensor."""
+    """The decomposition of a cell whose state is one tensor."""
 
     def cell(input: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
              b_hh: Tensor | None = None) -> Tensor:  # fmt: skip
@@ -175,5 +175,5 @@ def _single_cell(step: Step) -> Callable[..., Tensor]:
 
 
 for _name, _step in (("gru", gru_step), ("rnn_tanh", tanh_step), ("rnn_relu", relu_step)):
-    register_expansion(getattr(VF, _name))(_single(_step))
-    register_expansion(getattr(VF, f"{_name}_cell"))(_single_cell(_step))
+    register_decomposition(getattr(VF, _name))(_single(_step))
+    register_decomposition(getattr(VF, f"{_name}_cell"))(_single_cell(_step))

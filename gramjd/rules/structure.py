@@ -39,7 +39,7 @@ _PULLBACKS: dict[Op, Callable[..., Block | None]] = {}
 def register_pullback(*ops: Op) -> Callable[[P], P]:
     """Decorator: register ``pull(block, at, *arguments)``, which may return ``None``: no structure.
 
-    ``arguments`` are those of the call; un-batched tensors that no rule of the op needs are ``None``.
+    ``arguments`` are those of the call; batch-independent tensors that no rule of the op needs are ``None``.
     """
 
     def register(pull: P) -> P:

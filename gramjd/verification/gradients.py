@@ -18,7 +18,7 @@ from gramjd.capture import Captured
 from gramjd.complexes import as_real
 from gramjd.internals import innermost_level, unfused_attention
 from gramjd.rounding import own_precision
-from gramjd.rules import expansion_of
+from gramjd.rules import decomposition_of
 
 Run = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Sequence[Tensor]]]
 Same = TypeVar("Same", bound="Repeatable")
@@ -136,7 +136,7 @@ class _Batchable(TorchFunctionMode):
     level = 0  # of the innermost transform around the function; it may have some of its own inside
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        body = expansion_of(func)
+        body = decomposition_of(func)
         if func in _NORMS and innermost_level() > self.level:
             body = _NORMS[func]
         if body is None:

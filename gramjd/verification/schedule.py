@@ -45,7 +45,9 @@ class Verifier:
 
     def applies(self, given: Arguments) -> bool:
         """Can results be verified here? Not where something else traces or transforms them."""
-        return self.check != "never" and runs_plainly([*given.parameters, *given.batch, *given.unbatched])
+        return self.check != "never" and runs_plainly(
+            [*given.parameters, *given.batch, *given.batch_independent]
+        )
 
     def verify(self, call: Call, found: Captured) -> None:
         """Verify a result, if its structure says so.

@@ -1,7 +1,7 @@
 """Ops that are replayed as a Python function of ops that have rules: no rule sees inside them.
 
-Under ``vmap`` the expansion runs in place of the op. In ``Engine`` the op itself runs, and its blocks
-come from a replay of the expansion on the arguments that it received.
+Under ``vmap`` the decomposition runs in place of the op. In ``Engine`` the op itself runs, and its blocks
+come from a replay of the decomposition on the arguments that it received.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ E = TypeVar("E", bound=Callable[..., Any])
 _EXPANSIONS: dict[Op, Callable[..., Any]] = {}
 
 
-def register_expansion(*ops: Op) -> Callable[[E], E]:
+def register_decomposition(*ops: Op) -> Callable[[E], E]:
     """Decorator: register the function as what an op (and its aliases) computes.
 
     It takes the op's own arguments and returns what the op returns, by ops that have rules.
@@ -36,7 +36,7 @@ def register_expansion(*ops: Op) -> Callable[[E], E]:
     return register
 
 
-def expansion_of(op: Op) -> Callable[..., Any] | None:
+def decomposition_of(op: Op) -> Callable[..., Any] | None:
     """What to run in place of an op, if there is anything."""
     try:
         return _EXPANSIONS.get(op)
@@ -45,23 +45,23 @@ def expansion_of(op: Op) -> Callable[..., Any] | None:
 
 
 def is_fused(op: Op) -> bool:
-    """Has an op an expansion, but no rule?"""
-    return expansion_of(op) is not None and rules_of(op) is None
+    """Has an op a decomposition, but no rule?"""
+    return decomposition_of(op) is not None and rules_of(op) is None
 
 
 def expanded() -> list[Op]:
-    """Every op that has an expansion; the tests go through all of them."""
+    """Every op that has a decomposition; the tests go through all of them."""
     return list(_EXPANSIONS)
 
 
-@register_expansion(F.bilinear)
+@register_decomposition(F.bilinear)
 def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As one linear map of all products; ``vmap`` has no batching rule for the op."""
     out = F.linear((input1.unsqueeze(-1) * input2.unsqueeze(-2)).flatten(-2), weight.flatten(1))
     return out if bias is None else out + bias
 
 
-@register_expansion(weight_norm_op)
+@register_decomposition(weight_norm_op)
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """``g v / |v|``, the norm over all dimensions but one (over all of them where ``dim`` is -1)."""
     others = [d for d in range(v.ndim) if dim == -1 or d != dim % v.ndim]

@@ -16,7 +16,7 @@ from torch.func import functional_call
 import gramjd
 from gramjd import Engine
 from gramjd.blocks import Lookup
-from gramjd.rules.expansions import expanded
+from gramjd.rules.decompositions import expanded
 from gramjd.rules.registry import op_name
 
 BAGS: list[dict[str, Any]] = [
@@ -106,7 +106,7 @@ def test_a_bag_that_renormalises_its_weight_is_exact_row_by_row() -> None:
         assert_close(engine.compute_gramian(losses(model(ids))), want)
 
 
-def test_every_expansion_has_a_test() -> None:
+def test_every_decomposition_has_a_test() -> None:
     recurrent = [getattr(torch._VF, kind + cell) for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")
                  for cell in ("", "_cell")]  # fmt: skip
     tested: list[Callable[..., Any]] = [*recurrent, F.embedding_bag]
