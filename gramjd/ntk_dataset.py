@@ -191,7 +191,7 @@ class _Tiles:
 
     @cached_property
     def tiles(self) -> list[Tile]:
-        """All of them, row by row."""
+        """All of them, in order of rows."""
         n, m = len(self.left.sizes), len(self.right.sizes)
         return [(i, j) for i in range(n) for j in range(i if self.symmetric else 0, m)]
 
@@ -215,7 +215,7 @@ class _Tiles:
         return [rank for rank, mine in enumerate(self.kept) if any(i in mine for i in rows)]
 
     def found(self, tiles: Sequence[Tile], params: PyTree) -> Iterator[Tensor]:
-        """The values of these tiles, which go row by row."""
+        """The values of these tiles, in order of rows."""
         todo = {i: [j for _, j in row] for i, row in groupby(tiles, key=itemgetter(0))}
         rows = self.left.read(list(todo))
         for i, columns in todo.items():

@@ -47,7 +47,7 @@ def joined(losses: Losses, batch_dim: int | None) -> Any:
 def combined(outputs: Losses, cotangents: Tensor | Sequence[Tensor | None]) -> Tensor:
     """``[m]``, whose Jacobian is that of the outputs times cotangents ``[m, *output.shape]`` of each.
 
-    An output may have none, which stands for zeros.
+    An output may have none, which means zeros.
 
     Raises:
         ValueError: cotangents do not fit the outputs.

@@ -13,7 +13,7 @@ import optree
 from torch import Tensor
 
 _OPTIONS: dict[str, Any] = {"none_is_leaf": True, "namespace": "gramjd"}
-PLACEHOLDER = object()  # stands for a tensor in the structure of a tree
+PLACEHOLDER = object()  # in the place of a tensor in the structure of a tree
 PyTree = Any
 PyTreeSpec = optree.PyTreeSpec
 

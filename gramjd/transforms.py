@@ -48,7 +48,7 @@ def jacobian(
             whose Jacobian is then with respect to the tuple. All samples share them.
         in_dims: which dimension of each argument is the batch, as in ``torch.func.vmap``: one entry
             for each positional argument (an ``int`` or a PyTree of them that is a prefix of it), ``None``
-            for what all samples share, such as those that ``argnums`` names. An ``int`` stands for all
+            for what all samples share, such as those that ``argnums`` names. An ``int`` means all
             arguments but these. ``None`` alone: there is no batch, and the function is called as it is.
             Keyword arguments are batched along dimension 0 wherever there is a batch.
         has_aux: ``func`` returns ``(output, aux)``; the result is then ``(jacobian, aux)``. Tensors
@@ -263,7 +263,7 @@ class _Run:
 
 
 def _outputs(values: Sequence[Tensor], batched: bool) -> list[Output]:
-    """The rows that each output stands for: ``values`` are ``[B, *S]``, or ``[1, *S]`` batch_independent."""
+    """The rows of each output: ``values`` are ``[B, *S]``, or ``[1, *S]`` if batch-independent."""
     outputs: list[Output] = []
     for value in values:
         start = outputs[-1].stop if outputs else 0

@@ -426,7 +426,7 @@ def test_mixing_in_the_middle_of_a_model_is_an_error(mix: Callable[[Tensor], Ten
     model = Mixing(mix).double()
     engine, exact = Engine(model, batch_dim=0), Engine(model, batch_dim=None)
     out = model(torch.randn(5, 3, dtype=torch.float64))
-    with pytest.raises(gramjd.NotSeparableError, match=r"'first.weight' samples are mixed .* linear"):
+    with pytest.raises(gramjd.NotSeparableError, match=r"'first.weight' there is cross-sample .* linear"):
         engine.compute_gramian(out)
     assert_close(exact.compute_gramian(out), dense_gramian(out, model.parameters()))
 

@@ -86,7 +86,7 @@ def test_losses_that_mix_samples(engine: Engine, model: nn.Module) -> None:
         lambda out: out.flip(0) * out,
     ):
         out = mix(model(X).square().sum(1))
-        with pytest.raises(NotSeparableError, match="mixes samples"):
+        with pytest.raises(NotSeparableError, match="makes samples depend on each other"):
             engine.compute_gramian(out)
         exact = Engine(model, batch_dim=None)
         out = mix(model(X).square().sum(1))

@@ -137,7 +137,9 @@ def test_samples_that_are_mixed_inside_a_checkpoint() -> None:
 
     for forward in (written, lambda m, x: run(m.block, x, x.cos())):
         model = Net(forward, table=draw(B, D), block=crossed())
-        with pytest.raises(gramjd.NotSeparableError, match=r"'block.k.weight' samples are mixed at its use"):
+        with pytest.raises(
+            gramjd.NotSeparableError, match=r"'block.k.weight' there is cross-sample dependence"
+        ):
             Engine(model, batch_dim=0).compute_gramian(model(draw(B, D)).square().sum(1))
 
 

@@ -83,7 +83,8 @@ def test_mixing_losses(name: str, dtype: torch.dtype) -> None:
 
     for _ in range(2):  # a refusal is not forgotten
         with pytest.raises(
-            gramjd.NotSeparableError, match=r"mixes samples.*Engine\(\.\.\., batch_dim=None\)"
+            gramjd.NotSeparableError,
+            match=r"samples depend on each other.*Engine\(\.\.\., batch_dim=None\)",
         ):
             engine.compute_gramian(LOSSES[name](mixing))
     engine.close()
@@ -98,7 +99,7 @@ def test_few_digits_hide_no_mixing(dtype: torch.dtype) -> None:
     v = torch.rand(1, 4, dtype=torch.float64).to(dtype) + 0.5
     mine, others = (weights.view(4, 1, 1) for weights in (v[0], v[0].roll(1)))
     found = owned(own, mine * own[0], v)
-    assert found is not None and found.owners.tolist() == [0, 1, 2, 3]  # type: ignore[attr-defined]
+    assert found is not None and found.sample_of.tolist() == [0, 1, 2, 3]  # type: ignore[attr-defined]
     assert owned(own + 0.3 * other, mine * own[0] + 0.3 * others * other[0], v) is None
 
 

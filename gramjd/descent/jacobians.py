@@ -68,12 +68,12 @@ def jac(outputs: Losses, inputs: Inputs, *, jac_outputs: Losses | None = None, b
     elif batch_dim is None:
         output = combined(outputs, jac_outputs)
     else:
-        raise ValueError("jac_outputs mix the samples of outputs: leave batch_dim out.")
+        raise ValueError("jac_outputs have cross-sample dependence: leave batch_dim out.")
     return jacobian_of(output, tensors, pytree.paths(tree), spec, batch_dim, chunk_size)
 
 
 def tree_of(inputs: Inputs) -> PyTree:
-    """The tensors that ``inputs`` stand for, in its structure; trainable parameters of modules by name."""
+    """The tensors of ``inputs``, in its structure; trainable parameters of modules by name."""
     if isinstance(inputs, nn.Module):
         return {name: p for name, p in inputs.named_parameters() if p.requires_grad}
     if isinstance(inputs, Mapping):
@@ -84,7 +84,7 @@ def tree_of(inputs: Inputs) -> PyTree:
 
 
 def unique(inputs: Inputs) -> dict[str, Tensor]:
-    """The tensors that ``inputs`` stand for, each once, by name."""
+    """The tensors of ``inputs``, each once, by name."""
     tree = tree_of(inputs)
     tensors, _ = pytree.tensor_leaves(tree, "The inputs")
     found: dict[int, tuple[str, Tensor]] = {}

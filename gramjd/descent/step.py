@@ -52,7 +52,7 @@ def backward(losses: Losses, weighting: Weightings, modules: Inputs = None, *, b
         NoGraphError: the losses have no graph, or it was freed.
         NotCoveredError: they depend on none of the ``modules``; with ``per``, a leaf is in no group.
         NotFiniteError: losses or their Gramian have NaN or infinite entries.
-        NotSeparableError: a recorded model mixes samples, so that there is no such ``batch_dim``.
+        NotSeparableError: a recorded model has cross-sample dependence, which rules ``batch_dim`` out.
         TypeError, ValueError: the weights are no tensor, are not shaped like the losses, or not finite;
             arguments do not fit each other.
 

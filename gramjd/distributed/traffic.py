@@ -1,13 +1,13 @@
 """Who sends what, decided from the manifests alone, so that all ranks decide the same.
 
-For each parameter there are two exact ways, and the one that sends fewer bytes is taken:
+For each parameter there are two exact methods, and the one that sends fewer bytes is taken:
 
     factors   every rank's factors pass (n - 1) / 2 others of n ranks, and inner products travel back
     slices    every rank gets the rows of all at 1 / n of the parameter's entries: all but 1 / n of the
               rows travel once, and what the ranks' slices give is added up
 
 Of ``F`` bytes of factors and ``R`` of rows, ``n·F`` is compared with ``2·R``. All pairs of blocks of a
-parameter go the same way, as they share their factors and their rows.
+parameter take the same method, as they share their factors and their rows.
 """
 
 from __future__ import annotations

@@ -45,11 +45,11 @@ class Engine:
     parts, so that the Gramian is ``Re(J Jᴴ)``.
 
     Args:
-        modules: modules, each of which stands for its whole subtree; or one iterable of modules,
-            each of which stands for its direct parameters. Overlaps count once.
+        modules: modules, each of which means its whole subtree; or one iterable of modules,
+            each of which means its direct parameters. Overlaps count once.
         batch_dim: the dimension of the outputs along which the samples are, if there is one and the
             computation treats samples independently; ``None`` for any other computation. Always
-            to be given, by name or after an iterable: the default stands for nothing.
+            to be given, by name or after an iterable: the default means nothing.
         check: whether the blocks are proved equal to autograd's gradients with random weights:
             ``"first"``, once for each structure of the graph, and where the samples are as long as it
             is not proven that this cannot change; ``"always"``; ``"never"``.
@@ -90,7 +90,11 @@ class Engine:
     ) -> None:
         found, recurse, batch_dim = _parse(modules, batch_dim)
         if ways is not None:
-            warnings.warn("Engine(ways=...) is now strategies=...", DeprecationWarning, stacklevel=2)
+            warnings.warn(
+                "Engine takes strategies= in place of ways, its former name.",
+                DeprecationWarning,
+                stacklevel=2,
+            )
             strategies = ways
         if check not in ("first", "always", "never"):
             raise ValueError(f"check must be 'first', 'always' or 'never', not {check!r}.")
@@ -126,7 +130,7 @@ class Engine:
 
         Args:
             losses: the output to differentiate, a tensor of any shape, with a graph. Its graph is kept, so
-                that ``losses.backward(weights)`` can follow. A list or tuple of tensors stands for all
+                that ``losses.backward(weights)`` can follow. A list or tuple of tensors means all
                 their entries, one after the other, or with a ``batch_dim`` for their stack along a new
                 last dimension (a first one where ``batch_dim`` is negative).
             group: a ``torch.distributed`` process group, or a ``DeviceMesh`` of one dimension, each
@@ -370,8 +374,8 @@ class Engine:
     def explain(self, output: Losses, /) -> Explanation:
         """What the Gramian of an output is made of: every use of every parameter, its op and its plan.
 
-        Parameters whose Jacobian is computed row by row say why, and the last line what the result
-        rests on: a proof of this call or of an earlier one, measurements. The arguments and errors are
+        Parameters whose Jacobian is computed by per-row backward passes say why, and the last line what the
+        result rests on: a proof of this call or of an earlier one, measurements. The arguments and errors are
         those of :meth:`compute_gramian`.
         """
         jacobian, task = self._jacobian(joined(output, self._batch_dim))
@@ -442,7 +446,7 @@ def _refuse_complex(output: Tensor) -> None:
 
 
 def _parse(modules: Sequence[Any], batch_dim: Any) -> tuple[list[nn.Module], bool, int | None]:
-    """The modules, whether they stand for their subtrees, and the batch dimension."""
+    """The modules, whether they mean their subtrees, and the batch dimension."""
     positional = list(modules)
     if batch_dim == "":
         if len(positional) < 2 or not (positional[-1] is None or isinstance(positional[-1], int)):

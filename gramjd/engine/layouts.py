@@ -1,7 +1,7 @@
 """Where the samples are inside a tensor of the forward: measured, not guessed.
 
 With random sample weights ``v``, the cotangent of ``Σ_b v_b f_b`` at a use equals ``v``, broadcast
-along the true layout, times the cotangent of ``Σ_b f_b``. A use at which samples are mixed, or that
+along the true layout, times the cotangent of ``Σ_b f_b``. A use with cross-sample dependence, or that
 does not belong to any one sample, fits no layout.
 """
 
@@ -47,15 +47,15 @@ class Scattered(Layout):
     """Every entry of dimension ``dim`` belongs to a sample of its own: tokens routed to an expert, nodes
     of graphs, packed sequences. As many places for each sample as the largest has, the rest zero."""
 
-    owners: Tensor = field(default_factory=lambda: torch.zeros(0))  # [N]; B for entries of none
+    sample_of: Tensor = field(default_factory=lambda: torch.zeros(0))  # [N]; B for entries of none
     samples: int = 1  # B
 
     @cached_property
     def _places(self) -> tuple[Tensor, Tensor]:
         """Which entry is in each place of each sample, and is there any: ``[B, n]``."""
-        counts = self.owners.bincount(minlength=self.samples)
+        counts = self.sample_of.bincount(minlength=self.samples)
         n = int(counts[: self.samples].max())
-        order, at = self.owners.argsort(stable=True), torch.arange(n, device=self.owners.device)
+        order, at = self.sample_of.argsort(stable=True), torch.arange(n, device=self.sample_of.device)
         filled = at < counts[: self.samples, None]
         starts = (counts.cumsum(0) - counts)[: self.samples, None]
         return order[(starts + at) * filled], filled
@@ -81,7 +81,7 @@ class Scattered(Layout):
             if probed.ndim > 1
             else probed.unsqueeze(-1).double()
         )
-        weighted = torch.einsum("knm,kn->nm", rows, v[:, self.owners])
+        weighted = torch.einsum("knm,kn->nm", rows, v[:, self.sample_of])
         size = float(weighted.norm())
         return float((weighted - wanted).norm()) / size if size else inf
 
@@ -133,7 +133,7 @@ def measure(c: Tensor, probed: Tensor, v: Tensor) -> tuple[Layout | None, float]
 def owned(c: Tensor, probed: Tensor, v: Tensor, noise: float = 0.0) -> Layout | None:
     """The layout in which every entry of one dimension has its own sample, if one fits.
 
-    The weights of two samples may be close: whether the owners are right is for the total to say,
+    The weights of two samples may be close: whether ``sample_of`` is right is for the total to say,
     with other weights. The arguments are those of :func:`measure`, and the relative rounding of the
     cotangents, if it was measured.
     """
@@ -147,12 +147,12 @@ def owned(c: Tensor, probed: Tensor, v: Tensor, noise: float = 0.0) -> Layout | 
         wanted = probed.unsqueeze(-1).movedim(dim, 0).flatten(1).double()  # [N, m]
         products, squares = torch.einsum("knm,nm->kn", rows, wanted), torch.einsum("knm,lnm->kln", rows, rows)
         distances = torch.einsum("kb,lb,kln->nb", v, v, squares) - 2 * products.T @ v
-        owners = distances.argmin(1)
-        weighted = torch.einsum("knm,kn->nm", rows, v[:, owners])
+        sample_of = distances.argmin(1)
+        weighted = torch.einsum("knm,kn->nm", rows, v[:, sample_of])
         off, size = (weighted - wanted).norm(dim=1), weighted.norm(dim=1)
         if bool((off <= tolerance(c.dtype) * size + slack * size.max() + noise * size.norm()).all()):
-            owners = torch.where(rows.ne(0).any(2).any(0), owners, samples)
-            return Scattered(dim, owners=owners, samples=samples)
+            sample_of = torch.where(rows.ne(0).any(2).any(0), sample_of, samples)
+            return Scattered(dim, sample_of=sample_of, samples=samples)
     return None
 
 

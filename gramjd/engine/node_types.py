@@ -61,7 +61,7 @@ class NodeType:
 
 
 def _names(text: str) -> Iterable[str]:
-    """``"Add:01"`` stands for ``AddBackward0`` and ``AddBackward1``, ``"Sin"`` for ``SinBackward0``."""
+    """``"Add:01"`` means ``AddBackward0`` and ``AddBackward1``, ``"Sin"`` for ``SinBackward0``."""
     for word in text.split():
         name, _, digits = word.partition(":")
         for digit in digits or "0":

@@ -115,7 +115,7 @@ class Passes:
         return all(size > 0 for size in self.first.sizes.values())
 
     def forget(self, nodes: Sequence[int]) -> None:
-        """Let go of what was found at some nodes."""
+        """Free what was found at some nodes."""
         for name in {"first", "again", "independent"} & vars(self).keys():
             for n in nodes:
                 getattr(self, name).cotangents[n] = []

@@ -106,7 +106,7 @@ def _layout(task: Task, probe: Probe, index: int, which: int) -> Layout | None:
 
 
 def _first_fit(task: Task, probe: Probe, index: int, which: int) -> Layout | None:
-    """The layout of one output of a node; whether samples are mixed there goes to the plan."""
+    """The layout of one output of a node; cross-sample dependence there goes to the plan."""
     c, first = task.cotangents[index][which], probe.first.cotangents[index][which]
     if c is None or first is None:
         return ZERO
@@ -202,7 +202,7 @@ def is_noise(task: Task, probe: Probe, index: int) -> bool:
 
 
 def _mixes(task: Task, index: int, c: Tensor, probed: Tensor, v: Tensor) -> bool:
-    """Does a use without a layout mix samples, or does its output just not belong to any?"""
+    """Has a use without a layout cross-sample dependence, or does its output just not belong to any?"""
     if task.is_batch_independent(index) or not isinstance(task.graph.nodes[index].record, OpMark):
         return False
     broadcast = probed.ndim > 0 and probed.shape[0] == 1  # position_ids [1, T] and their like

@@ -1,7 +1,7 @@
 """Regions: the nodes that share parameters, whose blocks can be built and contracted by themselves.
 
 A backward pass reaches them one after the other. As soon as it has been at all nodes of one, what
-follows from their cotangents is computed, and the cotangents are let go of: no more of them are alive
+follows from their cotangents is computed, and the cotangents are freed: no more of them are alive
 than parameters that are used again ask for.
 """
 
@@ -21,7 +21,7 @@ class Later(Exception):
     """What a region needs cannot be done while a backward pass is in progress."""
 
 
-def owners(node: Any) -> set[int]:
+def parameter_ids(node: Any) -> set[int]:
     """Ids of the parameters that a node is of."""
     mark = node.record
     if isinstance(mark, CallMark):
@@ -34,20 +34,20 @@ class Region:
     """Nodes that share parameters with each other and with no others."""
 
     nodes: list[int] = field(default_factory=list)  # indices, in the order of the forward
-    owners: set[int] = field(default_factory=set)  # ids of the parameters
+    parameters: set[int] = field(default_factory=set)  # ids of the parameters
 
 
 def regions_of(nodes: Sequence[Any]) -> list[Region]:
     """The regions of the nodes of a graph."""
     home: dict[int, Region] = {}  # of each parameter
     for index, node in enumerate(nodes):
-        mine = owners(node)
+        mine = parameter_ids(node)
         first, *others = dict.fromkeys(home[p] for p in mine if p in home) or [Region()]
         for other in others:
             first.nodes += other.nodes
-            mine |= other.owners
+            mine |= other.parameters
         first.nodes.append(index)
-        first.owners |= mine
+        first.parameters |= mine
         home.update(dict.fromkeys(mine, first))
     for region in home.values():
         region.nodes.sort()

@@ -30,8 +30,8 @@ class Registry:
             prefix = "" if len(self.modules) == 1 else f"{index}:{type(module).__name__}."
             for name, p in _named_parameters(module, self.recurse):
                 if self.shards.units:
-                    owner, _, last = name.rpartition(".")
-                    p = which(module.get_submodule(owner), last, p)
+                    path, _, last = name.rpartition(".")
+                    p = which(module.get_submodule(path), last, p)
                 if p.requires_grad and id(p) not in seen:
                     seen.add(id(p))
                     found[prefix + name] = p

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from gramjd.distributed import is_sharded
 from gramjd.engine.marks import CallMark
-from gramjd.engine.regions import owners
+from gramjd.engine.regions import parameter_ids
 from gramjd.errors import NotCoveredError, RankFailedError, RanksDisagreeError
 
 _FLAT = (
@@ -156,7 +156,7 @@ class Lockstep:
 
     def units_of(self, nodes: Sequence[Any]) -> list[nn.Module]:
         """In the order in which they were seen, which is the same on all ranks."""
-        wanted = {id(self.shards.units.get(root)) for node in nodes for root in owners(node)}
+        wanted = {id(self.shards.units.get(root)) for node in nodes for root in parameter_ids(node)}
         return [unit for unit in dict.fromkeys(self.shards.units.values()) if id(unit) in wanted]
 
 

@@ -46,7 +46,7 @@ def solve(task: Task, strategies: Sequence[str], check: bool, emit: Emit, rows_b
 
     Raises:
         NotFiniteError: gradients have NaN or infinite entries.
-        NotSeparableError: the samples are mixed.
+        NotSeparableError: there is cross-sample dependence.
         CheckFailedError: no strategy is left for a parameter, or an audit failed.
     """
     plan, lockstep = task.plan, task.lockstep
@@ -290,12 +290,12 @@ def _refuse_mixed(task: Task, planned: dict[str, Tensor], strategies: Sequence[s
     if not mixed or layouts <= {None, ZERO}:
         found = f"Nothing in the graph of the output, of shape {shape}, treats"
     else:
-        cause = task.plan.causes.get(id(planned[mixed[0]]), "samples are mixed")
+        cause = task.plan.causes.get(id(planned[mixed[0]]), "there is cross-sample dependence")
         found = f"For {mixed[0]!r} {cause}: the graph of the output, of shape {shape}, does not treat"
     raise NotSeparableError(
         f"{found} the {task.samples} entries of dimension {dim} as independent samples. Either batch_dim "
-        "is not the batch dimension, or the loss or a layer mixes samples (a mean over the batch, batch "
-        "normalisation in training mode), or an input of that size has no batch dimension (give it one of "
-        "size 1: [1, ...]). Correct it, or use Engine(..., batch_dim=None), which is "
-        "exact for any computation."
+        "is not the batch dimension, or the loss or a layer makes samples depend on each other (a mean over "
+        "the batch, batch normalisation in training mode), or an input of that size has no batch dimension "
+        "(give it one of size 1: [1, ...]). Correct it, or use Engine(..., batch_dim=None), which is exact "
+        "for any computation."
     )

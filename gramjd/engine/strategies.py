@@ -98,7 +98,11 @@ def _use(task: Task, index: int, split: Mapping[Record, Layout], fail: Callable[
             return Use.of(record, saved[: len(record.saved)], [None] * len(cs), slots)
         for slot in record.slots:
             mixed = roots(slot.source) & task.plan.mixed
-            what = "samples are mixed at its use by {}" if mixed else "its use by {} is of no one sample"
+            what = (
+                "there is cross-sample dependence at its use by {}"
+                if mixed
+                else "its use by {} is of no one sample"
+            )
             fail(slot.source, what.format(_name(record.call.op)))
         return None
     values = saved[: len(record.saved)]
@@ -158,7 +162,7 @@ def by_calls(task: Task, parameters: dict[str, Tensor]) -> Found:
             continue
         used = [i for i, c in enumerate(task.cotangents[index]) if c is not None]
         layouts = {task.layouts[index][i] for i in used}
-        owners = [id(p) for p in mark.parameters]
+        ids = [id(p) for p in mark.parameters]
         cs = task.canonical(index)
         try:
             layout = layouts.pop() if len(layouts) == 1 else None
@@ -167,12 +171,12 @@ def by_calls(task: Task, parameters: dict[str, Tensor]) -> Found:
             layout = None if task.batch_dim is None else layout
             blocks = call_blocks(mark, values_of(node), cs, layout, task.samples)
         except Exception as error:  # whatever the user's module does under vmap: a slower strategy is left
-            failed.update(owners)
-            for owner in owners:
-                task.plan.causes.setdefault(owner, f"{type(mark.module).__name__}: {error}")
+            failed.update(ids)
+            for each in ids:
+                task.plan.causes.setdefault(each, f"{type(mark.module).__name__}: {error}")
             continue
-        for owner, mine in zip(owners, blocks, strict=True):
-            found.setdefault(owner, []).extend(mine)
+        for each, mine in zip(ids, blocks, strict=True):
+            found.setdefault(each, []).extend(mine)
     covered = found.keys() - failed
     return {p: found[id(p)] for p in parameters.values() if id(p) in covered}
 

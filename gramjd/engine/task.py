@@ -20,7 +20,7 @@ from gramjd.engine.sharded import Lockstep
 
 # Of the nodes of a region: the place of each in the user's forward, its op, and the kind of its layouts.
 Pattern = frozenset[tuple[int, Hashable, tuple[str, ...]]]
-Layouts = Sequence[Layout | None]  # of the outputs of a node; None: samples are mixed, or it has none
+Layouts = Sequence[Layout | None]  # of the outputs of a node; None: cross-sample dependence, or it has none
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Plan:
     regions: list[Region] = field(default_factory=list)
     layouts: dict[int, list[Layouts]] = field(default_factory=dict)  # of the nodes of each region
     late: set[int] = field(default_factory=set)  # regions that wait for the end of the backward pass
-    mixed: set[int] = field(default_factory=set)  # ids of parameters whose uses mix samples
+    mixed: set[int] = field(default_factory=set)  # ids of parameters whose uses have cross-sample dependence
     flattened: dict[int, set[int]] = field(default_factory=dict)  # sizes that say so if samples have them
     sizes: set[int] = field(default_factory=set)  # of samples and their positions, in one dimension
     strategies: dict[int, str] = field(default_factory=dict)  # of each parameter, by id
@@ -114,7 +114,7 @@ class Task:
         """The part of a region, given the cotangents at its nodes."""
         region = self.plan.regions[number]
         graph = replace(self.graph, nodes=[self.graph.nodes[i] for i in region.nodes])
-        mine = {name: p for name, p in self.parameters.items() if id(p) in region.owners}
+        mine = {name: p for name, p in self.parameters.items() if id(p) in region.parameters}
         return Task(self.output, self.batch_dim, graph, mine, self.plan, self.lockstep, number, cotangents)
 
     def is_batch_independent(self, node: int) -> bool:

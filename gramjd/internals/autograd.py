@@ -17,7 +17,7 @@ _CHECKPOINTS = torch.utils.checkpoint.__file__
 def tap(tensor: Tensor) -> tuple[Any, Tensor]:
     """What ``torch.autograd.grad`` takes for the tensor as it is now, and the tensor to go on with.
 
-    Later writes into the latter do not change what the former stands for.
+    Later writes into the latter do not change what the former means.
     """
     get_edge = getattr(torch.autograd.graph, "get_gradient_edge", None)
     if get_edge is None:  # torch 2.1

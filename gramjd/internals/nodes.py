@@ -34,7 +34,7 @@ _CHECKPOINT = name_of_type(node_type(torch.utils.checkpoint.CheckpointFunction))
 # The type of those of ``DistributedDataParallel`` between a model and its loss.
 DDP_SINK_TYPE: Any = node_type(_DDPSink)
 # With derivatives of its mean and deviation, as a loss of gradients has them, torch's batching rule is wrong.
-_UNBATCHED = "NativeGroupNormBackward0"
+_GROUP_NORM = "NativeGroupNormBackward0"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -51,7 +51,7 @@ def learns_static_graph(node: Any) -> bool:
 @functools.lru_cache(maxsize=1024)
 def takes_one_cotangent(kind: Any) -> bool:
     """Is torch's batching rule wrong for cotangents of other outputs than the first?"""
-    return name_of_type(kind) == _UNBATCHED
+    return name_of_type(kind) == _GROUP_NORM
 
 
 def saved_value(node: Any, name: str) -> Any:

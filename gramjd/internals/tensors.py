@@ -28,7 +28,7 @@ def base_of(tensor: Tensor) -> Tensor | None:
 
 
 def has_stock_type(tensor: Tensor) -> bool:
-    """Is it a tensor, a parameter, a buffer, or one that stands for such while a program is traced?"""
+    """Is it a tensor, a parameter, a buffer, or one in the place of such while a program is traced?"""
     kind = type(tensor)
     return kind is Tensor or isinstance(tensor, (nn.Parameter, FakeTensor)) or kind.__name__ == "Buffer"
 

@@ -76,7 +76,7 @@ def _transforms() -> list[Any]:
 
 
 def below_transforms(tensor: Tensor) -> Tensor:
-    """The tensor that wrappers of transforms stand for: itself, if it has none."""
+    """The tensor inside wrappers of transforms: itself, if it has none."""
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return tensor
@@ -113,7 +113,7 @@ def belongs_to(tensor: Tensor, level: int) -> bool:
     return bool(_functorch.maybe_get_level(tensor) == level)
 
 
-# Does a tensor stand for another one, as transforms make them?
+# Is a tensor a wrapper of another one, as transforms make them?
 is_wrapped: Callable[[Tensor], bool] = _functorch.is_functorch_wrapped_tensor
 
 

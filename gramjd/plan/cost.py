@@ -34,7 +34,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Plan:
-    """One exact way to contract two blocks of certain types."""
+    """One exact method to contract two blocks of certain types."""
 
     name: str
     cost: Callable[[Any, Any], Cost | None]  # None: it does not apply

@@ -15,7 +15,7 @@ from gramjd.rules.registry import register_rule
 
 
 def _plain(arguments: Mapping[Any, Any]) -> bool:
-    """Frequencies in the batch, by which ``scale_grad_by_freq`` scales, mix the samples."""
+    """Frequencies in the batch, by which ``scale_grad_by_freq`` scales, depend on all samples."""
     return not arguments.get("scale_grad_by_freq")
 
 

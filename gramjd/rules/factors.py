@@ -26,7 +26,7 @@ def factors(block: Structured) -> list[tuple[str, int]]:
     return [("groups", groups), *([("a", i), ("c", o)] if block.transposed else [("c", o), ("a", i)])]
 
 
-def owners(block: Structured) -> list[str] | None:
+def factor_of_dims(block: Structured) -> list[str] | None:
     """The factor that each dimension of the shape belongs to; ``None`` if one belongs to two."""
     parts = [(name, size) for name, size in factors(block) if size > 1] or [("c", 1)]
     name, left = parts.pop(0)
@@ -44,11 +44,11 @@ def owners(block: Structured) -> list[str] | None:
 def along(block: Structured, dim: int, change: Callable[[Tensor, int], Tensor], size: int
            ) -> Structured | None:  # fmt: skip
     """``change(factor, dim)`` applied to the dimension of the factor that ``dim`` of the shape is."""
-    where = owners(block)
+    where = factor_of_dims(block)
     if where is None or where[dim] not in ("c", "a"):
         return None
     name = where[dim]
-    dims = [d for d, owner in enumerate(where) if owner == name]
+    dims = [d for d, each in enumerate(where) if each == name]
     factor: Tensor = getattr(block, name)
     sizes = [block.shape[d] for d in dims]
     lead = factor.ndim - 1
@@ -62,7 +62,7 @@ def embedded(block: Structured, dim: int, places: range, size: int) -> Structure
     if len(places) == size and places.step == 1:
         return block
     if isinstance(block, Lookup):
-        where = owners(block)
+        where = factor_of_dims(block)
         if where and where[dim] == "ids" and prod(block.shape[: dim + 1]) == factors(block)[0][1] and (
             prod(block.shape[:dim]) == 1
         ):  # fmt: skip
@@ -79,7 +79,7 @@ def embedded(block: Structured, dim: int, places: range, size: int) -> Structure
 
 def permuted(block: Structured, order: Sequence[int], shape: Sequence[int]) -> Structured | None:
     """The block of ``x`` from that of ``x.permute(order)``; every factor stays in one piece."""
-    where = owners(block)
+    where = factor_of_dims(block)
     if where is None:
         return None
     inverse = [list(order).index(d) for d in range(len(order))]

@@ -135,9 +135,9 @@ def op_name(op: Op) -> str:
     if getattr(op, "__name__", "") == "__get__":  # a property of tensors
         op = op.__self__  # type: ignore[attr-defined]
         return f"Tensor.{op.__name__}"
-    owner = getattr(op, "__objclass__", None)  # of methods written in C
+    kind = getattr(op, "__objclass__", None)  # of methods written in C
     name = getattr(op, "__name__", None) or repr(op)
-    return f"Tensor.{name}" if owner is not None else name
+    return f"Tensor.{name}" if kind is not None else name
 
 
 def registered() -> list[tuple[Op, str]]:

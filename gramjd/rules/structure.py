@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gramjd.blocks import Block, Conv, Lookup, Outer
 from gramjd.rules.elementwise import ADDS, DIVS, MULS, SUBS
-from gramjd.rules.factors import Structured, along, embedded, factors, owners, permuted, scaled
+from gramjd.rules.factors import Structured, along, embedded, factor_of_dims, factors, permuted, scaled
 from gramjd.rules.linear import BADDBMMS, BMMS, MATMULS
 from gramjd.rules.registry import Op
 
@@ -138,7 +138,7 @@ def expand(block: Structured, at: At, *args: Any) -> Block | None:
     for dim, size in enumerate(shape):
         if found is None or found.shape[dim] == size:
             continue
-        where = owners(found)
+        where = factor_of_dims(found)
         if isinstance(found, Outer) and where and where[dim] == "groups" and (
             found.shape[dim] == found.c.shape[3]
         ):  # fmt: skip
@@ -209,7 +209,7 @@ def cat(block: Structured, at: At, tensors: Sequence[Tensor], dim: int = 0) -> B
     start = sum(t.shape[dim] for t in tensors[: at.slot])
     size = at.tensor.shape[dim]
     if isinstance(block, Lookup):
-        where = owners(block)
+        where = factor_of_dims(block)
         if where and where[dim] == "ids" and prod(block.shape[:dim]) == 1 and (
             block.shape[dim] == factors(block)[0][1]
         ):  # fmt: skip
@@ -223,7 +223,7 @@ def cat(block: Structured, at: At, tensors: Sequence[Tensor], dim: int = 0) -> B
 def stack(block: Structured, at: At, tensors: Sequence[Tensor], dim: int = 0) -> Block | None:
     dim %= at.tensor.ndim + 1
     found = along(block, dim, lambda x, d: x.narrow(d, at.slot, 1), 1)
-    groups = (owners(block) or [""])[dim] == "groups"
+    groups = (factor_of_dims(block) or [""])[dim] == "groups"
     if groups and isinstance(block, Outer) and block.shape[dim] == block.c.shape[3]:
         c, a = block.c[:, :, :, at.slot : at.slot + 1], block.a[:, :, at.slot : at.slot + 1]
         found = replace(block, c=c, a=a)
