@@ -28,10 +28,11 @@ fuzz: .venv/installed  ## random models beyond those of the tests, and what beca
 test-lowest: .venv-lowest/installed  ## the tests on torch 2.1.0 and numpy 1 (several GB)
 	$(LOWEST_BIN)/python -m pytest -m "not slow" -n $(JOBS)
 
-lint: .venv/installed  ## ruff and mypy
+lint: .venv/installed  ## ruff, mypy and the vocabulary
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tests/vocabulary.py
 
 format: .venv/installed  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .

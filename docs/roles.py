@@ -57,7 +57,7 @@ def _canonical(package: griffe.Module, path: str) -> str:
 
 
 def _spelled_out(package: griffe.Module, shown: Any) -> Any:
-    """An annotation with our aliases of types (``Labels``, ``When``, ...) replaced by what they stand for."""
+    """An annotation with our aliases of types (``Labels``, ``When``, ...) spelled out."""
     if isinstance(shown, griffe.ExprName):
         path = shown.canonical_path
         if not path.startswith("gramjd.") or shown.name == "PyTree":  # which says more than Any

@@ -75,7 +75,7 @@ def main() -> None:
     slow, fast = timed(lambda: eager(params, x, y)), timed(lambda: compiled(params, x, y))
     print(f"functional step: eager {slow:.2f} ms, compiled {fast:.2f} ms, apart by {apart:.1e}")
 
-    # not model.compile(), which would compile the engine's hooks away: row by row, then
+    # not model.compile(): it compiles the engine's hooks away, which leaves the per-row backward
     module = cast(nn.Module, torch.compile(model, backend=args.backend))
     engine = gramjd.Engine(module, batch_dim=0)
     gramian = engine.compute_gramian(nn.functional.cross_entropy(module(x), y, reduction="none"))
