@@ -22,6 +22,7 @@ def blocks(page: str, kind: str) -> dict[int, str]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own question
 def test_snippets_run(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for needed in re.findall(r"\A<!-- needs: (\w+) -->", (DOCS / page).read_text(encoding="utf-8")):
         pytest.importorskip(needed)
