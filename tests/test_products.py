@@ -159,7 +159,7 @@ def test_backward_copies_no_gradient() -> None:
     made = [name for name, _, shapes in ops.calls if _makes(shapes, list(model.parameters()))]
     copies = ("clone", "copy_", "new_empty_strided", "_to_copy")
     assert ops.count(("gelu", "gelu_backward")) == 0  # no second pass through the activations
-    assert "bmm" in made and not any(name in copies for name in made)
+    assert "mm" in made and not any(name in copies for name in made)  # short ones are split off one product
 
 
 def _makes(shapes: list[tuple[int, ...]], weights: list[nn.Parameter]) -> bool:

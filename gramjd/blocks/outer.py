@@ -111,9 +111,12 @@ class Outer:
 
     def vjp(self, w: Tensor) -> Tensor:
         """``Jᵀ w`` for ``w [K, B]``: an ordinary weight-gradient product."""
-        left, right = (x.flatten(0, 1).transpose(0, 1) for x in weighted(self.c, w, self.a))
+        left, right = weighted(self.c, w, self.a)
         if self.transposed:  # the product in the parameter's own order: its transpose would be copied
             left, right = right, left
+        if self.c.shape[3] == 1:
+            return left.flatten(0, 2).t().mm(right.flatten(0, 2)).reshape(self.shape)
+        left, right = (x.flatten(0, 1).transpose(0, 1) for x in (left, right))
         return (left.mT @ right).reshape(self.shape)  # [G, o, i]
 
     def sketch(self, w: Tensor, y: Tensor) -> Tensor:

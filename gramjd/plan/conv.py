@@ -46,8 +46,7 @@ def unfolded(block: Conv, room: Room) -> Tensor:
     out, kernel = range(5, 5 + n), range(5 + n, 5 + 2 * n)
     windows = block.taps().permute([0, 1, 3, 4, *kernel, 2, *out])  # [., B, G, q, *kernel, m, *out]
     windows = room.filled(windows).view(*windows.shape[:3], -1, block.T)
-    rows = torch.einsum("kbgpt,lbgqt->bklgpq", _points(block), windows)
-    return rows.reshape(block.rows[1], block.rows[0], -1)
+    return _products(block, _points(block), windows)
 
 
 def lined(block: Conv, room: Room) -> Tensor:
@@ -75,8 +74,7 @@ def tapped(block: Conv, room: Room, tap: Sequence[int]) -> Tensor:
     """The windows at one tap of the kernel."""
     windows = _at(block, tap).transpose(2, 3).transpose(3, 4)  # [., B, G, q, m, *out]
     windows = room.filled(windows).flatten(4)
-    rows = torch.einsum("kbgpt,lbgqt->bklgpq", _points(block), windows)
-    return rows.reshape(block.rows[1], block.rows[0], -1)
+    return _products(block, _points(block), windows)
 
 
 def depthwise(block: Conv, room: Room, tap: Sequence[int]) -> Tensor:
@@ -107,6 +105,15 @@ def _at(block: Conv, tap: Sequence[int]) -> Tensor:
     for place in reversed(tap):
         taps = taps[..., place]
     return taps
+
+
+def _products(block: Conv, points: Tensor, windows: Tensor) -> Tensor:
+    """``Σ_t`` of products of ``[K or 1, B, G, p, T]`` and ``[K or 1, B, G, q, T]``: ``[B, K, G p q]``."""
+    if len(points) == len(windows) == 1:  # one objective: fewer ops
+        found = points.flatten(0, 2).bmm(windows.flatten(0, 2).mT)
+    else:
+        found = torch.einsum("kbgpt,lbgqt->bklgpq", points, windows)
+    return found.reshape(block.rows[1], block.rows[0], -1)
 
 
 def _points(block: Conv) -> Tensor:

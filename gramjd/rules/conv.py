@@ -55,13 +55,13 @@ def conv_transpose_weight(
 
 def _grouped(x: Tensor, n: int, groups: int) -> Tensor:
     """``[k, B, C, *spatial]`` or ``[k, B, m, C, *spatial]`` → ``[k, B, m, G, C / G, *spatial]``."""
-    x = x.unsqueeze(2) if x.ndim == n + 3 else x
-    return x.unflatten(3, (groups, -1))
+    return x.unflatten(2, (1, groups, -1)) if x.ndim == n + 3 else x.unflatten(3, (groups, -1))
 
 
 def _channel_sums(c: Tensor, n: int) -> Dense:
     """Rows of a bias: every position of every call adds up."""
-    return Dense(c.movedim(-n - 1, -1).flatten(2, -2).sum(2))
+    channels = c.ndim - n - 1
+    return Dense(c.sum([dim for dim in range(2, c.ndim) if dim != channels]))
 
 
 def _register_bias(conv: Op, conv_transpose: Op, n: int) -> None:

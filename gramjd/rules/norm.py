@@ -152,4 +152,4 @@ def _standardized(x: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tens
 
 def _per_channel(c: Tensor) -> Dense:
     """``[K, B, n, C, ...]`` summed to rows ``[K, B, C]``."""
-    return Dense(c.movedim(3, -1).flatten(2, -2).sum(2))
+    return Dense(c.sum((2, *range(4, c.ndim))))

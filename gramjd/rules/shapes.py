@@ -16,7 +16,8 @@ def sum_to(c: Tensor, shape: Sequence[int]) -> Tensor:
     extra = c.ndim - 2 - len(shape)
     dims = [d for d in range(2, 2 + extra) if c.shape[d] != 1]  # else a view of the cotangents
     dims += [2 + extra + d for d, size in enumerate(shape) if size == 1 and c.shape[2 + extra + d] != 1]
-    return (c.sum(dims) if dims else c).reshape(*c.shape[:2], *shape)
+    found, size = c.sum(dims) if dims else c, (*c.shape[:2], *shape)
+    return found if found.shape == size else found.reshape(size)
 
 
 def outer(c: Tensor, a: Tensor, weight: Tensor, transposed: bool = False) -> Outer:
@@ -29,7 +30,7 @@ def outer(c: Tensor, a: Tensor, weight: Tensor, transposed: bool = False) -> Out
 
 def times(c: Tensor, other: Tensor | float) -> Tensor:
     """``c [K, B, *y]`` times a number or what broadcasts against ``y`` for each sample, ``[B, ...]``."""
-    if isinstance(other, Tensor):  # line the sample dimension up with that of c
+    if isinstance(other, Tensor) and other.ndim < c.ndim - 1:  # line the sample dimension up with that of c
         other = other.reshape(other.shape[0], *[1] * (c.ndim - 1 - other.ndim), *other.shape[1:])
     return c * other
 
