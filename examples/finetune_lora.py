@@ -1,8 +1,8 @@
 """Fine-tune LoRA adapters of a Hugging Face model by Jacobian descent, one loss for each sentence.
 
 Needs `pip install peft transformers`. A small BERT first learns, by AdamW, whether a sentence has more small
-numbers than large ones. Then its weights are frozen, and rank-4 adapters (LoRA, arXiv 2106.09685) learn the
-opposite answer for sentences that begin with a 1: the Gramian is that of the adapters and of the classifier.
+numbers than large ones. Then its weights are frozen, and adapters of rank 4 (LoRA, arXiv 2106.09685) learn
+the opposite answer for sentences that begin with a 1. The Gramian covers the adapters and the classifier.
 
 Prints the share of parameters that is trained, and the accuracy before and after.
 """

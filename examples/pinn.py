@@ -93,12 +93,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR")
     args = parser.parse_args()
 
     every, curves = max(1, args.steps // 40), {}
     print("| method | relative error of u | ms per step |\n|---|---|---|")
-    for name in METHODS:
+    for name in args.methods:
         runs = [train(name, seed, args.steps, every) for seed in range(args.seeds)]
         curves[name] = [errors for errors, _ in runs]
         last = geometric_mean(errors[-1] for errors in curves[name])

@@ -1,6 +1,6 @@
 """The Python snippets of the documentation run, those of a page one after the other.
 
-A page whose first line is ``<!-- needs: NAME -->`` needs that package. Blocks marked ``py`` show other
+A page with a line ``<!-- needs: NAME -->`` needs that package. Blocks marked ``py`` show other
 libraries' code and do not run.
 """
 
@@ -21,10 +21,13 @@ def blocks(page: str, kind: str) -> dict[int, str]:
     return {text.count("\n", 0, block.start()) + 1: block[1] for block in found}
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # from peft
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own question
 def test_snippets_run(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for needed in re.findall(r"\A<!-- needs: (\w+) -->", (DOCS / page).read_text(encoding="utf-8")):
+    for needed in re.findall(
+        r"^<!-- needs: (\w+) -->$", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE
+    ):
         pytest.importorskip(needed)
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "__main__"}

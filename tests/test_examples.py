@@ -137,7 +137,7 @@ def test_train_lightning(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 
 def test_finetune_bert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a warning: the padded batches never go row by row."""
+    """Without a warning: the padded batches never take the per-row backward."""
     pytest.importorskip("accelerate")
     pytest.importorskip("transformers")
     run(monkeypatch, "finetune_bert.py", "--steps", "100")
@@ -254,3 +254,85 @@ def test_mislabelled_digits(
     similarity, loss, norm = found["60"]
     assert similarity > max(loss, norm)
     assert (tmp_path / "mislabelled.png").stat().st_size > 10_000
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # from peft
+def test_finetune_lora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a warning of ours: adapters take the fast strategy."""
+    pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    run(monkeypatch, "finetune_lora.py", "--steps", "150")
+    share, before, after = re.findall(r"([\d.]+)%", capsys.readouterr().out)
+    assert float(share) < 20 and float(before) < 60 and float(after) > 80
+
+
+def test_pinn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """NashMTL needs no factor to be better than the mean."""
+    pytest.importorskip("matplotlib")
+    run(
+        monkeypatch,
+        "pinn.py",
+        "--steps",
+        "800",
+        "--seeds",
+        "1",
+        "--methods",
+        "mean",
+        "NashMTL",
+        "--out",
+        str(tmp_path),
+    )
+    found = results(capsys.readouterr().out)
+    assert found["NashMTL"][0] < found["mean"][0] / 2
+    assert (tmp_path / "pinn.png").stat().st_size > 10_000
+
+
+def test_reinforcement(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    options = ["--rounds", "15", "--seeds", "1", "--out", str(tmp_path)]
+    top = run(monkeypatch, "reinforcement.py", *options)
+    found = results(capsys.readouterr().out)
+    assert found.keys() == top["METHODS"].keys()
+    first, last, conflicts = found["two losses, NashMTL"]
+    assert last > first and 0 <= conflicts <= 100
+    assert (tmp_path / "pole.png").stat().st_size > 10_000
+
+
+def test_unequal_units(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The sum of the losses forgets the task with the small loss; scale-invariant weightings do not."""
+    run(monkeypatch, "unequal_units.py", "--steps", "250", "--seeds", "1", "--units", "30", "--lr", "0.01")
+    found = results(capsys.readouterr().out)
+    assert found["sum"][0] < 60
+    for method in ("ConFIG", "NashMTL"):
+        accuracy, left = found[method]
+        assert accuracy > 80 and left < 50
+
+
+def test_weightings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What theory says of some of them."""
+    run(monkeypatch, "weightings.py")
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    worst = {name: float(cosine) for name, cosine, *_ in rows}
+    invariant = {name for name, _, scale, *_ in rows if scale == "yes"}
+    random = {name for name, _, _, drawn, *_ in rows if drawn == "yes"}
+    assert min(worst[name] for name in worst if "reg_eps" in name or name == "mgda") > -1e-3
+    assert worst["mean"] < -0.1
+    assert invariant == {"nash_mtl", "fairgrad", "imtl_g", "config"}
+    assert random == {"pcgrad", "gradvac", "random"}
+
+
+def test_refusals(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each error is raised, and its remedy works."""
+    top = run(monkeypatch, "refusals.py")
+    out = capsys.readouterr().out
+    for kind, _, remedy, _ in top["CASES"]:
+        assert f"{kind.__name__}: " in out and f"Remedy: {remedy}" in out
+
+
+def test_proofs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run(monkeypatch, "proofs.py")
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[:2] for row in rows[:1]] == [["8", "12"]] and "in this call" in rows[0][2]
+    assert "in an earlier call" in rows[2][2]
