@@ -227,3 +227,12 @@ def test_composition(name: str) -> None:
 def test_transforms_inside(func: Callable[..., Tensor]) -> None:
     assert func in INSIDE
     check(gramjd.gramian(func), make_params(), torch.randn(4, 3).double())
+
+
+def test_compiled_calls_are_verified_every_time_and_explain_says_so() -> None:
+    model = torch.compile(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), backend="aot_eager")
+    engine = gramjd.Engine(model, batch_dim=0)
+    for _ in range(4):
+        losses = model(torch.randn(6, 3)).square().sum(1)
+        engine.compute_gramian(losses)
+        assert "Verified against autograd's gradients in this call" in str(engine.explain(losses))

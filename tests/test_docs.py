@@ -23,7 +23,6 @@ def blocks(page: str, kind: str) -> dict[int, str]:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # from peft
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own question
 def test_snippets_run(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for needed in re.findall(
         r"^<!-- needs: (\w+) -->$", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE

@@ -41,7 +41,7 @@ def step(engine: Engine, model: nn.Module, x: Tensor) -> str:
     losses = model(x).flatten(1).sin().sum(1)
     jacobian, task = engine._jacobian(losses)
     assert_close(jacobian.gramian(), dense_gramian(losses, model.parameters()))
-    return describe(task.plan, "first", task.samples)
+    return describe(task.plan, "first", task.samples, False)
 
 
 def test_explain_says_what_a_result_rests_on() -> None:

@@ -16,6 +16,7 @@ from gramjd.blocks import Block
 from gramjd.engine import finite
 from gramjd.engine.compiled import StandIns
 from gramjd.engine.graph import walk
+from gramjd.engine.marks import CallMark
 from gramjd.engine.nodes import forget
 from gramjd.engine.proofs import Case, Proofs, describe
 from gramjd.engine.reach import reach
@@ -379,10 +380,11 @@ class Engine:
         those of :meth:`compute_gramian`.
         """
         jacobian, task = self._jacobian(joined(output, self._batch_dim))
+        opaque = any(isinstance(node.record, CallMark) for node in task.graph.nodes)
         return explanation(
             jacobian,
             self._options,
-            describe(task.plan, self._check, None if task.batch_dim is None else task.samples),
+            describe(task.plan, self._check, None if task.batch_dim is None else task.samples, opaque),
         )
 
     def close(self) -> None:

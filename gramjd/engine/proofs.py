@@ -111,13 +111,16 @@ class Case:
     key: Hashable
 
 
-def describe(plan: Plan, check: str, samples: int | None) -> str:
-    """What the result of a call rests on; ``samples`` is ``None`` without a batch dimension."""
+def describe(plan: Plan, check: str, samples: int | None, opaque: bool) -> str:
+    """What the result of a call rests on; ``samples`` is ``None`` without a batch dimension.
+
+    ``opaque``: has the graph calls of modules that are replayed, and verified in every call for that?
+    """
     if "losses" in plan.strategies.values():
         return "The rows are those of ordinary backward passes, one for each loss."
     if check == "never":
         return "Nothing was verified: check='never'."
-    if plan.audit or check == "always":
+    if plan.audit or check == "always" or opaque:
         first = "Verified against autograd's gradients in this call"
     elif plan.calls:
         first = (
