@@ -176,7 +176,8 @@ class Engine:
             distributed.refuse_rows(rows)
             _refuse_empty(output)
             gramian = self._streamed(output)
-        right = torch.isfinite(gramian).all() & torch.isfinite(output.detach()).all()
+        finite_output = torch.isfinite(output.detach()).all().to(gramian.device)
+        right = torch.isfinite(gramian).all() & finite_output
         if group is not None and rows == "local":  # where one rank raises, all do
             right = distributed.everywhere(group, right)
         if not bool(right):

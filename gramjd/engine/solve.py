@@ -91,6 +91,8 @@ class _Solver:
         masks = None if task.lockstep is None else self._in_step(task.lockstep)
         if task.lockstep is None and self.probing:
             self._refuse_overflow()  # or what is measured now would be wrong, and remembered
+            if fewest_digits(task) != task.output.dtype:  # rounding will be asked for: regions need not wait
+                _ = passes.again
         stream = Stream(task.graph.nodes, plan.regions, self._early(), self._solve_region)
         passes.busy = True
         basis = backward.basis(task.output, task.batch_dim)
