@@ -38,7 +38,7 @@ format: .venv/installed  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/installed  ## a step beside SGD and every peer: table, pictures, README (37 minutes)
+bench: .venv/installed  ## a step beside SGD and every peer: table, pictures, README (over half an hour)
 	-$(MAKE) bench-peers
 	$(BIN)/python -m benchmarks
 

@@ -18,15 +18,10 @@ def mirror(tensor: Tensor, ndim: int) -> Tensor:
     return tensor.permute([*range(ndim, tensor.ndim), *reversed(range(ndim))])
 
 
-def symmetrize(matrix: Tensor) -> Tensor:
-    """The exactly symmetric mean of a square matrix and its transpose (equal but for rounding)."""
-    mirrored = matrix.mT.clone(memory_format=torch.contiguous_format)  # a sum with strides takes far longer
-    return mirrored.add_(matrix).div_(2)
-
-
 def symmetric(gramian: Tensor) -> Tensor:
-    """The same of ``[K, B, K, B]``."""
-    mirrored = gramian.permute(2, 3, 0, 1).clone(memory_format=torch.contiguous_format)
+    """The exactly symmetric mean of ``[K, B, K, B]`` and its mirror image (equal but for rounding)."""
+    mirrored = gramian.permute(2, 3, 0, 1)
+    mirrored = mirrored.clone(memory_format=torch.contiguous_format)  # a sum with strides takes far longer
     return mirrored.add_(gramian).div_(2)
 
 
