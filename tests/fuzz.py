@@ -7,7 +7,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -313,6 +313,10 @@ def _excuse(recipe: Recipe, model: Program, step: int, did: set[str]) -> str:
     """Why a step may be refused: derivatives say that samples are mixed, or else what is known."""
     if mixes(recipe, model, step):
         return "warranted"
+    moments = list(recipe.moments)
+    moments[step] = moments[step]._replace(gate=0.5)
+    if mixes(replace(recipe, moments=tuple(moments)), model, step):
+        return "warranted, hidden now:"
     if meet(recipe, model, step):  # by what is nothing now, such as a gate
         opened = any(mixes(recipe, model, other) for other in range(len(recipe.moments)))
         return "warranted, hidden now:" if opened else "cancelled:"

@@ -96,6 +96,35 @@ ROUNDING = [
         audited=False,
         seed=187,
     ),
+    Recipe(
+        sizes={"D": 2, "T": 2, "B": 2, "V": 8, "3": 3},
+        body=(
+            Instruction(op="linear", on=0, variant=5),
+            Instruction(op="hidden", on=50, variant=77),
+            Instruction(op="norm", on=36, variant=149),
+            Instruction(op="linear", on=27, variant=115287),
+            Instruction(op="module", on=45, variant=25060),
+            Instruction(op="hidden", on=29, variant=1486),
+        ),
+        children=(
+            (Instruction(op="attend", on=60, variant=566),),
+            (Instruction(op="hidden", on=42, variant=5973),),
+        ),
+        loss="two objectives",
+        forwards="micro-batches",
+        registered="model",
+        engines="both",
+        moments=(
+            Moment(batch=0, number=10, gate=0.0, training=False, flip=True, detached=False, frozen=False),
+            Moment(batch=0, number=8, gate=0.0, training=True, flip=False, detached=False, frozen=False),
+            Moment(batch=0, number=11, gate=0.0, training=True, flip=False, detached=False, frozen=True),
+            Moment(batch=0, number=7, gate=-0.4, training=False, flip=True, detached=False, frozen=False),
+            Moment(batch=0, number=6, gate=0.0, training=True, flip=True, detached=False, frozen=False),
+            Moment(batch=0, number=1, gate=0.0, training=True, flip=True, detached=False, frozen=False),
+        ),
+        audited=False,
+        seed=558,
+    ),
 ]
 
 # in mixed precision, with samples that depend on each other by little
@@ -181,4 +210,43 @@ WEAK = [
         audited=False,
         seed=39909,
     ),
+]
+
+# an op that draws random numbers and returns a view was called twice
+DISTURBED = [
+    Recipe(
+        sizes={"B": 3, "T": 3, "D": 2, "V": 8, "3": 3},
+        body=(
+            Instruction(op="linear", on=0, variant=4),
+            Instruction(op="mix", on=11, variant=61),
+            Instruction(op="child", on=2, variant=2198),
+            Instruction(op="flow", on=40, variant=14979),
+            Instruction(op="scale", on=9, variant=10389),
+            Instruction(op="flow", on=8, variant=1),
+            Instruction(op="embed", on=50, variant=43),
+            Instruction(op="write", on=10, variant=758),
+        ),
+        children=(
+            (
+                Instruction(op="derived", on=19, variant=59575),
+                Instruction(op="recurrent", on=48, variant=153),
+                Instruction(op="recurrent", on=55, variant=759),
+            ),
+            (Instruction(op="recurrent", on=53, variant=11921),),
+        ),
+        loss="contrastive",
+        forwards="gradient penalty",
+        registered="roots",
+        engines="both",
+        moments=(
+            Moment(batch=2, number=2, gate=0.0, training=True, flip=False, detached=True, frozen=True),
+            Moment(batch=0, number=4, gate=0.0, training=False, flip=True, detached=True, frozen=True),
+            Moment(batch=2, number=9, gate=0.0, training=False, flip=False, detached=False, frozen=False),
+            Moment(batch=0, number=2, gate=0.0, training=True, flip=False, detached=False, frozen=True),
+            Moment(batch=1, number=7, gate=0.0, training=False, flip=True, detached=True, frozen=False),
+            Moment(batch=1, number=5, gate=0.0, training=False, flip=False, detached=True, frozen=True),
+        ),
+        audited=False,
+        seed=4644,
+    )
 ]

@@ -133,7 +133,7 @@ class Program(nn.Module):
             self.values = values
             unused -= set() if op == "derived" else {len(values) - 1 - back}
             self.note(op)
-            found = self.shared.ops[op](self, values[-1 - back], variant)
+            found = self.told(self.shared.ops[op](self, values[-1 - back], variant))
             self.values = values  # a child may be called by itself
             unused.add(len(values))
             values = [*values, found]
@@ -169,6 +169,24 @@ class Program(nn.Module):
     def traced(self, t: Tensor) -> Tensor:
         """A tensor that gets samples here (in dimension 0): by which losses depend on which sample's."""
         return t if self.eps is None else t * (1 + self.eps.view(-1, *[1] * (t.ndim - 1)))
+
+    def told(self, v: Value) -> Value:
+        """A value whose samples move with ``eps``, each along a direction of its own.
+
+        What an op makes of its parameters alone depends on no input, but belongs to its samples: an embedding
+        of chosen indices, a bias behind a dead unit.
+        """
+        at = next((at for at, dim in enumerate(v.dims) if dim in "BNM"), None)
+        if self.eps is None or at is None or not v.t.is_floating_point():
+            return v
+        direction = torch.randn(v.t.shape, generator=torch.Generator().manual_seed(v.t.numel()))
+        counts = {"B": 1, "N": self.sizes["T"], "M": self.sizes["T"]}
+        eps = (
+            self.eps.repeat(counts["M"])
+            if v.dims[at] == "M"
+            else self.eps.repeat_interleave(counts[v.dims[at]])
+        )
+        return Value(v.t + eps.view(-1, *[1] * (v.t.ndim - 1 - at)) * direction.to(v.t), v.dims)
 
     def meet(self, v: Value, u: Value) -> tuple[Tensor, Tensor, str]:
         """Two values that broadcast: ``BTD``, or ``TD`` without samples."""

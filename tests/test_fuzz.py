@@ -9,7 +9,7 @@ from collections import Counter
 import hypothesis.strategies as st
 import pytest
 from fuzz import FORWARDS, LOSSES, MIXED_LOSSES, Recipe, outcome
-from fuzz_found import ROUNDING, WEAK
+from fuzz_found import DISTURBED, ROUNDING, WEAK
 from fuzz_ops import OPS, SEPARABLE
 from fuzz_program import Instruction, Moment
 from hypothesis import HealthCheck, given, settings
@@ -147,8 +147,11 @@ def test_random_models_are_exact_or_refused(capsys: pytest.CaptureFixture[str]) 
     assert not rare, f"hardly any model has {rare}"
 
 
+ROUNDED = ["float32 subgraph", "zero derivative", "micro-batches", "one sample a micro-batch"]
+
+
 @pytest.mark.filterwarnings("ignore::gramjd.SlowPathWarning", "ignore:There is a performance drop")
-@pytest.mark.parametrize("recipe", ROUNDING, ids=["float32 subgraph", "zero derivative", "micro-batches"])
+@pytest.mark.parametrize("recipe", ROUNDING, ids=ROUNDED)
 def test_rounding_is_no_cross_sample_dependence(recipe: Recipe) -> None:
     found, _, _ = outcome(recipe)
     assert {each.split(": ")[1] for each in found} == {"exact"}
@@ -157,5 +160,12 @@ def test_rounding_is_no_cross_sample_dependence(recipe: Recipe) -> None:
 @pytest.mark.filterwarnings("ignore::gramjd.SlowPathWarning", "ignore:There is a performance drop")
 @pytest.mark.parametrize("recipe", WEAK, ids=["autocast", "float32 subgraph", "autocast of two forwards"])
 def test_weak_cross_sample_dependence_is_no_rounding(recipe: Recipe) -> None:
+    found, _, _ = outcome(recipe)
+    assert all(ALLOWED.search(each) for each in found), found
+
+
+@pytest.mark.filterwarnings("ignore::gramjd.SlowPathWarning", "ignore:There is a performance drop")
+@pytest.mark.parametrize("recipe", DISTURBED, ids=["views of an op that draws"])
+def test_an_engine_disturbs_no_forward(recipe: Recipe) -> None:
     found, _, _ = outcome(recipe)
     assert all(ALLOWED.search(each) for each in found), found

@@ -424,6 +424,11 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "recurrent": lambda: Net(
         lambda m, x: m.r(x[:, None])[0][:, 0], r=nn.LSTM(D, 3, dropout=0.5, num_layers=2)
     ),
+    "recurrent, of a parameter": lambda: Net(
+        lambda m, x: m.r(m.e.expand(len(x), -1, -1))[0][:, 0] * x[:, :3] + m.r(x[:, None])[0][:, 0],
+        r=nn.LSTM(D, 3, dropout=0.5, num_layers=2, batch_first=True),
+        e=parameter(2, D),
+    ),
     "attention": lambda: nn.TransformerEncoderLayer(D, 1, 8, batch_first=True),
 }
 

@@ -127,7 +127,7 @@ def _first_fit(task: Task, probe: Probe, index: int, which: int) -> Layout | Non
         if doubtful or _is_negligible(first, probe):
             return None
         layout = owned(c, first[0], probe.v, min(_SMALL, _NOISE * noise))
-        if layout is None and mixed:
+        if layout is None and mixed and owned(c, first[0], probe.v, tolerance(fewest_digits(task))) is None:
             _note_mixed(task, index, first[0].shape)
     elif layout is not None:
         _note_sizes(task, layout, first[0].shape)

@@ -210,19 +210,28 @@ class Recorder(Tracker):
         lost = "drew random numbers when it used it" if drew else ""
         marked = mark_op(record, leaves, out, arguments, inplace, batch_independent, lost, self.hooks)
         if not inplace:
-            self._note_aliases(record, leaves, out, marked, (op, args, kwargs))
+            self._note_aliases(record, leaves, out, marked, None if drew else (op, args, kwargs))
         return marked, record
 
     def _note_aliases(
-        self, record: Record, leaves: Sequence[Any], out: Any, marked: Any, call: tuple[Any, Any, Any]
+        self,
+        record: Record,
+        leaves: Sequence[Any],
+        out: Any,
+        marked: Any,
+        call: tuple[Any, Any, Any] | None,
     ) -> None:
-        """Remember the outputs of an op that share memory with what they were made of, or are derived."""
+        """Remember the outputs of an op that share memory with what they were made of, or are derived.
+
+        ``call`` is ``None`` for an op that drew random numbers: it must not draw again, and what it returns
+        views of is its own.
+        """
         if type(out) is Tensor and not record.derived and not is_view(out):  # most: new memory, or as given
             for leaf in leaves:
                 if leaf is out:
                     self.aliases.add(marked, self.aliases.originals.get(id(out), out))
             return
-        if any(map(is_view, tensors_of(out))):
+        if call is not None and any(map(is_view, tensors_of(out))):
             out = self.aliases.call(*call, out)
         for original, mine in zip(tensors_of(out), tensors_of(marked), strict=True):
             if original is not mine and (is_view(original) or any(original is leaf for leaf in leaves)):
