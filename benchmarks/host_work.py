@@ -38,8 +38,8 @@ from benchmarks.implementations import ours
 from benchmarks.problem import Outcome, Problem, Step, sgd
 from benchmarks.setting import setting
 from gramjd import Engine
-from gramjd.engine.graph import walk
-from gramjd.engine.signature import separation_key
+from gramjd.engine.analysis.graph import walk
+from gramjd.engine.analysis.signature import separation_key
 
 RESULTS = Path(__file__).parent / "results"
 WARM_UP = 10  # calls

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from gramjd.blocks import Block, Dense, Lookup, Outer
+from gramjd.contraction import steps
+from gramjd.contraction.choice import plans
+from gramjd.contraction.cost import half
+from gramjd.contraction.options import ENOUGH
+from gramjd.contraction.rows import building_cost
 from gramjd.distributed.factors import Manifest, Spec, Template
 from gramjd.distributed.traffic import Plan, Problem, plan_of
-from gramjd.plan import steps
-from gramjd.plan.choice import plans
-from gramjd.plan.cost import half
-from gramjd.plan.options import ENOUGH
-from gramjd.plan.rows import building_cost
 
 BATCH = 1024  # samples, over all GPUs
 GPUS = (8, 64, 256, 1024)

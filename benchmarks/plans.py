@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from gramjd.blocks import Block, Conv, Dense, Lookup, Outer
-from gramjd.plan import Options
-from gramjd.plan.choice import plans
-from gramjd.plan.options import limits
+from gramjd.contraction import Options
+from gramjd.contraction.choice import plans
+from gramjd.contraction.options import limits
 
 RESULTS = Path(__file__).parent / "results"
 PATH = RESULTS / "plans.json"

@@ -1,6 +1,11 @@
 """Gramians of Jacobians without the Jacobians: Jacobian descent for PyTorch."""
 
 from gramjd import diagnostics, gramians, weighting
+from gramjd.datasets.gradients import gradients_dataset
+from gramjd.datasets.influence import influence
+from gramjd.datasets.less import less
+from gramjd.datasets.similarity import TopK, dataset_similarity, similarity, tracin
+from gramjd.datasets.store import GradientStore
 from gramjd.descent import backward, grad, grad_and_value, jac, mtl_backward, record
 from gramjd.engine import Engine
 from gramjd.errors import (
@@ -16,19 +21,14 @@ from gramjd.errors import (
 )
 from gramjd.explain import explain
 from gramjd.explanation import Explanation
-from gramjd.functional import functional_loss
-from gramjd.gradients_dataset import gradients_dataset
-from gramjd.influence import influence
+from gramjd.functional.module import functional_loss
+from gramjd.functional.transforms import gramian, gramian_and_value, jacobian, jacobian_and_value
 from gramjd.jacobian import Jacobian
 from gramjd.jacobian.projection import Projection
-from gramjd.less import less
-from gramjd.ntk import ntk
-from gramjd.ntk_dataset import ntk_dataset
+from gramjd.ntk.dataset import ntk_dataset
+from gramjd.ntk.kernel import ntk
 from gramjd.rules import register_rule
-from gramjd.similarity import TopK, dataset_similarity, similarity, tracin
 from gramjd.sketched import SketchedGramian
-from gramjd.store import GradientStore
-from gramjd.transforms import gramian, gramian_and_value, jacobian, jacobian_and_value
 
 __all__ = [
     "CheckFailedError",

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from gramjd import pytree
-from gramjd.jacobian import Jacobian, parts
+from gramjd.contraction import products
+from gramjd.jacobian import Jacobian
 from gramjd.pytree import PyTree
 from gramjd.weighting._options import count, source, vector
 
@@ -23,7 +24,7 @@ def parameter_rows(jacobian: Jacobian) -> Iterator[Tensor]:
     Rows are in the order of ``J.T @ w``: the entries of one output after those of another.
     """
     for number, parameter in enumerate(jacobian.parameters):
-        found = parts.dense(jacobian.intact, number, jacobian.objectives, parameter)
+        found = products.dense(jacobian.intact, number, jacobian.objectives, parameter)
         yield jacobian.outputs.ravel(jacobian.outputs.unpack(found))
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gramjd import plan
+from gramjd import contraction
 from gramjd.blocks import Block, Conv, Dense, Lookup, Outer
+from gramjd.contraction import Options
 from gramjd.jacobian import Jacobian
-from gramjd.plan import Options
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,13 @@ def explanation(jacobian: Jacobian, options: Options | None = None, proof: str =
     rows: list[Row] = []
     for part in jacobian.parts:
         live = [part.live(n) for n in range(len(part.blocks))]
-        steps = plan.steps_of_all(live, options or Options())
+        steps = contraction.steps_of_all(live, options or Options())
         for name, parameter, mine in zip(jacobian.names, jacobian.parameters, steps, strict=True):
             rows += [_row(name, parameter, step) for step in mine]
     return Explanation(rows, proof)
 
 
-def _row(name: str, parameter: Tensor, step: plan.Step) -> Row:
+def _row(name: str, parameter: Tensor, step: contraction.Step) -> Row:
     blocks = [step.u] if step.u is step.v else [step.u, step.v]
     ops = " × ".join(block.origin.partition(" (")[0] for block in blocks)
     shown = " × ".join(map(_shown, blocks))

@@ -16,8 +16,9 @@ from kernels import MODELS, inputs
 from torch import Tensor
 
 import gramjd
-from gramjd import journal, ntk_dataset
-from gramjd.ntk import Axes
+from gramjd import ntk_dataset
+from gramjd.datasets import journal
+from gramjd.ntk.kernel import Axes
 
 # A model, sizes of the first loader's batches, those of the second's, and options
 KERNELS: dict[str, tuple[str, list[int], list[int] | None, dict[str, Any]]] = {

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import gramjd
 from gramjd.aggregation import graddrop, parameter_rows, trimmed_mean
-from gramjd.jacobian import Jacobian, parts
+from gramjd.contraction import products
+from gramjd.jacobian import Jacobian
 from gramjd.weighting import ExcessMTLWeighting
 
 
@@ -116,7 +117,7 @@ def test_one_parameter_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows of a parameter are gone when those of the next are built."""
     lazy, _ = jacobian()
     built: list[Any] = []
-    dense = parts.dense
+    dense = products.dense
 
     def watched(*arguments: Any) -> Tensor:
         assert all(each() is None for each in built[:-1])  # the last may still be a loop variable
@@ -124,7 +125,7 @@ def test_one_parameter_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
         built.append(weakref.ref(found.untyped_storage()))
         return found
 
-    monkeypatch.setattr(parts, "dense", watched)
+    monkeypatch.setattr(products, "dense", watched)
     graddrop(lazy)
     assert len(built) == 6
     built.clear()

@@ -16,7 +16,7 @@ from torch.func import functional_call
 import gramjd
 from gramjd import Engine
 from gramjd.blocks import Lookup
-from gramjd.rules.decompositions import expanded
+from gramjd.decompositions.registry import expanded
 from gramjd.rules.registry import op_name
 
 BAGS: list[dict[str, Any]] = [

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import gramjd
 from gramjd import Engine
-from gramjd.engine.layouts import owned
+from gramjd.engine.analysis.layouts import owned
 
 X, Y = draw(6, 4), draw(6, 4)
 

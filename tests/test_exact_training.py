@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 import gramjd
 from gramjd import Engine
-from gramjd.engine.compiled import StandIn
+from gramjd.engine.recording.compiled import StandIn
 
 B, D = 6, 4
 OLD = torch.__version__.startswith("2.1.")

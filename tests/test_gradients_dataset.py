@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gramjd
-from gramjd import Engine, GradientStore, Jacobian, gradients_dataset, journal
+from gramjd import Engine, GradientStore, Jacobian, gradients_dataset
+from gramjd.datasets import journal
 
 Batch = tuple[Tensor, Tensor]
 FILES = ["sketches.npy", "norms.npy", "ids.npy", "journal"]
@@ -191,7 +192,7 @@ def test_torn(work: Work, cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 KILLED = """
 import os, random, signal, sys, time, torch, gramjd
-from gramjd import journal
+from gramjd.datasets import journal
 folder, samples, size, flush, pause, within, ranks = sys.argv[1], *map(float, sys.argv[2:])
 torch.set_num_threads(1)
 journal.FLUSH_SECONDS = flush

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import gramjd
 from gramjd.blocks import Conv
-from gramjd.plan.conv import METHODS
-from gramjd.plan.options import Limits
+from gramjd.contraction.conv import METHODS
+from gramjd.contraction.options import Limits
 
 BUDGET = 2**20
 

@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 import gramjd
 from gramjd import Engine
 from gramjd.blocks import Block, Conv, Dense, Lookup, Outer
-from gramjd.plan import Options
-from gramjd.plan.choice import plans
-from gramjd.plan.options import limits
+from gramjd.contraction import Options
+from gramjd.contraction.choice import plans
+from gramjd.contraction.options import limits
 
 MiB = 2**20
 

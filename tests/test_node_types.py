@@ -57,7 +57,7 @@ def bare(kind: str) -> str:
 
 def listed() -> set[str]:
     """The types that the engine takes for independent of their data."""
-    module = importlib.import_module("gramjd.engine.node_types")
+    module = importlib.import_module("gramjd.engine.analysis.node_types")
     return set(module.PROVEN)
 
 

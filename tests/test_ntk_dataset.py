@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import gramjd
 from gramjd import ntk_dataset
-from gramjd.batches import digest
+from gramjd.datasets.batches import digest
 
 OPTIONS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {
     "fcn": ("fcn", (), ()),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import gramjd
 from gramjd import ntk_dataset
 
-MODULE = importlib.import_module("gramjd.ntk_dataset")
+MODULE = importlib.import_module("gramjd.ntk.dataset")
 
 
 class Stops(Exception):
@@ -163,7 +163,7 @@ def test_progress_of_a_resumed_run(interrupted: Interrupted, capsys: pytest.Capt
 
 KILLED = """
 import sys, time, torch, gramjd
-from gramjd import journal
+from gramjd.datasets import journal
 from pathlib import Path
 folder = Path(sys.argv[1])
 torch.set_num_threads(1)

@@ -16,12 +16,12 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import gramjd
-from gramjd import plan
+from gramjd import contraction
 from gramjd.blocks import Block, Conv, Dense, Lookup, Outer
-from gramjd.plan import Options, tiles
-from gramjd.plan.choice import plans, swapped
-from gramjd.plan.conv import METHODS, Method
-from gramjd.plan.options import Limits, limits
+from gramjd.contraction import Options, tiles
+from gramjd.contraction.choice import plans, swapped
+from gramjd.contraction.conv import METHODS, Method
+from gramjd.contraction.options import Limits, limits
 
 V, D, K, B = 6, 4, 2, 3
 
@@ -29,7 +29,7 @@ V, D, K, B = 6, 4, 2, 3
 @pytest.fixture(autouse=True)
 def no_smallest_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small blocks are tiled, too."""
-    monkeypatch.setattr(plan.options, "SMALLEST", 1)
+    monkeypatch.setattr(contraction.options, "SMALLEST", 1)
 
 
 def randn(*shape: int) -> Tensor:
@@ -93,7 +93,7 @@ def test_every_plan(kinds: object, left: str, right: str, budget: int | None) ->
     options = Options(memory_budget=budget)
     for x, y in [(u, u), (v, v), *others]:
         if swapped(x, y):
-            assert_close(plan.contract(x, y, options), inner(x, y))
+            assert_close(contraction.contract(x, y, options), inner(x, y))
             continue
         found = plans(x, y)
         assert found
@@ -101,7 +101,7 @@ def test_every_plan(kinds: object, left: str, right: str, budget: int | None) ->
             got = way.run(x, y, limits(options, u.dense(), torch.float64))
             assert_close(got, inner(x, y))
         if x is y:
-            got = plan.gramian([x], options)
+            got = contraction.gramian([x], options)
             assert torch.equal(got, got.permute(2, 3, 0, 1))
 
 
@@ -109,13 +109,13 @@ def test_every_plan(kinds: object, left: str, right: str, budget: int | None) ->
 def test_sums_of_blocks(kinds: object, left: str, right: str, budget: int | None) -> None:
     found = [kinds()[left], kinds()[right], kinds()[left]]  # type: ignore[operator]
     options, total = Options(memory_budget=budget), rows(*found)
-    got = plan.gramian(found, options)
+    got = contraction.gramian(found, options)
     assert_close(got.reshape(K * B, K * B), total @ total.T)
     assert torch.equal(got, got.permute(2, 3, 0, 1))
-    assert_close(plan.squared_norms(found, options).flatten(), total.square().sum(1))
+    assert_close(contraction.squared_norms(found, options).flatten(), total.square().sum(1))
     other = [kinds(1, 4)[right]]  # type: ignore[operator]
-    assert_close(plan.cross(found, other, options).reshape(K * B, 4), total @ rows(*other).T)
-    steps = plan.steps(found, options)
+    assert_close(contraction.cross(found, other, options).reshape(K * B, 4), total @ rows(*other).T)
+    steps = contraction.steps(found, options)
     assert all(step.plan and step.multiply_adds >= 0 and step.bytes >= 0 for step in steps)
 
 
@@ -143,7 +143,7 @@ def test_halves_and_stretches(kind: str) -> None:
         if cost.multiply_adds < 1e10:
             got = way.run(u, u, limits(Options(), u.dense(), torch.float64))
             assert_close(got, want)
-    got = plan.gramian([u])
+    got = contraction.gramian([u])
     assert torch.equal(got, got.permute(2, 3, 0, 1))
 
 
@@ -183,7 +183,7 @@ def test_composes(kind: str) -> None:
 
     def both(c: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         blocks = COMPOSED[kind](c, a)
-        return plan.gramian(blocks), plan.squared_norms(blocks)
+        return contraction.gramian(blocks), contraction.squared_norms(blocks)
 
     c, a = randn(3, 24), randn(3, 24)
     singles = [both(x, y) for x, y in zip(c, a, strict=True)]
@@ -205,7 +205,7 @@ def test_small_floats_are_accumulated_in_float32(dtype: torch.dtype) -> None:
             u = _cast(u, dtype)
             exact = inner(_cast(u, torch.float64), _cast(u, torch.float64))
             for accumulate, tolerance in ((None, 1e-5), (torch.float64, 1e-10)):
-                got = plan.contract(u, u, Options(accumulate_dtype=accumulate))
+                got = contraction.contract(u, u, Options(accumulate_dtype=accumulate))
                 assert got.dtype == (accumulate or torch.float32)
                 assert_close(got.double(), exact, tolerance)
 
@@ -218,7 +218,7 @@ def _cast(block: Block, dtype: torch.dtype) -> Block:
 
 def test_float64_on_request_from_float32() -> None:
     u = Outer(torch.randn(1, 4, 50, 1, 3), torch.randn(4, 50, 1, 3), (3, 3))
-    got = plan.gramian([u], Options(accumulate_dtype=torch.float64))
+    got = contraction.gramian([u], Options(accumulate_dtype=torch.float64))
     v = Outer(u.c.double(), u.a.double(), u.shape)
     assert_close(got, inner(v, v))
 
@@ -236,7 +236,7 @@ def test_what_the_plans_are_for() -> None:
     """The choices that matter: one position, long sequences, depthwise and shared activations."""
 
     def chosen(*blocks: Block) -> list[str]:
-        return [step.plan for step in plan.steps(blocks)]
+        return [step.plan for step in contraction.steps(blocks)]
 
     meta = torch.empty((), device="meta")
 
@@ -263,7 +263,7 @@ def test_a_bias_of_the_same_cotangents_costs_no_product(K: int, transposed: bool
     weight = Outer(c, a, (500, 400) if transposed else (400, 500), transposed)
     same, scaled = Dense(c.reshape(K, 6, 400)), Dense(2 * c.reshape(K, 6, 400))
     for bias, shares in ((same, 1), (scaled, 2)):
-        found = list(plan.gramians([[bias], [weight]]))
+        found = list(contraction.gramians([[bias], [weight]]))
         assert len(found) == shares
         want = sum(block.dense().flatten(2).flatten(0, 1) @ block.dense().flatten(2).flatten(0, 1).mT
                    for block in (weight, bias))  # fmt: skip
@@ -329,8 +329,8 @@ TF32 = """
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from gramjd.blocks import Conv
-from gramjd.plan import gramian
-from gramjd.plan.choice import plans
+from gramjd.contraction import gramian
+from gramjd.contraction.choice import plans
 
 def block(device):
     points, windows = (torch.ones(1, 2, 1, 1, 3, n, n, device=device) for n in (4, 6))

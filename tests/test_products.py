@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gramjd
-from gramjd import plan
+from gramjd import contraction
 from gramjd.blocks import Outer
 
 MATMULS = ("mm", "bmm", "addmm", "baddbmm")
@@ -131,7 +131,7 @@ def test_one_forward_one_backward_one_product_a_weight(
     per_sample = len(x) * min(p.numel() for p in weights)  # entries of the smallest weight's rows
     outers = [mine for mine in J.blocks if any(isinstance(block, Outer) for block in mine)]
     assert len(outers) == len(weights)
-    assert {step.plan for mine in outers for step in plan.steps(mine)} == {"pairwise"}
+    assert {step.plan for mine in outers for step in contraction.steps(mine)} == {"pairwise"}
     with Ops() as gramian:
         G = J.gramian()
     assert capture.largest < per_sample and gramian.largest < per_sample

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import gramjd
 from gramjd import Engine
-from gramjd.engine.graph import walk
-from gramjd.engine.proofs import Proofs, describe
-from gramjd.engine.signature import Unlisted, separation_key
-from gramjd.engine.spread import patterns, patterns_for
+from gramjd.engine.analysis.graph import walk
+from gramjd.engine.analysis.separation import patterns, patterns_for
+from gramjd.engine.analysis.signature import Unlisted, separation_key
+from gramjd.engine.solving.proofs import Proofs, describe
 
 pytestmark = needs_shapes
 

@@ -25,7 +25,7 @@ from gramjd import (
     tracin,
 )
 
-MODULE = __import__("importlib").import_module("gramjd.similarity")
+MODULE = __import__("importlib").import_module("gramjd.datasets.similarity")
 
 
 def assert_best(got: Any, scores: Tensor, k: int) -> None:

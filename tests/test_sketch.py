@@ -161,7 +161,7 @@ def test_types_of_blocks(everything: tuple[Jacobian, Tensor], kind: str, budget:
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_small_pieces(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """More samples and entries than fit into the least budget."""
-    monkeypatch.setattr(gramjd.plan.options, "SMALLEST", 2**16)
+    monkeypatch.setattr(gramjd.contraction.options, "SMALLEST", 2**16)
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 11)).double()
     func, params = gramjd.functional_loss(model)
     J = gramjd.jacobian(func)(params, torch.randn(9, 3, 8, 8).double())

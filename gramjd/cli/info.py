@@ -8,8 +8,8 @@ from importlib import metadata
 import torch
 
 import gramjd
-from gramjd.engine.strategies import STRATEGIES
-from gramjd.plan.options import Options, limits
+from gramjd.contraction.options import Options, limits
+from gramjd.engine.solving.strategies import STRATEGIES
 
 OPTIONAL = ("numpy", "matplotlib", "scipy", "scikit-learn", "tqdm", "transformers", "torchjd")
 

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from gramjd import pytree
-from gramjd.arguments import InDims
+from gramjd.functional.arguments import InDims
+from gramjd.functional.transforms import Argnums, jacobian_and_value
 from gramjd.jacobian import Jacobian
 from gramjd.objectives import Weights
 from gramjd.pytree import PyTree
-from gramjd.transforms import Argnums, jacobian_and_value
 
 
 def grad(

@@ -14,7 +14,7 @@ from gramjd.blocks import Block, Dense
 from gramjd.descent.rows import rows
 from gramjd.distributed import is_sharded
 from gramjd.engine import Engine
-from gramjd.engine.reach import reach
+from gramjd.engine.analysis.reach import reach
 from gramjd.errors import NoGraphError, NotCoveredError, NotFiniteError, SlowPathWarning
 from gramjd.jacobian import Jacobian, Output
 from gramjd.objectives import Losses, combined, joined

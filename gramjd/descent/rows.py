@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gramjd.complexes import as_real
-from gramjd.engine.backward import FEW
+from gramjd.engine.solving.backward import FEW
 from gramjd.errors import NoGraphError
 from gramjd.internals import without_hooks
 from gramjd.rounding import own_precision, tolerance

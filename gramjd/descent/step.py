@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gramjd import pytree
 from gramjd.descent.jacobians import Inputs, jacobian_of, unique
-from gramjd.engine.reach import reach
+from gramjd.engine.analysis.reach import reach
 from gramjd.engine.step import Scaled, Step, Weightings
 from gramjd.errors import NoGraphError
 from gramjd.jacobian.lazy import Per

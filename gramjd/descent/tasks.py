@@ -13,7 +13,7 @@ from gramjd import pytree
 from gramjd.complexes import as_real
 from gramjd.descent.jacobians import Inputs, jacobian_of, unique
 from gramjd.descent.rows import gradients, keeping_grads
-from gramjd.engine.reach import Reach, reach
+from gramjd.engine.analysis.reach import Reach, reach
 from gramjd.engine.step import OVERFLOWED, Scaled
 from gramjd.errors import NotCoveredError, NotFiniteError
 from gramjd.internals import without_hooks

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gramjd.blocks import Block
-from gramjd.jacobian.parts import Part
+from gramjd.contraction.products import Part
 
 _ALIGNED = 16  # bytes; every dtype's size divides it
 

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramjd.complexes import as_real
+from gramjd.contraction import Options, default_budget
+from gramjd.contraction.outputs import Output, Outputs
 from gramjd.distributed import ring, slices
 from gramjd.distributed.agreement import Statement, agree
 from gramjd.distributed.factors import Manifest, describe
@@ -20,8 +22,6 @@ from gramjd.distributed.ring import Own
 from gramjd.distributed.traffic import Plan, Problem, plan_of
 from gramjd.errors import RankFailedError
 from gramjd.internals import inside_transform
-from gramjd.jacobian.outputs import Output, Outputs
-from gramjd.plan import Options, default_budget
 from gramjd.pytree import PyTree
 
 if TYPE_CHECKING:

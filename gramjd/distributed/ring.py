@@ -14,12 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from gramjd.contraction import Options, products
+from gramjd.contraction.options import Limits, limits
+from gramjd.contraction.products import Part
 from gramjd.distributed.factors import Manifest, pack, unpack
 from gramjd.distributed.ranks import Ranks
-from gramjd.jacobian import parts
-from gramjd.jacobian.parts import Part
-from gramjd.plan import Options
-from gramjd.plan.options import Limits, limits
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def meetings(ranks: Ranks, plan: Round, own: Own) -> Iterator[tuple[int, int, Te
     r, K, held = ranks.rank, own.objectives, own.tensors
     square = (own.options, own.like)
     coming = _pass_on(ranks, plan, 1, held, own) if plan.steps else None
-    yield 0, r, parts.gramian(own.parts, plan.which, K, *square).to(own.dtype)
+    yield 0, r, products.gramian(own.parts, plan.which, K, *square).to(own.dtype)
     for step in plan.steps:
         assert coming is not None
         held = coming()
@@ -84,7 +83,7 @@ def meetings(ranks: Ranks, plan: Round, own: Own) -> Iterator[tuple[int, int, Te
             coming = _pass_on(ranks, plan, step + 1, held, own)
         visitor, which = (r - step) % ranks.size, plan.wanted(r, step)
         visiting = plan.manifests[visitor].parts(held, which)
-        yield step, visitor, parts.cross(own.parts, visiting, which, (K, K), *square).to(own.dtype)
+        yield step, visitor, products.cross(own.parts, visiting, which, (K, K), *square).to(own.dtype)
 
 
 def rows(ranks: Ranks, plan: Round, own: Own) -> Tensor:

@@ -14,12 +14,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from gramjd.contraction.options import Limits
+from gramjd.contraction.products import Part
+from gramjd.contraction.rows import matrix
+from gramjd.contraction.tiles import product, ranges
 from gramjd.distributed.ranks import Ranks
 from gramjd.distributed.ring import Own
-from gramjd.jacobian.parts import Part
-from gramjd.plan.options import Limits
-from gramjd.plan.rows import matrix
-from gramjd.plan.tiles import product, ranges
 from gramjd.rounding import own_precision
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gramjd.datasets.journal import Tile
 from gramjd.distributed.agreement import Statement, agree
 from gramjd.distributed.gramian import taking_part
 from gramjd.distributed.ranks import Ranks
 from gramjd.errors import RanksDisagreeError
-from gramjd.journal import Tile
 
 _REMEDY = (
     "Give all ranks the same function, parameters and loaders, without a DistributedSampler: the work is "

@@ -19,10 +19,10 @@ from functools import lru_cache
 from itertools import accumulate
 from math import lcm, prod
 
+from gramjd.contraction import steps
 from gramjd.distributed.factors import Manifest
 from gramjd.distributed.ring import Round
 from gramjd.distributed.slices import Message, Rows, messages
-from gramjd.plan import steps
 
 
 @dataclass(frozen=True)

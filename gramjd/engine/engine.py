@@ -13,27 +13,27 @@ from torch import Tensor, nn
 
 from gramjd import distributed, gramians, pytree
 from gramjd.blocks import Block
-from gramjd.engine import finite
-from gramjd.engine.compiled import StandIns
-from gramjd.engine.graph import walk
-from gramjd.engine.marks import CallMark
-from gramjd.engine.nodes import forget
-from gramjd.engine.proofs import Case, Proofs, describe
-from gramjd.engine.reach import reach
-from gramjd.engine.recorder import AfterHook, BeforeHook, Watcher
+from gramjd.contraction import Options
+from gramjd.engine.analysis.graph import walk
+from gramjd.engine.analysis.reach import reach
+from gramjd.engine.recording.compiled import StandIns
+from gramjd.engine.recording.nodes import forget
+from gramjd.engine.recording.recorded import CallMark
+from gramjd.engine.recording.recorder import AfterHook, BeforeHook, Watcher
 from gramjd.engine.registry import Registry
 from gramjd.engine.sharded import Lockstep, refuse_flat, refuse_parallel
-from gramjd.engine.solve import Emit, solve
+from gramjd.engine.solving import finite
+from gramjd.engine.solving.proofs import Case, Proofs, describe
+from gramjd.engine.solving.solve import Emit, solve
+from gramjd.engine.solving.strategies import STRATEGIES
+from gramjd.engine.solving.task import Task
 from gramjd.engine.step import Scaled, Step, Weightings
-from gramjd.engine.strategies import STRATEGIES
-from gramjd.engine.task import Task
 from gramjd.errors import NotCoveredError, NotFiniteError, SlowPathWarning
 from gramjd.explanation import Explanation, explanation
 from gramjd.jacobian import Jacobian, Output, Sum, groups
 from gramjd.jacobian.lazy import Per
 from gramjd.jacobian.projection import Projection
 from gramjd.objectives import Losses, joined
-from gramjd.plan import Options
 from gramjd.rounding import own_precision
 from gramjd.sketched import SketchedGramian
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gramjd import distributed
-from gramjd.engine.compiled import StandIns
+from gramjd.engine.recording.compiled import StandIns
 from gramjd.engine.sharded import Lockstep, Shards, shards
 from gramjd.internals import compiled_call, held_by
 

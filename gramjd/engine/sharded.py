@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gramjd.distributed import is_sharded
-from gramjd.engine.marks import CallMark
-from gramjd.engine.regions import parameter_ids
+from gramjd.engine.analysis.regions import parameter_ids
+from gramjd.engine.recording.recorded import CallMark
 from gramjd.errors import NotCoveredError, RankFailedError, RanksDisagreeError
 
 _FLAT = (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gramjd import distributed
-from gramjd.engine.reach import Reach, reach
+from gramjd.engine.analysis.reach import Reach, reach
 from gramjd.errors import NotCoveredError, NotFiniteError
 from gramjd.jacobian import Jacobian, groups
 from gramjd.jacobian.accumulate import accumulate

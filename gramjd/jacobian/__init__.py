@@ -1,7 +1,7 @@
 """The lazy Jacobian: a linear operator made of blocks."""
 
+from gramjd.contraction.accumulator import Sum
+from gramjd.contraction.outputs import Output
 from gramjd.jacobian.lazy import Jacobian
-from gramjd.jacobian.outputs import Output
-from gramjd.jacobian.total import Sum
 
 __all__ = ["Jacobian", "Output", "Sum"]

@@ -12,13 +12,13 @@ from torch import Tensor
 from gramjd import distributed, pytree
 from gramjd.blocks import Block
 from gramjd.complexes import as_given, as_real, entries, real_block
-from gramjd.jacobian import groups, operator, parts
+from gramjd.contraction import Options, products
+from gramjd.contraction.outputs import Output, Outputs
+from gramjd.contraction.products import Part
+from gramjd.jacobian import groups, operator
 from gramjd.jacobian.accumulate import accumulate
-from gramjd.jacobian.outputs import Output, Outputs
-from gramjd.jacobian.parts import Part
 from gramjd.jacobian.projection import Projection
 from gramjd.jacobian.sketch import sketch
-from gramjd.plan import Options
 from gramjd.pytree import PyTree, PyTreeSpec
 from gramjd.sketched import SketchedGramian
 
@@ -189,9 +189,9 @@ class Jacobian:
 
         def share(which: Sequence[int]) -> PyTree:
             if len(parts_now) == 1:
-                total = parts.keeping(parts_now[0], which, K, options, self._like)
+                total = products.keeping(parts_now[0], which, K, options, self._like)
             else:
-                total = parts.gramian(parts_now, which, K, options, self._like)
+                total = products.gramian(parts_now, which, K, options, self._like)
             return self.outputs.square(total, self.outputs)
 
         return share(which[""]) if per is None else {name: share(mine) for name, mine in which.items()}
@@ -207,7 +207,7 @@ class Jacobian:
             ValueError: the Jacobians are of different parameters.
         """
         check_parameters(self, other)
-        total = parts.cross(
+        total = products.cross(
             self.intact,
             other.intact,
             range(len(self.parameters)),
@@ -223,7 +223,7 @@ class Jacobian:
         That is the Gramian's diagonal, for instance for per-sample clipping.
         """
         options = Options(memory_budget)
-        return self.outputs.unpack(parts.squared_norms(self.intact, self.objectives, options, self._like))
+        return self.outputs.unpack(products.squared_norms(self.intact, self.objectives, options, self._like))
 
     def norms(self, *, memory_budget: int | None = None) -> PyTree:
         """Norm of every row, shaped like the outputs, without the Gramian."""
@@ -241,7 +241,7 @@ class Jacobian:
         if len(self.outputs.each) != 1:
             raise ValueError("diagonal() is of one output tensor; this Jacobian has several.")
         out, K = self.outputs.each[0], self.objectives
-        rows = parts.diagonal(self.intact, K, Options(memory_budget), self._like)  # [K, B, K]
+        rows = products.diagonal(self.intact, K, Options(memory_budget), self._like)  # [K, B, K]
         sizes = [n for d, n in enumerate(out.shape) if d != out.batch_dim]
         square = rows.transpose(0, 1).reshape(self.samples, *sizes, *sizes)
         order = range(1 + len(sizes), 1 + 2 * len(sizes))
@@ -330,13 +330,13 @@ class Jacobian:
                 )
         pairs = zip(given, self.parameters, strict=True)
         tangents = [as_real(v.to(p.dtype)) if p.is_complex() else v for v, p in pairs]
-        return self.outputs.unpack(parts.jvp(self.intact, tangents, self.objectives, self._like))
+        return self.outputs.unpack(products.jvp(self.intact, tangents, self.objectives, self._like))
 
     def dense(self) -> PyTree:
         """``J`` itself: for each output, a PyTree like the parameters of ``[*shape, *p.shape]``."""
         given = self.intact
         columns = [
-            self.outputs.unpack(as_given(parts.dense(given, number, self.objectives, as_real(p)), p))
+            self.outputs.unpack(as_given(products.dense(given, number, self.objectives, as_real(p)), p))
             for number, p in enumerate(self.parameters)
         ]
         leaves = [pytree.leaves(column) for column in columns]
@@ -466,7 +466,7 @@ class Jacobian:
 
 def _pulled(given: Sequence[Part], parameters: Sequence[Tensor], w: Tensor) -> list[Tensor]:
     """``Jᵀ w`` for ``w [K, B]``, in the shapes and dtypes of the parameters."""
-    found = parts.vjp(given, list(map(as_real, parameters)), w)
+    found = products.vjp(given, list(map(as_real, parameters)), w)
     return [as_given(g, p) for g, p in zip(found, parameters, strict=True)]
 
 

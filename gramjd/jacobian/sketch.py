@@ -20,12 +20,12 @@ from torch import Tensor
 
 from gramjd.blocks import Block, Conv, Lookup, Outer, merge
 from gramjd.blocks.conv import covered
+from gramjd.contraction import Options, ranges, sum_of
+from gramjd.contraction.options import Limits
+from gramjd.contraction.products import Part
+from gramjd.contraction.rows import matrix
 from gramjd.internals import is_ours
-from gramjd.jacobian.parts import Part
 from gramjd.jacobian.projection import Projection
-from gramjd.plan import Options, ranges, sum_of
-from gramjd.plan.options import Limits
-from gramjd.plan.rows import matrix
 from gramjd.rounding import own_precision
 
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)

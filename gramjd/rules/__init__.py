@@ -1,7 +1,11 @@
 """Op rules: for an op with a parameter as one argument, the structured block of that argument."""
 
-from gramjd.rules import bags, conv, einsum, elementwise, embedding, linear, norm, recurrent, shape  # noqa: F401
-from gramjd.rules.decompositions import decomposition_of, is_fused, register_decomposition
+from gramjd.decompositions import (
+    bags,  # noqa: F401
+    recurrent,  # noqa: F401
+)
+from gramjd.decompositions.registry import decomposition_of, is_fused, register_decomposition
+from gramjd.rules import conv, einsum, elementwise, embedding, linear, norm, shape  # noqa: F401
 from gramjd.rules.fallback import dense_rows, tensors_of
 from gramjd.rules.registry import Call, register_rule, registered
 

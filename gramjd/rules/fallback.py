@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gramjd import pytree
 from gramjd.blocks import Dense
-from gramjd.rules.decompositions import decomposition_of
+from gramjd.decompositions.registry import decomposition_of
 from gramjd.rules.registry import Call
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from gramjd import pytree
 from gramjd.blocks import Block
-from gramjd.capture import Captured
 from gramjd.complexes import real_block
 from gramjd.errors import CheckFailedError
+from gramjd.functional.capture import Captured
 from gramjd.internals import autocasts
 from gramjd.rounding import own_precision, tolerance
 from gramjd.verification.gradients import Gradients, Repeatable, noise_like

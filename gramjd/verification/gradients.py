@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from gramjd.arguments import Arguments
-from gramjd.capture import Captured
 from gramjd.complexes import as_real
+from gramjd.functional.arguments import Arguments
+from gramjd.functional.capture import Captured
 from gramjd.internals import innermost_level, unfused_attention
 from gramjd.rounding import own_precision
 from gramjd.rules import decomposition_of

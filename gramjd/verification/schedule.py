@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
-from gramjd.arguments import Arguments
-from gramjd.capture import Captured
 from gramjd.errors import CheckFailedError
+from gramjd.functional.arguments import Arguments
+from gramjd.functional.capture import Captured
 from gramjd.internals import runs_plainly
 from gramjd.verification.comparison import Call
 from gramjd.verification.structures import structure

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramjd.arguments import Arguments
-from gramjd.capture import Captured
+from gramjd.functional.arguments import Arguments
+from gramjd.functional.capture import Captured
 from gramjd.internals import autocasts
 from gramjd.rules.registry import op_name
-from gramjd.uses import Derived, Record
+from gramjd.uses.use import Derived, Record
 
 
 def structure(given: Arguments, found: Captured) -> Hashable:

@@ -1,0 +1,47 @@
+"""What a plan costs, in units of one multiply-add of a large matrix product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from gramjd.contraction.options import Limits
+from gramjd.contraction.tiles import HALVES, LEAF
+
+# Calibrated by benchmarks/plans.py; see benchmarks/NOTES.md, "Plans".
+MOVE = 40  # multiply-adds that take as long as writing and reading an element
+CALL = 400_000  # multiply-adds that take as long as a call of an op
+SMALL = 15_000  # multiply-adds that take as long as starting on one more matrix of a batch
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one contraction by one plan."""
+
+    multiply_adds: int
+    moved: int  # elements of intermediate results, written and read
+    calls: int = 1  # of ops
+    working: int = 0  # elements of working memory, if nothing is tiled
+
+    @property
+    def time(self) -> int:
+        """In multiply-adds."""
+        return self.multiply_adds + MOVE * self.moved + CALL * self.calls
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One exact method to contract two blocks of certain types."""
+
+    name: str
+    cost: Callable[[Any, Any], Cost | None]  # None: it does not apply
+    run: Callable[[Any, Any, Limits], Tensor]  # [K₁, B₁, K₂, B₂], exactly symmetric if u is v
+
+
+def half(same: bool, products: int, rows: int) -> int:
+    """Multiply-adds of a product of which the half is enough if the rows are the ``same``."""
+    count = min(HALVES, rows // LEAF)
+    return products * (count + 1) // (2 * count) if same and count > 1 else products

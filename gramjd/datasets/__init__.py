@@ -1,0 +1,1 @@
+"""Gradients of whole datasets: sketched, stored, compared."""

@@ -1,0 +1,1 @@
+"""Ops that no rule sees inside, written out as ops that have rules."""

@@ -1,0 +1,217 @@
+"""Could samples reach each other anywhere in a graph, however small the derivatives are by which they do?
+
+What one batch shows need not hold for the next: a gate that starts at zero, a saturated softmax, a dead
+ReLU hide that samples depend on each other. NaN times zero is NaN. So the derivatives of some samples'
+objectives are made NaN: where NaN comes to a place of another sample, the two can depend on each other.
+Nodes that choose by value pass NaN on to all that they choose from
+(:mod:`gramjd.engine.analysis.node_types`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import combinations, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramjd import gramians
+from gramjd.engine.analysis.layouts import ZERO, Layout, candidates
+from gramjd.engine.analysis.node_types import Nan, NodeType, dims_of, facts_of, first_spatial
+from gramjd.engine.recording.nodes import forget
+from gramjd.engine.solving import backward
+from gramjd.engine.solving.task import Layouts, Task, is_fused
+from gramjd.internals import name_of, name_of_type, saved_value
+
+_PRODUCTS = ("Addmm", "Bmm", "Mm", "Mv")
+
+Masks = dict[Any, list[Tensor | None]]  # of each node of the graph: is its cotangent NaN?
+Gradients = Sequence[Tensor | None]
+
+
+def patterns_for(samples: int) -> int:
+    """How many passes tell each sample from each other one (Sperner 1928): about ``log2(B) + 1``."""
+    n = 2
+    while math.comb(n, n // 2) < samples:
+        n += 1
+    return n
+
+
+def patterns(samples: int, number: int) -> list[Tensor]:
+    """So many sets of samples; for any two of them one set has the first and not the second.
+
+    With ``number`` from :func:`patterns_for`: each sample is in half of the sets, in no two the same half.
+    """
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(samples)).tolist()
+    found = torch.zeros(number, samples, dtype=torch.bool)
+    for sample, sets in zip(order, islice(combinations(range(number), number // 2), samples), strict=True):
+        found[list(sets), sample] = True
+    return list(found)
+
+
+def spread(task: Task, chosen: Sequence[Tensor], first: bool = True) -> list[Masks] | None:
+    """Where NaN comes to from each of some sets of samples; ``None`` where nothing follows from that.
+
+    The types of all nodes must be listed. In the ``first`` pass, each is watched for NaN that it drops.
+    """
+    masks: list[Masks] = []
+    for each in chosen:
+        watched = first and not masks
+        with _passed_on(task.graph.order, watched) as dropped, torch.autograd.set_detect_anomaly(False):
+            try:
+                masks.append(_run(task, each))
+            except Exception:  # a hook on a tensor that refuses NaN
+                return None
+        if dropped:
+            return None
+    return masks
+
+
+def stays_within(task: Task, chosen: Sequence[Tensor], masks: Sequence[Masks]) -> bool:
+    """Does NaN come to places of the chosen samples alone, by the layouts of every node?"""
+    unpacked = any(node.hooked for node in task.graph.nodes)  # or a checkpoint runs again for each
+    if not unpacked and any(map(_is_sparse, task.graph.order)):
+        return False  # the next batch may have its zeros elsewhere
+    return all(_is_within(each, mask, task) for each, mask in zip(chosen, masks, strict=True))
+
+
+def _is_within(chosen: Tensor, masks: Masks, task: Task) -> bool:
+    """Do the masks of all nodes stay within some samples, in the layouts known, else in any that fits?"""
+    return all(
+        any(
+            _fits(mask, each, chosen)
+            for each in (candidates(mask.shape, len(chosen)) if layouts is None else [layouts[n]])
+        )
+        for node, layouts in _layouts(task)
+        for n, mask in enumerate(masks.get(node, ()))
+        if mask is not None
+    )
+
+
+def _fits(mask: Tensor, layout: Layout | None, chosen: Tensor) -> bool:
+    if layout is None or layout is ZERO:  # of no sample, or nothing comes
+        return True
+    reached = layout.split(mask, layout.dim, len(chosen)).flatten(1).any(1)
+    return not bool((reached & ~chosen.to(reached.device)).any())
+
+
+def _layouts(task: Task) -> Iterable[tuple[Any, Layouts | None]]:
+    """All nodes with the layouts of their outputs, where these are not those of a replay."""
+    for number, region in enumerate(task.plan.regions):
+        nodes = [task.graph.nodes[index] for index in region.nodes]
+        if any(map(is_fused, nodes)):
+            yield from ((node, None) for node in nodes)
+        else:
+            yield from zip(nodes, task.plan.layouts[number], strict=True)
+
+
+def _run(task: Task, chosen: Tensor) -> Masks:
+    """A backward pass of the objectives of some samples, NaN each."""
+    found: Masks = {}
+
+    def note(node: Any, grads: Gradients) -> Sequence[None]:
+        found[node] = [g if g is None else g.isnan() for g in grads]
+        forget([node])
+        return (None,) * len(grads)
+
+    weights = torch.zeros(task.objectives, task.samples).to(task.output)
+    weights[:, chosen.to(weights.device)] = math.nan
+    rows = gramians.from_rows(weights, task.output.shape, task.batch_dim).unsqueeze(0)
+    with backward.tapped(task.graph.nodes, note) as taps:
+        backward.gradients(task.output, [tap for mine in taps for tap in mine], rows)
+    return found
+
+
+def _is_sparse(node: Any) -> bool:
+    """Is a node that of a product with a sparse tensor?"""
+    if not name_of(node).startswith(_PRODUCTS):
+        return False
+    factors = (saved_value(node, factor) for factor in ("self", "mat1", "mat2"))
+    return any(isinstance(t, Tensor) and t.layout is not torch.strided for t in factors)
+
+
+@contextmanager
+def _passed_on(nodes: Iterable[Any], watched: bool) -> Iterator[list[str]]:
+    """While the context lasts, NaN passes through nodes that choose, whatever the data are.
+
+    The names of others that drop it all the same are collected, if they are watched.
+    """
+    dropped: list[str] = []
+
+    def note(name: str, found: Gradients, given: Gradients) -> None:
+        asked = any(g is not None for g in found)
+        if asked and any(map(_has_nan, given)) and not any(map(_has_nan, found)):
+            dropped.append(name)
+
+    handles = []
+    for node in nodes:
+        kind: Any = type(node)
+        facts = facts_of(kind)
+        if facts is None or facts.nan is Nan.CONSTANT:  # a recorded use, a leaf; or it has no derivative
+            continue
+        if facts.nan is Nan.MULTIPLIED:
+            if watched:
+                handles.append(node.register_hook(partial(note, name_of_type(kind))))
+        else:
+            handles.append(node.register_hook(partial(_spread, node, facts)))
+    try:
+        yield dropped
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _has_nan(gradient: Tensor | None) -> bool:
+    return gradient is not None and bool(gradient.sum().isnan())
+
+
+def _spread(node: Any, facts: NodeType, found: Gradients, given: Gradients) -> Gradients:
+    """The gradients that a node returned, NaN wherever other data could have sent NaN that it was given."""
+    lost = [g.isnan() for g in given if g is not None]
+    return tuple([g if g is None else _with_nan(g, lost, _reach(node, facts, g)) for g in found])
+
+
+def _reach(node: Any, facts: NodeType, gradient: Tensor) -> Sequence[int]:
+    """The dimensions of an input along which the data of a node choose."""
+    rank = gradient.ndim
+    if facts.nan is Nan.SELECTED:
+        return ()
+    if facts.nan is Nan.CHOSEN:
+        return dims_of(type(node), getattr(node, facts.dims) if facts.dims else None, rank)
+    first = (
+        first_spatial(type(node), rank) if facts.nan is Nan.WINDOWED else int(facts.nan is Nan.WITHIN_FIRST)
+    )
+    return range(first, rank)
+
+
+def _with_nan(gradient: Tensor, lost: Sequence[Tensor], along: Sequence[int]) -> Tensor:
+    """A gradient with NaN where masks of outputs lead, along some dimensions everywhere."""
+    lines = [1 if dim in along else size for dim, size in enumerate(gradient.shape)]
+    for mask in lost:
+        gradient = gradient.masked_fill(_aligned(mask, lines, along), math.nan)
+    return gradient
+
+
+def _aligned(mask: Tensor, lines: Sequence[int], along: Sequence[int]) -> Tensor:
+    """A mask of an output as one of an input, by lines: sizes of 1 along some dimensions."""
+    if not along:  # entry by entry, after broadcasting
+        return (mask.to(torch.float32).sum_to_size(lines) if mask.ndim else mask) > 0
+    if mask.ndim == len(lines):
+        mask = mask.amax(tuple(along), keepdim=True)
+    elif mask.ndim == len(lines) - len(along):  # reduced without keepdim
+        for dim in sorted(along):
+            mask = mask.unsqueeze(dim)
+    else:
+        return mask.any()
+    if shared := [dim for dim, size in enumerate(lines) if size == 1 < mask.shape[dim]]:  # broadcast
+        mask = mask.amax(shared, keepdim=True)
+    if any(n not in (1, size) for n, size in zip(mask.shape, lines, strict=True)):
+        whole = mask.new_zeros(lines)  # gather and scatter may use a part of their inputs
+        parts = tuple([slice(min(n, size)) for n, size in zip(mask.shape, lines, strict=True)])
+        whole[parts] = mask[parts]
+        return whole
+    return mask

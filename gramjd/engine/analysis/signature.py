@@ -1,0 +1,206 @@
+"""The separation key of a graph: equal keys, equal ways in which samples could reach each other.
+
+A proof that samples are kept apart (:mod:`gramjd.engine.analysis.separation`) holds for every graph in which
+the same entries could reach the same entries. That picture is decided by the types of the nodes, by the
+numbers that they save and by shapes. Numbers stand in the key as they are. Of shapes, only what matters does,
+so that a proof for one batch size, or length, holds for others:
+
+- sizes are replaced by the order in which they first appear, so that equal ones stay equal and different
+  ones different, together with whether they are 1, and a multiple of the number of samples ``B``;
+- reshapes say which dimensions they merge or split; if samples may be in one of these, ``B`` must be its
+  first or last factor, or all its factors and ``B`` stand in the key. (Where some reshapes of one size have
+  it first and others last, as ``[B·T]`` and ``[T·B]``, and one has more than two factors, all shapes do: what
+  is a run of one sample in the first could be cut otherwise in the second);
+- slices, concatenations and windows have the sizes in the dimensions that they move along in the key, and
+  ``B`` if samples may be there.
+
+A graph with a node that is not listed in :mod:`gramjd.engine.analysis.node_types` has no key, unless the node
+is over leaves alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable, Sequence
+from itertools import accumulate, pairwise
+from math import prod
+from operator import mul
+from typing import Any
+
+from gramjd.engine.analysis.node_types import Sizes, dims_of, facts_of, first_spatial
+from gramjd.engine.recording.nodes import NODE_TYPE
+from gramjd.internals import LEAF_TYPE, name_of_type, saved_value, shapes_of
+
+Shape = tuple[int, ...]
+
+
+class Unlisted(Exception):
+    """A graph has a node that nothing is known of; its name is the message."""
+
+
+def separation_key(order: Sequence[Any], numbers: dict[Any, int], output: Shape, samples: int) -> Hashable:
+    """The key of a graph.
+
+    Args:
+        order: its nodes, in the order of a walk.
+        numbers: the place of each in that order.
+        output: the shape of the output, which has a batch dimension.
+        samples: ``B``.
+
+    Raises:
+        Unlisted: there is none.
+    """
+    found = shapes_of(order)
+    if found is None:
+        raise Unlisted("a node whose shapes this version of torch does not show")
+    shapes: dict[Shape, int] = {(samples,): 0, output: 1}  # in order of appearance
+    forms: dict[int, set[str]] = {}  # of each size that is reshaped: the places of B among its factors
+    parts: list[Hashable] = []
+    for node, mine in zip(order, found, strict=True):
+        for shape in mine:
+            parts.append(shapes.setdefault(shape, len(shapes)))
+        kind: Any = type(node)
+        if kind is LEAF_TYPE:
+            continue
+        if kind is NODE_TYPE:
+            replay = getattr(node.record, "replay", None)
+            parts.append(replay and replay.sizes)
+            continue
+        facts = facts_of(kind)
+        if facts is None:
+            # nothing is behind a leaf, so that a node over leaves alone lets no sample reach another
+            if all(child is None or type(child) is LEAF_TYPE for child, _ in node.next_functions):
+                continue
+            raise Unlisted(name_of_type(kind))
+        for name in facts.attributes:
+            value = getattr(node, name)
+            if isinstance(value, list) or (isinstance(value, tuple) and value and isinstance(value[0], list)):
+                value = _hashable(value)
+            parts.append(value)
+        if facts.sizes is not Sizes.ANY:
+            edges = node.next_functions
+            if facts.sizes is Sizes.RESHAPE:
+                child, number = edges[0]
+                token, those = _reshape(found[numbers[child]][number], mine[0], samples)
+                for size, form in those:
+                    forms.setdefault(size, set()).add(form)
+            else:
+                inputs: tuple[Shape, ...] = ()
+                for child, number in edges:
+                    if child is not None:
+                        inputs += (found[numbers[child]][number],)
+                named = _hashable(getattr(node, facts.dims)) if facts.dims else None
+                grouped = facts.sizes is Sizes.WINDOW and (saved_value(node, "groups") or 1) > 1
+                unknown = len(edges) - len(inputs)
+                token = _sizes_token(kind, facts.sizes, named, grouped, inputs, tuple(mine), samples, unknown)
+            parts.append(token)
+    exact = any({"first", "last", "several"} <= form for form in forms.values())
+    return tuple(parts), tuple(shapes) if exact else _canonical(tuple(shapes), samples)
+
+
+@functools.lru_cache(maxsize=4096)  # every step asks for every node
+def _sizes_token(kind: Any, sizes: Sizes, named: Hashable, grouped: bool, inputs: tuple[Shape, ...],
+                 outputs: tuple[Shape, ...], samples: int, unknown: int) -> Hashable:  # fmt: skip
+    """What of the sizes at a node belongs to the key.
+
+    Args:
+        kind: its type.
+        sizes: what is known of that.
+        named: the dimensions that it names.
+        grouped: are its channels in groups?
+        inputs, outputs: shapes.
+        samples: ``B``.
+        unknown: how many inputs have no gradients, so that their shapes are not known.
+    """
+    if sizes is Sizes.ALONG:
+        if name_of_type(kind).startswith("Cat") and unknown > 1:
+            raise Unlisted("CatBackward0 of several tensors without gradients, whose sizes it does not show")
+        rank = max(map(len, (*inputs, *outputs)))
+        return tuple([_along(dim, inputs, outputs, rank, samples) for dim in dims_of(kind, named, rank)])
+    if sizes is Sizes.WINDOW:  # samples may be groups of channels
+        firsts = [max(0, first_spatial(kind, len(shape)) - grouped) for shape in (*inputs, *outputs)]
+        spatial = [shape[n:] for n, shape in zip(firsts, (*inputs, *outputs), strict=True)]
+        return tuple(spatial), _if_there(spatial, samples)
+    return inputs, outputs, samples
+
+
+def _along(dim: int, inputs: Sequence[Shape], outputs: Sequence[Shape], rank: int, samples: int) -> Hashable:
+    """The sizes in one dimension, where it is there: selecting takes it away."""
+    sizes = [shape[dim : dim + 1] if len(shape) == rank else () for shape in (*inputs, *outputs)]
+    return tuple(sizes), _if_there(sizes, samples)
+
+
+def _if_there(sizes: Sequence[Shape], samples: int) -> int:
+    """``B`` if samples could be in one of these dimensions, else 0."""
+    return samples if any(n % samples == 0 for shape in sizes for n in shape) else 0
+
+
+@functools.lru_cache(maxsize=4096)
+def _reshape(before: Shape, after: Shape, samples: int) -> tuple[Hashable, tuple[tuple[int, str], ...]]:
+    """What a reshape has in the key, and where ``B`` is among the factors of dimensions of samples."""
+    groups = _groups(before, after)
+    if groups is None:
+        return (before, after, samples), ()
+    token: list[Hashable] = []
+    forms: list[tuple[int, str]] = []
+    for ins, outs in groups:
+        size, digits = prod(ins), _digits(ins, outs)
+        token.append((len(ins), len(outs), digits and len(digits)))
+        if size % samples or size == 1 or (len(ins) == len(outs) == 1):
+            if digits is None:
+                token.append((ins, outs))
+        elif digits is not None and samples in (digits[0], digits[-1]):
+            places = [p for p, n in (("first", digits[0]), ("last", digits[-1])) if n == samples]
+            token.append(tuple(places))
+            forms += [(size, place) for place in (places if len(digits) == 2 else [*places, "several"])]
+        else:
+            token.append((ins, outs, samples))
+    return tuple(token), tuple(forms)
+
+
+def _groups(before: Shape, after: Shape) -> list[tuple[Shape, Shape]] | None:
+    """The runs of dimensions that become runs of others, as short as can be; sizes of 1 go anywhere."""
+    if prod(before) != prod(after) or 0 in before:
+        return None
+    groups: list[tuple[Shape, Shape]] = []
+    i = j = 0
+    while i < len(before) or j < len(after):
+        ins: list[int] = []
+        outs: list[int] = []
+        if i < len(before):
+            ins.append(before[i])
+            i += 1
+        if j < len(after):
+            outs.append(after[j])
+            j += 1
+        while prod(ins) != prod(outs):
+            if prod(ins) < prod(outs):
+                ins.append(before[i])
+                i += 1
+            else:
+                outs.append(after[j])
+                j += 1
+        groups.append((tuple(ins), tuple(outs)))
+    return groups
+
+
+def _digits(ins: Shape, outs: Shape) -> Shape | None:
+    """The common factors that both sides are products of neighbours of; ``None`` where there are none."""
+    ends = sorted({*accumulate(ins, mul), *accumulate(outs, mul)} - {1})
+    if any(b % a for a, b in pairwise(ends)):
+        return None
+    return tuple([b // a for a, b in zip([1, *ends], ends, strict=False)])
+
+
+@functools.lru_cache(maxsize=256)
+def _canonical(shapes: tuple[Shape, ...], samples: int) -> Hashable:
+    """Shapes with sizes in the order in which they first appear, 1 and multiples of ``B`` told apart."""
+    names: dict[int, int] = {}
+    return tuple([
+        tuple([1 if n == 1 else (names.setdefault(n, len(names)), n % samples == 0) for n in shape])
+        for shape in shapes
+    ])  # fmt: skip
+
+
+def _hashable(value: Any) -> Hashable:
+    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value

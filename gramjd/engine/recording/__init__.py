@@ -1,0 +1,1 @@
+"""What an engine records of the forward that the user runs."""

@@ -1,0 +1,125 @@
+"""Outputs with nodes that share memory with other tensors: views of weights, above all.
+
+Behind a node, autograd does not know a view for one: a write into it, or into what it is a view of, would
+change the values of both and the history of one. So writes go to the view as the op returned it, and
+what the user holds then takes on the history that autograd gave that one.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramjd.internals import memory_of, version_kept
+from gramjd.uses.tracker import is_inplace
+
+
+class _Renewed(torch.autograd.Function):
+    """Gives a tensor the history of another one of the same values, or an error in the place of one."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, other: Tensor | None, error: str) -> Tensor:
+        ctx.error = error
+        ctx.mark_dirty(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        if ctx.error:
+            raise RuntimeError(ctx.error)
+        return None, grad, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, other: Tensor | None, error: None) -> Any:
+        return tangent if other is None else other.view_as(other)
+
+
+class Aliases:
+    """Which tensors with nodes share which memory; keeps them alive, as the recorder that it is of does."""
+
+    def __init__(self) -> None:
+        self.groups: dict[int, list[tuple[Tensor, Tensor]]] = {}  # with a node, as the op returned it
+        self.originals: dict[int, Tensor] = {}  # of those with a node, by id
+        self.stale: dict[int, Tensor] = {}  # the same of those that were written into: no longer followed
+
+    def add(self, marked: Tensor, original: Tensor) -> None:
+        """Remember a tensor with a node, and the same without."""
+        self.groups.setdefault(memory_of(marked), []).append((marked, original))
+        if marked is not original:
+            self.originals[id(marked)] = original
+
+    def call(self, op: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> Any:
+        """What an op that returns views gives for the tensors without nodes, whose views autograd knows."""
+        mine, named = replaced(args, self.originals), replaced(kwargs, self.originals)
+        return out if mine is args and named is kwargs else op(*mine, **named)
+
+    def of(self, target: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Those that share a tensor's memory."""
+        return self.groups.get(memory_of(target), [])
+
+    def renew(self, group: list[tuple[Tensor, Tensor]]) -> None:
+        """After a write into one of them: let all have the history that autograd knows."""
+        if not torch.is_grad_enabled():
+            return
+        for marked, original in group:
+            if marked is original:
+                continue
+            error = ""
+            try:  # views of which there are several from one op refuse, as they do without us
+                live = original.requires_grad and original.grad_fn is not None
+            except RuntimeError as refusal:
+                live, error = True, str(refusal)
+            if live:
+                with version_kept(marked):  # nothing is written, and autograd counts writes
+                    _Renewed.apply(marked, None if error else original, error)
+
+
+def replaced(tree: Any, others: dict[int, Tensor]) -> Any:
+    """Arguments with some tensors replaced by others; themselves, if there are none of these."""
+    if isinstance(tree, Tensor):
+        return others.get(id(tree), tree)
+    if isinstance(tree, dict):
+        items = {name: replaced(value, others) for name, value in tree.items()}
+        return items if any(items[name] is not value for name, value in tree.items()) else tree
+    if type(tree) in (list, tuple):
+        found = [replaced(value, others) for value in tree]
+        return type(tree)(found) if any(a is not b for a, b in zip(found, tree, strict=True)) else tree
+    return tree
+
+
+def written(func: Callable[..., Any], args: Any, kwargs: Any) -> Tensor | None:
+    """The tensor that an op is asked to write into, if there is one."""
+    target = None
+    if func is Tensor.__setitem__ or is_inplace(func):
+        target = args[0] if args else None
+    elif kwargs and kwargs.get("out") is not None:
+        target = kwargs["out"]
+    elif (kwargs and kwargs.get("inplace")) or _is_asked_to(func, args):
+        target = args[0] if args else kwargs.get("input")
+    return target if isinstance(target, Tensor) else None
+
+
+@functools.lru_cache(maxsize=4096)
+def may_write(func: Callable[..., Any]) -> bool:
+    """Does an op write into its first argument, or might it be told to by position?"""
+    return func is Tensor.__setitem__ or is_inplace(func) or _place_of_inplace(func) is not None
+
+
+def _is_asked_to(func: Any, args: Any) -> bool:
+    """Is ``inplace=True`` among the positional arguments?"""
+    place = _place_of_inplace(func) if True in [arg is True for arg in args] else None
+    return place is not None and place < len(args) and args[place] is True
+
+
+@functools.lru_cache(maxsize=1024)
+def _place_of_inplace(func: Any) -> int | None:
+    try:
+        names = list(inspect.signature(func).parameters)
+    except (TypeError, ValueError):  # of C++
+        return None
+    return names.index("inplace") if "inplace" in names else None

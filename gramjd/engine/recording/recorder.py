@@ -1,0 +1,446 @@
+"""Recording the forward that the user runs: which ops received a parameter.
+
+Forward hooks switch a :class:`~gramjd.uses.tracker.Tracker` on for the outermost call of a registered module.
+Engines that see the same forward share one tracker. It lives in this thread, during a forward only.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gramjd.engine.recording.aliases import Aliases, may_write, replaced, written
+from gramjd.engine.recording.compiled import is_compiled
+from gramjd.engine.recording.recorded import (
+    HOOK,
+    computed_by,
+    is_markable,
+    is_marked,
+    lose,
+    mark_call,
+    mark_fused,
+    mark_op,
+)
+from gramjd.engine.sharded import is_unit
+from gramjd.internals import (
+    below_transforms,
+    has_plain_layout,
+    held_by,
+    hooks_of,
+    in_backward,
+    innermost_mode,
+    innermost_transform,
+    inside_transform,
+    is_compiled_wrapper,
+    is_compiling,
+    is_elsewhere,
+    is_view,
+    saved_tensors_hook,
+    transform_level,
+)
+from gramjd.rules import is_fused, tensors_of
+from gramjd.uses.tracker import Tracker, is_inplace
+from gramjd.uses.use import Derived, Record, describe, roots
+
+_STRIDED = torch.strided
+_DROPOUTS = frozenset({F.dropout, F.dropout1d, F.dropout2d, F.dropout3d})
+
+_THREAD = threading.local()  # .recorder: the one switched on in this thread
+
+
+class Recorder(Tracker):
+    """Puts a node behind the output of every tracked op; remembers which parameters it has seen.
+
+    What a checkpoint saves must be the same when it is computed again. So a call inside one has a recorder
+    of its own, which knows nothing of what happened outside; ops there, but outside such calls, are let be.
+    """
+
+    def __init__(self, frame: FrameType, outer: Recorder | None = None) -> None:
+        super().__init__(())
+        self.outer = outer  # that of the call around the checkpoint
+        self.shared: dict[int, Tensor] = {}  # computed from what that one knows to be batch-independent
+        self.hook = saved_tensors_hook()  # of the innermost checkpoint around
+        self.frame: FrameType | None = frame  # of the module call that switched it on
+        self.opaque: FrameType | None = None  # of a call whose inside is out of sight
+        self.watchers: set[int] = set()  # ids of those whose parameters it tracks
+        self.seen: set[int] = set()
+        self.level = transform_level()  # not 0 where a checkpoint is computed again under vmap
+        self.aliases, self.writing = Aliases(), False
+        self.hooks: list[str] = []  # on tensors that the forward computed; shared with its nodes
+        self.calls: list[tuple[nn.Module, set[int]]] = []  # in progress, and what they hide: see `hide`
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if is_compiling():  # a compiled function inside a module: its graph is to be as without us
+            return func(*args, **(kwargs or {}))
+        innermost = innermost_transform()  # every op comes by here: no call that can be spared
+        if (innermost is not None or self.level) and is_elsewhere(self.level):
+            return self._stand_aside(func, args, kwargs or {})  # a node would be differentiated, or escape
+        if self.aliases.stale and self.active:
+            args, kwargs = replaced(args, self.aliases.stale), replaced(kwargs or {}, self.aliases.stale)
+        if self.aliases.groups and self.active and not self.writing and (may_write(func) or kwargs):
+            target = written(func, args, kwargs)
+            group = self.aliases.of(target) if target is not None and has_plain_layout(target) else []
+            if target is not None and group:
+                return self._write(func, types, args, kwargs or {}, target, group)
+        if func is Tensor.register_hook and args[0].grad_fn is not None:
+            self.hooks.append(HOOK)
+        if func in _DROPOUTS and self.active and args and not _writes(args, kwargs):
+            tracked, batch_independent = self._classify(args)
+            if tracked and batch_independent:  # as a product with its mask, it is derived like any other
+                with torch.no_grad():
+                    mask = func(torch.ones_like(args[0]), *args[1:], **(kwargs or {}))
+                self._remember(mask)
+                func, args, kwargs = torch.mul, (args[0], mask), None
+        out = super().__torch_function__(func, types, args, kwargs)
+        if self.outer is not None and self.active and self._are_batch_independent((args, kwargs)):
+            self.shared.update((id(t), t) for t in tensors_of(out))
+        return out
+
+    def _write(self, func: Any, types: Any, args: Any, kwargs: dict[str, Any], target: Tensor,
+               group: list[tuple[Tensor, Tensor]]) -> Any:  # fmt: skip
+        """Call an op that writes into memory that tensors with nodes share."""
+        for marked, _ in group:  # what is known of them is no longer so
+            lose(marked, "was written into after it was computed")
+            self.sources.pop(id(marked), None)
+            if id(marked) in self.aliases.originals:
+                self.aliases.stale[id(marked)] = self.aliases.originals[id(marked)]
+        batch_independent = self._classify(args)[1] and self._classify(kwargs.values())[1]
+        if not batch_independent:
+            for marked, _ in group:
+                self.known.pop(id(marked), None)
+        original = next((t for marked, t in group if marked is target), target)
+        mine = tuple([original if arg is target else arg for arg in args])
+        named = {name: original if arg is target else arg for name, arg in kwargs.items()}
+        self.writing = True
+        try:
+            out = self.__torch_function__(func, types, mine, named)
+        finally:
+            self.writing = False
+        self.aliases.renew(group)
+        return target if out is original else out
+
+    def _stand_aside(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Call an op inside a transform of the forward's own as it is; note the tracked tensors it takes."""
+        out = func(*args, **kwargs)
+        if self.active and tensors_of(out):
+            self.hide(map(below_transforms, tensors_of((args, kwargs))))
+        return out
+
+    def hide(self, tensors: Iterable[Tensor]) -> None:
+        """Note that those tracked were used by what no node can be put behind.
+
+        Parameters whose uses are hidden are left to a replay of the call in progress. What was derived of
+        them has a node that would pass for one of every use.
+        """
+        for tensor in tensors:
+            source = self.sources.get(id(tensor))
+            if source is None:
+                continue
+            if self.calls:
+                self.calls[-1][1].update(roots(source))
+            if isinstance(source, Derived):
+                lose(tensor, "is used where no op shows")
+
+    def enter(self, module: nn.Module) -> None:
+        """A call of a module begins."""
+        self.calls.append((module, set()))
+
+    def leave(self, module: nn.Module) -> set[int]:
+        """It ends: ids of the parameters whose uses it hides."""
+        hidden: set[int] = set()
+        if self.calls and self.calls[-1][0] is module:
+            return self.calls.pop()[1]
+        while any(mine is module for mine, _ in self.calls):  # hooks of others may have raised in between
+            found = self.calls.pop()
+            hidden |= found[1]
+            if found[0] is module:
+                break
+        return hidden
+
+    def _are_batch_independent(self, arguments: Any) -> bool:
+        """As far as is known here or around the checkpoint, are all these tensors the same for all samples?
+
+        Nothing of what a checkpoint saves may follow from the answer.
+        """
+        return all(map(self._is_batch_independent, tensors_of(arguments)))
+
+    def _forget(self, out: Any, func: Any, args: Any) -> None:
+        if self.shared:
+            self.shared.pop(id(args[0] if func is Tensor.__setitem__ else out), None)
+        super()._forget(out, func, args)
+
+    def _is_batch_independent(self, tensor: Tensor) -> bool:
+        known = id(tensor) in self.known or id(tensor) in self.shared
+        return known or (self.outer is not None and self.outer._is_batch_independent(tensor))
+
+    def record(self, op: Any, args: Any, kwargs: dict[str, Any], derived: bool) -> tuple[Any, Record | None]:
+        inplace = is_inplace(op)
+        if (inplace or op is Tensor.__setitem__) and self._cannot_mark(op, args, kwargs):
+            others = [self._lost(arg, _WRITTEN) for arg in args[1:]]
+            named = {name: self._lost(arg, _WRITTEN) for name, arg in kwargs.items()}
+            return op(args[0], *others, **named), None
+        fused = is_fused(op) and not derived
+        rng_state, arguments = torch.get_rng_state(), computed_by((*args, *kwargs.values()))
+        for arg in args:
+            if isinstance(arg, Tensor) and hooks_of(arg) and arg.grad_fn is not None:
+                self.hooks.append(HOOK)
+        out = op(*args, **kwargs)
+        live = out.requires_grad if isinstance(out, Tensor) else any(t.requires_grad for t in tensors_of(out))
+        if not live or saved_tensors_hook() != self.hook:
+            return out, None
+        record, leaves = describe(op, args, kwargs, self.sources, derived)
+        if inplace and out is not args[0]:
+            return out, None
+        if (type(out) is not Tensor or out.layout is not _STRIDED or out.is_nested) and not is_markable(out):
+            self.hide(leaves[slot.index] for slot in record.slots)
+            return out, None
+        self.seen.update([id(slot.source) for slot in record.slots])
+        if fused:
+            return mark_fused(record, leaves, out, rng_state, arguments), record
+        batch_independent = derived or self._are_batch_independent(leaves)
+        # an op that has a rule draws none
+        drew = None in record.entries and not torch.equal(rng_state, torch.get_rng_state())
+        lost = "drew random numbers when it used it" if drew else ""
+        marked = mark_op(record, leaves, out, arguments, inplace, batch_independent, lost, self.hooks)
+        if not inplace:
+            self._note_aliases(record, leaves, out, marked, None if drew else (op, args, kwargs))
+        return marked, record
+
+    def _note_aliases(
+        self,
+        record: Record,
+        leaves: Sequence[Any],
+        out: Any,
+        marked: Any,
+        call: tuple[Any, Any, Any] | None,
+    ) -> None:
+        """Remember the outputs of an op that share memory with what they were made of, or are derived.
+
+        ``call`` is ``None`` for an op that drew random numbers: it must not draw again, and what it returns
+        views of is its own.
+        """
+        if type(out) is Tensor and not record.derived and not is_view(out):  # most: new memory, or as given
+            for leaf in leaves:
+                if leaf is out:
+                    self.aliases.add(marked, self.aliases.originals.get(id(out), out))
+            return
+        if call is not None and any(map(is_view, tensors_of(out))):
+            out = self.aliases.call(*call, out)
+        for original, mine in zip(tensors_of(out), tensors_of(marked), strict=True):
+            if original is not mine and (is_view(original) or any(original is leaf for leaf in leaves)):
+                self.aliases.add(mine, self.aliases.originals.get(id(original), original))
+            elif record.derived:
+                self.aliases.add(mine, mine)
+
+    def _cannot_mark(self, op: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+        """Does an op write into a view, behind which no node can be put, or could it not be called again?"""
+        if (
+            saved_tensors_hook() != self.hook
+            or not torch.is_grad_enabled()
+            or not isinstance(args[0], Tensor)
+        ):
+            return False
+        if op is Tensor.__setitem__ or is_view(args[0]):
+            return True
+        return None in describe(op, args, kwargs, self.sources, False)[0].entries
+
+    def _lost(self, arg: Any, cause: str) -> Any:
+        """An argument; if it is tracked, with a node that says that this use of it is not known."""
+        if id(arg) not in self.sources or not arg.requires_grad or not has_plain_layout(arg):
+            return arg
+        record, leaves = describe(torch.clone, (arg,), {}, self.sources, True)
+        return mark_op(record, leaves, arg, computed_by([arg]), False, True, cause)
+
+    def pause(self, frame: FrameType) -> None:
+        """Let the ops of an opaque call alone: what compiles it would trace the recording, too."""
+        self.opaque, self.active = frame, innermost_mode() is not self
+        if not self.active:
+            self.__exit__(None, None, None)
+
+    def resume(self) -> None:
+        """The opaque call is over."""
+        self.opaque = None
+        if not self.active:
+            self.active = True
+            self.__enter__()
+
+    def switch_off(self) -> None:
+        """End the recording."""
+        self.calls.clear()
+        _THREAD.recorder = self.outer
+        if self.outer is not None:
+            self.outer.active = True
+        self.frame, self.active = None, False  # an interrupted one may stay behind, below another mode
+        if innermost_mode() is self:
+            self.__exit__(None, None, None)
+
+
+def active_recorder() -> Recorder | None:
+    """The recorder that is switched on, unless an interrupt (Ctrl-C) skipped its switching off."""
+    recorder: Recorder | None = getattr(_THREAD, "recorder", None)
+    if recorder is None or _is_running(recorder.frame):
+        return recorder
+    recorder.switch_off()
+    return active_recorder()
+
+
+def _is_running(frame: FrameType | None) -> bool:
+    """Is a call still in progress in this thread?"""
+    # never the frame of this function itself: holding that would keep the callers' locals alive
+    caller: FrameType | None = sys._getframe(1)
+    while caller is not None and caller is not frame:
+        caller = caller.f_back
+    return caller is not None
+
+
+def _writes(args: Any, kwargs: Any) -> bool:
+    """Is a dropout asked to work in place?"""
+    return args[3] if len(args) > 3 else bool(kwargs) and kwargs.get("inplace", False)
+
+
+_WRITTEN = "wrote it into a part of another tensor"
+
+
+class Watcher:
+    """The hooks of one engine: what happens before and after each call of a registered module."""
+
+    def __init__(
+        self, held: Callable[..., tuple[list[Tensor], list[Tensor]]], strategies: Sequence[str]
+    ) -> None:
+        self.held, self.strategies = (
+            held,
+            strategies,
+        )  # trainable parameters and batch-independent tensors, at the time
+        self.outermost = threading.local()  # .frame, .rng_state: of a call that is marked as a whole
+
+    def before(self, module: nn.Module, frame: FrameType) -> None:
+        """Start recording, or remember the state that the call starts from."""
+        if not torch.is_grad_enabled() or (inside_transform() and not in_backward()):
+            return
+        if "ops" in self.strategies:
+            recorder = active_recorder()
+            outermost = recorder is None or (
+                recorder.opaque is None and recorder.hook != saved_tensors_hook()
+            )
+            if recorder is None or outermost:
+                if recorder is not None:
+                    recorder.active = False
+                recorder = _THREAD.recorder = Recorder(frame, recorder)
+            if id(self) not in recorder.watchers:
+                recorder.watchers.add(id(self))
+                recorder.add(*self.held())
+            elif is_unit(module):  # its parameters have just been gathered
+                recorder.add(*self.held(module))
+            recorder.enter(module)
+            if recorder.opaque is not None:
+                return
+            if _is_opaque(module):
+                recorder.pause(frame)
+            elif outermost:  # last: it would see all that is asked of the parameters above
+                recorder.__enter__()
+        elif (
+            "functional" in self.strategies
+            and saved_tensors_hook() is None
+            and getattr(self.outermost, "frame", None) is None
+        ):
+            self.outermost.frame, self.outermost.rng_state = frame, torch.get_rng_state()
+
+    def after(self, module: nn.Module, args: Any, kwargs: Any, out: Any, frame: FrameType) -> Any:
+        """Mark calls whose inside was not seen; stop recording with the call that started it."""
+        if "ops" not in self.strategies:
+            return self._after_unrecorded(module, args, kwargs, out, frame)
+        recorder = active_recorder()
+        if recorder is None or recorder.opaque not in (None, frame, frame.f_back):
+            return None
+        if recorder.hook != saved_tensors_hook():
+            return None
+        if is_elsewhere(recorder.level):
+            return None
+        ours = recorder.frame in (frame, frame.f_back)  # the latter where the forward raised
+        hidden = recorder.leave(module)
+        unseen = {
+            name: p
+            for name, p in _own_parameters(module)
+            if p is not None and id(p) in recorder.sources and id(p) not in recorder.seen
+        }
+        if unseen and not ours and recorder.opaque is None:  # one that is returned as it is may be seen later
+            returned = {id(t) for t in tensors_of(out)}
+            unseen = {name: p for name, p in unseen.items() if id(p) not in returned}
+        markable = bool(unseen or hidden) and out is not None and is_markable(out)
+        if hidden and markable:
+            found = {name: p for name, p in module.named_parameters() if id(p) in hidden}
+            unseen.update(found)
+            hidden = hidden.difference(map(id, found.values()))
+        if hidden and recorder.calls:
+            recorder.calls[-1][1].update(hidden)
+        if ours:
+            recorder.switch_off()
+        elif recorder.opaque is not None:
+            recorder.resume()
+        if not unseen or not markable or is_marked(module, out):  # another engine's hook was first
+            return None
+        return mark_call(module, args, kwargs, out, unseen)
+
+    def _after_unrecorded(self, module: nn.Module, args: Any, kwargs: Any, out: Any, frame: FrameType) -> Any:
+        if getattr(self.outermost, "frame", None) not in (frame, frame.f_back) or out is None:
+            return None
+        self.outermost.frame = None
+        if not is_markable(out):
+            return None
+        ids = {id(p) for p in self.held()[0]}
+        named = {name: p for name, p in module.named_parameters() if id(p) in ids}
+        return mark_call(module, args, kwargs, out, named, self.outermost.rng_state)
+
+
+def _is_opaque(module: nn.Module) -> bool:
+    """Is the inside of its calls out of sight: scripted or compiled?"""
+    return isinstance(module, torch.jit.ScriptModule) or is_compiled_wrapper(module) or is_compiled(module)
+
+
+def _own_parameters(module: nn.Module) -> Iterable[tuple[str, Tensor | None]]:
+    """The parameters that no call inside a call of the module answers for, by name."""
+    if _is_opaque(module):
+        return module.named_parameters()
+    own: list[tuple[str, Tensor | None]] = []
+    parameters, _, children = held_by(module)
+    for name, child in children.items():
+        if isinstance(child, torch.jit.ScriptModule):  # takes no hooks
+            own += [(f"{name}.{inner}", p) for inner, p in child.named_parameters()]
+    return [*parameters.items(), *own] if own else parameters.items()
+
+
+class BeforeHook:
+    """A forward pre-hook. It does not keep its engine alive, and copies of it do nothing."""
+
+    def __init__(self, target: Callable[[], Any] | None = None) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if is_compiling():  # first: the rest cannot be traced
+            return
+        target = self.target and self.target()
+        if target is not None:
+            target(module, sys._getframe(1))
+
+
+class AfterHook(BeforeHook):
+    """A forward hook, likewise; called without ``kwargs`` and output if the forward raised."""
+
+    def __call__(self, module: nn.Module, args: Any, *rest: Any) -> Any:
+        if is_compiling():
+            return None
+        target = self.target and self.target()
+        if target is None:
+            return None
+        kwargs = rest[0] if len(rest) == 2 else {}
+        return target(module, args, kwargs, rest[-1], sys._getframe(1))

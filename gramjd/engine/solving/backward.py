@@ -1,0 +1,205 @@
+"""The backward passes of one ``compute_gramian``: cotangents at every node, gradients, rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramjd import gramians
+from gramjd.engine.analysis.regions import Stream
+from gramjd.engine.recording.nodes import taps_of
+from gramjd.errors import NoGraphError
+from gramjd.internals import (
+    batched_gradients_level,
+    losses_of_stack,
+    outside_batched_gradients,
+    without_batch,
+    without_hooks,
+)
+from gramjd.rounding import tolerance
+
+FEW = 16  # rows, up to which a backward pass for each is no slower than several cotangents at once
+
+Sink = Callable[[Any, Sequence[Tensor | None]], Sequence[Tensor | None]]
+
+
+def into_taps(node: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """The sink that leaves the cotangents to autograd, which returns them as gradients of the taps."""
+    return grads
+
+
+@contextmanager
+def tapped(nodes: Sequence[Any], sink: Sink = into_taps) -> Iterator[list[list[Tensor]]]:
+    """The taps of the nodes; their cotangents go to ``sink`` for as long as the context lasts."""
+    for node in nodes:
+        node.sink = sink
+    try:
+        yield [taps_of(node) for node in nodes]
+    finally:
+        for node in nodes:
+            node.sink = None
+
+
+def basis(output: Tensor, batch_dim: int | None) -> Tensor:
+    """Cotangents of the objectives summed over samples, ``[K, *output.shape]``."""
+    K, B = gramians.rows_first(output, batch_dim).shape
+    eye = torch.eye(K, device=output.device).to(output.dtype)[:, None].expand(K, B, K)
+    return gramians.from_rows(eye, output.shape, batch_dim).movedim(-1, 0)
+
+
+def gradients(output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -> list[Tensor | None]:
+    """Gradients of each input for each of the cotangents ``[K, *output.shape]``, ``[K, ...]``.
+
+    Raises:
+        NoGraphError: the graph was freed by an earlier backward pass.
+    """
+    found = _at_once(output, inputs, cotangents)
+    if found is not None:
+        return found
+    return _one_by_one(output, inputs, cotangents)
+
+
+def _one_by_one(output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -> list[Tensor | None]:
+    """The gradients where some op has no batching rule for its backward."""
+    rows = [_grad(output, inputs, cotangent) for cotangent in cotangents]
+    return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
+
+
+def _at_once(output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -> list[Tensor | None] | None:
+    """The gradients by one backward pass; None where some op cannot take several cotangents."""
+    if len(cotangents) == 1:
+        return [g if g is None else g.unsqueeze(0) for g in _grad(output, inputs, cotangents[0])]
+    try:
+        return list(_grad(output, inputs, cotangents, batched=True))
+    except NoGraphError:
+        raise
+    except RuntimeError:
+        return None
+
+
+def _grad(output: Any, inputs: Sequence[Tensor], cotangent: Tensor, batched: bool = False
+          ) -> Sequence[Tensor | None]:  # fmt: skip
+    if not inputs:
+        return []
+    try:
+        with without_hooks(inputs):  # those of parameters are for what is added to .grad
+            return torch.autograd.grad(
+                output, inputs, cotangent, retain_graph=True, allow_unused=True, is_grads_batched=batched
+            )
+    except RuntimeError as error:
+        if "backward through the graph a second time" in str(error):
+            raise NoGraphError(
+                "The graph of the output has been freed by an earlier backward pass. Call "
+                "compute_gramian before backward, or keep the graph with backward(retain_graph=True)."
+            ) from error
+        raise
+
+
+def stream(
+    output: Tensor, nodes: Sequence[Any], cotangents: Tensor, sink: Stream, batched: bool = True
+) -> None:
+    """One backward pass, the cotangents ``[K, *y]`` of whose nodes go to ``sink`` as they are reached.
+
+    One after the other, as many as there are objectives, unless they may be ``batched``.
+
+    Raises:
+        NoGraphError: the graph was freed by an earlier backward pass.
+    """
+    K, level = len(cotangents), batched_gradients_level()
+
+    def receive(node: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        with outside_batched_gradients():
+            sink.receive(
+                node,
+                [g if g is None else without_batch(g, level, K) if K > 1 else g.unsqueeze(0) for g in grads],
+            )
+        return (None,) * len(grads)
+
+    with tapped(nodes, receive) as taps:
+        whole = (batched or K == 1) and _at_once(
+            output, [tap for mine in taps for tap in mine], cotangents
+        ) is not None
+    left = sink.missing()
+    if whole:  # no cotangents come where the output does not depend on a node's outputs
+        for node in left:
+            sink.receive(node, [None] * len(taps_of(node)))
+        return
+    with tapped(left) as taps:
+        flat = _one_by_one(output, [tap for mine in taps for tap in mine], cotangents)
+    for node, found in zip(left, grouped(flat, [len(mine) for mine in taps]), strict=True):
+        sink.receive(node, found)
+
+
+def grouped(flat: Sequence[Tensor | None], counts: Sequence[int]) -> list[list[Tensor | None]]:
+    """A list for each node from one list for all."""
+    rest = iter(flat)
+    return [[next(rest) for _ in range(count)] for count in counts]
+
+
+def row_gradients(output: Tensor, inputs: Sequence[Tensor], batch_dim: int | None) -> list[Tensor | None]:
+    """Rows ``[K, B, *p.shape]`` of each parameter, one objective of one sample at a time."""
+    eye = torch.eye(output.numel(), device=output.device).to(output.dtype)
+    cotangents = eye.view(-1, *output.shape)
+    rows = gradients(output, inputs, cotangents) if len(cotangents) > FEW else None
+    if rows is None or not _add_up(output, inputs, cotangents, rows):
+        rows = _one_by_one(output, inputs, cotangents)
+    shaped = (row if row is None else row.view(*output.shape, *row.shape[1:]) for row in rows)
+    return [row if row is None else _rows_first(row, output.ndim, batch_dim) for row in shaped]
+
+
+def loss_gradients(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+    """Rows ``[K, 1, *p.shape]`` of each parameter, by an ordinary backward pass for each entry of the output.
+
+    Where the output is a stack of losses, each pass is through the graph of its own loss alone.
+    """
+    rows: list[Tensor | None] = [None] * len(inputs)
+    for k, (start, cotangent) in enumerate(_losses(output)):
+        found = [None] * len(inputs) if start is None else _grad(start, inputs, cotangent)
+        for n, (p, g) in enumerate(zip(inputs, found, strict=True)):
+            if g is None:
+                continue
+            row = rows[n]
+            if row is None:
+                row = rows[n] = p.new_zeros(output.numel(), 1, *p.shape)
+            row[k, 0] = g.to_dense() if g.is_sparse else g
+    return rows
+
+
+def _losses(output: Tensor) -> Iterator[tuple[Any, Tensor]]:
+    """Where the backward pass of each entry begins, ``None`` for a constant, and with which cotangent."""
+    edges = losses_of_stack(output)
+    if edges is None:
+        for cotangent in torch.eye(output.numel(), device=output.device).to(output.dtype):
+            yield output, cotangent.view(output.shape)
+    else:
+        for edge in edges:
+            yield edge, output.new_ones(())
+
+
+def _add_up(
+    output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor, rows: Sequence[Tensor | None]
+) -> bool:
+    """Is a random sum of rows what an ordinary backward pass gives? Not all batching rules are right."""
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(len(cotangents), generator=generator, dtype=torch.float64).to(cotangents)
+    wanted = _grad(output, inputs, torch.tensordot(v, cotangents, 1))
+    pairs = [
+        (row, want) for row, want in zip(rows, wanted, strict=True) if row is not None and want is not None
+    ]
+    return all(
+        float((torch.tensordot(v.to(row), row, 1) - want).norm())
+        <= tolerance(want.dtype) * float(want.norm())
+        for row, want in pairs
+    )
+
+
+def _rows_first(row: Tensor, ndim: int, batch_dim: int | None) -> Tensor:
+    """``[*output.shape, *p.shape]`` → ``[K, B, *p.shape]``."""
+    if batch_dim is None:
+        return row.reshape(-1, 1, *row.shape[ndim:])
+    row = row.movedim(batch_dim, ndim - 1)
+    return row.reshape(-1, *row.shape[ndim - 1 :])

@@ -1,0 +1,1 @@
+"""Functions to functions: how a pure function of one sample is captured under ``vmap``."""

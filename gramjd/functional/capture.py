@@ -1,0 +1,109 @@
+"""Capture of a pure per-sample function: every use of a parameter, with its cotangents.
+
+The function runs under ``vmap``, so that inside it there is no batch dimension to guess. Cotangents come
+from edges of autograd's graph (:mod:`gramjd.functional.edges`), or, where ``torch.compile`` traces, which
+knows no edges, from perturbations (:mod:`gramjd.functional.perturbations`).
+
+All of it is plain tensor code that composes with the transforms of ``torch.func``: nothing here
+detaches from levels outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramjd import pytree
+from gramjd.blocks import Block, Dense
+from gramjd.functional.edges import tapped
+from gramjd.functional.per_sample_mode import Function, Trace
+from gramjd.functional.perturbations import perturbed
+from gramjd.internals import differentiates, is_compiling
+from gramjd.uses.accumulation import blocks_of
+from gramjd.uses.use import Use
+
+
+@dataclass(frozen=True)
+class Captured:
+    """Values ``[B, *S]`` of each output, auxiliary values, and blocks ``(k, b)`` of each parameter.
+
+    The blocks follow from the uses of ``parameters``, which are aliases of those that were given.
+    """
+
+    outputs: list[Tensor]
+    aux: list[Tensor]
+    blocks: list[list[Block]]
+    parameters: list[Tensor]
+    uses: list[Use]
+
+
+def capture(
+    function: Function,
+    parameters: Sequence[Tensor],
+    batched: Sequence[Tensor],
+    cotangents: Sequence[Tensor] | None = None,
+    *,
+    batch_independent: Sequence[Tensor] = (),
+    randomness: str = "error",
+    chunk_size: int | None = None,
+    shared: bool = False,
+) -> Captured:
+    """Run ``function`` and return its outputs with the blocks of every parameter.
+
+    Args:
+        function: per sample, ``(parameters, batched) -> (outputs, aux)``, lists of tensors all four.
+        parameters: what to differentiate with respect to; shared by all samples.
+        batched: ``[B, ...]`` each.
+        cotangents: of each output, ``[K, B, *S]``; by default every entry of every output is an
+            objective of its own, in order.
+        batch_independent: tensors that the function closes over and that are the same for all samples.
+        randomness, chunk_size: as in ``torch.func.vmap``.
+        shared: no batch: ``batched`` are passed on as they are, and ``B = 1``.
+
+    Raises:
+        RuntimeError: in inference mode, where this version of torch does not differentiate.
+    """
+    if not differentiates():
+        raise RuntimeError(
+            f"torch {torch.__version__} gives gradients of zero in inference mode: use torch.no_grad()."
+        )
+    # An alias apiece: tied entries stay apart, as torch.func.grad keeps them apart.
+    raw = [p.view_as(p) for p in parameters]
+    trace = Trace()
+    run = perturbed if is_compiling() else tapped
+
+    def per_sample(batch: Sequence[Tensor], given: Sequence[Tensor]) -> Any:
+        nonlocal trace
+        found = run(function, raw, batch, given, shared, batch_independent)
+        trace = found.trace
+        return found.cs, found.saved, found.outputs, found.aux
+
+    given = [c[:, 0] if shared else c.transpose(0, 1) for c in cotangents or ()]
+    if shared:
+        found = pytree.map(lambda t: t.unsqueeze(0), per_sample(batched, given))
+    else:
+        found = torch.vmap(per_sample, randomness=randomness, chunk_size=chunk_size)(batched, given)
+    cs, saved, values, aux = found
+    uses, rows = _uses(trace, iter(c.transpose(0, 1) for c in cs), saved, len(raw))
+    blocks = blocks_of(uses, raw)
+    for mine, row in zip(blocks, rows, strict=True):
+        if row is not None:
+            mine.append(Dense(row, origin="autograd (no rule covers an op that used it)"))
+    return Captured(values, aux, blocks, raw, uses)
+
+
+def _uses(trace: Trace, cs: Iterator[Tensor], saved: Sequence[Sequence[Tensor]], parameters: int
+          ) -> tuple[list[Use], list[Tensor | None]]:  # fmt: skip
+    """The uses that the outputs depend on, and rows of what reached a parameter past all of them."""
+    reached = iter(trace.reached)
+    uses = []
+    for n, record in enumerate(trace.records):
+        if record.derived:
+            uses.append(Use.of(record, trace.constants[n], [None] * trace.outputs[n], trace.tracked[n]))
+        elif next(reached):
+            uses.append(Use.of(record, saved[n], [next(cs)], trace.tracked[n]))
+    return uses, [next(cs) if is_reached else None for is_reached in reached]

@@ -1,0 +1,101 @@
+"""Capture by edges of autograd's graph: the function runs once, at a level of differentiation of our own.
+
+- An op with a rule receives the bare parameter, and autograd's edge behind its output is remembered
+  (a *tap*). One backward pass to all taps at once gives the cotangents of all uses; since the op did
+  not see a parameter that requires gradients, no weight gradient is computed on the way.
+- Any other op receives the parameter as a tensor that requires gradients. Whatever depends on it
+  through ops that have no rule, that no mode shows us, or that run at a level of the function's own
+  (a ``grad`` or ``vmap`` inside it), reaches the parameter itself in the same backward pass: these
+  rows are ``Dense``. So every dependency is accounted for, known or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramjd.functional.per_sample_mode import Function, Run, Trace, Watch, basis
+from gramjd.internals import (
+    belongs_to,
+    below_transform,
+    depends_on_innermost_transform,
+    differentiated_outside,
+    tap,
+)
+
+
+class _Tap(Watch):
+    """Remembers autograd's edge behind every use."""
+
+    def __init__(self, wrapped: Sequence[Tensor], raw: Sequence[Tensor], zero: Tensor, shared: bool,
+                 batch_independent: Sequence[Tensor]) -> None:  # fmt: skip
+        super().__init__(wrapped, raw, shared, batch_independent)
+        self.zero = zero  # requires gradients
+        self.taps: list[Any] = []
+
+    def mark(self, out: Tensor) -> Tensor:
+        if not depends_on_innermost_transform(out):
+            out = out + self.zero.to(out.dtype)
+        found, out = tap(out)
+        self.taps.append(found)
+        return out
+
+    def bare_outputs(self, op: Any, args: Any, kwargs: dict[str, Any], outs: Sequence[Tensor]
+                     ) -> list[Tensor] | None:  # fmt: skip
+        below = [below_transform(t, self.level) for t in outs]
+        if not any(depends_on_innermost_transform(t) for t in outs):
+            return None  # a shape, a comparison, or detached
+        if any(belongs_to(t, self.level - 1) for t in below):
+            return None  # batched all the same
+        return below
+
+
+def tapped(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor], given: Sequence[Tensor],
+           shared: bool, batch_independent: Sequence[Tensor]) -> Run:  # fmt: skip
+    """Run a function of one sample; ``given`` are cotangents of its outputs (empty: all entries)."""
+    trace = Trace()
+
+    def run(wrapped: Sequence[Tensor], zero: Tensor) -> Any:
+        nonlocal trace
+        tracker = _Tap(wrapped, raw, zero, shared, batch_independent)
+        with tracker:
+            outputs, aux = function(wrapped, batch)
+        trace = tracker.trace
+        cs = list(_pull(outputs, [*tracker.taps, *wrapped], list(given) or basis(outputs), trace))
+        tracker.check_versions()
+        return torch.zeros(()), (cs, tracker.saved, list(outputs), list(aux))
+
+    found = torch.func.vjp(run, raw, torch.zeros(()), has_aux=True)[2]  # type: ignore[misc]
+    return Run(trace, *found)
+
+
+def _pull(outputs: Sequence[Tensor], inputs: Sequence[Any], cotangents: Sequence[Tensor], trace: Trace
+          ) -> Sequence[Tensor]:  # fmt: skip
+    """Cotangents ``[K, ...]`` of those inputs that the outputs depend on; ``trace`` learns which."""
+    live = [n for n, out in enumerate(outputs) if depends_on_innermost_transform(out)]
+    if not live:
+        trace.reached = [False] * len(inputs)
+        return []
+    ends = [outputs[n] for n in live]
+
+    graph = any(differentiated_outside(out) for out in ends)
+
+    def grad(*cs: Tensor, keep: bool = False) -> list[Tensor]:
+        """One pass; what the graph saved is freed on the way, unless there is to be another."""
+        found = torch.autograd.grad(
+            ends, inputs, cs, retain_graph=keep or graph, create_graph=graph, allow_unused=True
+        )
+        trace.reached = [g is not None for g in found]
+        return [g for g in found if g is not None]
+
+    each = [cotangents[n] for n in live]
+    K = len(each[0])
+    if K == 1:
+        return [g.unsqueeze(0) for g in grad(*(c[0] for c in each))]
+    if not trace.one_level:
+        return list(torch.vmap(grad)(*each))
+    rows = [grad(*(c[k] for c in each), keep=k < K - 1) for k in range(K)]
+    return [torch.stack(column) for column in zip(*rows, strict=True)]

@@ -1,0 +1,179 @@
+"""Watching the ops of a pure per-sample function: which use a parameter, and which tensors are derived.
+
+Inside, every parameter exists twice: *wrapped*, as a tensor that requires gradients at a level of
+differentiation of our own, and bare, as levels outside of it see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gramjd import pytree
+from gramjd.internals import (
+    below_transform,
+    innermost_level,
+    unfused_attention,
+    version_of,
+    vmaps_in_progress,
+)
+from gramjd.rules import decomposition_of, tensors_of
+from gramjd.rules.registry import op_name
+from gramjd.uses.tracker import Tracker, is_inplace
+from gramjd.uses.use import Record, describe
+
+Function = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Sequence[Tensor]]]
+
+# Their derivatives are wrong, or fail, under two levels of vmap: torch's own defects.
+_ONE_LEVEL = {"cdist", "pdist", "prelu", "rrelu"}
+
+
+@dataclass
+class Trace:
+    """What one run of the function leaves behind besides values of single samples."""
+
+    records: list[Record] = field(default_factory=list)
+    tracked: list[list[Tensor]] = field(default_factory=list)  # tensors of the slots of each record
+    constants: list[list[Tensor]] = field(default_factory=list)  # values saved by derived records
+    outputs: list[int] = field(default_factory=list)  # how many each record has
+    reached: list[bool] = field(default_factory=list)  # does the output depend on each tap, parameter?
+    one_level: bool = False  # is there an op that tolerates one level of vmap alone?
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run of the function for one sample gives."""
+
+    trace: Trace
+    cs: list[Tensor]  # [K, ...], of the uses and parameters that were reached
+    saved: list[list[Tensor]]  # arguments of each use that its rule needs
+    outputs: list[Tensor]
+    aux: list[Tensor]
+
+
+class Watch(Tracker):
+    """Runs ops with rules on bare parameters and marks their outputs; all others go their way, wrapped."""
+
+    def __init__(self, wrapped: Sequence[Tensor], raw: Sequence[Tensor], shared: bool,
+                 batch_independent: Sequence[Tensor]) -> None:  # fmt: skip
+        super().__init__(wrapped, batch_independent)
+        self.below: dict[int, Tensor] = {}  # bare tensors, by the id of the wrapped one
+        for parameter, tensor in zip(wrapped, raw, strict=True):
+            self.sources[id(parameter)] = tensor
+            self.below[id(parameter)] = tensor
+        self.shared = shared  # no batch: every tensor is "the sample", nothing is derived
+        self.level = innermost_level()
+        self.trace = Trace()
+        self.saved: list[list[Tensor]] = []
+        self.versions: list[list[tuple[Tensor, int]]] = []  # what each record saves, as it was then
+
+    def mark(self, out: Tensor) -> Tensor:
+        """Make the output of a use something that cotangents can be had of."""
+        raise NotImplementedError
+
+    def bare_outputs(self, op: Any, args: Any, kwargs: dict[str, Any], outs: Sequence[Tensor]
+                     ) -> list[Tensor] | None:  # fmt: skip
+        """What an op returned for tracked and batch-independent arguments, bare; ``None``: untracked."""
+        raise NotImplementedError
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _ONE_LEVEL:
+            self._refuse_nesting(func.__name__)
+        if func is F.scaled_dot_product_attention and args and args[0].device.type == "cpu":
+            with unfused_attention():  # the fused kernel has no batching rule there
+                return super().__torch_function__(func, types, args, kwargs)
+        decomposition = decomposition_of(func)
+        if decomposition is None:
+            return super().__torch_function__(func, types, args, kwargs)
+        with self:
+            return decomposition(*args, **(kwargs or {}))
+
+    def record(self, op: Any, args: Any, kwargs: dict[str, Any], derived: bool) -> tuple[Any, Record | None]:
+        if innermost_level() != self.level:  # inside a transform of the function's own
+            return op(*args, **kwargs), None
+        if is_inplace(op):
+            if id(args[0]) in self.sources:
+                raise NotImplementedError(_INPLACE.format(op=getattr(op, "__name__", op)))
+            return op(*args, **kwargs), None
+        record, leaves = describe(op, args, kwargs, self.sources, derived and not self.shared)
+        if record.derived:
+            return self._derive(op, args, kwargs, record, leaves)
+        out = None
+        if None not in record.entries and torch.is_grad_enabled():
+            out = op(*self.bare(args), **self.bare(kwargs))
+        if not isinstance(out, Tensor):
+            return op(*args, **kwargs), None
+        self._keep(record, leaves, [self.held(leaves[i]) for i in record.saved], [], 1)
+        return self.mark(out), record
+
+    def _derive(self, op: Any, args: Any, kwargs: dict[str, Any], record: Record, leaves: Sequence[Any]
+                ) -> tuple[Any, Record | None]:  # fmt: skip
+        """Call an op on tracked and batch-independent tensors alone: what it returns is tracked in turn."""
+        out = op(*args, **kwargs)
+        outs = tensors_of(out)
+        below = self.bare_outputs(op, args, kwargs, outs)
+        if below is None:
+            return out, None
+        self.below.update((id(t), value) for t, value in zip(outs, below, strict=True))
+        constants = [below_transform(self.held(leaves[i]), self.level) for i in record.saved]
+        self._keep(record, leaves, [], constants, len(outs))
+        return out, record
+
+    def held(self, leaf: Tensor) -> Tensor:
+        """A tensor whose values a rule will read when the function has ended."""
+        return leaf
+
+    def check_versions(self) -> None:
+        """Raise, as autograd would, if the function wrote into what the rules of its uses are to read."""
+        reached = iter(self.trace.reached)
+        for record, saved in zip(self.trace.records, self.versions, strict=True):
+            if (record.derived or next(reached)) and any(version_of(t) != first for t, first in saved):
+                raise RuntimeError(_WRITTEN.format(op=op_name(record.call.op)))
+
+    def _keep(self, record: Record, leaves: Sequence[Any], saved: list[Tensor], constants: list[Tensor],
+              outputs: int) -> None:  # fmt: skip
+        self.trace.records.append(record)
+        self.trace.tracked.append([self.below[id(leaves[slot.index])] for slot in record.slots])
+        self.trace.constants.append(constants)
+        self.trace.outputs.append(outputs)
+        self.saved.append(saved)
+        self.versions.append([(leaves[i], version_of(leaves[i])) for i in record.saved])
+
+    def _refuse_nesting(self, op: str) -> None:
+        """Raise if torch would differentiate the op wrongly here; note that one more level would be."""
+        self.trace.one_level = True
+        if vmaps_in_progress() > 1:
+            raise NotImplementedError(
+                f"torch's own derivative of {op} is wrong, or fails, under nested vmap. Call the "
+                "transform in a loop instead of inside torch.vmap."
+            )
+
+    def bare(self, tree: Any) -> Any:
+        """Arguments with tracked tensors as levels outside see them, which need no gradients here."""
+        return pytree.map(lambda leaf: self.below.get(id(leaf), leaf), tree)
+
+
+_WRITTEN = (
+    "A tensor that {op} received with a parameter, and that its gradient needs, was modified by an inplace "
+    "operation afterwards. Use the out-of-place form, or write into a clone."
+)
+_INPLACE = (
+    "The function writes into a parameter, or into a tensor made of parameters alone, in place ({op}), "
+    "which cannot be followed under a transform. Use the out-of-place form (w = w * s) instead."
+)
+
+
+def basis(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Cotangents that pick one entry of one output after the other, ``[K, *S]`` each."""
+    sizes = [out.numel() for out in outputs]
+    parts = []
+    for n, out in enumerate(outputs):
+        eye = torch.eye(sum(sizes), device=out.device).to(out.dtype)
+        start = sum(sizes[:n])
+        parts.append(eye[:, start : start + sizes[n]].reshape(-1, *out.shape))
+    return parts

@@ -1,0 +1,272 @@
+"""Function transforms in the style of ``torch.func``: a function in, a function out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from gramjd import pytree
+from gramjd.functional.arguments import Arguments, InDims
+from gramjd.functional.capture import Captured, capture
+from gramjd.functional.per_sample_mode import Function
+from gramjd.functional.refusals import explained
+from gramjd.internals import is_compiling
+from gramjd.jacobian import Jacobian, Output
+from gramjd.jacobian.projection import Projection
+from gramjd.pytree import PyTree
+from gramjd.verification import Call, Generators, Verifier
+
+Argnums = int | tuple[int, ...]
+
+
+def jacobian(
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    in_dims: InDims = 0,
+    *,
+    has_aux: bool = False,
+    randomness: str = "error",
+    chunk_size: int | None = None,
+    check: str = "first",
+    audit: int | None = 256,
+) -> Callable[..., Any]:
+    """Transform a per-sample function into one that returns its lazy Jacobian over a batch.
+
+    ``func`` runs once, but for checks. All outputs, values and derivatives can be differentiated and mapped
+    further by the transforms of ``torch.func``. ``torch.compile(fullgraph=True)`` makes one graph of it all,
+    as of torch 2.13.
+
+    The function that is returned remembers what it has checked: make it once, outside of the loop.
+
+    Args:
+        func: a pure function of one sample, ``func(params, *sample) -> output``; the arguments to
+            differentiate with respect to are any PyTrees of real or complex tensors, the output any PyTree
+            of real tensors.
+        argnums: position of the argument to differentiate with respect to, or a tuple of several,
+            whose Jacobian is then with respect to the tuple. All samples share them.
+        in_dims: which dimension of each argument is the batch, as in ``torch.func.vmap``: one entry
+            for each positional argument (an ``int`` or a PyTree of them that is a prefix of it), ``None``
+            for what all samples share, such as those that ``argnums`` names. An ``int`` means all
+            arguments but these. ``None`` alone: there is no batch, and the function is called as it is.
+            Keyword arguments are batched along dimension 0 wherever there is a batch.
+        has_aux: ``func`` returns ``(output, aux)``; the result is then ``(jacobian, aux)``. Tensors
+            in ``aux`` come back as a batch; what else there is, as in the function's last call.
+        randomness, chunk_size: as in ``torch.func.vmap``.
+        check: whether results are proved equal to ``torch.func``'s gradient with random weights, by one more
+            forward and backward pass: ``"first"``, the first of each structure (kinds of arguments, and ops
+            that received parameters), and at growing distances, see ``audit``; ``"always"``; ``"never"``.
+            Inside other transforms, and where something traces the call, it is left out.
+        audit: under ``"first"``, results of a structure are proved again at its second, fourth, eighth …
+            call, at last after every so many; ``None``: never again.
+
+    Returns:
+        A function of ``func``'s arguments, batched as ``in_dims`` says, that returns a
+        :class:`~gramjd.Jacobian`. An output of shape ``S`` per sample counts as an output ``[B, *S]``
+        there.
+
+    Raises:
+        TypeError: parameters or outputs hold something other than tensors of numbers, or a tensor subclass.
+        ValueError: batch sizes differ, no argument is batched, or a differentiated one is; ``argnums``
+            or ``in_dims`` do not fit the arguments; there is no output, or one without entries; ``check``
+            or ``audit`` is none of the above.
+        NotImplementedError: the function writes into a parameter in place, or does what no transform of
+            torch takes (``.item()``, checkpoints).
+        CheckFailedError: the result is not what ``torch.func`` says, or was not since an earlier call.
+
+    Examples:
+        >>> J = gramjd.jacobian(per_sample_loss)(params, inputs, targets)
+        >>> weights = gramjd.weighting.upgrad(J.gramian())
+        >>> gradient = J.vjp(weights)
+    """
+    lazy = jacobian_and_value(
+        func, argnums, in_dims, has_aux=has_aux, randomness=randomness, chunk_size=chunk_size, check=check,
+        audit=audit,
+    )  # fmt: skip
+
+    def transformed(*args: Any, **kwargs: Any) -> Any:
+        found, value = lazy(*args, **kwargs)
+        return (found, value[1]) if has_aux else found
+
+    return transformed
+
+
+def jacobian_and_value(
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    in_dims: InDims = 0,
+    *,
+    has_aux: bool = False,
+    randomness: str = "error",
+    chunk_size: int | None = None,
+    check: str = "first",
+    audit: int | None = 256,
+) -> Callable[..., tuple[Jacobian, Any]]:
+    """Like :func:`jacobian`, and return the function's values, too, from the same single run.
+
+    Returns:
+        A function that returns ``(jacobian, value)``, or ``(jacobian, (value, aux))`` if ``has_aux``;
+        values are ``[B, *S]``.
+    """
+    numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    verifier = Verifier(check, audit)
+    shared = in_dims is None
+
+    def transformed(*args: Any, **kwargs: Any) -> tuple[Jacobian, Any]:
+        given = Arguments.of(args, kwargs, numbers, in_dims, single=isinstance(argnums, int))
+
+        def captured(run: Function, given: Arguments) -> Captured:
+            return capture(
+                run,
+                given.parameters,
+                given.batch,
+                batch_independent=given.batch_independent,
+                randomness=randomness,
+                chunk_size=chunk_size,
+                shared=shared,
+            )
+
+        def run_of(given: Arguments) -> Function:
+            return _Run(func, given, has_aux)
+
+        run = _Run(func, given, has_aux)
+        if is_compiling():
+            found = captured(run, given)
+        elif not verifier.applies(given):
+            with explained():
+                found = captured(run, given)
+        else:
+            generators = Generators(shared or randomness != "error", given.parameters)
+            with explained():
+                found = captured(run, given)
+            call = Call(given, run_of, captured, generators, randomness, chunk_size, shared)
+            verifier.verify(call, found)
+        outputs = _outputs(found.outputs, batched=in_dims is not None)
+        samples = len(found.outputs[0])
+        lazy = Jacobian.of(
+            found.blocks, given.parameters, given.parameters_spec, outputs, run.output_spec, samples
+        )
+        values, aux = found.outputs, found.aux
+        if in_dims is None:
+            values, aux = [x.squeeze(0) for x in values], [x.squeeze(0) for x in aux]
+        value = pytree.unflatten(run.output_spec, values)
+        return lazy, ((value, run.with_tensors(aux)) if has_aux else value)
+
+    return transformed
+
+
+def gramian(
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    in_dims: InDims = 0,
+    *,
+    has_aux: bool = False,
+    randomness: str = "error",
+    chunk_size: int | None = None,
+    check: str = "first",
+    audit: int | None = 256,
+    sketch: int | Projection | None = None,
+) -> Callable[..., Any]:
+    """Transform a per-sample function into one that returns the Gramian of its Jacobian.
+
+    The arguments are those of :func:`jacobian`, and one more:
+
+    Args:
+        sketch: for batches in the thousands, ``S Sᵀ`` of a sketch of the rows in place of ``J Jᵀ``, detached:
+            its columns, or a :class:`~gramjd.Projection`; see :meth:`gramjd.Jacobian.gramian`.
+
+    Returns:
+        A function that returns ``G = J Jᵀ`` of shape ``[B, *S, *reversed(S), B]`` for a per-sample
+        output of shape ``S``; for a PyTree of outputs, a PyTree of PyTrees as of
+        ``torch.func.hessian``; ``(G, aux)`` if ``has_aux``.
+    """
+    lazy = jacobian(
+        func, argnums, in_dims, has_aux=has_aux, randomness=randomness, chunk_size=chunk_size, check=check,
+        audit=audit,
+    )  # fmt: skip
+
+    def transformed(*args: Any, **kwargs: Any) -> Any:
+        found = lazy(*args, **kwargs)
+        if has_aux:
+            return found[0].gramian(sketch=sketch), found[1]
+        return found.gramian(sketch=sketch)
+
+    return transformed
+
+
+def gramian_and_value(
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    in_dims: InDims = 0,
+    *,
+    has_aux: bool = False,
+    randomness: str = "error",
+    chunk_size: int | None = None,
+    check: str = "first",
+    audit: int | None = 256,
+    sketch: int | Projection | None = None,
+) -> Callable[..., tuple[PyTree, Any]]:
+    """Like :func:`gramian`, and return the function's values, too, from the same single run.
+
+    Returns:
+        A function that returns ``(G, value)``, or ``(G, (value, aux))`` if ``has_aux``.
+    """
+    lazy = jacobian_and_value(
+        func, argnums, in_dims, has_aux=has_aux, randomness=randomness, chunk_size=chunk_size, check=check,
+        audit=audit,
+    )  # fmt: skip
+
+    def transformed(*args: Any, **kwargs: Any) -> tuple[PyTree, Any]:
+        found, value = lazy(*args, **kwargs)
+        return found.gramian(sketch=sketch), value
+
+    return transformed
+
+
+class _Run:
+    """The function on lists of tensors; remembers the structure of what it returned."""
+
+    def __init__(self, func: Callable[..., Any], given: Arguments, has_aux: bool) -> None:
+        self.func, self.given, self.has_aux = func, given, has_aux
+        self.output_spec: Any = None
+        self._aux: tuple[list[Any], Any] = ([], None)
+
+    def __call__(self, parameters: Sequence[Tensor], batch: Sequence[Tensor]
+                 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+        args, kwargs = self.given.of_sample(parameters, batch)
+        found, aux = self.func(*args, **kwargs), None
+        if self.has_aux:
+            if not (isinstance(found, tuple) and len(found) == 2):
+                raise TypeError("With has_aux=True, the function must return a tuple (output, aux).")
+            found, aux = found
+        outputs, self.output_spec = pytree.tensor_leaves(found, "The function's output")
+        if not outputs:
+            raise ValueError("The function returned no tensor, so there is no Jacobian.")
+        for out in outputs:
+            if out.numel() == 0:
+                raise ValueError(f"The function returned a tensor without entries, {list(out.shape)}.")
+            if not out.is_floating_point():
+                raise TypeError(
+                    f"The function's output must hold real floating-point tensors, not {out.dtype}. "
+                    "Return others through has_aux=True, complex ones as real ones (torch.view_as_real)."
+                )
+        leaves, spec = pytree.flatten(aux)
+        self._aux = [pytree.PLACEHOLDER if isinstance(x, Tensor) else x for x in leaves], spec
+        return outputs, [x for x in leaves if isinstance(x, Tensor)]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> PyTree:
+        """The auxiliary output with these tensors in it."""
+        leaves, spec = self._aux
+        rest = iter(tensors)
+        return pytree.unflatten(spec, [next(rest) if x is pytree.PLACEHOLDER else x for x in leaves])
+
+
+def _outputs(values: Sequence[Tensor], batched: bool) -> list[Output]:
+    """The rows of each output: ``values`` are ``[B, *S]``, or ``[1, *S]`` if batch-independent."""
+    outputs: list[Output] = []
+    for value in values:
+        start = outputs[-1].stop if outputs else 0
+        shape = tuple(value.shape) if batched else tuple(value.shape[1:])
+        outputs.append(Output(start, shape, 0 if batched else None))
+    return outputs

@@ -1,0 +1,1 @@
+"""Neural tangent kernels, of arrays and of datasets."""

@@ -1,0 +1,1 @@
+"""Which ops receive a parameter, and the blocks that follow from each such use."""

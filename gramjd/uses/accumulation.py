@@ -1,0 +1,155 @@
+"""From uses to the blocks of each parameter, through the tensors that were derived from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gramjd import pytree
+from gramjd.blocks import Block, spread
+from gramjd.rounding import tolerance
+from gramjd.rules.structure import EXPANDS, LINEAR, At, pull_back
+from gramjd.uses.use import Derived, Source, Use
+
+Found = dict[int, list[Block]]  # by id of the parameter
+Pending = dict[int, list[list[Block]]]  # by id of a derived tensor's record, for each of its outputs
+
+
+def blocks_of(
+    uses: Sequence[Use],
+    parameters: Sequence[Tensor],
+    failed: Callable[[Source, Exception], None] | None = None,
+) -> list[list[Block]]:
+    """Blocks of every parameter from its uses, which come in the order of the forward.
+
+    The call that derived a tensor is in the list without cotangents (``None``): its rows are what
+    the uses of the tensor send it. Where it does have cotangents, they contain all that; what its
+    uses sent is taken if it adds up to them, since it is factored. Errors of rules go to ``failed``
+    with what the block would have been of, if that is given.
+    """
+    found: Found = {id(parameter): [] for parameter in parameters}
+    pending: Pending = {id(use.record): [[] for _ in use.cs] for use in uses if _is_pending(use)}
+    repeated = {id(use.record) for use in uses if _is_repeated(use)}
+    for use in reversed(uses):
+        received = pending.pop(id(use.record), None)
+        if received is not None and not (any(received) and _is_all(use, received)):
+            if _is_unresolved(use):
+                continue
+            received = None
+        for which, slot in enumerate(use.record.slots):
+            if not _is_wanted(use, slot.source, found, pending, repeated):
+                continue
+            try:
+                blocks = [use.block(which)] if received is None else _pulled(use, which, received)
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed(slot.source, error)
+                continue
+            _deliver(slot.source, blocks, found, pending)
+    return [found[id(parameter)] for parameter in parameters]
+
+
+def _is_unresolved(use: Use) -> bool:
+    return all(c is None for c in use.cs)
+
+
+def _samples(use: Use) -> int:
+    return next(c.shape[1] for c in use.cs if c is not None)
+
+
+def _is_pending(use: Use) -> bool:
+    """Does a derived tensor wait for what its uses send it? Not if it has samples that differ."""
+    return _is_unresolved(use) or (use.record.derived and (_samples(use) == 1 or _is_repeated(use)))
+
+
+def _is_repeated(use: Use) -> bool:
+    """Is it a tensor repeated for every sample?"""
+    op = use.record.call.op
+    return use.record.derived and op in EXPANDS and not _is_unresolved(use) and _samples(use) > 1
+
+
+def _is_wanted(use: Use, source: Source, found: Found, pending: Pending, repeated: set[int]) -> bool:
+    """Does a parameter or a derived tensor take the blocks of this use?"""
+    if not isinstance(source, Derived):
+        return id(source) in found
+    # rows of a repeated tensor are its cotangents: only what is factored is of interest
+    key = id(source.record)
+    return key in pending and (key not in repeated or use.record.call.op in LINEAR)
+
+
+def _is_all(use: Use, received: Sequence[Sequence[Block]]) -> bool:
+    """Do the blocks that a derived tensor received add up to its cotangents, where these are known?"""
+    for c, blocks in zip(use.cs, received, strict=True):
+        if c is None:
+            continue
+        K, B = c.shape[:2]
+        weights = torch.linspace(1, 2, K * B, dtype=c.dtype, device=c.device).view(K, B)
+        got = torch.stack([block.vjp(weights) for block in blocks]).sum(0) if blocks else c.new_zeros(())
+        want = torch.tensordot(weights, c, 2)
+        if (got - want).norm() > tolerance(c.dtype) * want.norm():
+            return False
+    return True
+
+
+def _pulled(use: Use, which: int, received: Sequence[Sequence[Block]]) -> list[Block]:
+    """Blocks of a slot of a derived tensor's call from those that its outputs received.
+
+    Each is pulled back by its structure where that is possible; the others by their rows.
+    """
+    bare = use if _is_unresolved(use) else _without_samples(use)
+    kept: list[Block] = []
+    rest: list[list[Block]] = [[] for _ in received]
+    for output, blocks in enumerate(received):
+        for block in blocks:
+            found = _pulled_by_structure(bare, which, output, block)
+            if found is None:
+                rest[output].append(block)
+            else:
+                kept.append(found)
+    if not any(rest):
+        return kept
+    if _is_repeated(use):
+        return [use.block(which)]
+    samples = next(block.rows[1] for blocks in rest for block in blocks)
+    return [*kept, spread(_as_objectives(bare, rest).block(which), samples)]
+
+
+def _pulled_by_structure(use: Use, which: int, output: int, block: Block) -> Block | None:
+    call, slot = use.record.call, use.record.slots[which]
+    leaves = list(use.leaves)
+    for other, value in zip(use.record.slots, use.tracked, strict=True):
+        leaves[other.index] = value
+    values = pytree.unflatten(pytree.flatten(call.values)[1], leaves)
+    names = map(str, call.names[call.positional :])
+    kwargs = dict(zip(names, values[call.positional :], strict=True))
+    at = At(output, slot.index, use.tracked[which])
+    return pull_back(call.op, block, at, values[: call.positional], kwargs)
+
+
+def _deliver(source: Source, blocks: Iterable[Block], found: Found, pending: Pending) -> None:
+    """Add blocks to the parameter or to the derived tensor that they are of."""
+    if isinstance(source, Derived):
+        if id(source.record) in pending:
+            pending[id(source.record)][source.output].extend(blocks)
+    elif id(source) in found:
+        found[id(source)].extend(blocks)
+
+
+def _without_samples(use: Use) -> Use:
+    """A use with its arguments as one sample's call would have received them."""
+    leaves = [leaf[0] if isinstance(leaf, Tensor) else leaf for leaf in use.leaves]
+    return replace(use, leaves=leaves)
+
+
+def _as_objectives(use: Use, received: Sequence[Sequence[Block]]) -> Use:
+    """The use of a derived tensor with the rows it received as ``K·B`` objectives of one sample."""
+    cs: list[Tensor | None] = []
+    for blocks in received:
+        rows = [block.dense() for block in blocks]
+        cs.append(torch.stack(rows).sum(0).flatten(0, 1).unsqueeze(1) if rows else None)
+    leaves = [leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf for leaf in use.leaves]
+    return Use(use.record, leaves, cs, use.tracked)

@@ -1,0 +1,132 @@
+"""Watching ops: which of them receive a tracked tensor, and what is derived from it.
+
+Both captures are trackers: :mod:`gramjd.functional.per_sample_mode` under ``vmap``,
+:mod:`gramjd.engine.recording.recorder` in the user's own forward.
+"""
+
+from __future__ import annotations
+
+import types as types_  # `types` is an argument of __torch_function__
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from gramjd.internals import constant_in_graphs, undispatched
+from gramjd.rules import tensors_of
+from gramjd.uses.use import Derived, Record, Source
+
+# Asked of tensors all the time; like most properties, they give no tensor.
+_QUESTIONS = (Tensor.dim, Tensor.size)
+
+# Results differ from call to call: never derived, since their ops could not be called again.
+_RANDOM = {"normal", "bernoulli", "multinomial", "poisson", "rrelu", "gumbel_softmax"}
+
+
+class Tracker(TorchFunctionMode):
+    """Watches every op; hands those that receive a tracked tensor to :meth:`record`.
+
+    Tensors are recognised by identity; the tracker keeps those that it knows alive, so that no id
+    is used twice, and is itself dropped when the forward ends.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], batch_independent: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.active = True
+        self.sources: dict[int, Source] = {}
+        self.known: dict[int, Tensor] = {}  # tracked and batch-independent tensors
+        self.add(parameters, batch_independent)
+
+    def add(self, parameters: Iterable[Tensor], batch_independent: Iterable[Tensor]) -> None:
+        """Track more parameters, and take more tensors for batch-independent."""
+        for parameter in parameters:
+            self.sources[id(parameter)] = self.known[id(parameter)] = parameter
+        for tensor in batch_independent:
+            self.known[id(tensor)] = tensor
+
+    def record(self, op: Any, args: Any, kwargs: dict[str, Any], derived: bool) -> tuple[Any, Record | None]:
+        """Call an op with a tracked argument: its output as the caller sees it, and the record."""
+        raise NotImplementedError
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self.active:
+            return func(*args, **kwargs)
+        if type(func) is types_.MethodWrapperType or func in _QUESTIONS:
+            out = func(*args, **kwargs)
+            if not isinstance(out, Tensor):
+                return out
+        if func is torch.einsum and len(args) == 2 and isinstance(args[1], (list, tuple)):
+            args = (args[0], *args[1])  # one way to write it
+        tracked, batch_independent = self._classify(args)
+        if kwargs:
+            inner = self._classify(kwargs.values())
+            tracked, batch_independent = tracked or inner[0], batch_independent and inner[1]
+        if not tracked:
+            out = func(*args, **kwargs)
+            if batch_independent:
+                self._remember(out)
+            elif isinstance(out, Tensor) or func is Tensor.__setitem__:
+                self._forget(out, func, args)
+            return out
+        if func in _COMPOSITE:
+            with self:
+                return _COMPOSITE[func](*args, **kwargs)
+        derived = batch_independent and not _is_random(func) and not is_inplace(func)
+        out, record = self.record(func, args, kwargs, derived)
+        if record is not None and record.derived:
+            for output, tensor in enumerate(tensors_of(out)):
+                self.sources[id(tensor)] = Derived(record, output)
+                self.known[id(tensor)] = tensor
+        elif not batch_independent:
+            self._forget(out, func, args)
+        elif record is None and not any(t.requires_grad for t in tensors_of(out)):
+            self._remember(out)  # a comparison, an index, detached
+        return out
+
+    def _classify(self, values: Iterable[Any]) -> tuple[bool, bool]:
+        """Is a tracked tensor among them? Are all tensors among them batch-independent?"""
+        tracked, batch_independent = False, True
+        for value in values:  # every op of the forward comes by here: no call that can be spared
+            if isinstance(value, Tensor):
+                if id(value) not in self.known:
+                    batch_independent = False
+                elif id(value) in self.sources:
+                    tracked = True
+            elif isinstance(value, (list, tuple)):
+                inner = self._classify(value)
+                tracked, batch_independent = tracked or inner[0], batch_independent and inner[1]
+        return tracked, batch_independent
+
+    def _remember(self, out: Any) -> None:
+        """The results of ops on batch-independent tensors alone are batch-independent."""
+        for tensor in [out] if isinstance(out, Tensor) else out if isinstance(out, (list, tuple)) else ():
+            if isinstance(tensor, Tensor):
+                self.known[id(tensor)] = tensor
+
+    def _forget(self, out: Any, func: Any, args: Any) -> None:
+        """A tensor that the batch was written into is batch-independent no more."""
+        written = args[0] if func is Tensor.__setitem__ else out
+        if id(written) in self.known and id(written) not in self.sources:
+            del self.known[id(written)]
+
+
+@constant_in_graphs
+def _is_random(func: Any) -> bool:
+    """By name: does the op draw random numbers?"""
+    name = getattr(func, "__name__", "").rstrip("_")
+    return name in _RANDOM or name.startswith("rand") or "dropout" in name
+
+
+@constant_in_graphs
+def is_inplace(func: Any) -> bool:
+    """Does an op write into its first argument?"""
+    name = getattr(func, "__name__", "")
+    return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+
+
+# Written in Python on top of ops that have rules: their bodies are followed, not the call itself.
+_COMPOSITE = {F.multi_head_attention_forward: undispatched(F.multi_head_attention_forward)}

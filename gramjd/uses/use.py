@@ -1,0 +1,177 @@
+"""Uses: calls of ops that received a tracked parameter, and the blocks that follow from them.
+
+Both captures (:mod:`gramjd.functional.capture` under ``vmap``, :mod:`gramjd.engine` in the user's own
+forward) watch ops through a :class:`gramjd.uses.tracker.Tracker` and end in a list of :class:`Use`; from
+there on they are one.
+
+A tensor is *derived* when it was computed from tracked parameters and batch-independent tensors alone (a
+transposed or normalised weight, position embeddings looked up once). It is tracked like a parameter;
+the use is recorded where it meets the batch, and its rows are pulled back through the ops that
+produced it, one after the other, as objectives that share their inputs (``B = 1``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramjd import pytree
+from gramjd.blocks import Block, Dense, fits
+from gramjd.rules import Call, dense_rows
+from gramjd.rules.registry import Entry, op_name
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tracked tensor among the arguments of a call."""
+
+    index: int  # its place among the leaves of the arguments
+    name: str | int | None  # of the argument; None inside a container
+    source: Source  # the parameter, or where the tensor was derived
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A tensor computed from tracked and batch-independent tensors alone: one output of one call."""
+
+    record: Record
+    output: int
+
+
+Source = Tensor | Derived
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """What is known of a tracked call while the forward runs; ``call`` holds no tensors."""
+
+    call: Call
+    leaves: tuple[Any, ...]  # of the arguments, in place of tensors their position in ``saved``
+    slots: tuple[Slot, ...]
+    entries: tuple[Entry | None, ...]  # the rule of each slot
+    derived: bool
+    saved: tuple[int, ...]  # the leaves, besides the slots, whose values the rules read
+
+
+@dataclass(frozen=True)
+class Use:
+    """A tracked call with everything that its blocks follow from, in canonical layout."""
+
+    record: Record
+    leaves: Sequence[Any]  # of the arguments, [B, ...] for tensors that are needed, None for others
+    cs: Sequence[Tensor | None]  # cotangents of its outputs, [K, B, ...]
+    tracked: Sequence[Tensor]  # the tensors of its slots
+
+    @staticmethod
+    def of(record: Record, saved: Sequence[Any], cs: Sequence[Tensor | None], tracked: Sequence[Tensor],
+           split: Mapping[int, Tensor] | None = None) -> Use:  # fmt: skip
+        """A use from the canonical values of the leaves that its record names in ``saved``.
+
+        ``split`` are those of slots, by leaf, that have samples: derived tensors of the batch's size.
+        """
+        leaves = [None if leaf is pytree.PLACEHOLDER else leaf for leaf in record.leaves]
+        for i, value in zip(record.saved, saved, strict=True):
+            leaves[i] = value
+        for i, value in (split or {}).items():
+            leaves[i] = value
+        return Use(record, leaves, cs, tracked)
+
+    def block(self, which: int) -> Block:
+        """The block of slot number ``which``."""
+        slot, entry = self.record.slots[which], self.record.entries[which]
+        own = self.leaves[slot.index]  # if it has samples, all are alike
+        tensor = self.tracked[which] if own is None else own[0]
+        given = next(c for c in self.cs if c is not None)
+        leaves, samples = _as_computed(self.leaves, given.dtype, tensor.dtype), given.shape[1]
+        for other, value in zip(self.record.slots, self.tracked, strict=True):
+            needed = entry is None or other.name in entry.needs
+            if needed and other is not slot and leaves[other.index] is None:
+                leaves[other.index] = value.expand(samples, *value.shape)
+        leaves[slot.index] = tensor
+        call = self.record.call
+        cs = [c if c is None else _of_kind(c, tensor) for c in self.cs]
+        (c, *others) = cs
+        origin = op_name(call.op)
+        if entry is None or others or c is None:
+            return replace(dense_rows(call, slot.index, leaves, cs), origin=f"{origin} (no rule covers it)")
+        _, spec = pytree.flatten(call.values)
+        values = pytree.unflatten(spec, leaves)
+        n = call.positional
+        named = dict(zip(map(str, call.names[n:]), values[n:], strict=True))
+        block = entry.rule(c, *values[:n], **named)
+        if not fits(block, tensor.shape):
+            raise ValueError(f"the rule of {slot.name} returned a block of another shape")
+        if c.is_complex() and not tensor.is_complex():
+            return Dense(block.dense().real, origin=origin)
+        return replace(block, origin=origin)
+
+
+def _of_kind(c: Tensor, tensor: Tensor) -> Tensor:
+    """Cotangents in a tensor's dtype; complex ones of a real tensor as they are."""
+    return c if c.is_complex() != tensor.is_complex() else c.to(tensor.dtype)
+
+
+def _as_computed(leaves: Sequence[Any], computed: torch.dtype, own: torch.dtype) -> list[Any]:
+    """Arguments as autocast rounded them for the op, in the parameter's own dtype."""
+    if computed == own or computed.is_complex or own.is_complex:  # the latter autocast lets be
+        return list(leaves)
+    return [
+        leaf.to(computed).to(own) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+        for leaf in leaves
+    ]
+
+
+def describe(op: Any, args: Sequence[Any], kwargs: dict[str, Any], sources: dict[int, Any], derived: bool
+             ) -> tuple[Record, list[Any]]:  # fmt: skip
+    """The record of a call and the leaves of its arguments; ``sources`` by ``id`` of the tensor."""
+    call = Call.of(op, args, kwargs)
+    names: Sequence[str | int | None] = call.names
+    leaves, spec = list(call.values), None
+    if any(isinstance(value, (list, tuple, dict)) for value in leaves):
+        leaves, spec = pytree.flatten(call.values)
+        names = names_of_leaves(call)
+    slots: list[Slot] = []
+    others: list[int] = []
+    static: list[Any] = list(leaves)
+    real = True
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+            real = real and not leaf.is_complex()
+            static[i] = pytree.PLACEHOLDER
+            source = sources.get(id(leaf))
+            if source is None:
+                others.append(i)
+            else:
+                slots.append(Slot(i, names[i], source))
+        elif isinstance(leaf, complex):
+            real = False
+    if not real:  # rules are those of real numbers
+        entries: tuple[Entry | None, ...] = (None,) * len(slots)
+    else:
+        entries = tuple([call.entry(slot.name) if slot.name is not None else None for slot in slots])
+    if others and None not in entries:
+        needs = [entry.needs for entry in entries if entry]
+        others = [i for i in others if any(names[i] in needed for needed in needs)]
+    values = tuple(static) if spec is None else pytree.unflatten(spec, static)
+    template = Call(call.op, call.names, values, call.positional)
+    return Record(template, tuple(static), tuple(slots), entries, derived, tuple(others)), leaves
+
+
+def names_of_leaves(call: Call) -> list[str | int | None]:
+    """The argument that each leaf is; ``None`` for those inside a container."""
+    names: list[str | int | None] = []
+    for name, value in zip(call.names, call.values, strict=True):
+        nested = not isinstance(value, Tensor) and isinstance(value, (list, tuple, dict))
+        names += [None] * len(pytree.leaves(value)) if nested else [name]
+    return names
+
+
+def roots(source: Source) -> set[int]:
+    """Ids of the parameters that a tracked tensor was computed from."""
+    if isinstance(source, Tensor):
+        return {id(source)}
+    return set().union(*(roots(slot.source) for slot in source.record.slots))
