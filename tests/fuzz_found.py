@@ -125,6 +125,53 @@ ROUNDING = [
         audited=False,
         seed=558,
     ),
+    Recipe(
+        sizes={"T": 3, "B": 3, "D": 2, "V": 8, "3": 3},
+        body=(
+            Instruction(op="linear", on=0, variant=11),
+            Instruction(op="activate", on=3, variant=11),
+            Instruction(op="activate", on=4, variant=50),
+        ),
+        children=((Instruction(op="activate", on=0, variant=0),),),
+        loss="squares",
+        forwards="one",
+        registered="model",
+        engines="batch",
+        moments=(
+            Moment(batch=0, number=0, gate=0.0, training=False, flip=True, detached=False, frozen=False),
+            Moment(batch=0, number=0, gate=0.0, training=False, flip=False, detached=False, frozen=False),
+            Moment(batch=0, number=0, gate=0.0, training=False, flip=False, detached=False, frozen=False),
+            Moment(batch=0, number=5, gate=-0.4, training=False, flip=True, detached=False, frozen=False),
+        ),
+        audited=False,
+        seed=0,
+    ),
+    Recipe(
+        sizes={"D": 4, "B": 3, "T": 2, "V": 8, "3": 3},
+        body=(
+            Instruction(op="linear", on=0, variant=6),
+            Instruction(op="timed", on=60, variant=3024),
+            Instruction(op="gate", on=52, variant=0),
+            Instruction(op="linear", on=14, variant=90384),
+            Instruction(op="hidden", on=20, variant=323),
+            Instruction(op="attend", on=29, variant=3972),
+            Instruction(op="gate", on=6, variant=1002),
+            Instruction(op="scale", on=39, variant=7728),
+        ),
+        children=((Instruction(op="convolve", on=2, variant=1),),),
+        loss="squares",
+        forwards="siamese",
+        registered="model",
+        engines="batch",
+        moments=(
+            Moment(batch=2, number=1, gate=0.0, training=True, flip=False, detached=False, frozen=False),
+            Moment(batch=0, number=0, gate=0.0, training=True, flip=False, detached=False, frozen=False),
+            Moment(batch=0, number=0, gate=0.0, training=True, flip=False, detached=False, frozen=False),
+            Moment(batch=0, number=0, gate=0.0, training=True, flip=False, detached=False, frozen=False),
+        ),
+        audited=False,
+        seed=0,
+    ),
 ]
 
 # in mixed precision, with samples that depend on each other by little
@@ -248,5 +295,33 @@ DISTURBED = [
         ),
         audited=False,
         seed=4644,
+    )
+]
+
+# a gradient under autocast used a float32 parameter with a bfloat16 tensor
+MIXED_DTYPES = [
+    Recipe(
+        sizes={"T": 6, "B": 3, "D": 4, "V": 8, "3": 3},
+        body=(
+            Instruction(op="linear", on=0, variant=12),
+            Instruction(op="timed", on=59, variant=3250),
+            Instruction(op="rearrange", on=51, variant=89313),
+            Instruction(op="child", on=1, variant=255),
+        ),
+        children=((Instruction(op="write", on=19, variant=2471),),),
+        loss="matrix",
+        forwards="gradient penalty",
+        registered="model",
+        engines="none",
+        moments=(
+            Moment(batch=0, number=8, gate=0.5, training=False, flip=True, detached=True, frozen=True),
+            Moment(batch=2, number=7, gate=0.5, training=True, flip=False, detached=False, frozen=True),
+            Moment(batch=0, number=1, gate=-0.4, training=False, flip=True, detached=True, frozen=False),
+            Moment(batch=0, number=4, gate=-0.4, training=False, flip=False, detached=True, frozen=False),
+            Moment(batch=0, number=5, gate=0.0, training=True, flip=True, detached=True, frozen=False),
+            Moment(batch=1, number=3, gate=0.0, training=False, flip=True, detached=False, frozen=False),
+        ),
+        audited=True,
+        seed=5550,
     )
 ]

@@ -9,7 +9,7 @@ from collections import Counter
 import hypothesis.strategies as st
 import pytest
 from fuzz import FORWARDS, LOSSES, MIXED_LOSSES, Recipe, outcome
-from fuzz_found import DISTURBED, ROUNDING, WEAK
+from fuzz_found import DISTURBED, MIXED_DTYPES, ROUNDING, WEAK
 from fuzz_ops import OPS, SEPARABLE
 from fuzz_program import Instruction, Moment
 from hypothesis import HealthCheck, given, settings
@@ -147,7 +147,14 @@ def test_random_models_are_exact_or_refused(capsys: pytest.CaptureFixture[str]) 
     assert not rare, f"hardly any model has {rare}"
 
 
-ROUNDED = ["float32 subgraph", "zero derivative", "micro-batches", "one sample a micro-batch"]
+ROUNDED = [
+    "float32 subgraph",
+    "zero derivative",
+    "micro-batches",
+    "one sample a micro-batch",
+    "nothing but rounding",
+    "ill-conditioned",
+]
 
 
 @pytest.mark.filterwarnings("ignore::gramjd.SlowPathWarning", "ignore:There is a performance drop")
@@ -165,7 +172,9 @@ def test_weak_cross_sample_dependence_is_no_rounding(recipe: Recipe) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::gramjd.SlowPathWarning", "ignore:There is a performance drop")
-@pytest.mark.parametrize("recipe", DISTURBED, ids=["views of an op that draws"])
-def test_an_engine_disturbs_no_forward(recipe: Recipe) -> None:
+@pytest.mark.parametrize(
+    "recipe", [*DISTURBED, *MIXED_DTYPES], ids=["views of an op that draws", "derivatives under autocast"]
+)
+def test_recipes_once_wrong(recipe: Recipe) -> None:
     found, _, _ = outcome(recipe)
     assert all(ALLOWED.search(each) for each in found), found

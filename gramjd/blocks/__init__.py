@@ -22,6 +22,18 @@ from gramjd.blocks.conv import Conv
 from gramjd.blocks.dense import Dense
 from gramjd.blocks.lookup import Lookup
 from gramjd.blocks.outer import Outer
-from gramjd.blocks.sums import Block, fits, is_zero, merge, spread, transpose
+from gramjd.blocks.sums import Block, fits, is_zero, merge, spread, transpose, with_origin
 
-__all__ = ["Block", "Conv", "Dense", "Lookup", "Outer", "fits", "is_zero", "merge", "spread", "transpose"]
+__all__ = [
+    "Block",
+    "Conv",
+    "Dense",
+    "Lookup",
+    "Outer",
+    "fits",
+    "is_zero",
+    "merge",
+    "spread",
+    "transpose",
+    "with_origin",
+]

@@ -28,6 +28,7 @@ from gramjd.contraction.tiles import added, ranges, sum_of
 from gramjd.gramians import symmetric
 
 __all__ = [
+    "Groups",
     "Options",
     "Step",
     "contract",
@@ -35,6 +36,7 @@ __all__ = [
     "default_budget",
     "gramian",
     "gramians",
+    "groups_of",
     "is_short",
     "kept_rows",
     "of_rows",
@@ -43,7 +45,6 @@ __all__ = [
     "steps",
     "steps_of_all",
     "sum_of",
-    "waiting",
 ]
 
 DEFAULT = Options()
@@ -77,7 +78,7 @@ def steps(blocks: Sequence[Block], options: Options = DEFAULT) -> list[Step]:
 def steps_of_all(each: Sequence[Sequence[Block]], options: Options = DEFAULT) -> list[list[Step]]:
     """What :func:`gramians` will do with the blocks of each of several parameters."""
     found = [steps(blocks, options) for blocks in each]
-    for n in _joined(each, options).values():
+    for n in groups_of(each, options).joined.values():
         found[n] = [replace(step, plan=WITH_WEIGHT, multiply_adds=0, bytes=0) for step in found[n]]
     return found
 
@@ -95,41 +96,56 @@ def _shares(blocks: Sequence[Block], options: Options) -> Iterator[Tensor]:
             yield share + share.permute(2, 3, 0, 1)
 
 
-def gramians(each: Sequence[Sequence[Block]], options: Options = DEFAULT) -> Iterator[Tensor]:
-    """Shares ``[K, B, K, B]`` that add up to the Gramian of several parameters, symmetric but for rounding.
+@dataclass(frozen=True)
+class Groups:
+    """Which of several parameters are contracted together."""
 
-    A bias whose rows are the very cotangents of its weight costs no product of its own.
-    """
-    joined = _joined(each, options)
-    for n in joined:
-        u = _only(each[n])
-        yield with_bias(u, _limits(u, u, options).dtype)
-    short = _short(each, joined)
-    if short:
-        yield short_rows([block for n in short for block in each[n]], options)
-    done = {*joined, *joined.values(), *short}
-    for n, blocks in enumerate(each):
-        if n not in done:
-            yield added(_shares(merge(blocks), options))
+    joined: Mapping[int, int]  # positions of weights, and of the biases that cost no product of their own
+    short: Sequence[int]  # positions of those whose rows are so short that many are multiplied at once
+
+    def without_short(self, count: int) -> tuple[list[int], Groups]:
+        """The positions of the others among so many parameters, and their groups, by place among them."""
+        short = {*self.short}
+        rest = [n for n in range(count) if n not in short]
+        place = {n: index for index, n in enumerate(rest)}
+        return rest, Groups({place[n]: place[bias] for n, bias in self.joined.items()}, ())
 
 
-def waiting(each: Sequence[Sequence[Block]], options: Options = DEFAULT) -> list[int]:
-    """Positions of parameters with such short rows that :func:`gramians` multiplies those of many at once."""
-    return _short(each, _joined(each, options)) if any(map(is_short, each)) else []
-
-
-def _short(each: Sequence[Sequence[Block]], joined: Mapping[int, int]) -> list[int]:
-    biases = set(joined.values())
-    return [n for n, blocks in enumerate(each) if n not in biases and is_short(blocks)]
-
-
-def _joined(each: Sequence[Sequence[Block]], options: Options) -> dict[int, int]:
-    """Positions of weights, and of the biases that are contracted with them."""
-    return {
+def groups_of(each: Sequence[Sequence[Block]], options: Options = DEFAULT) -> Groups:
+    """What :func:`gramians` contracts together."""
+    joined = {
         n: bias
         for n, bias in biased(each).items()
         if plans(u := _only(each[n]), u)[0][0].name == "pairwise" and takes_bias(u, _limits(u, u, options))
     }
+    short = [n for n, blocks in enumerate(each) if is_short(blocks)]
+    if short and joined:
+        biases = {*joined.values()}
+        short = [n for n in short if n not in biases]
+    return Groups(joined, short)
+
+
+def gramians(each: Sequence[Sequence[Block]], options: Options = DEFAULT, groups: Groups | None = None
+             ) -> Iterator[Tensor]:  # fmt: skip
+    """Shares ``[K, B, K, B]`` that add up to the Gramian of several parameters, symmetric but for rounding.
+
+    A bias whose rows are the very cotangents of its weight costs no product of its own. ``groups`` are
+    those of :func:`groups_of`, if they are known.
+    """
+    groups = groups or groups_of(each, options)
+    for n in groups.joined:
+        u = _only(each[n])
+        yield with_bias(u, _limits(u, u, options).dtype)
+    if groups.short:
+        yield short_rows([block for n in groups.short for block in each[n]], options)
+    done = {*groups.joined, *groups.joined.values(), *groups.short}
+    for n, blocks in enumerate(each):
+        if n not in done:
+            yield (
+                contract(blocks[0], blocks[0], options)
+                if len(blocks) == 1
+                else added(_shares(merge(blocks), options))
+            )
 
 
 def _only(blocks: Sequence[Block]) -> Outer:

@@ -68,7 +68,8 @@ def _sizes(block: Block) -> Hashable:
         return block.c.shape, block.shape, shared(block.ids, 0).shape
     if isinstance(block, Outer):
         c, a = block.c, block.a
-        return block.shape, c.shape, a.shape, shared(c, 1).shape, shared(a, 0).shape, block.transposed
+        # an expanded dimension is one entry of memory
+        return block.shape, c.shape, a.shape, c.stride(1) == 0, a.stride(0) == 0, block.transposed
     x, y = block.factors
     sizes = block.shape, x.shape, y.shape, shared(x, 1).shape, shared(y, 1).shape
     return *sizes, block.stride, block.dilation, conv.rounded(block)

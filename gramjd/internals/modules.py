@@ -39,7 +39,7 @@ def plain_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def is_compiled_wrapper(module: nn.Module) -> bool:
     """Did ``torch.compile(module)`` make it?"""
-    return hasattr(module, "_orig_mod")
+    return "_orig_mod" in module._modules
 
 
 def original_of(module: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -35,9 +35,16 @@ def is_elsewhere(level: int) -> bool:
     return bool(level) if innermost is None else innermost.level() != level
 
 
-@contextmanager
-def outside_transforms() -> Iterator[None]:
+def outside_transforms() -> AbstractContextManager[Any]:
     """A context in which no transform is in progress."""
+    return _NOTHING if _functorch.peek_interpreter_stack() is None else _popped()
+
+
+_NOTHING = nullcontext()
+
+
+@contextmanager
+def _popped() -> Iterator[None]:
     with ExitStack() as stack:
         while inside_transform():
             stack.enter_context(temporarily_pop_interpreter_stack())

@@ -43,10 +43,13 @@ class OpRules:
     variadic: bool  # may more positional arguments follow?
     number: int  # its place in the registry
     entries: dict[str, Entry] = field(default_factory=dict)
+    only_structure: bool = True  # do ``when``s ask for settings, shapes and dtypes alone? True of ours
 
 
 _RULES: dict[Op, OpRules] = {}
 _BY_NUMBER: list[OpRules] = []
+_VERSION = [0]  # grows with every rule that is registered
+_OURS = __name__.partition(".")[0] + "."
 
 
 def register_rule(
@@ -102,6 +105,10 @@ def register_rule(
                     f"{names}, an earlier rule of {op} has {known.names}."
                 )
             known.entries[wrt] = Entry(rule, frozenset(needs) - {wrt}, align, when)
+            known.only_structure = known.only_structure and (
+                when is None or when.__module__.startswith(_OURS)
+            )
+            _VERSION[0] += 1
         return rule
 
     return register
@@ -121,6 +128,11 @@ def _number_of(op: Op) -> int | None:
     except TypeError:  # an unhashable callable has no rule
         return None
     return known.number if known else None
+
+
+def version() -> int:
+    """A number that differs after a rule has been registered."""
+    return _VERSION[0]
 
 
 def any_entry(op: Op) -> Entry | None:

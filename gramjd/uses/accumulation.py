@@ -31,6 +31,9 @@ def blocks_of(
     with what the block would have been of, if that is given.
     """
     found: Found = {id(parameter): [] for parameter in parameters}
+    if not [use for use in uses if not use.record.plain]:
+        _of_parameters(uses, found, failed)
+        return [found[id(parameter)] for parameter in parameters]
     pending: Pending = {id(use.record): [[] for _ in use.cs] for use in uses if _is_pending(use)}
     repeated = {id(use.record) for use in uses if _is_repeated(use)}
     for use in reversed(uses):
@@ -51,6 +54,23 @@ def blocks_of(
                 continue
             _deliver(slot.source, blocks, found, pending)
     return [found[id(parameter)] for parameter in parameters]
+
+
+def _of_parameters(
+    uses: Sequence[Use], found: Found, failed: Callable[[Source, Exception], None] | None
+) -> None:
+    """Blocks of uses of parameters themselves, into ``found``."""
+    for use in reversed(uses):
+        for which, slot in enumerate(use.record.slots):
+            mine = found.get(id(slot.source))
+            if mine is None:
+                continue
+            try:
+                mine.append(use.block(which))
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed(slot.source, error)
 
 
 def _is_unresolved(use: Use) -> bool:

@@ -13,14 +13,14 @@ produced it, one after the other, as objectives that share their inputs (``B = 1
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gramjd import pytree
-from gramjd.blocks import Block, Dense, fits
+from gramjd.blocks import Block, Dense, fits, with_origin
 from gramjd.rules import Call, dense_rows
 from gramjd.rules.registry import Entry, op_name
 
@@ -51,10 +51,22 @@ class Record:
 
     call: Call
     leaves: tuple[Any, ...]  # of the arguments, in place of tensors their position in ``saved``
+    spec: pytree.PyTreeSpec | None  # of the arguments, where some are nested
     slots: tuple[Slot, ...]
     entries: tuple[Entry | None, ...]  # the rule of each slot
     derived: bool
     saved: tuple[int, ...]  # the leaves, besides the slots, whose values the rules read
+    blank: tuple[Any, ...]  # the leaves with None in place of tensors
+    plain: bool  # is it a use of parameters themselves, not of tensors derived from them?
+    origin: str  # the op as people write it
+
+    def arguments(self, leaves: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
+        """The positional and the named arguments that have these leaves."""
+        values = leaves if self.spec is None else pytree.unflatten(self.spec, list(leaves))
+        call, n = self.call, self.call.positional
+        if len(values) == n:
+            return values, {}
+        return values[:n], dict(zip(map(str, call.names[n:]), values[n:], strict=True))
 
 
 @dataclass(frozen=True)
@@ -73,7 +85,7 @@ class Use:
 
         ``split`` are those of slots, by leaf, that have samples: derived tensors of the batch's size.
         """
-        leaves = [None if leaf is pytree.PLACEHOLDER else leaf for leaf in record.leaves]
+        leaves = list(record.blank)
         for i, value in zip(record.saved, saved, strict=True):
             leaves[i] = value
         for i, value in (split or {}).items():
@@ -82,32 +94,31 @@ class Use:
 
     def block(self, which: int) -> Block:
         """The block of slot number ``which``."""
-        slot, entry = self.record.slots[which], self.record.entries[which]
+        record = self.record
+        slot, entry = record.slots[which], record.entries[which]
         own = self.leaves[slot.index]  # if it has samples, all are alike
         tensor = self.tracked[which] if own is None else own[0]
-        given = next(c for c in self.cs if c is not None)
+        c = self.cs[0]
+        given = c if c is not None else next(other for other in self.cs if other is not None)
         leaves, samples = _as_computed(self.leaves, given.dtype, tensor.dtype), given.shape[1]
-        for other, value in zip(self.record.slots, self.tracked, strict=True):
-            needed = entry is None or other.name in entry.needs
-            if needed and other is not slot and leaves[other.index] is None:
-                leaves[other.index] = value.expand(samples, *value.shape)
+        if len(record.slots) > 1:
+            for other, value in zip(record.slots, self.tracked, strict=True):
+                needed = entry is None or other.name in entry.needs
+                if needed and other is not slot and leaves[other.index] is None:
+                    leaves[other.index] = value.expand(samples, *value.shape)
         leaves[slot.index] = tensor
-        call = self.record.call
-        cs = [c if c is None else _of_kind(c, tensor) for c in self.cs]
-        (c, *others) = cs
-        origin = op_name(call.op)
-        if entry is None or others or c is None:
-            return replace(dense_rows(call, slot.index, leaves, cs), origin=f"{origin} (no rule covers it)")
-        _, spec = pytree.flatten(call.values)
-        values = pytree.unflatten(spec, leaves)
-        n = call.positional
-        named = dict(zip(map(str, call.names[n:]), values[n:], strict=True))
-        block = entry.rule(c, *values[:n], **named)
+        if entry is None or c is None or len(self.cs) > 1:
+            cs = [c if c is None else _of_kind(c, tensor) for c in self.cs]
+            block: Block = dense_rows(record.call, slot.index, leaves, cs)
+            return with_origin(block, f"{record.origin} (no rule covers it)")
+        c = _of_kind(c, tensor)
+        values, named = record.arguments(leaves)
+        block = entry.rule(c, *values, **named)
         if not fits(block, tensor.shape):
             raise ValueError(f"the rule of {slot.name} returned a block of another shape")
         if c.is_complex() and not tensor.is_complex():
-            return Dense(block.dense().real, origin=origin)
-        return replace(block, origin=origin)
+            return Dense(block.dense().real, origin=record.origin)
+        return with_origin(block, record.origin)
 
 
 def _of_kind(c: Tensor, tensor: Tensor) -> Tensor:
@@ -117,12 +128,14 @@ def _of_kind(c: Tensor, tensor: Tensor) -> Tensor:
 
 def _as_computed(leaves: Sequence[Any], computed: torch.dtype, own: torch.dtype) -> list[Any]:
     """Arguments as autocast rounded them for the op, in the parameter's own dtype."""
-    if computed == own or computed.is_complex or own.is_complex:  # the latter autocast lets be
-        return list(leaves)
-    return [
-        leaf.to(computed).to(own) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-        for leaf in leaves
-    ]
+    found = list(leaves)
+    if computed.is_complex or own.is_complex:  # autocast lets these be
+        return found
+    for i, leaf in enumerate(found):
+        # a gradient of what autocast rounded takes that as it is: in its dtype although computed is own
+        if isinstance(leaf, Tensor) and (leaf.dtype != own or computed != own) and leaf.is_floating_point():
+            found[i] = leaf.to(computed).to(own)
+    return found
 
 
 def describe(op: Any, args: Sequence[Any], kwargs: dict[str, Any], sources: dict[int, Any], derived: bool
@@ -137,16 +150,18 @@ def describe(op: Any, args: Sequence[Any], kwargs: dict[str, Any], sources: dict
     slots: list[Slot] = []
     others: list[int] = []
     static: list[Any] = list(leaves)
-    real = True
+    blank: list[Any] = list(leaves)
+    real, plain = True, not derived
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
             real = real and not leaf.is_complex()
-            static[i] = pytree.PLACEHOLDER
+            static[i], blank[i] = pytree.PLACEHOLDER, None
             source = sources.get(id(leaf))
             if source is None:
                 others.append(i)
             else:
                 slots.append(Slot(i, names[i], source))
+                plain = plain and isinstance(source, Tensor)
         elif isinstance(leaf, complex):
             real = False
     if not real:  # rules are those of real numbers
@@ -158,7 +173,9 @@ def describe(op: Any, args: Sequence[Any], kwargs: dict[str, Any], sources: dict
         others = [i for i in others if any(names[i] in needed for needed in needs)]
     values = tuple(static) if spec is None else pytree.unflatten(spec, static)
     template = Call(call.op, call.names, values, call.positional)
-    return Record(template, tuple(static), tuple(slots), entries, derived, tuple(others)), leaves
+    record = Record(template, tuple(static), spec, tuple(slots), entries, derived, tuple(others),
+                    tuple(blank), plain, op_name(op))  # fmt: skip
+    return record, leaves
 
 
 def names_of_leaves(call: Call) -> list[str | int | None]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gramjd.engine.recording.aliases import Aliases, may_write, replaced, written
 from gramjd.engine.recording.compiled import is_compiled
+from gramjd.engine.recording.known_calls import KnownCalls
 from gramjd.engine.recording.recorded import (
     HOOK,
     computed_by,
@@ -62,8 +63,9 @@ class Recorder(Tracker):
     of its own, which knows nothing of what happened outside; ops there, but outside such calls, are let be.
     """
 
-    def __init__(self, frame: FrameType, outer: Recorder | None = None) -> None:
+    def __init__(self, frame: FrameType, known_calls: KnownCalls, outer: Recorder | None = None) -> None:
         super().__init__(())
+        self.known_calls = known_calls
         self.outer = outer  # that of the call around the checkpoint
         self.shared: dict[int, Tensor] = {}  # computed from what that one knows to be batch-independent
         self.hook = saved_tensors_hook()  # of the innermost checkpoint around
@@ -169,6 +171,9 @@ class Recorder(Tracker):
 
         Nothing of what a checkpoint saves may follow from the answer.
         """
+        if self.outer is None and not self.shared and isinstance(arguments, list):  # leaves: no containers
+            known = self.known  # as a comprehension, which takes one call
+            return not [leaf for leaf in arguments if isinstance(leaf, Tensor) and id(leaf) not in known]
         return all(map(self._is_batch_independent, tensors_of(arguments)))
 
     def _forget(self, out: Any, func: Any, args: Any) -> None:
@@ -186,27 +191,28 @@ class Recorder(Tracker):
             others = [self._lost(arg, _WRITTEN) for arg in args[1:]]
             named = {name: self._lost(arg, _WRITTEN) for name, arg in kwargs.items()}
             return op(args[0], *others, **named), None
-        fused = is_fused(op) and not derived
-        rng_state, arguments = torch.get_rng_state(), computed_by((*args, *kwargs.values()))
+        record, leaves = self.known_calls.describe(op, args, kwargs, self.sources, derived)
+        fused = not derived and is_fused(op)
+        # an op that has a rule draws no random numbers
+        state = torch.get_rng_state() if fused or None in record.entries else None
+        arguments = computed_by((*args, *kwargs.values()) if kwargs else args)
         for arg in args:
             if isinstance(arg, Tensor) and hooks_of(arg) and arg.grad_fn is not None:
                 self.hooks.append(HOOK)
         out = op(*args, **kwargs)
         live = out.requires_grad if isinstance(out, Tensor) else any(t.requires_grad for t in tensors_of(out))
-        if not live or saved_tensors_hook() != self.hook:
-            return out, None
-        record, leaves = describe(op, args, kwargs, self.sources, derived)
-        if inplace and out is not args[0]:
+        if not live or saved_tensors_hook() != self.hook or (inplace and out is not args[0]):
             return out, None
         if (type(out) is not Tensor or out.layout is not _STRIDED or out.is_nested) and not is_markable(out):
             self.hide(leaves[slot.index] for slot in record.slots)
             return out, None
-        self.seen.update([id(slot.source) for slot in record.slots])
+        for slot in record.slots:
+            self.seen.add(id(slot.source))
         if fused:
-            return mark_fused(record, leaves, out, rng_state, arguments), record
+            assert state is not None
+            return mark_fused(record, leaves, out, state, arguments), record
         batch_independent = derived or self._are_batch_independent(leaves)
-        # an op that has a rule draws none
-        drew = None in record.entries and not torch.equal(rng_state, torch.get_rng_state())
+        drew = state is not None and not torch.equal(state, torch.get_rng_state())
         lost = "drew random numbers when it used it" if drew else ""
         marked = mark_op(record, leaves, out, arguments, inplace, batch_independent, lost, self.hooks)
         if not inplace:
@@ -319,6 +325,7 @@ class Watcher:
             strategies,
         )  # trainable parameters and batch-independent tensors, at the time
         self.outermost = threading.local()  # .frame, .rng_state: of a call that is marked as a whole
+        self.known_calls = KnownCalls()
 
     def before(self, module: nn.Module, frame: FrameType) -> None:
         """Start recording, or remember the state that the call starts from."""
@@ -332,10 +339,12 @@ class Watcher:
             if recorder is None or outermost:
                 if recorder is not None:
                     recorder.active = False
-                recorder = _THREAD.recorder = Recorder(frame, recorder)
+                recorder = _THREAD.recorder = Recorder(frame, self.known_calls, recorder)
             if id(self) not in recorder.watchers:
                 recorder.watchers.add(id(self))
-                recorder.add(*self.held())
+                held = self.held()
+                recorder.add(*held)
+                recorder.known_calls = self.known_calls.of(held[0], alone=len(recorder.watchers) == 1)
             elif is_unit(module):  # its parameters have just been gathered
                 recorder.add(*self.held(module))
             recorder.enter(module)
@@ -365,11 +374,10 @@ class Watcher:
             return None
         ours = recorder.frame in (frame, frame.f_back)  # the latter where the forward raised
         hidden = recorder.leave(module)
-        unseen = {
-            name: p
-            for name, p in _own_parameters(module)
-            if p is not None and id(p) in recorder.sources and id(p) not in recorder.seen
-        }
+        unseen = {}
+        for name, p in _own_parameters(module):
+            if p is not None and id(p) in recorder.sources and id(p) not in recorder.seen:
+                unseen[name] = p
         if unseen and not ours and recorder.opaque is None:  # one that is returned as it is may be seen later
             returned = {id(t) for t in tensors_of(out)}
             unseen = {name: p for name, p in unseen.items() if id(p) not in returned}
@@ -408,8 +416,8 @@ def _own_parameters(module: nn.Module) -> Iterable[tuple[str, Tensor | None]]:
     """The parameters that no call inside a call of the module answers for, by name."""
     if _is_opaque(module):
         return module.named_parameters()
-    own: list[tuple[str, Tensor | None]] = []
     parameters, _, children = held_by(module)
+    own: list[tuple[str, Tensor | None]] = []
     for name, child in children.items():
         if isinstance(child, torch.jit.ScriptModule):  # takes no hooks
             own += [(f"{name}.{inner}", p) for inner, p in child.named_parameters()]

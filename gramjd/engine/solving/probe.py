@@ -28,6 +28,7 @@ from gramjd.uses.use import roots
 _SMALL = 0.2  # relative differences above it are no rounding
 _VECTORS = 8  # at random, that gradients are multiplied by
 _NOISE = 8  # times the rounding of one pass that a difference, of several of them, may be
+_FAR = 100  # the same, above which a difference is cross-sample dependence
 _CLOSE = 6  # the same for a regular layout: what is above it takes per-row backward passes, exact anyhow
 
 
@@ -117,7 +118,9 @@ def _first_fit(task: Task, probe: Probe, index: int, which: int) -> Layout | Non
     finest = min(c.dtype, task.output.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     if off > tolerance(precision or finest) and not _is_rounding(off, _CLOSE, task, probe, index, which):
         # rounding, or a weak dependence between samples: per-row backward passes are exact for both
-        doubtful = off <= tolerance(fewest_digits(task))
+        doubtful = off <= tolerance(fewest_digits(task)) or _is_rounding(off, _FAR, task, probe, index, which)
+        if doubtful:
+            task.met.add(layout)
         layout = None if doubtful or task.is_batch_independent(index) else owned(c, first[0], probe.v)
     if layout is None and not task.is_batch_independent(index):
         noise = _noise(task, probe, index, which)

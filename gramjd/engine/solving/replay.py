@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gramjd import pytree
+from gramjd.engine.recording.known_calls import KnownCalls
 from gramjd.engine.recording.nodes import Cotangents, values_of
 from gramjd.engine.recording.recorded import OpMark
 from gramjd.engine.recording.recorder import Recorder
@@ -25,7 +26,7 @@ class _Collector(Recorder):
     """A recorder that keeps its nodes in a list: there is no need to walk the graph for them."""
 
     def __init__(self, frame: FrameType) -> None:
-        super().__init__(frame)
+        super().__init__(frame, KnownCalls())
         self.nodes: list[Any] = []
 
     def record(self, op: Any, args: Any, kwargs: dict[str, Any], derived: bool) -> tuple[Any, Record | None]:

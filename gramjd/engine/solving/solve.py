@@ -156,7 +156,7 @@ class _Solver:
         except Later:
             plan.late.add(number)  # also the next time: the order of the sum decides on its rounding
             raise
-        self.task.met.update(part.layouts_met())
+        self.task.met.update(part.met, part.layouts_met())
         self.done.update(map(id, found))
         self.emit(found)
         forget([self.task.graph.nodes[i] for i in probe.nodes])
@@ -214,17 +214,19 @@ def _first_exact(task: Task, probe: Probe | None, strategies: Sequence[str], aud
     With a probe they are compared with autograd's gradients. In an ``audit`` a difference is an error.
     """
     plan, found, outside = task.plan, Found(), task.plan.outside or set()
-    opaque = any(isinstance(node.record, CallMark) for node in task.graph.nodes)
-    plan.causes.update(dict.fromkeys(outside, "it was used outside of the calls of registered modules"))
+    opaque = bool(audit) and any(isinstance(node.record, CallMark) for node in task.graph.nodes)
+    if outside:
+        plan.causes.update(dict.fromkeys(outside, "it was used outside of the calls of registered modules"))
     for strategy in strategies:
-        left = {n: p for n, p in task.parameters.items() if p not in found and id(p) not in outside}
-        rank = STRATEGIES.index(strategy)
-        planned = {
-            name: p
-            for name, p in left.items()
-            if STRATEGIES.index(plan.strategies.get(id(p), strategy)) <= rank
-        }
-        if strategy not in FROM_USES or not planned:
+        if strategy not in FROM_USES:
+            continue
+        rank, planned = STRATEGIES.index(strategy), {}
+        for name, p in task.parameters.items():
+            if id(p) not in outside and p not in found:
+                known = plan.strategies.get(id(p))
+                if known is None or STRATEGIES.index(known) <= rank:
+                    planned[name] = p
+        if not planned:
             continue
         candidates = FROM_USES[strategy](task, planned)
         for name, p in planned.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,10 @@ STRATEGIES = ("losses", "ops", "functional", "rows")  # best first
 Found = dict[Tensor, list[Block]]  # of each parameter; those not covered are missing
 
 
+class _Unusable(Exception):
+    """Why the blocks of a use cannot follow from what was recorded of it."""
+
+
 def by_ops(task: Task, parameters: dict[str, Tensor]) -> Found:
     """Strategy ``"ops"``: the uses that the forward recorded."""
     failed: set[int] = set()
@@ -35,98 +40,120 @@ def by_ops(task: Task, parameters: dict[str, Tensor]) -> Found:
     uses: list[Use] = []
     split: dict[Record, Layout] = {}  # of derived tensors that have samples
     resolved: set[Source] = set()  # derived tensors whose cotangents contain all that their uses send
+    seen: set[int] = set()  # ids of parameters
     for index, node in enumerate(task.graph.nodes):
-        if isinstance(node.record, CallMark):  # what it holds was used by what no op shows
-            failed.update(map(id, node.record.parameters))
-        if isinstance(node.record, OpMark):
-            if node.record.lost:
-                for source in {slot.source for slot in node.record.record.slots} - resolved:
-                    fail(source, f"{_name(node.record.record.call.op)} {node.record.lost}")
-                continue
-            use = _use(task, index, split, fail)
-            if use is None:
-                continue
-            uses.append(use)
-            if use.record.derived:
-                resolved.update(Derived(use.record, i) for i, c in enumerate(use.cs) if c is not None)
-            if use.record.derived and use.cs[0] is not None and task.batch_dim is not None:
+        mark = node.record
+        if not isinstance(mark, OpMark):  # what it holds was used by what no op shows
+            failed.update(map(id, mark.parameters))
+            continue
+        record = mark.record
+        for slot in record.slots:
+            seen.update((id(slot.source),) if isinstance(slot.source, Tensor) else roots(slot.source))
+        if mark.lost:
+            for source in {slot.source for slot in record.slots} - resolved:
+                fail(source, f"{_name(record.call.op)} {mark.lost}")
+            continue
+        try:
+            use = _use(task, index, split)
+        except _Unusable as cause:
+            for slot in record.slots:
+                fail(slot.source, cause)
+            continue
+        if use is None:
+            continue
+        uses.append(use)
+        if record.derived:
+            resolved.update(Derived(record, i) for i, c in enumerate(use.cs) if c is not None)
+            if use.cs[0] is not None and task.batch_dim is not None:
                 mine = task.layouts[index]
-                split[use.record] = next(layout for layout in mine if layout not in (None, ZERO))
+                split[record] = next(layout for layout in mine if layout not in (None, ZERO))
     blocks = blocks_of(uses, list(parameters.values()), fail)
-    marks = [node.record for node in task.graph.nodes if isinstance(node.record, OpMark)]
-    seen = {root for mark in marks for slot in mark.record.slots for root in roots(slot.source)}
-    return {
-        p: mine
-        for p, mine in zip(parameters.values(), blocks, strict=True)
-        if id(p) in seen and id(p) not in failed
-    }
+    found: Found = {}
+    for p, of_p in zip(parameters.values(), blocks, strict=True):
+        if id(p) in seen and id(p) not in failed:
+            found[p] = of_p
+    return found
 
 
-def _use(task: Task, index: int, split: Mapping[Record, Layout], fail: Callable[[Source, object], None]
-         ) -> Use | None:  # fmt: skip
-    """The use of a node in canonical layout; None, and ``fail`` called, where it has none."""
+def _use(task: Task, index: int, split: Mapping[Record, Layout]) -> Use | None:
+    """The use of a node in canonical layout; None where no cotangents come to it.
+
+    Raises:
+        _Unusable: it has none.
+    """
     node, mark = task.graph.nodes[index], task.graph.nodes[index].record
-    if mark.replay is not None and any(c is not None for c in task.cotangents[index]):
-        for slot in mark.record.slots:
-            fail(slot.source, "its fused op could not be replayed")
-        return None
     record = mark.record
-    try:
-        saved = values_of(node)
-    except RuntimeError:
-        for slot in record.slots:
-            fail(slot.source, f"what {_name(record.call.op)} used it with was written in place afterwards")
-        return None
-    slots = saved[len(record.saved) :]
-    if any(t.layout is not torch.strided for t in saved):
-        for slot in record.slots:
-            fail(slot.source, f"its use by {_name(record.call.op)} is with a sparse tensor")
-        return None
-    slots = [t if t.untyped_storage().size() else _hollow(t) for t in slots]  # no sharded weights
-    live = iter(task.canonical(index))
-    cs = [next(live) if is_live else None for is_live in mark.live]
+    if mark.replay is not None and any(c is not None for c in task.cotangents[index]):
+        raise _Unusable("its fused op could not be replayed")
+    values, slots = _saved(task, node)
+    cs = task.canonical(index)
+    if False in mark.live:
+        live = iter(cs)
+        cs = [next(live) if is_live else None for is_live in mark.live]
     layouts = [layout for layout in task.layouts[index] if layout is not ZERO]
     if not layouts:
         return None
     layout = layouts[0]
-    if layout is None or len(set(layouts)) > 1:
-        if record.derived and task.is_open(index):
-            for slot in record.slots:
-                fail(slot.source, f"an op that was not recorded used the result of {_name(record.call.op)}")
-            return None
-        if record.derived:  # no sample's own: its rows come from where the tensor meets the batch
-            return Use.of(record, saved[: len(record.saved)], [None] * len(cs), slots)
-        for slot in record.slots:
-            mixed = roots(slot.source) & task.plan.mixed
-            what = (
-                "there is cross-sample dependence at its use by {}"
-                if mixed
-                else "its use by {} is of no one sample"
-            )
-            fail(slot.source, what.format(_name(record.call.op)))
-        return None
-    values = saved[: len(record.saved)]
+    if layout is None or (len(layouts) > 1 and len(set(layouts)) > 1):
+        if record.derived and not task.is_open(index):
+            # no sample's own: its rows come from where the tensor meets the batch
+            return Use.of(record, values, [None] * len(cs), slots)
+        raise _Unusable(_no_layout(task, record))
     if task.batch_dim is None:
         return Use.of(record, [t.unsqueeze(0) for t in values], cs, slots)
-    output = next(c for c in task.cotangents[index] if c is not None).shape[1:]
-    where = _where(record, saved, output, layout.dim)
+    (first, *_), found = [c for c in task.cotangents[index] if c is not None], []
+    if values:
+        output, samples = first.shape[1:], task.samples
+        try:
+            for t, at in zip(values, _where(record, values, slots, output, layout.dim), strict=True):
+                found.append(canonical(t, at, layout, output[layout.dim], samples))
+        except ValueError as error:
+            raise _Unusable(error) from error
+    own = _with_samples(record, slots, split, task.samples) if split else {}
+    return Use.of(record, found, cs, slots, own)
+
+
+def _saved(task: Task, node: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """The values that a node saved for rules, and the tensors of its slots."""
+    record: Record = node.record.record
     try:
-        found = [canonical(t, at, layout, output[layout.dim], task.samples)
-                 for t, at in zip(values, where, strict=False)]  # fmt: skip
-    except ValueError as error:
-        for slot in record.slots:
-            fail(slot.source, error)
-        return None
-    own: dict[int, Tensor] = {}  # slots that have samples
+        saved = values_of(node)
+    except RuntimeError as error:
+        what = f"what {_name(record.call.op)} used it with was written in place afterwards"
+        raise _Unusable(what) from error
+    for t in saved:
+        if t.layout is not torch.strided:
+            raise _Unusable(f"its use by {_name(record.call.op)} is with a sparse tensor")
+    count = len(record.saved)
+    values, slots = saved[:count], saved[count:]
+    if task.lockstep is not None:  # the memory of sharded weights is freed between the passes
+        slots = [t if t.untyped_storage().size() else _hollow(t) for t in slots]
+    return values, slots
+
+
+def _no_layout(task: Task, record: Record) -> str:
+    """Why the output of an op has no layout of samples."""
+    name = _name(record.call.op)
+    if record.derived:
+        return f"an op that was not recorded used the result of {name}"
+    if any(roots(slot.source) & task.plan.mixed for slot in record.slots):
+        return f"there is cross-sample dependence at its use by {name}"
+    return f"its use by {name} is of no one sample"
+
+
+def _with_samples(record: Record, slots: Sequence[Tensor], split: Mapping[Record, Layout],
+                  samples: int) -> dict[int, Tensor]:  # fmt: skip
+    """The slots that have samples, by leaf."""
+    own: dict[int, Tensor] = {}
     for slot, tensor in zip(record.slots, slots, strict=True):
         at = split.get(slot.source.record) if isinstance(slot.source, Derived) else None
         if at is None:
             continue
-        if at.dim >= tensor.ndim or tensor.shape[at.dim] % task.samples:  # written in place since
-            fail(slot.source, f"its use by {_name(record.call.op)} has samples elsewhere than its argument")
-            return None
-        own[slot.index] = at.split(tensor, at.dim, task.samples)
-    return Use.of(record, found, cs, slots, own)
+        if at.dim >= tensor.ndim or tensor.shape[at.dim] % samples:  # written in place since
+            name = _name(record.call.op)
+            raise _Unusable(f"its use by {name} has samples elsewhere than its argument")
+        own[slot.index] = at.split(tensor, at.dim, samples)
+    return own
 
 
 def _hollow(tensor: Tensor) -> Tensor:
@@ -134,22 +161,29 @@ def _hollow(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, device="meta")
 
 
-def _where(record: Record, saved: Sequence[Tensor], output: Sequence[int], dim: int) -> list[int | None]:
-    """The dimensions of a call's saved arguments and slots that meet dimension ``dim`` of its output."""
-    entry = next((entry for entry in record.entries if entry is not None), None) or any_entry(record.call.op)
+def _where(record: Record, values: Sequence[Tensor], slots: Sequence[Tensor], output: Sequence[int],
+           dim: int) -> list[int | None]:  # fmt: skip
+    """The dimensions of a call's saved arguments that meet dimension ``dim`` of its output."""
+    entry = record.entries[0]
+    if entry is None:
+        known = [entry for entry in record.entries if entry is not None]
+        entry = known[0] if known else any_entry(record.call.op)
     # as of most ops: the last dimensions meet
-    last = [at if at >= 0 else None for at in (dim - len(output) + t.ndim for t in saved)]
+    last = [at if (at := dim - len(output) + t.ndim) >= 0 else None for t in values]
     if entry is None:
         return last
-    leaves = list(record.leaves)
-    tensors = [*record.saved, *(slot.index for slot in record.slots)]
-    for index, tensor in zip(tensors, saved, strict=True):
-        leaves[index] = tensor.shape
-    names = names_of_leaves(record.call)
-    arguments = {name: leaf for name, leaf in zip(names, leaves, strict=True) if name is not None}
+    names = record.call.names if record.spec is None else names_of_leaves(record.call)
+    arguments: dict[Any, Any] = dict(zip(names, record.leaves, strict=True))
     arguments["output"] = output
-    named = [(names[i], at) for i, at in zip(tensors, last, strict=True)]
-    return [at if name is None else entry.meets(arguments, str(name), dim) for name, at in named]
+    for index, value in zip(record.saved, values, strict=True):
+        arguments[names[index]] = value.shape
+    for slot, tensor in zip(record.slots, slots, strict=True):
+        arguments[slot.name] = tensor.shape
+    found: list[int | None] = []
+    for index, place in zip(record.saved, last, strict=True):
+        name = names[index]
+        found.append(place if name is None else entry.meets(arguments, str(name), dim))
+    return found
 
 
 def by_calls(task: Task, parameters: dict[str, Tensor]) -> Found:

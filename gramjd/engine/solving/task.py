@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -97,7 +97,7 @@ class Task:
     layouts: list[Layouts] = field(default_factory=list)
     precisions: list[torch.dtype | None] = field(default_factory=list)  # of a node's op, if replayed
     places: list[int] = field(default_factory=list)  # of a node, or of the op replayed, in the user's forward
-    met: set[Layout | None] = field(default_factory=set)  # by any region, see layouts_met
+    met: set[Layout | None] = field(default_factory=set)  # see layouts_met; also those that may be rounding
     replays: list[Replayed] = field(default_factory=list)  # kept alive
 
     @property
@@ -112,8 +112,8 @@ class Task:
 
     def of_region(self, number: int, cotangents: list[Cotangents]) -> Task:
         """The part of a region, given the cotangents at its nodes."""
-        region = self.plan.regions[number]
-        graph = replace(self.graph, nodes=[self.graph.nodes[i] for i in region.nodes])
+        region, all_nodes = self.plan.regions[number], self.graph.nodes
+        graph = self.graph.of_nodes([all_nodes[i] for i in region.nodes])
         mine = {name: p for name, p in self.parameters.items() if id(p) in region.parameters}
         return Task(self.output, self.batch_dim, graph, mine, self.plan, self.lockstep, number, cotangents)
 

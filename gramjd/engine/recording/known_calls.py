@@ -1,0 +1,63 @@
+"""Calls that earlier forwards made with the same parameters: what is known of them is not found out anew."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from gramjd.rules.registry import rules_of, version
+from gramjd.uses.use import Record, describe
+
+_MOST = 4096  # calls remembered
+
+
+class KnownCalls:
+    """The records of calls of ops, by all that a record follows from.
+
+    A record of a call of parameters themselves holds no other tensors. So calls with the same op, parameters
+    and settings, and with tensors of the same types, shapes and dtypes, share one.
+    """
+
+    def __init__(self) -> None:
+        self.records: dict[Hashable, Record] = {}
+        self.state: tuple[int, ...] = ()  # of the rules and the parameters of the last forward
+
+    def of(self, parameters: Sequence[Tensor], alone: bool) -> KnownCalls:
+        """What is known for these parameters: nothing of others, which it would keep alive.
+
+        Only if the engine is ``alone`` in watching a forward: else records could hold parameters of others.
+        """
+        state = version(), *map(id, parameters)
+        if state != self.state:
+            self.records.clear()
+            self.state = state
+        return self if alone else KnownCalls()
+
+    def describe(self, op: Any, args: Sequence[Any], kwargs: dict[str, Any], sources: dict[int, Any],
+                 derived: bool) -> tuple[Record, list[Any]]:  # fmt: skip
+        """As :func:`gramjd.uses.use.describe`."""
+        leaves = [*args, *kwargs.values()]
+        key: list[Any] = [op, *kwargs]
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                source = sources.get(id(leaf))
+                if source is not None and source is not leaf:  # derived, or a stand-in for the parameter
+                    return describe(op, args, kwargs, sources, derived)
+                key += [0 if source is None else id(source), type(leaf), leaf.shape, leaf.dtype]
+            elif leaf is None or isinstance(leaf, (bool, int, float, str)):
+                key += [type(leaf), leaf]
+            else:  # containers, and what may change without another identity
+                return describe(op, args, kwargs, sources, derived)
+        if derived:
+            return describe(op, args, kwargs, sources, derived)
+        known = self.records.get(tuple(key))
+        if known is None:
+            known, leaves = describe(op, args, kwargs, sources, derived)
+            rules = rules_of(op)
+            if rules is None or rules.only_structure:
+                if len(self.records) >= _MOST:
+                    self.records.clear()
+                self.records[tuple(key)] = known
+        return known, leaves
