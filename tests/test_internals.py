@@ -304,6 +304,59 @@ def plain() -> None:
     assert traced == [False]
 
 
+@contract("differentiable")
+def _() -> None:
+    x, y = torch.randn(3), torch.randn(3)
+
+    def function(zero: Tensor) -> Tensor:
+        (mine,) = internals.differentiable([x])
+        assert internals.depends_on_innermost_transform(mine * 2)
+        with pytest.raises(RuntimeError):  # as before, once the wrapping is done
+            (mine * 2).requires_grad_()
+        (g,) = torch.autograd.grad((mine * y).sum(), mine)
+        assert torch.equal(internals.below_transform(g, internals.innermost_level()), y)
+        return zero
+
+    torch.func.vjp(function, torch.zeros(()))
+    assert not x.requires_grad
+
+
+@contract("outside_vmap")
+def _() -> None:
+    x, found = torch.randn(4, 3), []
+
+    def function(row: Tensor) -> Tensor:
+        inside = [row * 2, torch.ones(2)]
+        found.append(internals.outside_vmap(inside, internals.transform_level(), 4))
+        return row
+
+    torch.vmap(function)(x)
+    assert torch.equal(found[0][0], 2 * x) and torch.equal(found[0][1], torch.ones(4, 2))
+
+
+@contract("versions_of")
+def _() -> None:
+    x, y = torch.zeros(3), torch.zeros(3)
+    x.add_(1)
+    assert internals.versions_of([x, y]) == (1, 0) and internals.versions_of([]) == ()
+    with torch.inference_mode():
+        assert internals.versions_of([torch.ones(1), x]) == (0, 1)
+
+
+@contract("named_parameters", "named_tensors")
+def _() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(2, 3))
+    model[2].weight = model[0].weight  # tied
+    model.append(model[0])  # held twice
+    own, buffers = internals.named_tensors(model)
+    assert [name for name, _ in own] == [
+        "0.weight", "0.bias", "1.weight", "1.bias", "2.weight", "2.bias"
+    ]  # fmt: skip
+    assert own[0][1] is own[4][1] and own == list(internals.named_parameters(model))
+    assert [name for name, _ in buffers] == [name for name, _ in model.named_buffers()]
+    assert not list(internals.named_parameters(model, recurse=False))
+
+
 @contract("version_of", "version_kept")
 def versions() -> None:
     x = draw(2)

@@ -7,7 +7,7 @@ own samples.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from math import isqrt
 from typing import Any
@@ -19,7 +19,7 @@ from gramjd import contraction
 from gramjd.blocks import Block, Dense, is_zero
 from gramjd.contraction import Options
 from gramjd.gramians import symmetric
-from gramjd.internals import is_compiling, is_ours, version_of
+from gramjd.internals import is_ours, versions_of
 from gramjd.rounding import own_precision
 
 
@@ -30,17 +30,20 @@ class Part:
     blocks: Sequence[Sequence[Block]]  # of each parameter; none if the outputs do not depend on it
     samples: int
     kept: dict[int, Tensor] = field(default_factory=dict)  # rows [B K, P] that the Gramian was made of
-    versions: Sequence[tuple[int, ...]] = ()  # of each parameter's factors at first; of none: not watched
+    versions: tuple[int, ...] = ()  # of all factors at first; of none: not watched
 
     @staticmethod
     def watched(blocks: Sequence[Sequence[Block]], samples: int) -> Part:
         """A part that can tell when somebody writes into its factors."""
-        return Part(blocks, samples, versions=[_versions(mine) for mine in blocks])
+        return Part(blocks, samples, versions=versions_of(_factors(blocks)))
 
     def written(self) -> int | None:
         """A parameter into whose factors somebody has written since, if there is one."""
-        for n, first in enumerate(self.versions):
-            if _versions(self.blocks[n]) != first:
+        if not self.versions or versions_of(_factors(self.blocks)) == self.versions:
+            return None
+        rest = iter(self.versions)
+        for n, mine in enumerate(self.blocks):
+            if any(version != next(rest) for version in versions_of(_factors([mine]))):
                 return n
         return None
 
@@ -50,7 +53,9 @@ class Part:
     def of_parameters(self, which: Sequence[int]) -> Part:
         """Of some of the parameters."""
         kept = {n: self.kept[p] for n, p in enumerate(which) if p in self.kept}
-        versions = [self.versions[p] for p in which] if self.versions else ()
+        rest = iter(self.versions)
+        each = [[next(rest) for _ in _factors([mine])] for mine in self.blocks] if self.versions else []
+        versions = tuple([version for p in which for version in each[p]]) if each else ()
         return Part([self.blocks[p] for p in which], self.samples, kept, versions)
 
     def split(self, most: int) -> list[Part]:
@@ -274,15 +279,12 @@ def _assemble(tiles: Sequence[Sequence[Tensor]]) -> Tensor:
 
 def _tensors(block: Block) -> dict[str, Tensor]:
     """The factors of a block by name."""
-    values = {field.name: getattr(block, field.name) for field in fields(block)}
-    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    return {name: value for name, value in vars(block).items() if isinstance(value, Tensor)}
 
 
-def _versions(blocks: Iterable[Block]) -> tuple[int, ...]:
-    """How often each factor has been written in place; nothing where a graph is traced."""
-    if is_compiling():
-        return ()
-    return tuple(version_of(t) for block in blocks for t in _tensors(block).values())
+def _factors(blocks: Sequence[Sequence[Block]]) -> list[Tensor]:
+    """The factors of the blocks of several parameters, in order."""
+    return [t for mine in blocks for block in mine for t in vars(block).values() if isinstance(t, Tensor)]
 
 
 def _moved(block: Block, device: torch.device | str | None, dtype: torch.dtype | None) -> Block:

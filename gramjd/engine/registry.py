@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gramjd import distributed
 from gramjd.engine.recording.compiled import StandIns
 from gramjd.engine.sharded import Lockstep, Shards, shards
-from gramjd.internals import compiled_call, held_by
+from gramjd.internals import compiled_call, held_by, named_parameters
 
 
 class Registry:
@@ -28,7 +28,7 @@ class Registry:
         which = self.shards.in_forward if whole else self.shards.of_user
         for index, module in enumerate(self.modules):
             prefix = "" if len(self.modules) == 1 else f"{index}:{type(module).__name__}."
-            for name, p in _named_parameters(module, self.recurse):
+            for name, p in named_parameters(module, self.recurse):
                 if self.shards.units:
                     path, _, last = name.rpartition(".")
                     p = which(module.get_submodule(path), last, p)
@@ -90,24 +90,3 @@ class Registry:
         below = self.modules if not self.recurse else (m for mine in self.modules for m in mine.modules())
         found = dict.fromkeys(m for m in below if not self.recurse or next(m.parameters(), None) is not None)
         return [m for m in found if not isinstance(m, torch.jit.ScriptModule)]  # these take no such hooks
-
-
-def _named_parameters(module: nn.Module, recurse: bool) -> Iterable[tuple[str, Tensor]]:
-    """Those of ``named_parameters``, in its order, without its generators: every step asks."""
-    if type(module).named_parameters is not nn.Module.named_parameters:
-        return module.named_parameters(recurse=recurse)
-    found: list[tuple[str, Tensor]] = []
-    stack, seen = [("", module)], set[int]()
-    while stack:
-        prefix, module = stack.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        parameters, _, children = held_by(module)
-        for name, p in parameters.items():
-            if p is not None:
-                found.append((prefix + name, p))
-        for name, child in reversed(list(children.items())) if recurse else ():
-            if child is not None:
-                stack.append((f"{prefix}{name}.", child))
-    return found

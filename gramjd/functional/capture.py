@@ -10,9 +10,8 @@ detaches from levels outside.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +21,12 @@ from gramjd.blocks import Block, Dense
 from gramjd.functional.edges import tapped
 from gramjd.functional.per_sample_mode import Function, Trace
 from gramjd.functional.perturbations import perturbed
-from gramjd.internals import differentiates, is_compiling
+from gramjd.internals import differentiates, is_compiling, outside_vmap, transform_level
 from gramjd.uses.accumulation import blocks_of
 from gramjd.uses.use import Use
+
+# Cotangents, what each use saved, outputs, auxiliary values.
+Values = tuple[list[Tensor], list[list[Tensor]], list[Tensor], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -73,20 +75,22 @@ def capture(
         )
     # An alias apiece: tied entries stay apart, as torch.func.grad keeps them apart.
     raw = [p.view_as(p) for p in parameters]
-    trace = Trace()
     run = perturbed if is_compiling() else tapped
+    given = [c[:, 0] if shared else c.transpose(0, 1) for c in cotangents or ()]
+    trace = Trace()
 
-    def per_sample(batch: Sequence[Tensor], given: Sequence[Tensor]) -> Any:
+    def per_sample(batch: Sequence[Tensor], given: Sequence[Tensor]) -> Values:
         nonlocal trace
         found = run(function, raw, batch, given, shared, batch_independent)
         trace = found.trace
         return found.cs, found.saved, found.outputs, found.aux
 
-    given = [c[:, 0] if shared else c.transpose(0, 1) for c in cotangents or ()]
     if shared:
-        found = pytree.map(lambda t: t.unsqueeze(0), per_sample(batched, given))
-    else:
+        found: Values = pytree.map(lambda t: t.unsqueeze(0), per_sample(batched, given))
+    elif is_compiling() or chunk_size is not None:
         found = torch.vmap(per_sample, randomness=randomness, chunk_size=chunk_size)(batched, given)
+    else:
+        found = _batched(per_sample, batched, given, randomness)
     cs, saved, values, aux = found
     uses, rows = _uses(trace, iter(c.transpose(0, 1) for c in cs), saved, len(raw))
     blocks = blocks_of(uses, raw)
@@ -94,6 +98,25 @@ def capture(
         if row is not None:
             mine.append(Dense(row, origin="autograd (no rule covers an op that used it)"))
     return Captured(values, aux, blocks, raw, uses)
+
+
+def _batched(function: Callable[..., Values], batched: Sequence[Tensor], given: Sequence[Tensor],
+             randomness: str) -> Values:  # fmt: skip
+    """``vmap`` of a function that returns lists of tensors, without its walks over nested containers."""
+    found: list[Values] = []
+    size = len(next(iter([*batched, *given])))
+
+    def run(*arguments: Sequence[Tensor]) -> Tensor:
+        level = transform_level()
+        cs, saved, values, aux = function(*arguments)
+
+        nested = [outside_vmap(mine, level, size) if mine else [] for mine in saved]
+        cs, values, aux = (outside_vmap(tensors, level, size) for tensors in (cs, values, aux))
+        found.append((cs, nested, values, aux))
+        return torch.zeros(())
+
+    torch.vmap(run, randomness=randomness)(batched, given)
+    return found[0]
 
 
 def _uses(trace: Trace, cs: Iterator[Tensor], saved: Sequence[Sequence[Tensor]], parameters: int

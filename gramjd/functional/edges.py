@@ -22,6 +22,7 @@ from gramjd.internals import (
     belongs_to,
     below_transform,
     depends_on_innermost_transform,
+    differentiable,
     differentiated_outside,
     tap,
 )
@@ -56,20 +57,27 @@ class _Tap(Watch):
 def tapped(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor], given: Sequence[Tensor],
            shared: bool, batch_independent: Sequence[Tensor]) -> Run:  # fmt: skip
     """Run a function of one sample; ``given`` are cotangents of its outputs (empty: all entries)."""
-    trace = Trace()
+    found: list[Run] = []
 
-    def run(wrapped: Sequence[Tensor], zero: Tensor) -> Any:
-        nonlocal trace
+    def run(zero: Tensor) -> Tensor:
+        wrapped = differentiable(raw)
         tracker = _Tap(wrapped, raw, zero, shared, batch_independent)
         with tracker:
             outputs, aux = function(wrapped, batch)
-        trace = tracker.trace
-        cs = list(_pull(outputs, [*tracker.taps, *wrapped], list(given) or basis(outputs), trace))
+        trace, level = tracker.trace, tracker.level
+        cs = _pull(outputs, [*tracker.taps, *wrapped], list(given) or basis(outputs), trace)
         tracker.check_versions()
-        return torch.zeros(()), (cs, tracker.saved, list(outputs), list(aux))
 
-    found = torch.func.vjp(run, raw, torch.zeros(()), has_aux=True)[2]  # type: ignore[misc]
-    return Run(trace, *found)
+        def below(tensors: Sequence[Tensor]) -> list[Tensor]:
+            return [below_transform(t, level) for t in tensors]
+
+        # as vjp returns auxiliary values, without its walks over nested containers
+        saved = [below(mine) if mine else [] for mine in tracker.saved]
+        found.append(Run(trace, below(cs), saved, below(outputs), below(aux)))
+        return torch.zeros(())
+
+    torch.func.vjp(run, torch.zeros(()))
+    return found[0]
 
 
 def _pull(outputs: Sequence[Tensor], inputs: Sequence[Any], cotangents: Sequence[Tensor], trace: Trace

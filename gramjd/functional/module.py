@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gramjd import pytree
 from gramjd.functional.guard import Guard, refuse_batch_statistics
-from gramjd.internals import is_compiling
+from gramjd.internals import is_compiling, named_tensors
 
 
 def functional_loss(
@@ -58,22 +58,36 @@ def functional_loss(
             args, kwargs = (), dict(inputs)
         elif type(inputs) in (tuple, list):
             args = tuple(inputs)
-        own = dict(model.named_parameters())
-        frozen = {name: p.detach() for name, p in own.items() if name not in parameters}
-        held = {**frozen, **dict(model.named_buffers()), **parameters}
-
-        def objectives() -> Any:
-            output = torch.func.functional_call(model, held, args, kwargs)
-            return output if loss is None else loss(output, *targets)
-
         if is_compiling():
             refuse_batch_statistics(model)
-            return pytree.map(_only_sample, objectives())
-        with Guard(model, {n: p for n, p in own.items() if n in parameters and p is not parameters[n]}):
-            found = objectives()
+            frozen = {n: p.detach() for n, p in model.named_parameters() if n not in parameters}
+            held = {**frozen, **dict(model.named_buffers()), **parameters}
+            output = torch.func.functional_call(model, held, args, kwargs)
+            return pytree.map(_only_sample, output if loss is None else loss(output, *targets))
+        held, replaced = _held(model, parameters)
+        with Guard(model, replaced):
+            output = torch.func.functional_call(model, held, args, kwargs, tie_weights=False)
+            found = output if loss is None else loss(output, *targets)
         return pytree.map(_only_sample, found)
 
     return function, parameters
+
+
+def _held(model: nn.Module, parameters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a model is to hold in place of its own tensors, and its own parameters that are replaced, by name.
+
+    Tied parameters are there by all their names, so that ``functional_call`` need not look for them.
+    """
+    own, buffers = named_tensors(model)
+    given = {id(p): parameters[name] for name, p in reversed(own) if name in parameters}
+    held = {**dict(buffers), **parameters}
+    replaced = {}
+    for name, p in own:
+        other = parameters[name] if name in parameters else given.get(id(p))
+        held[name] = p.detach() if other is None else other
+        if other is not None and other is not p:
+            replaced[name] = p
+    return held, replaced
 
 
 def _batch_of_one(leaf: Any) -> Any:

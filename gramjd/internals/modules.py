@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter
 from types import FunctionType
 from typing import Any
@@ -62,3 +62,40 @@ def undispatched(func: Any) -> FunctionType:
     """A Python function of torch without its own ``__torch_function__`` dispatch: only its body."""
     space = {**func.__globals__, "has_torch_function": lambda *_: False}
     return FunctionType(func.__code__, space, func.__name__, func.__defaults__, func.__closure__)
+
+
+def named_parameters(module: nn.Module, recurse: bool = True) -> Iterable[tuple[str, Tensor]]:
+    """Those of ``named_parameters``, in its order, each as often as a module holds it.
+
+    Without its generators: every step asks.
+    """
+    if type(module).named_parameters is not nn.Module.named_parameters:
+        return module.named_parameters(recurse=recurse)
+    return _walk(module, recurse)[0]
+
+
+def named_tensors(module: nn.Module) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
+    """Parameters and buffers of a module and all below it, each as often as one holds it."""
+    kind = type(module)
+    if kind.named_parameters is nn.Module.named_parameters and kind.named_buffers is nn.Module.named_buffers:
+        return _walk(module, True)
+    return list(module.named_parameters()), list(module.named_buffers())
+
+
+def _walk(module: nn.Module, recurse: bool) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
+    found: tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]] = ([], [])
+    stack, seen = [("", module)], set[int]()
+    while stack:
+        prefix, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        parameters, buffers, children = held_by(module)
+        for held, into in zip((parameters, buffers), found, strict=True):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    into.append((prefix + name, tensor))
+        for name, child in reversed(list(children.items())) if recurse else ():
+            if child is not None:
+                stack.append((f"{prefix}{name}.", child))
+    return found

@@ -90,6 +90,18 @@ def version_of(tensor: Tensor) -> int:
     return 0 if is_compiling() or tensor.is_inference() else tensor._version
 
 
+def versions_of(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """The same of several; nothing where a graph is traced."""
+    if is_compiling():
+        return ()
+    if True in map(Tensor.is_inference, tensors):
+        return tuple(map(version_of, tensors))
+    return tuple(map(_VERSION, tensors))
+
+
+_VERSION: Callable[[Tensor], int] = attrgetter("_version")
+
+
 def version_kept(tensor: Tensor) -> AbstractContextManager[Any]:
     """A context in which marking a tensor as written does not count as a write."""
     autograd: Any = torch.autograd

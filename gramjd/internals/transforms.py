@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -95,6 +95,17 @@ def below_transform(tensor: Tensor, level: int) -> Tensor:
     return below
 
 
+def differentiable(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Inside ``grad`` or ``vjp``: the tensors as inputs of it, as it wraps its own arguments."""
+    level = innermost_level()
+    before = _functorch.get_inplace_requires_grad_allowed()
+    _functorch.set_inplace_requires_grad_allowed(True)
+    try:
+        return [_functorch._wrap_for_grad(tensor, level).requires_grad_() for tensor in tensors]
+    finally:
+        _functorch.set_inplace_requires_grad_allowed(before)
+
+
 def depends_on_innermost_transform(tensor: Tensor) -> bool:
     """Inside ``grad`` or ``vjp``: was ``tensor`` computed from what is being differentiated?"""
     level = _functorch.peek_interpreter_stack().level()
@@ -153,3 +164,8 @@ def without_batch(gradient: Tensor, level: int, size: int) -> Tensor:
     """A cotangent batched at this level → ``[size, ...]``."""
     found: Tensor = torch._remove_batch_dim(gradient, level, size, 0)
     return found
+
+
+def outside_vmap(tensors: Sequence[Tensor], level: int, size: int) -> list[Tensor]:
+    """Inside the ``vmap`` of this level: what it would return for these tensors, ``[size, ...]`` each."""
+    return [_functorch._remove_batch_dim(tensor, level, size, 0) for tensor in tensors]
