@@ -321,6 +321,22 @@ def _() -> None:
     assert not x.requires_grad
 
 
+@contract("unseen_by_modes")
+def _() -> None:
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    seen: list[Any] = []
+    with Mode():
+        with internals.unseen_by_modes():
+            internals.base_of(torch.ones(2)[:1])
+        assert not seen
+        internals.base_of(torch.ones(2))
+        assert seen
+
+
 @contract("outside_vmap")
 def _() -> None:
     x, found = torch.randn(4, 3), []

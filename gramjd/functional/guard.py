@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gramjd.errors import CheckFailedError, NotSeparableError
-from gramjd.internals import BatchNorm, base_of, held_by
+from gramjd.internals import BatchNorm, base_of, held_by, unseen_by_modes
 from gramjd.rules import tensors_of
 
 _BATCH_NORMS = (F.batch_norm, torch.batch_norm)
@@ -42,7 +42,8 @@ class Guard(TorchFunctionMode):
             self._count(args[0])
         out = func(*args, **kwargs) if func not in _BATCH_NORMS else self._batch_norm(func, args, kwargs)
         given = args[:1] if getattr(func, "__name__", "") in _BY_FIRST else (*args, *kwargs.values())
-        name = self._past(given)
+        with unseen_by_modes():  # each question would be an op to those outside
+            name = self._past(given)
         if name is not None and _depends(func, out):
             raise CheckFailedError(
                 f"{type(self.model).__name__} reads its parameter {name!r} past torch.func.functional_call, "

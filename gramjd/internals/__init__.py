@@ -66,6 +66,7 @@ from gramjd.internals.tracing import (
     innermost_mode,
     is_compiling,
     unfused_attention,
+    unseen_by_modes,
 )
 from gramjd.internals.transforms import (
     batched_gradients_level,
@@ -155,6 +156,7 @@ __all__ = [
     "transform_level",
     "undispatched",
     "unfused_attention",
+    "unseen_by_modes",
     "value_of",
     "version_kept",
     "version_of",

@@ -20,6 +20,10 @@ def constant_in_graphs(function: F) -> F:
     return function
 
 
+# A context in which no mode sees what is asked of tensors.
+unseen_by_modes: Callable[[], AbstractContextManager[Any]] = torch._C.DisableTorchFunction
+
+
 def innermost_mode() -> object:
     """The ``TorchFunctionMode`` on top of the stack."""
     return torch.overrides._get_current_function_mode()
