@@ -220,7 +220,9 @@ def of_two_batches(name: str, *arguments: Any) -> Row:
         return step
 
     shown = f"`losses.backward({name}()(J1.cross(J2)))`"
-    return Row("aggregation", name, shown, "with `J1`, `J2` from `gramjd.jac` or an `Engine`", theirs_step, ours_step)
+    return Row(
+        "aggregation", name, shown, "with `J1`, `J2` from `gramjd.jac` or an `Engine`", theirs_step, ours_step
+    )
 
 
 def their_excess(aggregation: Any, model: nn.Module) -> Step:
@@ -256,12 +258,12 @@ def preferred() -> Tensor:
     return torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
 
 
-FRANK_WOLFE = "equal to TorchJD's with `epsilon=1e-12, max_iters=10_000`; with its defaults, parameters differ by 2e-3"
+FRANK_WOLFE = (
+    "equal to TorchJD's with `epsilon=1e-12, max_iters=10_000`; with its defaults, parameters differ by 2e-3"
+)
 CONIC = "equal for `c=0.0`; for `c=0.5`, parameters differ by 2e-5 (TorchJD's conic solver)"
 LEAST_SQUARES = "equal for `alpha=0.0`; else parameters differ by up to 1.2e-9 (TorchJD's least squares)"
-INPUTS = (
-    "does not fill `.jac`; with `inputs=params`: `backward(losses, weighting, params, inputs=params)`"
-)
+INPUTS = "does not fill `.jac`; with `inputs=params`: `backward(losses, weighting, params, inputs=params)`"
 NASH = "equal to TorchJD's with `optim_niter=100`"
 ROWS_OF_PARAMETERS = "forms the rows of one parameter at a time"
 
@@ -273,10 +275,12 @@ ROWS = [
         by_autojac(lambda module: module.UPGrad()), by_backward(ours.UPGradWeighting), needs=("quadprog",)),
     Row("autojac", "jac", "`gramjd.jac(outputs, inputs)`", "lazy; `.dense()` for the rows",
         of_rows, of_lazy, needs=("quadprog",)),
-    Row("autojac", "jac_to_grad", "`J.backward(weighting(J.gramian()))`", "with `J = gramjd.jac(outputs, inputs)`",
+    Row("autojac", "jac_to_grad", "`J.backward(weighting(J.gramian()))`",
+        "with `J = gramjd.jac(outputs, inputs)`",
         by_autojac(lambda module: module.UPGrad()), of_lazy, needs=("quadprog",)),
     Row("autojac", "mtl_backward", "`gramjd.mtl_backward(losses, features, weighting)`",
-        "raises an error if a loss depends on the encoder outside of the features", heads_and_trunk, our_heads_and_trunk,
+        "raises an error if a loss depends on the encoder outside of the features",
+        heads_and_trunk, our_heads_and_trunk,
         needs=("quadprog",)),
     Row("aggregation", "Aggregator", "a function of `gramjd.jac(losses, model).dense()`", "",
         sign_of_mean, our_sign_of_mean),
