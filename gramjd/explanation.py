@@ -1,4 +1,4 @@
-"""What a Gramian will cost and why: every block, the op that it comes from, and its plan."""
+"""Explains the cost of a Gramian: every block, the op that it comes from, and its plan."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Row:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """What a table shows of it."""
+        """The cells of this row in the printed table."""
         numbers = _short(self.multiply_adds), _short(self.bytes)
         return self.parameter, str(list(self.shape)), self.op, self.block, self.plan, *numbers, self.reason
 
@@ -67,12 +67,12 @@ class Explanation:
 
     @property
     def multiply_adds(self) -> int:
-        """Of all rows together."""
+        """The multiply-adds of all rows together."""
         return sum(row.multiply_adds for row in self.rows)
 
     @property
     def bytes(self) -> int:
-        """Of working memory, at most: parameters are contracted one after the other."""
+        """The most working memory, in bytes: parameters are contracted one after the other."""
         return max((row.bytes for row in self.rows), default=0)
 
     def __str__(self) -> str:
@@ -119,7 +119,7 @@ def _shown(block: Block) -> str:
 
 
 def _reason(block: Dense) -> str:
-    """Why the rows of a parameter are kept whole."""
+    """The reason why a parameter has a ``Dense`` block."""
     _, given, cause = block.origin.partition(" (")
     return cause.rstrip(")") if given else f"{block.origin} takes it entry by entry: no smaller form"
 

@@ -1,4 +1,4 @@
-"""Is the Gramian of a user's model right, and what does it cost?"""
+"""The commands ``check`` and ``explain``: whether the Gramian of a model is exact, and what it costs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OTHER = 0.1  # relative differences of losses above it are no rounding
 
 @dataclass
 class Report:
-    """What a command found, line by line, and its exit code."""
+    """The output of a command, line by line, and its exit code."""
 
     code: int = EXACT
     lines: list[str] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Report:
 
 
 def explain(problem: Problem, batch_dim: int | None) -> Report:
-    """Every block of the model, or why there is none."""
+    """Report every block of the model, or the reason for a refusal."""
     report = Report()
     problem.losses()  # without an engine yet: what fails here is not gramjd's
     engine = Engine(problem.model, batch_dim=batch_dim)

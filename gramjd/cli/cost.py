@@ -1,4 +1,4 @@
-"""What a step costs: time and peak memory of several ways to take it."""
+"""Measures the time and the peak memory of a step, with and without a Gramian."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _wait(device: torch.device) -> None:
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Nothing on standard error, where the profiler's C++ part announces itself."""
+    """A context without standard error, to which the profiler's C++ part writes."""
     kept = os.dup(2)
     try:
         with open(os.devnull, "w") as nowhere:

@@ -1,4 +1,4 @@
-"""From ``FILE:FACTORY`` on the command line to a user's model, batch and losses."""
+"""Loads a user's model, batch and losses by the ``FILE:FACTORY`` of the command line."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Problem:
         return found
 
     def copied(self, *, double: bool = False) -> Problem:
-        """The same on a deep copy of the model; ``double``: in float64 and complex128.
+        """The same problem on a deep copy of the model; ``double``: in float64 and complex128.
 
         Raises:
             CannotRunError: the model cannot be copied.
@@ -146,7 +146,7 @@ def _batches(spec: str, batch: Any, most: int) -> list[Any]:
 
 
 def _problem(spec: str, found: Any, most: int) -> Problem:
-    """What a factory returned, if it is what it should be."""
+    """The problem that a factory returned."""
     if not isinstance(found, tuple) or len(found) != 3:
         got = f"{len(found)} values" if isinstance(found, tuple) else type(found).__name__
         raise CannotRunError(f"{spec} must return (model, batch, losses), got {got}.")

@@ -65,7 +65,7 @@ def plot_similarity(source: Source, *, labels: Labels | None = None, cluster: bo
 
 def plot_layers(jacobian: Jacobian, *, labels: Labels | None = None, per: Any = None,
                 ax: Axes | None = None) -> Axes:  # fmt: skip
-    """Where in the model gradients conflict: a map of layers and pairs of labels (or of objectives).
+    """Draw in which layers gradients conflict: a map of layers and pairs of labels (or of objectives).
 
     Args:
         jacobian, labels, per: as for :func:`gramjd.diagnostics.layers`.
@@ -189,7 +189,7 @@ def plot_weights(steps: Sequence[int], weights: Sequence[Tensor] | Tensor, *,
 
 def plot_history(steps: Sequence[int], values: Sequence[float] | dict[str, Sequence[float]], *,
                  ylabel: str = "", ax: Axes | None = None) -> Axes:  # fmt: skip
-    """How a number went over training: a conflict rate, an angle, an effective rank.
+    """Draw a number over training: a conflict rate, an angle, an effective rank.
 
     Args:
         steps: the numbers of the steps.
@@ -231,7 +231,7 @@ def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
 
 
 def _diverging() -> Colormap:
-    """From conflict over white to agreement; what is not known is grey."""
+    """A colormap from conflict over white to agreement; unknown values are grey."""
     from matplotlib.colors import LinearSegmentedColormap
 
     found = LinearSegmentedColormap.from_list("conflict", [CONFLICTS, "white", AGREES])

@@ -18,7 +18,7 @@ When = int | Callable[[int], bool] | None
 
 
 class Writer(Protocol):
-    """What a monitor needs of ``torch.utils.tensorboard.SummaryWriter``."""
+    """The methods of ``torch.utils.tensorboard.SummaryWriter`` that a monitor calls."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
 

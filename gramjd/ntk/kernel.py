@@ -107,7 +107,7 @@ def _is_finite(leaf: Any) -> bool:
 
 
 def _dtypes(tree: PyTree) -> set[torch.dtype]:
-    """Of the floating-point tensors of a tree."""
+    """The dtypes of the floating-point tensors of a tree."""
     return {x.dtype for x in pytree.leaves(tree) if isinstance(x, Tensor) and x.is_floating_point()}
 
 
@@ -132,7 +132,7 @@ class Axes:
 
     @staticmethod
     def of(output: Sequence[int], trace_axes: Sequence[int], diagonal_axes: Sequence[int]) -> Axes:
-        """As a caller named them; negative ones count from the last."""
+        """The axes that a caller named; negative numbers count from the last axis."""
         for axis in (*trace_axes, *diagonal_axes):
             if not -len(output) <= axis < len(output):
                 raise ValueError(f"Axis {axis} is none of the {len(output)} axes of the batched output.")

@@ -143,7 +143,7 @@ def any_entry(op: Op) -> Entry | None:
 
 @constant_in_graphs
 def op_name(op: Op) -> str:
-    """How people write an op: ``linear``, ``Tensor.add``, ``Tensor.T``."""
+    """The readable name of an op: ``linear``, ``Tensor.add``, ``Tensor.T``."""
     if getattr(op, "__name__", "") == "__get__":  # a property of tensors
         op = op.__self__  # type: ignore[attr-defined]
         return f"Tensor.{op.__name__}"
