@@ -36,7 +36,8 @@ FILE:FACTORY names a function of no arguments in a Python file (or in an importa
         return model, batch, losses
 
 The batch is whatever losses() takes; an iterator or a DataLoader in its place gives several. Or the function
-yields (model, batch, losses) time and again, of the same model. Device and precision are the model's own."""
+yields (model, batch, losses) several times, with the same model. Device and precision are the model's own,
+unless --device is given."""
 
 MOST = 4  # batches that are taken, unless more are asked for
 
@@ -75,6 +76,20 @@ class Problem:
                 "them, computed from the model's trainable parameters."
             )
         return found
+
+    def moved_to(self, device: torch.device | None) -> Problem:
+        """The same problem on a device; ``None``: on the device where it is.
+
+        Raises:
+            CannotRunError: the model or a batch cannot be moved.
+        """
+        if device is None:
+            return self
+        try:
+            batches = pytree.map(lambda x: x.to(device) if isinstance(x, Tensor) else x, list(self.batches))
+            return replace(self, model=self.model.to(device), batches=batches)
+        except Exception as error:
+            raise CannotRunError(f"Moving the model to {str(device)!r} raised {_brief(error)}") from error
 
     def copied(self, *, double: bool = False) -> Problem:
         """The same problem on a deep copy of the model; ``double``: in float64 and complex128.
