@@ -79,10 +79,12 @@ def plot_layers(jacobian: Jacobian, *, labels: Labels | None = None, per: Any = 
     assert ax.figure is not None
     ax.figure.colorbar(image, ax=ax, label="cosine similarity")
     ax.set_yticks(range(len(names)), labels=names)
-    if len(pairs) <= 20:
-        ax.set_xticks(range(len(pairs)), labels=[f"{a}, {b}" for a, b in pairs], rotation=90)
+    shown = [f"{a}, {b}" for a, b in pairs]
+    if len(pairs) <= 60:
+        small = "medium" if len(pairs) <= 20 else "x-small"
+        ax.set_xticks(range(len(pairs)), labels=shown, rotation=90, fontsize=small)
     else:
-        ax.set(xticks=[], xlabel=f"{len(pairs)} pairs")
+        ax.set(xticks=[], xlabel=f"{len(pairs)} pairs, from {shown[0]} to {shown[-1]}")
     if bool(values.isnan().any()):
         ax.set_title("grey: no gradient", fontsize="small")
     return ax
@@ -112,7 +114,7 @@ def plot_norms(source: Source, *, labels: Labels | None = None, whisker: float =
             label=[f"{int(usual.sum())} others", _listed(far, labels, len(found))])  # fmt: skip
     cut = " (left bar: and shorter)" if bool((found < shown).any()) else ""
     ax.set(xlabel=f"norm of the gradient{cut}", ylabel="objectives", xscale="log" if wide else "linear")
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)  # above the bars
     return ax
 
 
