@@ -34,8 +34,8 @@ def ntk_dataset(
     loader2: Iterable[PyTree] | None = None,
     in_dims: PyTree = 0,
     *,
-    trace_axes: Sequence[int] = (),
-    diagonal_axes: Sequence[int] = (),
+    trace_axes: int | Sequence[int] = (),
+    diagonal_axes: int | Sequence[int] = (),
     out: str | os.PathLike[str] | None = None,
     progress: bool = True,
     chunk_size: int | None = None,
@@ -257,7 +257,7 @@ def _probe(jac: Jacobian) -> tuple[tuple[int, ...], Tensor]:
     return output_shape(jac), jac.squared_norms().sum()
 
 
-def _axes(shape: Sequence[int], trace_axes: Sequence[int], diagonal_axes: Sequence[int]) -> Axes:
+def _axes(shape: Sequence[int], trace_axes: int | Sequence[int], diagonal_axes: int | Sequence[int]) -> Axes:
     axes = Axes.of(shape, trace_axes, diagonal_axes)
     if 0 in (*axes.trace, *axes.diagonal):
         raise ValueError(
