@@ -76,8 +76,8 @@ def register_rule(
             or ``"right"`` (broadcasting ops). Where neither holds, a function ``(arguments, name,
             dim)`` that maps a dimension of the output to one of the named argument, or to ``None``;
             ``arguments`` are the call's by name, with sizes for tensors, and ``"output"``.
-        when: given a call's arguments by name, does the rule cover it? Where it does not, the
-            block is ``Dense``.
+        when: a function from a call's arguments, by name, to whether the rule covers the call. If it does
+            not, the block is ``Dense``.
 
     ``Engine`` checks what a rule returns against autograd: a wrong one is never used silently.
 
