@@ -250,7 +250,7 @@ def test_check_estimates_its_memory_first(
     monkeypatch.setattr(memory, "free_bytes", lambda device: (5 + 2) * 75 * 8)
     assert main(["check", f"{file}:factory"]) == 2
     out, err = capsys.readouterr()
-    assert not out and not calls and "The gradients of 12 losses" in err and "Pass --rows 5." in err
+    assert not out and not calls and "The gradients of 12 losses" in err and "Pass --rows 3." in err
     assert main(["check", f"{file}:factory", "--rows", "5", "--repeats", "1"]) == 0
     monkeypatch.setattr(memory, "free_bytes", lambda device: 75 * 8)
     assert main(["check", f"{file}:factory", "--rows", "5"]) == 2

@@ -49,7 +49,7 @@ def cost(problem: Problem, batch_dim: int | None, repeats: int, device: torch.de
     for name in steps:
         ratio = times[name] / times[plain]
         lines.append(f"{name:<30}{1e3 * times[name]:>10.2f}{ratio:>8.2f}{peaks[name] / 2**20:>11.1f}")
-    return [*lines, f"The first step with a Gramian, checks included, took {1e3 * first[drop_in]:.2f} ms."]
+    return [*lines, f"The first step with a Gramian, proofs included, took {1e3 * first[drop_in]:.2f} ms."]
 
 
 def _step(problem: Problem, backward: Callable[[Tensor], None]) -> Step:

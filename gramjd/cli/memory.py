@@ -27,7 +27,7 @@ def refuse_rows(rows: int, entries: int, device: torch.device) -> None:
     needed = (rows + 2) * entries * ROW
     if free is None or needed <= free:
         return
-    fit = free // (entries * ROW) - 2
+    fit = free // (2 * entries * ROW)  # the other half is for the model and its Gramian
     remedy = (
         f"Pass --rows {fit}." if fit > 0 else "Not even one fits: check a smaller model of the same kind."
     )
