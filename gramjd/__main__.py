@@ -6,11 +6,16 @@ import argparse
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from gramjd import __version__
 from gramjd.cli.check import CANNOT_RUN, check, explain
 from gramjd.cli.info import info
 from gramjd.cli.load import CONTRACT, MOST, CannotRunError, load
+from gramjd.cli.terminal import Progress, in_color
 
 PURPOSE = "What is installed, what a model gets, and whether its Gramian is right."
 CODES = """\
@@ -24,8 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "info":
         print(info())
         return 0
+    progress = Progress(sys.stderr)
     try:
-        problem = load(args.factory, getattr(args, "batches", 1), args.batch_dim)
+        problem = load(args.factory, getattr(args, "batches", 1), args.batch_dim).moved_to(args.device)
         if args.command == "explain":
             report = explain(problem, args.batch_dim)
         else:
@@ -37,20 +43,25 @@ def main(argv: Sequence[str] | None = None) -> int:
                 tolerance=args.tolerance,
                 repeats=args.repeats,
                 mode=args.mode,
+                progress=progress,
             )
     except CannotRunError as error:
+        progress.close()
         if error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
         print(f"gramjd: error: {error}", file=sys.stderr)
         return CANNOT_RUN
-    print(*report.lines, sep="\n")
+    progress.close()
+    print(*(in_color(line, sys.stdout) for line in report.lines), sep="\n")
     return report.code
 
 
 def _parser() -> argparse.ArgumentParser:
+    program = "gramjd" if Path(sys.argv[0]).stem == "gramjd" else "python -m gramjd"
     parser = argparse.ArgumentParser(
-        "python -m gramjd", description=PURPOSE, epilog=CODES, formatter_class=argparse.RawTextHelpFormatter
+        program, description=PURPOSE, epilog=CODES, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.add_argument("--version", action="version", version=f"gramjd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{info,explain,check}")
     commands.add_parser("info", help="versions, devices and defaults")
     _of_a_model(commands, "explain", "the blocks, plans and costs of a model of yours")
@@ -77,6 +88,8 @@ def _of_a_model(commands: Any, name: str, purpose: str) -> argparse.ArgumentPars
     )
     command.add_argument("factory", metavar="FILE:FACTORY")
     _option(command, "--batch-dim", 0, _batch_dim, "N|none", "dimension of independent samples")
+    device = "move the model and its batches to a device, for instance cuda (default: where they are)"
+    command.add_argument("--device", type=_device, metavar="D", help=device)
     return command
 
 
@@ -91,6 +104,13 @@ def _batch_dim(text: str) -> int | None:
         return None if text.lower() == "none" else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a number or none, got {text!r}") from None
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"expected a device such as cpu or cuda, got {text!r}") from error
 
 
 def _positive(text: str) -> int:

@@ -103,7 +103,7 @@ def trimmed_mean(jacobian: Jacobian, trim_number: int) -> PyTree:
 
 
 def _of_each(jacobian: Jacobian, combine: Callable[[Tensor], Tensor]) -> PyTree:
-    """What becomes of the rows of each parameter, in its dtype; one at a time."""
+    """Apply a function to the rows of each parameter, one parameter at a time, in its dtype."""
     found = [combine(rows) for rows in parameter_rows(jacobian)]
     pairs = zip(found, jacobian.parameters, strict=True)
     return pytree.unflatten(jacobian.parameters_spec, [each.to(p.dtype) for each, p in pairs])

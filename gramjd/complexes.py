@@ -23,12 +23,12 @@ def as_given(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def entries(parameter: Tensor) -> int:
-    """How many real numbers a parameter is."""
+    """The number of real numbers in a parameter."""
     return parameter.numel() * (2 if parameter.is_complex() else 1)
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the real and imaginary parts."""
+    """The dtype of the real and imaginary parts."""
     return torch.empty((), dtype=dtype, device="meta").real.dtype if dtype.is_complex else dtype
 
 

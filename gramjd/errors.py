@@ -20,7 +20,7 @@ class NotCoveredError(GramjdError):
 
 
 class NotSeparableError(GramjdError):
-    """With a ``batch_dim``, an objective depends on more than its own sample."""
+    """An objective depends on more than its own sample, although there is a ``batch_dim``."""
 
 
 class CheckFailedError(GramjdError):

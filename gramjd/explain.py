@@ -15,7 +15,7 @@ from gramjd.objectives import Losses, joined
 
 def explain(target: Jacobian | nn.Module, *args: Any, batch_dim: int | None = 0,
             loss: Callable[[Any], Losses] | None = None, **kwargs: Any) -> Explanation:  # fmt: skip
-    """Every use of every parameter: its op, its block, and the plan, operations and memory it takes.
+    """Explain every use of every parameter: its op, block and plan, its operations and its memory.
 
     Args:
         target: a Jacobian, of :func:`gramjd.jacobian` or :meth:`gramjd.Engine.jacobian`; or a module.

@@ -1,9 +1,11 @@
-"""What a Gramian will cost and why: every block, the op that it comes from, and its plan."""
+"""Explains the cost of a Gramian: every block, the op that it comes from, and its plan."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
 from torch import Tensor
 
@@ -39,17 +41,22 @@ class Row:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """What a table shows of it."""
+        """The cells of this row in the printed table."""
         numbers = _short(self.multiply_adds), _short(self.bytes)
         return self.parameter, str(list(self.shape)), self.op, self.block, self.plan, *numbers, self.reason
 
 
+_NUMBER = re.compile(r"\d+")
+_FEWEST = 3  # rows that are worth one line
 _TITLES = ("parameter", "shape", "op", "block", "plan", "multiply-adds", "bytes", "why dense")
 
 
 @dataclass(frozen=True)
 class Explanation:
     """Rows to iterate over; ``str()`` of it is a table with totals.
+
+    Three or more rows that differ only in the numbers of the parameter's name are one line of the table:
+    ``h.{0-11}.weight``.
 
     Attributes:
         rows: of each parameter, one for each pair of its blocks.
@@ -67,20 +74,61 @@ class Explanation:
 
     @property
     def multiply_adds(self) -> int:
-        """Of all rows together."""
+        """The multiply-adds of all rows together."""
         return sum(row.multiply_adds for row in self.rows)
 
     @property
     def bytes(self) -> int:
-        """Of working memory, at most: parameters are contracted one after the other."""
+        """The most working memory, in bytes: parameters are contracted one after the other."""
         return max((row.bytes for row in self.rows), default=0)
+
+    def __repr__(self) -> str:
+        parameters = len({row.parameter for row in self.rows})
+        without = len({row.parameter for row in self.rows if row.reason})
+        return (
+            f"Explanation(parameters={parameters}, rows={len(self.rows)}, without_rule={without}, "
+            f"multiply_adds={self.multiply_adds}, bytes={self.bytes})"
+        )
 
     def __str__(self) -> str:
         total = ("total", "", "", "", "", _short(self.multiply_adds), f"max {_short(self.bytes)}", "")
-        table = [_TITLES, *(row.cells for row in self.rows), total]
+        table = [_TITLES, *_grouped(self.rows), total]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
         return "\n".join([*lines, self.proof] if self.proof else lines)
+
+
+def _grouped(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
+    """The cells of all rows; rows that differ at most in the numbers of the name are one line."""
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        key = (_NUMBER.sub("#", row.parameter), replace(row, parameter=""))
+        groups.setdefault(key, []).append(row)
+    for mine in groups.values():
+        name = _common_name([row.parameter for row in mine]) if len(mine) >= _FEWEST else None
+        if name is None:
+            yield from (row.cells for row in mine)
+            continue
+        cells = replace(mine[0], parameter=name).cells
+        yield *cells[:5], f"{len(mine)} × {cells[5]}", *cells[6:]
+
+
+def _common_name(names: Sequence[str]) -> str | None:
+    """One name for several: ``h.{0-3}.norm{1,2}.bias``; ``None`` if not all combinations of numbers occur."""
+    numbers = [tuple(map(int, _NUMBER.findall(name))) for name in names]
+    places = [sorted(set(found)) for found in zip(*numbers, strict=True)]
+    if set(numbers) != set(product(*places)):
+        return None
+    parts = _NUMBER.split(names[0])
+    return "".join(part + number for part, number in zip(parts, [*map(_range, places), ""], strict=True))
+
+
+def _range(numbers: Sequence[int]) -> str:
+    """Sorted numbers as text: ``3``, ``{0-3}`` or ``{0,2}``."""
+    if len(numbers) == 1:
+        return str(numbers[0])
+    whole = len(numbers) > 2 and list(numbers) == list(range(numbers[0], numbers[-1] + 1))
+    return f"{{{numbers[0]}-{numbers[-1]}}}" if whole else f"{{{','.join(map(str, numbers))}}}"
 
 
 def explanation(jacobian: Jacobian, options: Options | None = None, proof: str = "") -> Explanation:
@@ -119,7 +167,7 @@ def _shown(block: Block) -> str:
 
 
 def _reason(block: Dense) -> str:
-    """Why the rows of a parameter are kept whole."""
+    """The reason why a parameter has a ``Dense`` block."""
     _, given, cause = block.origin.partition(" (")
     return cause.rstrip(")") if given else f"{block.origin} takes it entry by entry: no smaller form"
 

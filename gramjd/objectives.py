@@ -1,4 +1,4 @@
-"""From what users have, losses and a weighting, to one output and its weights."""
+"""Turns the losses and the weighting of a user into one output and its weights."""
 
 from __future__ import annotations
 

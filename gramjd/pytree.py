@@ -42,7 +42,7 @@ def map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
 
 
 def prefix(tree: PyTree, full: PyTree) -> list[Any]:
-    """For every leaf of ``full`` the leaf of ``tree``, of the same structure as far as it goes, above it.
+    """The leaf of ``tree``, a prefix of ``full``, that belongs to each leaf of ``full``.
 
     Raises:
         ValueError: it is not.

@@ -1,4 +1,4 @@
-"""How far two computations of the same number may differ, and in which precision ours are."""
+"""The tolerances of comparisons, and the precision of our own computations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Of two orders of adding up, relative to the norm of the result."""
+    """The tolerance for sums in two orders, relative to the norm of the result."""
     return min(10 * torch.finfo(dtype).eps ** (2 / 3), 0.02)
 
 

@@ -100,10 +100,10 @@ class SketchedGramian:
         return gramian.permute([*range(n), *reversed(range(n, 2 * n))])
 
     def flatten(self) -> SketchedGramian:
-        """The same as a matrix: of ``m`` objectives in the order of ``losses.flatten()``."""
+        """Return the Gramian of ``m`` flat objectives, in the order of ``losses.flatten()``."""
         return SketchedGramian(self.sketch.reshape(prod(self.objectives), self.dim), self.error)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
            ) -> SketchedGramian:  # fmt: skip
-        """On another device or in another dtype."""
+        """Return this Gramian on another device or in another dtype."""
         return SketchedGramian(self.sketch.to(device=device, dtype=dtype), self.error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from torch import Tensor
 
 import gramjd
 from gramjd.__main__ import main
+from gramjd.cli import memory, terminal
 from gramjd.cli.check import check
 from gramjd.cli.cost import peak_bytes
 from gramjd.cli.load import load
@@ -199,7 +201,7 @@ def test_explain(file: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_refusal_is_not_an_error(command: str, file: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, f"{file}:normalised"]) == 3
     out = capsys.readouterr().out
-    assert "refused: NotSeparableError" in out and out.endswith("batch_dim=None is --batch-dim none.\n")
+    assert out.startswith("refused: NotSeparableError") and "batch_dim=None is --batch-dim none.\n" in out
 
 
 @pytest.mark.parametrize(
@@ -229,11 +231,113 @@ def test_check(factory: str, options: list[str], file: str, capfd: pytest.Captur
     """Exact on a copy in float64, and measured beside an SGD step."""
     assert main(["check", f"{file}:{factory}", *options]) == 0
     out, err = capfd.readouterr()
-    assert "exact: in " in out and not err
+    assert out.startswith("exact: in ") and all(line.startswith("gramjd: ") for line in err.splitlines())
     assert ("compared on 5 of them" in out) == ("--rows" in options)
     (sgd,) = (line.split() for line in out.splitlines() if line.startswith("SGD"))
     assert float(sgd[1]) > 0 and float(sgd[2]) == 1 and float(sgd[3]) >= 0
     assert out.count("backward(w)") == 2
+
+
+def test_check_estimates_its_memory_first(
+    file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row has 8 · 5 + 8 + 3 · 8 + 3 = 75 entries; two gradients exist besides."""
+    run = gramjd.Engine.compute_gramian
+    calls: list[Tensor] = []
+    monkeypatch.setattr(
+        gramjd.Engine, "compute_gramian", lambda engine, output: calls.append(output) or run(engine, output)
+    )
+    monkeypatch.setattr(memory, "free_bytes", lambda device: (5 + 2) * 75 * 8)
+    assert main(["check", f"{file}:factory"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and not calls and "The gradients of 12 losses" in err and "Pass --rows 3." in err
+    assert main(["check", f"{file}:factory", "--rows", "5", "--repeats", "1"]) == 0
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 75 * 8)
+    assert main(["check", f"{file}:factory", "--rows", "5"]) == 2
+    assert "Not even one fits" in capsys.readouterr().err
+    monkeypatch.setattr(memory, "free_bytes", lambda device: None)
+    assert main(["check", f"{file}:factory", "--repeats", "1"]) == 0
+
+
+def test_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than the host has, and no more than a control group leaves."""
+    here = memory.free_bytes(torch.device("cpu"))
+    assert here is None or here > 0
+    monkeypatch.setattr(memory, "_of_the_host", lambda: 10**9)
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    assert memory.free_bytes(torch.device("cpu")) == 10**9
+    for name, text in (("max", "max"), ("current", "700"), ("stat", "anon 600\ninactive_file 100\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert memory.free_bytes(torch.device("cpu")) == 10**9
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert memory.free_bytes(torch.device("cpu")) == 400
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_after_two_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    for stream in (io.StringIO(), Terminal()):
+        show = terminal.Progress(stream)
+        show("running the losses")
+        assert not stream.getvalue()
+        now[0] += 2
+        show("comparing")
+        now[0] += 0.1
+        show("comparing", 1, 64)  # too soon
+        now[0] += 20
+        show("comparing", 9, 64)
+        show.close()
+        now[0] = 100.0
+        found = stream.getvalue()
+        if stream.isatty():
+            assert found == "\r\x1b[Kgramjd: comparing\r\x1b[Kgramjd: comparing, 9 of 64\r\x1b[K"
+        else:
+            assert found == "gramjd: comparing (2 s)\ngramjd: comparing, 9 of 64 (22 s)\n"
+
+
+def test_check_shows_its_stages(
+    file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "PATIENCE", 0)
+    assert main(["check", f"{file}:factory", "--repeats", "1"]) == 0
+    err = capsys.readouterr().err
+    stages = ("running the losses", "comparing with autograd in float64 and train(), step 1",
+              "comparing with autograd in float32 and eval(), step 2", "measuring a step")  # fmt: skip
+    places = [err.index(f"gramjd: {stage}") for stage in stages]
+    assert places == sorted(places)
+
+
+def test_colors_of_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal alone, and not with NO_COLOR."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    line = "exact: in float64, the Gramian is autograd's."
+    assert terminal.in_color(line, io.StringIO()) == line
+    assert terminal.in_color(line, Terminal()) == line.replace("exact", "\x1b[1;32mexact\x1b[0m")
+    assert terminal.in_color("note: slow", Terminal()) == "note: slow"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert terminal.in_color(line, Terminal()) == line
+
+
+def test_device(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", f"{file}:factory", "--device", "cpu", "--repeats", "1"]) == 0
+    moved = load(f"{file}:factory").moved_to(torch.device("meta"))
+    assert moved.batches[0][0].is_meta and all(p.is_meta for p in moved.model.parameters())
+    capsys.readouterr()
+    if not torch.cuda.is_available():
+        assert main(["check", f"{file}:factory", "--device", "cuda"]) == 2
+        assert "Moving the model to 'cuda' raised" in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"gramjd {gramjd.__version__}\n"
 
 
 def test_check_says_what_is_slow(file: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -254,7 +358,7 @@ def test_check_finds_a_wrong_gramian(
     monkeypatch.setattr(gramjd.Engine, "compute_gramian", wrong)
     assert main(["check", f"{file}:factory"]) == 1
     out = capsys.readouterr().out
-    assert "WRONG" in out and "by 1.0e-06" in out and "SGD" not in out
+    assert out.startswith("WRONG") and "by 1.0e-06" in out and "SGD" not in out
     assert main(["check", f"{file}:factory", "--tolerance", "1e-5"]) == 0
     monkeypatch.setattr(gramjd.Engine, "compute_gramian", lambda engine, output: right(engine, output) * nan)
     assert main(["check", f"{file}:factory"]) == 1
@@ -358,7 +462,14 @@ def test_mistakes(spec: str, file: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize(
-    "options", [["--rows", "0"], ["--batch-dim", "first"], ["--repeats", "x"], ["--tolerance", "small"]]
+    "options",
+    [
+        ["--rows", "0"],
+        ["--batch-dim", "first"],
+        ["--repeats", "x"],
+        ["--tolerance", "small"],
+        ["--device", "x"],
+    ],
 )
 def test_wrong_options(options: list[str], file: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):

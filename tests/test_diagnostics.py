@@ -249,11 +249,27 @@ def test_what_figures_say(jacobian: Jacobian) -> None:
     ax = diagnostics.plot_norms(torch.diag(torch.tensor([1.0] * 10 + [100.0])), labels="aaaaaaaaaab")
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["10 others", "1 outlier: 10 (b)"]
     assert sum(bar.get_height() for bars in ax.containers for bar in bars) == 11
+    ax.figure.draw_without_rendering()
+    assert ax.get_legend().get_window_extent().y0 > ax.get_window_extent().y1 - 1  # it covers no bar
     G = torch.tensor([[1.0, -2], [-2, 9]])
     labels = [text.get_text() for text in diagnostics.plot_descent(G, upgrad(G)).get_legend().get_texts()]
     assert labels == ["mean gradient: raises 1", "step: raises 0"]
     with pytest.raises(ValueError, match="not by both"):
         diagnostics.plot_similarity(G, labels=[0, 1], cluster=True)
+
+
+@pytest.mark.parametrize(
+    ("count", "ticks", "label"), [(10, 45, ""), (12, 0, "66 pairs, from 0, 1 to 10, 11")]
+)
+def test_pairs_of_many_labels(count: int, ticks: int, label: str) -> None:
+    """Up to sixty pairs are named one by one, of more the first and the last."""
+    pytest.importorskip("matplotlib")
+    net = nn.Linear(3, 2)
+    engine = Engine(net, batch_dim=0)
+    ax = diagnostics.plot_layers(engine.jacobian(net(torch.randn(count, 3)).square().sum(1)))
+    shown = [text.get_text() for text in ax.get_xticklabels()]
+    assert len(shown) == ticks and ax.get_xlabel() == label
+    assert not shown or shown[-1] == "8, 9"
 
 
 # The monitor.
@@ -313,7 +329,9 @@ def test_monitor_of_other_sources(jacobian: Jacobian) -> None:
 
 def test_monitor_without_a_writer_or_matplotlib() -> None:
     monitor = diagnostics.Monitor()
+    assert repr(monitor) == "Monitor(steps=0, numbers=[], scalars=1, figures=None, writer=None)"
     monitor.log(7, torch.eye(3))
+    assert repr(monitor).startswith("Monitor(steps=1, last=7, numbers=['conflict_rate', 'effective_rank', ")
     assert monitor.steps == [7] and monitor.history["effective_rank"] == [pytest.approx(3)]
     with pytest.raises(ValueError, match="every step or at none"):
         monitor.log(8, torch.eye(3), torch.ones(3))

@@ -118,6 +118,23 @@ def test_the_table() -> None:
     assert found.multiply_adds == sum(row.multiply_adds for row in found)
 
 
+def test_similar_rows_are_one_line() -> None:
+    """Three or more that differ in numbers of the name alone, in all combinations of them."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 4)
+    found = explain(model, torch.randn(3, 5, 8), loss=lambda out: out.square().sum((1, 2)))
+    lines = {line.split()[0]: line for line in str(found).splitlines()}
+    assert "layers.{0-3}.norm{1,2}.bias" in lines and "layers.{0-3}.linear1.weight" in lines
+    assert len(lines) == 12 and "4 × " in lines["layers.{0-3}.linear1.weight"]
+    assert len(found) == 48 and "total" in lines
+    layers = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 5)
+    names = str(explain(nn.Sequential(*layers), torch.randn(3, 4)))
+    assert "{" not in names and "0.weight" in names and "1.weight" in names
+    assert repr(found).startswith("Explanation(parameters=48, rows=48, without_rule=0, multiply_adds=")
+    some = [row for row in found if not row.parameter.startswith("layers.2.norm1")]
+    assert "layers.3.norm2.bias" in str(Explanation(some))  # not all combinations
+
+
 def test_pairs_of_blocks_and_reasons() -> None:
     """A tied weight has rows for both uses and for the pair; an op without a rule is named."""
 

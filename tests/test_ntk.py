@@ -119,6 +119,8 @@ def test_negative_axes() -> None:
     x = inputs("cnn", 3)
     got = gramjd.ntk(func, trace_axes=[-1, 1], diagonal_axes=[-2, 0])(params, x)
     assert torch.equal(got, gramjd.ntk(func, trace_axes=(1, 3), diagonal_axes=(0, 2))(params, x))
+    got = gramjd.ntk(func, trace_axes=-1, diagonal_axes=0)(params, x)  # one axis is a number
+    assert torch.equal(got, gramjd.ntk(func, trace_axes=[-1], diagonal_axes=[0])(params, x))
 
 
 def test_traces_are_exactly_symmetric() -> None:

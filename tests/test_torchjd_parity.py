@@ -220,7 +220,9 @@ def of_two_batches(name: str, *arguments: Any) -> Row:
         return step
 
     shown = f"`losses.backward({name}()(J1.cross(J2)))`"
-    return Row("aggregation", name, shown, "of `gramjd.jac` or an `Engine`", theirs_step, ours_step)
+    return Row(
+        "aggregation", name, shown, "with `J1`, `J2` from `gramjd.jac` or an `Engine`", theirs_step, ours_step
+    )
 
 
 def their_excess(aggregation: Any, model: nn.Module) -> Step:
@@ -256,27 +258,29 @@ def preferred() -> Tensor:
     return torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
 
 
-FRANK_WOLFE = "with `epsilon=1e-12, max_iters=10_000` there; their defaults leave the parameters 2e-3 apart"
-CONIC = "for `c=0.0`; for `c=0.5` their conic solver leaves the parameters 2e-5 apart"
-LEAST_SQUARES = "for `alpha=0.0`; else their least squares leave the parameters up to 1.2e-9 apart"
-INPUTS = (
-    "leaves nothing in `.jac`; with `inputs=params`: `backward(losses, weighting, params, inputs=params)`"
+FRANK_WOLFE = (
+    "equal to TorchJD's with `epsilon=1e-12, max_iters=10_000`; with its defaults, parameters differ by 2e-3"
 )
-NASH = "with their `optim_niter=100`"
-ROWS_OF_PARAMETERS = "holds the rows of one parameter at a time"
+CONIC = "equal for `c=0.0`; for `c=0.5`, parameters differ by 2e-5 (TorchJD's conic solver)"
+LEAST_SQUARES = "equal for `alpha=0.0`; else parameters differ by up to 1.2e-9 (TorchJD's least squares)"
+INPUTS = "does not fill `.jac`; with `inputs=params`: `backward(losses, weighting, params, inputs=params)`"
+NASH = "equal to TorchJD's with `optim_niter=100`"
+ROWS_OF_PARAMETERS = "forms the rows of one parameter at a time"
 
 ROWS = [
-    Row("autogram", "Engine", "`Engine`", "ours does not need `flat=True`, but gives `[m, m]` with it",
+    Row("autogram", "Engine", "`Engine`", "generalized Gramians by default; `[m, m]` with `flat=True`",
         by_autogram(lambda module: module.UPGradWeighting(), 0), by_engine(ours.UPGradWeighting, 0),
         losses=0, needs=("quadprog",), batch_dim=0),
     Row("autojac", "backward", "`gramjd.backward(losses, weighting)`", INPUTS,
         by_autojac(lambda module: module.UPGrad()), by_backward(ours.UPGradWeighting), needs=("quadprog",)),
     Row("autojac", "jac", "`gramjd.jac(outputs, inputs)`", "lazy; `.dense()` for the rows",
         of_rows, of_lazy, needs=("quadprog",)),
-    Row("autojac", "jac_to_grad", "`J.backward(weighting(J.gramian()))`", "of a `J` by `gramjd.jac`",
+    Row("autojac", "jac_to_grad", "`J.backward(weighting(J.gramian()))`",
+        "with `J = gramjd.jac(outputs, inputs)`",
         by_autojac(lambda module: module.UPGrad()), of_lazy, needs=("quadprog",)),
     Row("autojac", "mtl_backward", "`gramjd.mtl_backward(losses, features, weighting)`",
-        "ours raises where a loss goes around the features", heads_and_trunk, our_heads_and_trunk,
+        "raises an error if a loss depends on the encoder outside of the features",
+        heads_and_trunk, our_heads_and_trunk,
         needs=("quadprog",)),
     Row("aggregation", "Aggregator", "a function of `gramjd.jac(losses, model).dense()`", "",
         sign_of_mean, our_sign_of_mean),
@@ -286,7 +290,7 @@ ROWS = [
     Row("aggregation", "GramianWeightedAggregator", "`gramjd.backward(losses, weighting)`", "",
         by_autojac(lambda module: module.GramianWeightedAggregator(module.MGDAWeighting())),
         by_backward(ours.MGDAWeighting), losses=2),
-    Row("aggregation", "Weighting", "`weighting.Weighting`", "any function of a Gramian will do",
+    Row("aggregation", "Weighting", "`weighting.Weighting`", "or any function of a Gramian",
         first_half, by_engine(Longest)),
     *both("UPGrad", "", needs=("quadprog",)),
     *both("DualProj", "", needs=("quadprog",)),
@@ -311,7 +315,7 @@ ROWS = [
     Row("aggregation", "ExcessMTL", "`J.backward(ExcessMTLWeighting()(parameter_rows(J)))`",
         ROWS_OF_PARAMETERS, by_autojac(lambda module: module.ExcessMTL()), excess),
     Row("aggregation", "ExcessMTLWeighting", "`weighting.ExcessMTLWeighting()`",
-        "of `gramjd.aggregation.parameter_rows(J)`, or of a matrix `J` as theirs", their_excess, excess),
+        "takes `gramjd.aggregation.parameter_rows(J)`, or a matrix `J` as in TorchJD", their_excess, excess),
     of_two_batches("MoDoWeighting"),
     of_two_batches("SDMGradWeighting"),
     Row("aggregation", "GradDrop", "`gramjd.aggregation.graddrop(J)`", ROWS_OF_PARAMETERS,

@@ -1,5 +1,6 @@
 """The built wheel: the whole package, its promises about versions, and nothing else."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+
+from gramjd.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,7 +31,7 @@ def test_it_holds_the_package_and_nothing_else(wheel: Path) -> None:
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "gramjd").rglob("*.py")}
     assert names - written == sources | {"gramjd/py.typed"}
     kinds = {name.partition(".dist-info/")[2] for name in written}
-    assert kinds == {"METADATA", "RECORD", "WHEEL", "licenses/LICENSE"}
+    assert kinds == {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE"}
 
 
 def test_its_classifiers_are_the_versions_that_it_admits(wheel: Path) -> None:
@@ -40,6 +43,13 @@ def test_its_classifiers_are_the_versions_that_it_admits(wheel: Path) -> None:
     assert versions == ["3.10", "3.11", "3.12", "3.13"]
     assert metadata["Requires-Python"] == ">=3.10"
     assert "Requires-Dist: torch>=2.1\n" in metadata.as_string()
+
+
+def test_its_script_is_the_command_line(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
+    module, _, function = archive.read(name).decode().strip().rpartition("gramjd = ")[2].partition(":")
+    assert getattr(importlib.import_module(module), function) is main
 
 
 def test_it_works_without_the_repository(wheel: Path, tmp_path: Path) -> None:

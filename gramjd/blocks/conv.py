@@ -55,7 +55,7 @@ class Conv:
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Of the parameter's first dimension and of the rest, the latter not unfolded."""
+        """The factor of the parameter's first dimension, and that of the other dimensions, not unfolded."""
         return self.points, self.windows
 
     @property

@@ -33,7 +33,7 @@ class Outer:
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Of the parameter's first dimension and of the rest, ``[K or 1, B, T, G, features]``."""
+        """The factors of the parameter's first dimension and the others: ``[K or 1, B, T, G, features]``."""
         a = self.a.unsqueeze(0)
         return (a, self.c) if self.transposed else (self.c, a)
 
@@ -97,7 +97,7 @@ class Outer:
         return rows.reshape(self.rows[1], self.rows[0], -1)
 
     def _part_of_one(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """The same for some features of the left factor, where ``K`` and ``G`` are 1."""
+        """A part of the rows for some features of the left factor, where ``K`` and ``G`` are 1."""
         c, a = self.c.squeeze((0, 3)).to(dtype), self.a.squeeze(2).to(dtype)
         left, right = (a, c) if self.transposed else (c, a)
         if stop - start < left.shape[2]:

@@ -71,14 +71,14 @@ def with_origin(block: Block, origin: str) -> Block:
 
 
 def is_zero(block: Block) -> bool:
-    """Has a block no positions, as where a sum over samples has none?"""
+    """Whether a block has no positions, as in a sum over no samples."""
     if isinstance(block, Conv):
         return block.T == 0
     return not isinstance(block, Dense) and block.c.shape[2] == 0
 
 
 def fits(block: Block, shape: Sequence[int]) -> bool:
-    """Do the factors of a block make up rows of this shape?"""
+    """Whether the factors of a block give rows of this shape."""
     if tuple(block.shape) != tuple(shape):
         return False
     if isinstance(block, Outer):

@@ -1,1 +1,1 @@
-"""What ``python -m gramjd`` does; nothing else imports it."""
+"""The commands of ``python -m gramjd``; nothing else imports this package."""

@@ -1,11 +1,12 @@
-"""Is the Gramian of a user's model right, and what does it cost?"""
+"""The commands ``check`` and ``explain``: whether the Gramian of a model is exact, and what it costs."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 from gramjd import pytree
 from gramjd.cli.cost import cost
 from gramjd.cli.load import CannotRunError, Problem
+from gramjd.cli.memory import refuse_rows
+from gramjd.cli.terminal import Progress
+from gramjd.complexes import entries as real_numel
 from gramjd.engine import Engine
 from gramjd.errors import GramjdError, SlowPathWarning
 from gramjd.internals import without_hooks
@@ -27,7 +31,7 @@ OTHER = 0.1  # relative differences of losses above it are no rounding
 
 @dataclass
 class Report:
-    """What a command found, line by line, and its exit code."""
+    """The output of a command, line by line, and its exit code."""
 
     code: int = EXACT
     lines: list[str] = field(default_factory=list)
@@ -48,7 +52,7 @@ class Report:
 
 
 def explain(problem: Problem, batch_dim: int | None) -> Report:
-    """Every block of the model, or why there is none."""
+    """Report every block of the model, or the reason for a refusal."""
     report = Report()
     problem.losses()  # without an engine yet: what fails here is not gramjd's
     engine = Engine(problem.model, batch_dim=batch_dim)
@@ -60,7 +64,8 @@ def explain(problem: Problem, batch_dim: int | None) -> Report:
 
 
 def check(problem: Problem, batch_dim: int | None, *, own_precision: bool = False, rows: int = 64,
-          tolerance: float | None = None, repeats: int = 5, mode: str = "both") -> Report:  # fmt: skip
+          tolerance: float | None = None, repeats: int = 5, mode: str = "both",
+          progress: Progress | None = None) -> Report:  # fmt: skip
     """Compare Gramians with autograd's gradients, one loss at a time, then measure a step.
 
     One engine sees every batch, and each once more with its samples in another order, in the model's own
@@ -75,34 +80,45 @@ def check(problem: Problem, batch_dim: int | None, *, own_precision: bool = Fals
             explains in the precision that is judged.
         repeats: times that each step is measured.
         mode: ``"both"``, or ``"train"`` or ``"eval"`` alone.
+        progress: shows the stages.
 
     Raises:
-        CannotRunError: the model or its losses fail without any help of gramjd.
+        CannotRunError: the model or its losses fail without gramjd, or memory does not hold the rows.
     """
-    report = Report()
+    report, show = Report(), progress or Progress()
+    show("running the losses")
     own = problem.copied()
     losses = _run(own, mode)  # without an engine yet: what fails here is not gramjd's
     judged = own if own_precision else _in_float64(problem, mode)
     count = sum(p.numel() for p in judged.model.parameters() if p.requires_grad)
-    report.lines.append(f"losses of shape {list(losses.shape)}, {count} trainable parameters")
+    facts = [f"losses of shape {list(losses.shape)}, {count} trainable parameters"]
     if not own_precision:
-        report.lines += _other_function(own, judged)
-    error = _compare(judged, batch_dim, rows, mode, report)
-    if error is None:
+        facts += _other_function(own, judged)
+    _refuse_rows(judged, min(rows, losses.numel()), losses.device)
+    error = _compare(judged, batch_dim, rows, mode, report, show)
+    report.lines = [*report.lines, *facts] if error is None else [*facts, *report.lines]
+    if error is None:  # the refusal comes first
         return report
     judged_in = losses.dtype if own_precision else torch.float64
     if tolerance is None:
         tolerance = TOLERANCES.get(judged_in, HALF_TOLERANCE)
-    report.lines.append(_verdict(error, tolerance, judged_in))
+    verdict = [_verdict(error, tolerance, judged_in)]
     if not error <= tolerance:  # NaN is wrong, too
         report.code = DIFFERS
+        report.lines = [*verdict, *report.lines]
         return report
     if not own_precision:
-        rounding = _compare(own, batch_dim, rows, mode, Report())
+        rounding = _compare(own, batch_dim, rows, mode, Report(), show)
         shown = "refused (see --own-precision)" if rounding is None else f"up to {rounding:.1e}"
-        report.lines.append(f"in the model's own precision, {_name(losses.dtype)}: {shown}")
-    report.lines += ["", *cost(own, batch_dim, repeats, losses.device)]
+        verdict.append(f"in the model's own precision, {_name(losses.dtype)}: {shown}")
+    show("measuring a step")
+    report.lines = [*verdict, *report.lines, "", *cost(own, batch_dim, repeats, losses.device)]
     return report
+
+
+def _refuse_rows(problem: Problem, rows: int, device: torch.device) -> None:
+    entries = sum(real_numel(p) for p in problem.model.parameters() if p.requires_grad)
+    refuse_rows(rows, entries, device)
 
 
 def _run(problem: Problem, mode: str) -> Tensor:
@@ -149,7 +165,8 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _compare(problem: Problem, batch_dim: int | None, rows: int, mode: str, report: Report) -> float | None:
+def _compare(problem: Problem, batch_dim: int | None, rows: int, mode: str, report: Report,
+             show: Progress) -> float | None:  # fmt: skip
     """The largest relative error of the Gramians of all steps that one engine takes.
 
     None where that of the model's own mode is refused, as the report then says.
@@ -161,7 +178,7 @@ def _compare(problem: Problem, batch_dim: int | None, rows: int, mode: str, repo
         for asked in (shown, *(["eval()" if shown == "train()" else "train()"] if mode == "both" else [])):
             if asked != shown:
                 problem.model.train(asked == "train()")
-            error = _compare_batches(problem, engine, batch_dim, rows, report, asked, asked == shown)
+            error = _compare_batches(problem, engine, batch_dim, rows, report, asked, asked == shown, show)
             if report.code == REFUSED:
                 return None
             worst = max(worst, error) if error == error else error
@@ -177,7 +194,7 @@ def _mode(problem: Problem) -> str:
 
 
 def _compare_batches(problem: Problem, engine: Engine, batch_dim: int | None, rows: int, report: Report,
-                     mode: str, own: bool) -> float:  # fmt: skip
+                     mode: str, own: bool, show: Progress) -> float:  # fmt: skip
     """The largest relative error of the Gramians in one mode; a refusal in the other mode is but noted."""
     worst, steps, found = 0.0, 0, Report()
     for batch in problem.batches:
@@ -189,7 +206,8 @@ def _compare_batches(problem: Problem, engine: Engine, batch_dim: int | None, ro
                     raise
                 found.lines.append(f"note: not judged in {mode}, where {failure}")
                 continue
-            error, steps = _error(problem, engine, losses, rows, found), steps + 1
+            stage = f"comparing with autograd in {_name(losses.dtype)} and {mode}, step {steps + 1}"
+            error, steps = _error(problem, engine, losses, rows, found, partial(show, stage)), steps + 1
             if error is None:
                 report.lines += found.lines if own else [f"note: in {mode}, {line}" for line in found.lines]
                 report.code = REFUSED if own else report.code
@@ -223,10 +241,12 @@ def _moved(problem: Problem, batch: Any, batch_dim: int | None) -> list[Any]:
     return [pytree.map(move, batch)]
 
 
-def _error(problem: Problem, engine: Engine, losses: Tensor, rows: int, report: Report) -> float | None:
+def _error(problem: Problem, engine: Engine, losses: Tensor, rows: int, report: Report,
+           show: Callable[..., None]) -> float | None:  # fmt: skip
     """Relative error of the Gramian of some losses; None where it is refused, as the report then says."""
     parameters = [p for p in problem.model.parameters() if p.requires_grad]
     m = losses.numel()
+    show()
     with report.refusals():
         gramian = engine.compute_gramian(losses)
     if report.code == REFUSED:
@@ -237,20 +257,26 @@ def _error(problem: Problem, engine: Engine, losses: Tensor, rows: int, report: 
         report.lines.append(said)
     order = [*range(losses.ndim), *reversed(range(losses.ndim, 2 * losses.ndim))]  # the 2nd half is mirrored
     found = gramian.permute(order).reshape(m, m)[chosen][:, chosen].double()
-    jacobian = _jacobian(losses.flatten()[chosen], parameters)
+    jacobian = _jacobian(losses.flatten()[chosen], parameters, show)
     want = jacobian @ jacobian.mT
     scale = want.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
     return float((found - want).abs().max() / scale)
 
 
-def _jacobian(losses: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+def _jacobian(losses: Tensor, parameters: Sequence[Tensor], show: Callable[..., None]) -> Tensor:
     """``[m, n]``: the gradient of each loss by ordinary autograd, in float64."""
-    rows = []
-    for loss in losses:
+    entries = sum(map(real_numel, parameters))
+    rows = torch.empty(len(losses), entries, dtype=torch.float64, device=losses.device)
+    for number, loss in enumerate(losses):
+        show(number, len(losses))
         with without_hooks(parameters):
             found = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
-        rows.append(torch.cat([_real(g).flatten().double() for g in found]))
-    return torch.stack(rows)
+        start = 0
+        for gradient in found:
+            flat = _real(gradient).flatten()
+            rows[number, start : start + len(flat)] = flat
+            start += len(flat)
+    return rows
 
 
 def _real(gradient: Tensor) -> Tensor:

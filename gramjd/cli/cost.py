@@ -1,4 +1,4 @@
-"""What a step costs: time and peak memory of several ways to take it."""
+"""Measures the time and the peak memory of a step, with and without a Gramian."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def cost(problem: Problem, batch_dim: int | None, repeats: int, device: torch.de
     for name in steps:
         ratio = times[name] / times[plain]
         lines.append(f"{name:<30}{1e3 * times[name]:>10.2f}{ratio:>8.2f}{peaks[name] / 2**20:>11.1f}")
-    return [*lines, f"The first step with a Gramian, checks included, took {1e3 * first[drop_in]:.2f} ms."]
+    return [*lines, f"The first step with a Gramian, proofs included, took {1e3 * first[drop_in]:.2f} ms."]
 
 
 def _step(problem: Problem, backward: Callable[[Tensor], None]) -> Step:
@@ -103,7 +103,7 @@ def _wait(device: torch.device) -> None:
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Nothing on standard error, where the profiler's C++ part announces itself."""
+    """A context without standard error, to which the profiler's C++ part writes."""
     kept = os.dup(2)
     try:
         with open(os.devnull, "w") as nowhere:

@@ -1,4 +1,4 @@
-"""From ``FILE:FACTORY`` on the command line to a user's model, batch and losses."""
+"""Loads a user's model, batch and losses by the ``FILE:FACTORY`` of the command line."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ FILE:FACTORY names a function of no arguments in a Python file (or in an importa
         return model, batch, losses
 
 The batch is whatever losses() takes; an iterator or a DataLoader in its place gives several. Or the function
-yields (model, batch, losses) time and again, of the same model. Device and precision are the model's own."""
+yields (model, batch, losses) several times, with the same model. Device and precision are the model's own,
+unless --device is given."""
 
 MOST = 4  # batches that are taken, unless more are asked for
 
@@ -76,8 +77,22 @@ class Problem:
             )
         return found
 
+    def moved_to(self, device: torch.device | None) -> Problem:
+        """The same problem on a device; ``None``: on the device where it is.
+
+        Raises:
+            CannotRunError: the model or a batch cannot be moved.
+        """
+        if device is None:
+            return self
+        try:
+            batches = pytree.map(lambda x: x.to(device) if isinstance(x, Tensor) else x, list(self.batches))
+            return replace(self, model=self.model.to(device), batches=batches)
+        except Exception as error:
+            raise CannotRunError(f"Moving the model to {str(device)!r} raised {_brief(error)}") from error
+
     def copied(self, *, double: bool = False) -> Problem:
-        """The same on a deep copy of the model; ``double``: in float64 and complex128.
+        """The same problem on a deep copy of the model; ``double``: in float64 and complex128.
 
         Raises:
             CannotRunError: the model cannot be copied.
@@ -146,7 +161,7 @@ def _batches(spec: str, batch: Any, most: int) -> list[Any]:
 
 
 def _problem(spec: str, found: Any, most: int) -> Problem:
-    """What a factory returned, if it is what it should be."""
+    """The problem that a factory returned."""
     if not isinstance(found, tuple) or len(found) != 3:
         got = f"{len(found)} values" if isinstance(found, tuple) else type(found).__name__
         raise CannotRunError(f"{spec} must return (model, batch, losses), got {got}.")

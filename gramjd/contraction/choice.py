@@ -76,5 +76,5 @@ def _sizes(block: Block) -> Hashable:
 
 
 def swapped(u: Block, v: Block) -> bool:
-    """Are the plans of this pair those of the pair the other way round?"""
+    """Whether the plans of this pair are those of the swapped pair."""
     return isinstance(v, Lookup) and not isinstance(u, Lookup)

@@ -137,7 +137,7 @@ class Method:
         return Plan(self.name, self.cost_of, self.run)
 
     def cost_of(self, u: Conv, v: Conv) -> Cost | None:
-        """Of building the rows, and of multiplying them."""
+        """The cost to build the rows and to multiply them."""
         if not alike(u, v) or (self.build is grouped and rounded(u)):
             return None
         x, y, same = Sizes.of(u), Sizes.of(v), u is v
@@ -184,12 +184,12 @@ class Method:
 
 
 def alike(u: Conv, v: Conv) -> bool:
-    """Are the groups of both the same?"""
+    """Whether both blocks have the same groups."""
     return u.points.shape[3:5] == v.points.shape[3:5] and u.shape == v.shape
 
 
 def rounded(block: Conv) -> bool:
-    """Would cuDNN round factors to TF32? It does by default, unlike matrix products."""
+    """Whether cuDNN would round the factors to TF32. It does by default, unlike matrix products."""
     return block.points.is_cuda and _allows_tf32()
 
 

@@ -19,7 +19,7 @@ SMALL = 15_000  # multiply-adds that take as long as starting on one more matrix
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one contraction by one plan."""
+    """The cost of one contraction by one plan."""
 
     multiply_adds: int
     moved: int  # elements of intermediate results, written and read
@@ -28,7 +28,7 @@ class Cost:
 
     @property
     def time(self) -> int:
-        """In multiply-adds."""
+        """The estimated time, in multiply-adds."""
         return self.multiply_adds + MOVE * self.moved + CALL * self.calls
 
 

@@ -25,7 +25,7 @@ def diagonal(u: Block, v: Block, limits: Limits) -> Tensor:
 
 
 def _fewer_pairs(u: Outer, v: Outer) -> bool:
-    """Are pairs of positions cheaper than rows?"""
+    """Whether pairs of positions are cheaper than rows."""
     x, y = Sizes.of(u), Sizes.of(v)
     if (x.G, x.p, x.q) != (y.G, y.p, y.q):
         return False

@@ -46,7 +46,7 @@ def _memory(c: Tensor) -> tuple[object, ...] | None:
 
 
 def is_short(blocks: Sequence[Block]) -> bool:
-    """Is it one block of rows that are there, and short?"""
+    """Whether a parameter has one block of short rows that exist already."""
     return len(blocks) == 1 and isinstance(blocks[0], Dense) and blocks[0].values.numel() <= SHORT
 
 

@@ -15,7 +15,7 @@ from gramjd.pytree import PyTree, PyTreeSpec
 
 @dataclass(frozen=True)
 class Output:
-    """Where the rows of one output stand among the objectives, and how it is shaped."""
+    """The place of one output's rows among the objectives, and its shape."""
 
     start: int  # its first objective
     shape: tuple[int, ...]  # with the batch dimension, if there is one
@@ -61,7 +61,7 @@ class Outputs:
         return self.objectives * self.samples
 
     def pack(self, values: PyTree, what: str) -> tuple[Tensor, bool]:
-        """Values shaped like the outputs → ``[n, K, B]``; were they a batch of ``n`` (else ``n = 1``)?"""
+        """Values shaped like the outputs as ``[n, K, B]``, and whether they are a batch (else ``n = 1``)."""
         given, spec = pytree.flatten(values)
         if spec != self.spec:
             raise ValueError(f"Expected {what} in the structure {self.spec}, got {spec}.")

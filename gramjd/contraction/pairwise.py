@@ -19,7 +19,7 @@ CACHED = 2**20  # elements of a tile
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a block that is a sum of outer products, unfolded or not yet."""
+    """The sizes of a block that is a sum of outer products, unfolded or not yet."""
 
     K: int
     B: int
@@ -40,7 +40,7 @@ class Sizes:
 
 
 def pairwise_cost(u: Outer | Conv, v: Outer | Conv) -> Cost | None:
-    """Of :func:`pairwise` and :func:`unfolded_pairwise`."""
+    """The cost of :func:`pairwise` and :func:`unfolded_pairwise`."""
     x, y, same = Sizes.of(u), Sizes.of(v), u is v
     if (x.G, x.p, x.q) != (y.G, y.p, y.q):
         return None
@@ -72,7 +72,7 @@ def pairwise(u: Outer, v: Outer, limits: Limits) -> Tensor:
 
 
 def takes_bias(u: Outer, limits: Limits) -> bool:
-    """Is :func:`with_bias` for this weight?"""
+    """Whether :func:`with_bias` works for this weight."""
     return u.c.shape[2] == u.c.shape[3] == 1 and _fits(u, u, limits)
 
 
@@ -82,7 +82,7 @@ def with_bias(u: Outer, dtype: torch.dtype) -> Tensor:
 
 
 def _fits(u: Outer, v: Outer, limits: Limits) -> bool:
-    """Is there room for all pairs of rows at once?"""
+    """Whether memory holds all pairs of rows at once."""
     return 3 * u.rows[0] * u.rows[1] * v.rows[0] * v.rows[1] <= limits.elements
 
 

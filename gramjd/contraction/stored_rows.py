@@ -59,7 +59,7 @@ def positions(block: Outer | Conv) -> int:
 
 
 def _builds_rows(block: Block) -> TypeGuard[Outer | Conv]:
-    """Are rows what its plan builds, of so many positions that they are worth it?"""
+    """Whether the plan of a block builds rows, and the block has enough positions to keep them."""
     if not isinstance(block, (Outer, Conv)) or positions(block) < POSITIONS:
         return False
     if not all(map(is_ours, (block.c, block.a) if isinstance(block, Outer) else block.factors)):

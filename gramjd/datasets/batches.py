@@ -22,7 +22,7 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class Batches:
-    """What a first pass over a loader found."""
+    """The sizes and digests of a loader's batches, found in a first pass."""
 
     loader: Iterable[PyTree]
     name: str  # in errors
@@ -48,11 +48,11 @@ class Batches:
 
     @property
     def digest(self) -> str:
-        """Of all batches, their sizes included."""
+        """The digest of all batches and their sizes."""
         return digest(list(self.digests))
 
     def rows(self, number: int) -> slice:
-        """Where the samples of a batch stand among all."""
+        """The places of a batch's samples among all samples."""
         start = sum(self.sizes[:number])
         return slice(start, start + self.sizes[number])
 
@@ -86,7 +86,7 @@ def check_loader(loader: Iterable[PyTree], name: str) -> None:
 
 
 def digest(tree: PyTree) -> str:
-    """Of values, dtypes, shapes and structure."""
+    """A digest of values, dtypes, shapes and structure."""
     leaves, spec = pytree.flatten(tree)
     found = hashlib.blake2b(str(spec).encode(), digest_size=16)
     for leaf in leaves:

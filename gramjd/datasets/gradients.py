@@ -125,7 +125,7 @@ def gradients_dataset(
 
 @dataclass
 class _Found:
-    """What is stored of one batch, and of what function it is."""
+    """The stored numbers of one batch, and a description of the function."""
 
     settings: dict[str, Any]
     ids: Tensor | None
@@ -152,7 +152,7 @@ class _Found:
 
 @dataclass
 class _Gradients:
-    """From a batch to what is stored of it."""
+    """Computes what is stored of a batch."""
 
     jacobian: Callable[[PyTree], Jacobian]
     projection: Projection
@@ -208,7 +208,7 @@ class _Gradients:
 
     @staticmethod
     def _shape(jac: Jacobian, number: int) -> list[int]:
-        """Of the output for one sample."""
+        """The shape of the output for one sample."""
         out = jac.outputs.each[0]
         if len(jac.outputs.each) > 1 or out.batch_dim is None:
             raise ValueError(f"The Jacobian of batch {number} must be of one tensor with a batch dimension.")

@@ -124,7 +124,7 @@ def _solved(kernel: _Kernel, gradients: Tensor, tol: float, passes: int) -> Tens
 
 
 def _conjugate_gradients(kernel: _Kernel, target: Tensor, wanted: Tensor, passes: int) -> Tensor:
-    """All columns ``[P, n]`` together; each rests when its residual is as small as wanted."""
+    """Solve for all columns ``[P, n]`` together; a column stops when its residual is small enough."""
     u, residual, direction = torch.zeros_like(target), target, target
     square = residual.square().sum(0)
     for _ in range(passes):

@@ -47,7 +47,7 @@ class Log:
 
     @staticmethod
     def open(path: Path, sync: Callable[[], object]) -> Log:
-        """One that :func:`begin` has made."""
+        """Open a journal that :func:`begin` has made."""
         return Log(path.open("ab", buffering=0), sync)
 
     def add(self, line: bytes) -> None:

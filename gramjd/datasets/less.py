@@ -89,7 +89,7 @@ def _rows(jac: Jacobian, name: str, ndim: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Moments:
-    """What Adam knows of a parameter."""
+    """Adam's moments of a parameter."""
 
     first: Tensor  # flat, as the second
     second: Tensor

@@ -6,7 +6,7 @@ from typing import Any
 
 
 class NoBar:
-    """In place of tqdm's."""
+    """A progress bar that shows nothing, with the methods of tqdm's."""
 
     def __enter__(self) -> NoBar:
         return self

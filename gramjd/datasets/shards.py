@@ -12,7 +12,7 @@ _NAME = re.compile(r"shard-(\d+)-of-(\d+)")
 
 
 def shard_folder(path: Path, shard: tuple[int, int]) -> Path:
-    """Where a rank of so many writes.
+    """The folder that a rank writes to; ``shard`` is ``(rank, ranks)``.
 
     Raises:
         ValueError: it is none of them.

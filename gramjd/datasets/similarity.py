@@ -1,4 +1,4 @@
-"""Which gradients are alike: of stored sketches, and exactly, of a few queries with a whole dataset."""
+"""Compares gradients: sketches that are stored, or exactly, a few queries with a whole dataset."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ class Rows:
 
     @property
     def _end(self) -> int:
-        """Of its bytes."""
+        """The number of bytes up to the last row of the journal."""
         return _HEADER + self.count * prod(self.shape) * self.dtype.itemsize
 
     def open(self) -> None:

@@ -48,7 +48,7 @@ def embedding_bag(
 
 
 def _padded(offsets: Tensor, total: int, include_last: bool) -> tuple[Tensor, Tensor]:
-    """Where each entry of each bag is, ``[bags, longest]``, and whether there is one."""
+    """The places of each bag's entries, ``[bags, longest]``, and which of them exist."""
     end = offsets.new_full((1,), total)
     ends = offsets[1:] if include_last else torch.cat([offsets[1:], end])
     starts = offsets[: len(ends)]

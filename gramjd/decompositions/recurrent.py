@@ -124,7 +124,7 @@ def _packed(step: Step, data: Tensor, batch_sizes: Tensor, hx: State, weights: S
 
 
 def _places(alive: Tensor) -> Tensor:
-    """Which of all ``T·B`` steps there are, one time after the other."""
+    """The indices of the existing steps among all ``T·B``, in order of time."""
     return alive.flatten().nonzero().squeeze(1)
 
 
@@ -136,7 +136,7 @@ def _spread(data: Tensor, place: Tensor, alive: Tensor) -> Tensor:
 
 
 def _is_packed(args: Sequence[Any]) -> bool:
-    """Is the second argument the batch sizes, and the fourth the weights?"""
+    """Whether the op has packed arguments: the second is the batch sizes, the fourth the weights."""
     return isinstance(args[3], (list, tuple))
 
 

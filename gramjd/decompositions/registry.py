@@ -37,7 +37,7 @@ def register_decomposition(*ops: Op) -> Callable[[E], E]:
 
 
 def decomposition_of(op: Op) -> Callable[..., Any] | None:
-    """What to run in place of an op, if there is anything."""
+    """The decomposition of an op; ``None`` if it has none."""
     try:
         return _EXPANSIONS.get(op)
     except TypeError:  # an unhashable callable has none
@@ -45,7 +45,7 @@ def decomposition_of(op: Op) -> Callable[..., Any] | None:
 
 
 def is_fused(op: Op) -> bool:
-    """Has an op a decomposition, but no rule?"""
+    """Whether an op has a decomposition and no rule."""
     return decomposition_of(op) is not None and rules_of(op) is None
 
 
@@ -56,7 +56,7 @@ def expanded() -> list[Op]:
 
 @register_decomposition(F.bilinear)
 def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As one linear map of all products; ``vmap`` has no batching rule for the op."""
+    """A bilinear map as one linear map of all products; ``vmap`` has no batching rule for the op."""
     out = F.linear((input1.unsqueeze(-1) * input2.unsqueeze(-2)).flatten(-2), weight.flatten(1))
     return out if bias is None else out + bias
 

@@ -73,7 +73,7 @@ def grad_and_value(
     chunk_size: int | None = None,
     flat: bool = False,
 ) -> Callable[..., tuple[PyTree, Any]]:
-    """Like :func:`grad`, and return the losses, too, from the same single run.
+    """Like :func:`grad`, but return the losses, too, from one run of the function.
 
     Returns:
         A function that returns ``(gradients, losses)``, or ``(gradients, (losses, aux))`` if ``has_aux``, as

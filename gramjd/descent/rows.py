@@ -44,7 +44,7 @@ def rows(output: Tensor, inputs: Sequence[Tensor], chunk_size: int | None = None
 def gradients(
     output: Tensor, inputs: Sequence[Tensor], cotangent: Tensor, batched: bool = False
 ) -> Gradients:
-    """Those of an output, which keeps its graph, and with ``batched`` of several cotangents at once.
+    """Gradients of an output, which keeps its graph; with ``batched``, for several cotangents at once.
 
     Hooks of leaves do not run: they are for what is added to ``.grad``.
 
@@ -101,7 +101,7 @@ def _batched(output: Tensor, inputs: Sequence[Tensor], chunk: int) -> list[Tenso
 
 
 def _add_up(output: Tensor, inputs: Sequence[Tensor], found: Gradients) -> bool:
-    """Is a random sum of the rows what an ordinary backward pass gives? Not all batching rules are right."""
+    """Whether a random sum of rows equals an ordinary backward pass; some batching rules are wrong."""
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(output.numel(), generator=generator, dtype=torch.float64).to(output)
     wanted = gradients(output, inputs, v.view_as(output))

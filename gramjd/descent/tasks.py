@@ -113,7 +113,7 @@ def _contracted(losses: Sequence[Tensor], cotangents: Sequence[Tensor] | None) -
 
 @dataclass(frozen=True)
 class _Tasks:
-    """What each part of the graph leads to."""
+    """The features, shared parameters and task parameters of several losses."""
 
     features: list[Tensor]
     shared: dict[str, Tensor]
@@ -154,7 +154,7 @@ class _Tasks:
     @own_precision
     def step(self, total: Scaled, weighting: Weights, wrt: str, chunk_size: int | None, retain_graph: bool
              ) -> Tensor:  # fmt: skip
-        """All gradients, added to ``.grad`` when nothing can fail any more."""
+        """Compute all gradients, then add them to ``.grad``."""
         if not bool(torch.isfinite(total.output.detach()).all()):
             raise NotFiniteError("The losses have NaN or infinite entries: their gradients are meaningless.")
         own, rows = self._heads(total.output)

@@ -65,7 +65,7 @@ def plot_similarity(source: Source, *, labels: Labels | None = None, cluster: bo
 
 def plot_layers(jacobian: Jacobian, *, labels: Labels | None = None, per: Any = None,
                 ax: Axes | None = None) -> Axes:  # fmt: skip
-    """Where in the model gradients conflict: a map of layers and pairs of labels (or of objectives).
+    """Draw in which layers gradients conflict: a map of layers and pairs of labels (or of objectives).
 
     Args:
         jacobian, labels, per: as for :func:`gramjd.diagnostics.layers`.
@@ -79,10 +79,12 @@ def plot_layers(jacobian: Jacobian, *, labels: Labels | None = None, per: Any = 
     assert ax.figure is not None
     ax.figure.colorbar(image, ax=ax, label="cosine similarity")
     ax.set_yticks(range(len(names)), labels=names)
-    if len(pairs) <= 20:
-        ax.set_xticks(range(len(pairs)), labels=[f"{a}, {b}" for a, b in pairs], rotation=90)
+    shown = [f"{a}, {b}" for a, b in pairs]
+    if len(pairs) <= 60:
+        small = "medium" if len(pairs) <= 20 else "x-small"
+        ax.set_xticks(range(len(pairs)), labels=shown, rotation=90, fontsize=small)
     else:
-        ax.set(xticks=[], xlabel=f"{len(pairs)} pairs")
+        ax.set(xticks=[], xlabel=f"{len(pairs)} pairs, from {shown[0]} to {shown[-1]}")
     if bool(values.isnan().any()):
         ax.set_title("grey: no gradient", fontsize="small")
     return ax
@@ -112,7 +114,7 @@ def plot_norms(source: Source, *, labels: Labels | None = None, whisker: float =
             label=[f"{int(usual.sum())} others", _listed(far, labels, len(found))])  # fmt: skip
     cut = " (left bar: and shorter)" if bool((found < shown).any()) else ""
     ax.set(xlabel=f"norm of the gradient{cut}", ylabel="objectives", xscale="log" if wide else "linear")
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)  # above the bars
     return ax
 
 
@@ -189,7 +191,7 @@ def plot_weights(steps: Sequence[int], weights: Sequence[Tensor] | Tensor, *,
 
 def plot_history(steps: Sequence[int], values: Sequence[float] | dict[str, Sequence[float]], *,
                  ylabel: str = "", ax: Axes | None = None) -> Axes:  # fmt: skip
-    """How a number went over training: a conflict rate, an angle, an effective rank.
+    """Draw a number over training: a conflict rate, an angle, an effective rank.
 
     Args:
         steps: the numbers of the steps.
@@ -231,7 +233,7 @@ def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
 
 
 def _diverging() -> Colormap:
-    """From conflict over white to agreement; what is not known is grey."""
+    """A colormap from conflict over white to agreement; unknown values are grey."""
     from matplotlib.colors import LinearSegmentedColormap
 
     found = LinearSegmentedColormap.from_list("conflict", [CONFLICTS, "white", AGREES])

@@ -18,7 +18,7 @@ When = int | Callable[[int], bool] | None
 
 
 class Writer(Protocol):
-    """What a monitor needs of ``torch.utils.tensorboard.SummaryWriter``."""
+    """The methods of ``torch.utils.tensorboard.SummaryWriter`` that a monitor calls."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
 
@@ -72,6 +72,14 @@ class Monitor:
         self.steps: list[int] = []
         self.history: dict[str, list[float]] = {}
         self.weights: list[Tensor] = []
+
+    def __repr__(self) -> str:
+        last = f", last={self.steps[-1]}" if self.steps else ""
+        writer = type(self.writer).__name__ if self.writer is not None else None
+        return (
+            f"Monitor(steps={len(self.steps)}{last}, numbers={list(self.history)}, "
+            f"scalars={self._scalars!r}, figures={self._figures!r}, writer={writer})"
+        )
 
     def log(self, step: int, source: Source, weights: Tensor | None = None, *, labels: Labels | None = None,
             jacobian: Jacobian | None = None) -> None:  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a Gramian says about the gradients: functions of tensors, with nothing to draw.
+"""Numbers of a Gramian: conflicts, norms, spectrum, descent; plain functions of tensors.
 
 A *source* is a Gramian, ``[m, m]`` or the generalized ``[*shape, *reversed(shape)]``, whose objectives
 are then numbered as in the flattened output; or a :class:`~gramjd.Jacobian` of one output. Results are
@@ -50,7 +50,7 @@ def cosines(source: Source) -> Tensor:
 
 
 def conflicts(source: Source, threshold: float = 0.0) -> Tensor:
-    """Of each objective, the share of the others whose gradients conflict with its own, ``[m]``.
+    """The share of the other objectives that conflict with each objective, ``[m]``.
 
     Two gradients conflict where their cosine similarity is below ``-threshold`` (Yu et al., arXiv
     2001.06782, Definition 1).
@@ -158,7 +158,7 @@ def merged(source: Source, labels: Labels) -> tuple[Tensor, list[Any]]:
 def layers(
     jacobian: Jacobian, labels: Labels | None = None, per: Any = None
 ) -> tuple[Tensor, list[str], list[tuple[Any, Any]]]:
-    """Where in a model gradients agree and where they conflict.
+    """The layers of a model in which gradients agree, and those in which they conflict.
 
     Args:
         jacobian: of one output.
@@ -241,7 +241,7 @@ def numbered(labels: Labels, m: int) -> tuple[list[Any], Tensor]:
 
 
 def _only(found: PyTree, jacobian: Jacobian) -> Tensor:
-    """What was found for the one output of a Jacobian."""
+    """The result for the only output of a Jacobian."""
     leaves = pytree.leaves(found)
     if len(leaves) != 1:
         raise ValueError(f"Diagnostics are of one output; {jacobian!r} has several.")

@@ -1,4 +1,4 @@
-"""Do all ranks mean the same? Found out before anything waits for another rank."""
+"""Compares the settings of all ranks, before any rank waits for another."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gramjd.errors import RankFailedError, RanksDisagreeError
 
 @dataclass(frozen=True)
 class Statement:
-    """What a rank says before a computation: equal settings everywhere, or it is an error."""
+    """The settings of a rank before a computation; ranks with different settings raise an error."""
 
     settings: Mapping[str, Any]  # by what they are called in an error
     manifest: Manifest | None = None
@@ -52,7 +52,7 @@ def agree(ranks: Ranks, mine: Statement, remedy: str = _REMEDY) -> list[Statemen
 
 
 def _difference(name: str, rank: int, first: Any, second: Any) -> str:
-    """Where two ranks' settings differ."""
+    """Describe the difference between two ranks' settings."""
     if isinstance(first, Sequence) and isinstance(second, Sequence) and not isinstance(first, str):
         if len(first) != len(second):
             missing = [x for x in first if x not in second] + [x for x in second if x not in first]

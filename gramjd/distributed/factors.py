@@ -30,7 +30,7 @@ class Spec:
 
     @property
     def bytes(self) -> int:
-        """Its size in a message."""
+        """The number of bytes of this tensor in a message."""
         size = torch.Size(self.shape).numel() * self.dtype.itemsize
         return -(-size // _ALIGNED) * _ALIGNED
 
@@ -46,7 +46,7 @@ class Template:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a rank holds: its parts, and the tensors that these are made of."""
+    """A description of a rank's parts, and of the tensors that these contain."""
 
     samples: tuple[int, ...]  # of each part
     blocks: tuple[tuple[tuple[Template, ...], ...], ...]  # of each part, of each parameter
@@ -78,7 +78,7 @@ class Manifest:
         return list(dict.fromkeys(found))
 
     def bytes(self, which: Sequence[int]) -> int:
-        """Of a message with the factors of some parameters."""
+        """The number of bytes of a message with the factors of some parameters."""
         return sum(self.tensors[number].bytes for number in self.needed(which))
 
     def parts(self, tensors: Mapping[int, Tensor], which: Sequence[int]) -> list[Part]:

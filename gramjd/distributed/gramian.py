@@ -114,7 +114,7 @@ def taking_part(group: Any, device: torch.device) -> Iterator[None]:
 
 
 def everywhere(group: Any, condition: Tensor) -> Tensor:
-    """Does it hold on all ranks?"""
+    """Whether a condition holds on all ranks."""
     found = Ranks.of(group, condition.device).gather(condition.to(torch.uint8))
     return torch.stack(found).all()
 
@@ -151,7 +151,7 @@ def _check(jac: Jacobian, rows: str) -> None:
 
 def _settings(jac: Jacobian, shares: Mapping[str, Sequence[int]], options: Options, rows: str
               ) -> dict[str, Any]:  # fmt: skip
-    """What all ranks must have in common, by what it is called in an error."""
+    """The settings that all ranks must share, by their names in an error."""
     pairs = zip(jac.names, jac.parameters, strict=True)
     return {
         "parameters": [f"{name} {list(p.shape)} {p.dtype}" for name, p in pairs],
@@ -168,13 +168,13 @@ def _of_one(out: Output) -> Output:
 
 
 def _dtype(manifests: Sequence[Manifest], options: Options, like: Tensor) -> torch.dtype:
-    """In which all ranks' products are added up."""
+    """The dtype in which all ranks add up products."""
     dtypes = {t.dtype for manifest in manifests for t in manifest.tensors if t.dtype.is_floating_point}
     return options.accumulated(*sorted(dtypes, key=str)) if dtypes else like.dtype
 
 
 def _is_summed(jac: Jacobian) -> bool:
-    """Are the objectives sums over ranks, for they have no samples?"""
+    """Whether the objectives are sums over ranks, because they have no batch dimension."""
     return any(out.batch_dim is None for out in jac.outputs.each)
 
 

@@ -54,7 +54,7 @@ class Ranks:
         return Ranks(group, dist.get_rank(group), dist.get_world_size(group), where)
 
     def gather_objects(self, mine: Any) -> list[Any]:
-        """What every rank gave, in order of ranks; pickled."""
+        """Gather an object of every rank, in order of ranks; objects are pickled."""
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, mine, group=self.group)
         return found

@@ -23,7 +23,7 @@ from gramjd.distributed.ranks import Ranks
 
 @dataclass(frozen=True)
 class Round:
-    """What is sent around the ring, and to whom."""
+    """The parameters whose factors are sent around the ring, and the ranks that get them."""
 
     manifests: Sequence[Manifest]  # of all ranks
     lower: Sequence[int]  # parameters that the lower one of two opposite ranks takes
@@ -39,7 +39,7 @@ class Round:
         return range(1, len(self.manifests) // 2 + 1)
 
     def is_opposite(self, step: int) -> bool:
-        """Do ranks meet in this step that meet twice?"""
+        """Whether each rank meets the opposite one in this step: such pairs meet twice."""
         return 2 * step == len(self.manifests)
 
     def wanted(self, rank: int, step: int) -> Sequence[int]:
@@ -49,13 +49,13 @@ class Round:
         return self.lower if rank < step else self.upper
 
     def bytes(self, rank: int, step: int) -> int:
-        """What a rank receives in a step."""
+        """The number of bytes that a rank receives in a step."""
         return self.manifests[rank - step].bytes(self.wanted(rank, step))
 
 
 @dataclass(frozen=True)
 class Own:
-    """What a rank brings along."""
+    """The parts, tensors and options of this rank."""
 
     parts: Sequence[Part]
     tensors: Mapping[int, Tensor]  # of its manifest
@@ -66,7 +66,7 @@ class Own:
 
     @property
     def limits(self) -> Limits:
-        """Of building rows to be multiplied in that dtype."""
+        """The limits for rows that are built to be multiplied in ``dtype``."""
         return limits(replace(self.options, accumulate_dtype=self.dtype), self.like, self.dtype)
 
 

@@ -98,7 +98,7 @@ def add_up(ranks: Ranks, mine: Tensor, own: Own, sizes: Sequence[int]) -> Tensor
 
 
 def _added(terms: Sequence[Tensor]) -> Tensor:
-    """In order: the same on every rank, and in every run."""
+    """Add up terms in order, for the same rounding on every rank and in every run."""
     total = terms[0].clone()
     for term in terms[1:]:
         total += term
@@ -137,7 +137,7 @@ class _Exchange:
         return [self._unpacked(flat, s) for s, flat in enumerate(self.ranks.exchange(sent, lengths))]
 
     def _unpacked(self, flat: Tensor, source: int) -> Tensor:
-        """What one rank sent, zeros where it does not use a parameter."""
+        """The rows that one rank sent; zeros for parameters that it does not use."""
         found, start = [], 0
         height = self.own.objectives * self.sizes[source]
         for piece in self.message:

@@ -1,4 +1,4 @@
-"""From the weights of all objectives to those that each rank's backward pass takes."""
+"""Computes each rank's share of the weights of all objectives, for its backward pass."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def local_weights(weights: Tensor, output: Losses, group: Any, *, batch_dim: int
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Is it a ``DTensor``, of which each rank has a shard?"""
+    """Whether a parameter is a ``DTensor``, of which each rank has a shard."""
     return hasattr(type(parameter), "full_tensor")
 
 

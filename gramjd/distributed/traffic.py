@@ -1,4 +1,4 @@
-"""Who sends what, decided from the manifests alone, so that all ranks decide the same.
+"""Decides which rank sends what, from the manifests alone, so that all ranks decide the same.
 
 For each parameter there are two exact methods, and the one that sends fewer bytes is taken:
 
@@ -27,7 +27,7 @@ from gramjd.distributed.slices import Message, Rows, messages
 
 @dataclass(frozen=True)
 class Problem:
-    """What the ranks want, all of them the same."""
+    """The problem of all ranks: sizes, options and the wanted result."""
 
     manifests: tuple[Manifest, ...]  # of each
     objectives: int  # K
@@ -38,7 +38,7 @@ class Problem:
 
     @property
     def samples(self) -> list[int]:
-        """Of each rank."""
+        """The number of samples of each rank."""
         return [manifest.samples_in_all for manifest in self.manifests]
 
 
@@ -59,7 +59,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Plan:
-    """What travels: factors around the ring, slices of rows in messages to all ranks."""
+    """A plan of messages: factors around the ring, and slices of rows to all ranks."""
 
     round: Round
     messages: Sequence[Message]
@@ -101,7 +101,7 @@ def _round(manifests: tuple[Manifest, ...], which: Sequence[int], times: Mapping
 
 
 def _times(manifests: Sequence[Manifest], which: Iterable[int]) -> dict[int, int]:
-    """Of contracting the blocks of each parameter, in multiply-adds."""
+    """The multiply-adds to contract the blocks of each parameter."""
     largest = max(manifests, key=lambda manifest: manifest.samples_in_all)
     meta = largest.meta()
 

@@ -38,14 +38,14 @@ _IN_USE = (
 
 
 def is_unit(module: nn.Module) -> bool:
-    """Was ``fully_shard`` called on the module?"""
+    """Whether ``fully_shard`` was called on the module."""
     kind: Any = type(module)
     return shards(kind)
 
 
 @functools.lru_cache(maxsize=4096)
 def shards(kind: type) -> bool:
-    """Is a type of module one that ``fully_shard`` makes?"""
+    """Whether ``fully_shard`` made this type of module."""
     return hasattr(kind, "unshard") and hasattr(kind, "reshard")
 
 
@@ -155,13 +155,13 @@ class Lockstep:
                 unit.reshard()  # type: ignore[operator]
 
     def units_of(self, nodes: Sequence[Any]) -> list[nn.Module]:
-        """In the order in which they were seen, which is the same on all ranks."""
+        """The units of some nodes, in the order in which they were seen: the same on all ranks."""
         wanted = {id(self.shards.units.get(root)) for node in nodes for root in parameter_ids(node)}
         return [unit for unit in dict.fromkeys(self.shards.units.values()) if id(unit) in wanted]
 
 
 def needs_weights(node: Any) -> bool:
-    """Do the blocks of a node follow from more than inputs and cotangents?"""
+    """Whether the blocks of a node need more than inputs and cotangents."""
     mark = node.record
     if isinstance(mark, CallMark) or mark.replay is not None or mark.record.derived:
         return True

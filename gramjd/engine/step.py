@@ -1,4 +1,4 @@
-"""From a Jacobian and a weighting to gradients in ``.grad``, as one step of Jacobian descent."""
+"""One step of Jacobian descent: turns a Jacobian and a weighting into gradients in ``.grad``."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Step:
         return weights.to(output.device)
 
     def _lazily(self, jac: Jacobian, output: Tensor) -> bool:
-        """Does the Jacobian know the gradients of all leaves that get one, as autograd would give them?"""
+        """Whether the Jacobian has the gradients of all leaves that get one, equal to autograd's."""
         found, known = reach([output]), {id(p) for p in jac.parameters if p.is_leaf}
         if any(map(distributed.is_sharded, jac.parameters)):  # the graph leads to gathered ones
             return self.inputs is None

@@ -86,7 +86,7 @@ def refuse_batch_statistics(model: nn.Module) -> None:
 
 
 def _depends(func: Any, out: Any) -> bool:
-    """Would the output of an op have a derivative with respect to a parameter that it received?"""
+    """Whether the output of an op has a derivative with respect to a parameter that it received."""
     name = getattr(func, "__name__", "")
     if not torch.is_grad_enabled() or func in _CONSTANTS or name.endswith("_like") or name.startswith("new_"):
         return False

@@ -109,7 +109,7 @@ def perturbed(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor]
 def _first_run(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor], shared: bool,
                batch_independent: Sequence[Tensor], wanted: Sequence[int],
                ) -> tuple[_Perturb, bool]:  # fmt: skip
-    """With gradients for some parameters: what it was like, and do the outputs depend on these?"""
+    """Run with gradients for some parameters; return the run, and whether the outputs depend on them."""
     seen: list[tuple[_Perturb, bool]] = []
 
     def run(wrapped: Sequence[Tensor]) -> Any:
@@ -158,7 +158,7 @@ def _those(among: Sequence[int], any_of: Callable[[Sequence[int]], bool]) -> lis
 
 
 def _may_write(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Does an op write into an argument, as far as its name and its flags tell?"""
+    """Whether an op writes into an argument, by its name and its flags."""
     flagged = any(flag is True for flag in (*args, kwargs.get("inplace")))
     return flagged or kwargs.get("out") is not None or is_inplace(op) or _is_setitem(op)
 

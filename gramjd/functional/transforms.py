@@ -103,7 +103,7 @@ def jacobian_and_value(
     check: str = "first",
     audit: int | None = 256,
 ) -> Callable[..., tuple[Jacobian, Any]]:
-    """Like :func:`jacobian`, and return the function's values, too, from the same single run.
+    """Like :func:`jacobian`, but return the function's values, too, from one run of the function.
 
     Returns:
         A function that returns ``(jacobian, value)``, or ``(jacobian, (value, aux))`` if ``has_aux``;
@@ -207,7 +207,7 @@ def gramian_and_value(
     audit: int | None = 256,
     sketch: int | Projection | None = None,
 ) -> Callable[..., tuple[PyTree, Any]]:
-    """Like :func:`gramian`, and return the function's values, too, from the same single run.
+    """Like :func:`gramian`, but return the function's values, too, from one run of the function.
 
     Returns:
         A function that returns ``(G, value)``, or ``(G, (value, aux))`` if ``has_aux``.

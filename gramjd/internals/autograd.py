@@ -26,7 +26,7 @@ def tap(tensor: Tensor) -> tuple[Any, Tensor]:
 
 
 def saved_tensors_hook() -> object:
-    """What tells the innermost ``saved_tensors_hooks`` context (checkpointing, offloading), if there is one.
+    """The innermost ``saved_tensors_hooks`` (checkpointing, offloading); ``None`` if there are none.
 
     On torch 2.1, which does not show them, that of checkpoints alone: it is the call in progress.
     """
@@ -49,5 +49,5 @@ def after_backward(callback: Callable[[], None]) -> None:
 
 
 def in_backward() -> bool:
-    """Is autograd running a backward pass in this thread: is what a checkpoint left out computed again?"""
+    """Whether autograd runs a backward pass in this thread, as when a checkpoint computes again."""
     return bool(torch._C._current_graph_task_id() != -1)

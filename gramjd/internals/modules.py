@@ -38,7 +38,7 @@ def plain_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def is_compiled_wrapper(module: nn.Module) -> bool:
-    """Did ``torch.compile(module)`` make it?"""
+    """Whether a module was made by ``torch.compile(module)``."""
     return "_orig_mod" in module._modules
 
 

@@ -39,18 +39,18 @@ _GROUP_NORM = "NativeGroupNormBackward0"
 
 @functools.lru_cache(maxsize=1024)
 def is_reentrant_checkpoint(kind: Any) -> bool:
-    """Are nodes of this type reentrant checkpoints, which hide what is behind them?"""
+    """Whether nodes of this type are reentrant checkpoints, which hide the graph behind them."""
     return name_of_type(kind) == _CHECKPOINT
 
 
 def learns_static_graph(node: Any) -> bool:
-    """Is a node of ``DDP_SINK_TYPE`` of a model that learns its graph from the first backward pass?"""
+    """Whether the model of a ``DDP_SINK_TYPE`` node learns its graph from the first backward pass."""
     return bool(node.ddp_weakref().static_graph)
 
 
 @functools.lru_cache(maxsize=1024)
 def takes_one_cotangent(kind: Any) -> bool:
-    """Is torch's batching rule wrong for cotangents of other outputs than the first?"""
+    """Whether torch's batching rule is wrong for cotangents of all outputs but the first."""
     return name_of_type(kind) == _GROUP_NORM
 
 
@@ -64,13 +64,13 @@ def saved_value(node: Any, name: str) -> Any:
 
 
 def saved_numbers(kind: type) -> dict[str, str]:
-    """By name, the attributes in which nodes of a type show what they saved and is no tensor."""
+    """The attributes of a type of node that show saved values other than tensors, by name."""
     shown = [name for name in dir(kind) if name.startswith("_saved_")]
     return {name.removeprefix("_saved_"): name for name in shown if not hasattr(kind, f"_raw{name}")}
 
 
 def is_torchs_own(kind: type) -> bool:
-    """Is a type of node made from an ``autograd.Function`` that torch itself defines?"""
+    """Whether a type of node belongs to an ``autograd.Function`` that torch itself defines."""
     function: Any = getattr(kind, "_forward_cls", None)
     return function is not None and function.__module__.partition(".")[0] == "torch"
 
@@ -91,7 +91,7 @@ def shapes_of(nodes: Iterable[Any]) -> list[list[tuple[int, ...]]] | None:
 
 
 def losses_of_stack(output: Tensor) -> list[Any] | None:
-    """Where the losses enter a graph that ``torch.stack`` made an output of: an edge for each, or ``None``.
+    """The edge of each loss of an output that ``torch.stack`` made; ``None`` for other outputs.
 
     For outputs that are no such stack, and on torch 2.1, no list.
     """

@@ -1,4 +1,4 @@
-"""What a tensor is, whose memory it has and how often it was written."""
+"""Answers about a tensor: its kind, its memory, and the number of writes into it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ is_view: Callable[[Tensor], bool] = _TENSOR._is_view
 
 
 def base_of(tensor: Tensor) -> Tensor | None:
-    """What it is a view of, if it is one."""
+    """The base of a view; ``None`` for other tensors."""
     return tensor._base
 
 
 def has_stock_type(tensor: Tensor) -> bool:
-    """Is it a tensor, a parameter, a buffer, or one in the place of such while a program is traced?"""
+    """Whether it is a tensor, a parameter, a buffer, or the fake tensor of one in a trace."""
     kind = type(tensor)
     return kind is Tensor or isinstance(tensor, (nn.Parameter, FakeTensor)) or kind.__name__ == "Buffer"
 
@@ -40,42 +40,42 @@ def sparse_values(tensor: Tensor) -> Tensor:
 
 
 def has_plain_layout(tensor: Tensor) -> bool:
-    """Is it an ordinary strided tensor: not nested, not sparse, of no subclass that changes what ops do?"""
+    """Whether a tensor is strided, not nested, not sparse, and of no subclass that changes ops."""
     return _is_ordinary(type(tensor)) and tensor.layout is torch.strided and not tensor.is_nested
 
 
 @functools.lru_cache(maxsize=1024)
 def _is_ordinary(kind: type) -> bool:
-    """Are ops on tensors of this type those on any other, but perhaps for the type of what they return?"""
+    """Whether ops on this type are the ordinary ones; only the type of the result may differ."""
     function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)  # type: ignore[attr-defined]
     dispatch = kind.__torch_dispatch__  # type: ignore[attr-defined]
     return function in _PLAIN_FUNCTIONS and dispatch is _TENSOR.__torch_dispatch__
 
 
 def memory_of(tensor: Tensor) -> int:
-    """The same for tensors that share memory."""
+    """A number that is equal for tensors that share memory."""
     return int(tensor.untyped_storage()._cdata)
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Has it memory of its own to look at: is it neither wrapped by a transform nor of a subclass?"""
+    """Whether a tensor has its own memory: it is no wrapper of a transform and of no subclass."""
     return type(tensor) is Tensor and not is_wrapped(tensor)
 
 
 def is_ours(tensor: Tensor) -> bool:
-    """May results made of it be written in place: does nothing trace, transform or differentiate it?"""
+    """Whether results may be changed in place: nothing traces, transforms or differentiates them."""
     if is_compiling() or torch.autograd.forward_ad._current_level >= 0:  # a dual tensor looks like any other
         return False
     return is_plain(tensor) and not tensor.requires_grad
 
 
 def is_watched() -> bool:
-    """Does a mode see every op below autograd?"""
+    """Whether a mode sees every op below autograd."""
     return bool(torch._C._len_torch_dispatch_stack())
 
 
 def runs_plainly(tensors: Sequence[Tensor]) -> bool:
-    """Are ops on these tensors what they seem: nothing traces, transforms, watches or records them?"""
+    """Whether nothing traces, transforms, watches or records ops on these tensors."""
     if is_compiling() or inside_transform() or torch.autograd.forward_ad._current_level >= 0:
         return False
     if is_watched() or torch._C._get_tracing_state() is not None:
@@ -86,7 +86,7 @@ def runs_plainly(tensors: Sequence[Tensor]) -> bool:
 
 
 def version_of(tensor: Tensor) -> int:
-    """How often it, or what it is a view of, has been written in place; 0 where that is not counted."""
+    """The number of writes into a tensor or its base; 0 if torch does not count them."""
     return 0 if is_compiling() or tensor.is_inference() else tensor._version
 
 

@@ -1,4 +1,4 @@
-"""What traces a program, and the modes and contexts in progress."""
+"""Answers about tracers, modes and contexts in progress."""
 
 from __future__ import annotations
 

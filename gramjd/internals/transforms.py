@@ -15,7 +15,7 @@ from gramjd.internals.tracing import constant_in_graphs, is_compiling
 
 
 def inside_transform() -> bool:
-    """Is a transform of ``torch.func`` in progress?"""
+    """Whether a transform of ``torch.func`` is in progress."""
     return _functorch.peek_interpreter_stack() is not None
 
 
@@ -30,7 +30,7 @@ innermost_transform: Callable[[], Any] = _functorch.peek_interpreter_stack
 
 
 def is_elsewhere(level: int) -> bool:
-    """Is another transform the innermost one than the one of this number (0: none)?"""
+    """Whether the innermost transform has another number than this one (0: no transform)."""
     innermost = _functorch.peek_interpreter_stack()
     return bool(level) if innermost is None else innermost.level() != level
 
@@ -52,7 +52,7 @@ def _popped() -> Iterator[None]:
 
 
 def differentiates() -> bool:
-    """Do transforms differentiate here? Those of older versions of torch give zeros in inference mode."""
+    """Whether transforms differentiate here; in older versions of torch, not in inference mode."""
     if is_compiling() or not torch.is_inference_mode_enabled():
         return True
     return bool(torch.func.grad(torch.sin)(torch.zeros(())))
@@ -67,7 +67,7 @@ def innermost_level() -> int:
 
 @constant_in_graphs
 def vmaps_in_progress() -> int:
-    """How many levels of ``vmap`` are in progress?"""
+    """The number of ``vmap`` levels in progress."""
     return sum(transform.key() == _functorch.TransformType.Vmap for transform in _transforms())
 
 
@@ -107,13 +107,13 @@ def differentiable(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def depends_on_innermost_transform(tensor: Tensor) -> bool:
-    """Inside ``grad`` or ``vjp``: was ``tensor`` computed from what is being differentiated?"""
+    """Inside ``grad`` or ``vjp``, whether ``tensor`` depends on what is differentiated."""
     level = _functorch.peek_interpreter_stack().level()
     return _functorch.maybe_get_level(tensor) == level and tensor.requires_grad
 
 
 def differentiated_outside(tensor: Tensor) -> bool:
-    """Inside ``grad`` or ``vjp``: may anything outside of it differentiate ``tensor`` once more?"""
+    """Inside ``grad`` or ``vjp``, whether ``tensor`` may also be differentiated outside of it."""
     transforms = _transforms()
     if any(transform.key() == _functorch.TransformType.Jvp for transform in transforms):
         return True
@@ -127,7 +127,7 @@ def differentiated_outside(tensor: Tensor) -> bool:
 
 
 def belongs_to(tensor: Tensor, level: int) -> bool:
-    """Is it wrapped at this level: batched by the ``vmap`` that the level is?"""
+    """Whether a tensor is wrapped at this level, that is, batched by the level's ``vmap``."""
     return bool(_functorch.maybe_get_level(tensor) == level)
 
 
@@ -136,7 +136,7 @@ is_wrapped: Callable[[Tensor], bool] = _functorch.is_functorch_wrapped_tensor
 
 
 def stops_functions() -> bool:
-    """Would ``autograd.Function`` ask a transform what to do? Cheaper than :func:`inside_transform`."""
+    """Whether ``autograd.Function`` goes through a transform; cheaper than :func:`inside_transform`."""
     return bool(torch._C._are_functorch_transforms_active())
 
 

@@ -22,7 +22,7 @@ def accumulate(leaves: Sequence[Tensor], gradients: list[Tensor]) -> None:
 
 
 class _HandOver(torch.autograd.Function):
-    """Of no value: a node whose backward pass gives the gradients away."""
+    """A node without a meaningful value, whose backward pass returns the given gradients."""
 
     @staticmethod
     def forward(ctx: Any, gradients: list[Tensor], *leaves: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ class Jacobian:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of products with it: that of the parameters, of their real parts where they are complex."""
+        """The dtype of products: that of the parameters, or of their real parts if they are complex."""
         return self._like.dtype
 
     def __repr__(self) -> str:
@@ -471,7 +471,7 @@ def _pulled(given: Sequence[Part], parameters: Sequence[Tensor], w: Tensor) -> l
 
 
 def _moved(parameter: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
-    """On another device; of another real dtype, complex ones of parts of that dtype."""
+    """A parameter on another device or in another dtype; complex ones have parts of that dtype."""
     if dtype is not None and parameter.is_complex():
         dtype = dtype.to_complex()
     return parameter.to(device=device, dtype=dtype)

@@ -54,7 +54,7 @@ class Projection:
 
     @property
     def error(self) -> float:
-        """At most this is the standard deviation of ``⟨xΩ, yΩ⟩`` over seeds, relative to ``‖x‖ ‖y‖``.
+        """A bound on the standard deviation of ``⟨xΩ, yΩ⟩`` over seeds, relative to ``‖x‖ ‖y‖``.
 
         ``√(2 / dim)`` for random signs and normal numbers, ``√(4 / √dim + 4 / dim)`` for a factored sketch
         with a square for its ``dim``: the bounds of :meth:`gramjd.Jacobian.sketch`, by Cauchy and Schwarz.

@@ -62,7 +62,7 @@ Shares = Iterator[tuple[int, Tensor]]  # [K, B, dim], to be added to that of thi
 
 
 def _shares(live: Live, name: str, shape: tuple[int, ...], projection: Projection, limits: Limits) -> Shares:
-    """Of one parameter."""
+    """The shares of one parameter in the sketch."""
     sides = (shape[0], prod(shape[1:])) if shape else (1, 1)
     if projection.kind == "factored" and min(sides) > 1:  # as the shape says, whatever the blocks are
         left, right = projection.factors(name, sides, _factor(live[0][1]), limits.dtype)

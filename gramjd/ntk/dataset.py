@@ -34,8 +34,8 @@ def ntk_dataset(
     loader2: Iterable[PyTree] | None = None,
     in_dims: PyTree = 0,
     *,
-    trace_axes: Sequence[int] = (),
-    diagonal_axes: Sequence[int] = (),
+    trace_axes: int | Sequence[int] = (),
+    diagonal_axes: int | Sequence[int] = (),
     out: str | os.PathLike[str] | None = None,
     progress: bool = True,
     chunk_size: int | None = None,
@@ -165,7 +165,7 @@ def _kept(batches: int, ranks: int, sharded: bool) -> list[range]:
 
 
 def _store(path: Path | None, work: _Tiles, fingerprint: Mapping[str, Any]) -> InMemory | Journal:
-    """Where this rank's rows are kept."""
+    """Open the storage of this rank's rows, in memory or in a file."""
     sizes = work.sizes(work.samples, work.right.samples)
     if path is None or not work.samples:
         return InMemory(torch.empty(sizes, dtype=work.dtype))
@@ -191,7 +191,7 @@ class _Tiles:
 
     @cached_property
     def tiles(self) -> list[Tile]:
-        """All of them, in order of rows."""
+        """All tiles, in order of rows."""
         n, m = len(self.left.sizes), len(self.right.sizes)
         return [(i, j) for i in range(n) for j in range(i if self.symmetric else 0, m)]
 
@@ -201,7 +201,7 @@ class _Tiles:
         return sum(self.left.sizes[i] for i in self.kept[self.rank])
 
     def sizes(self, rows: int, columns: int) -> list[int]:
-        """Of the kernel of some samples."""
+        """The shape of a kernel of ``rows`` and ``columns`` samples."""
         full = (rows, *self.output, *reversed(self.output), columns)
         return [full[a] for a in self.axes.order]
 
@@ -257,7 +257,7 @@ def _probe(jac: Jacobian) -> tuple[tuple[int, ...], Tensor]:
     return output_shape(jac), jac.squared_norms().sum()
 
 
-def _axes(shape: Sequence[int], trace_axes: Sequence[int], diagonal_axes: Sequence[int]) -> Axes:
+def _axes(shape: Sequence[int], trace_axes: int | Sequence[int], diagonal_axes: int | Sequence[int]) -> Axes:
     axes = Axes.of(shape, trace_axes, diagonal_axes)
     if 0 in (*axes.trace, *axes.diagonal):
         raise ValueError(

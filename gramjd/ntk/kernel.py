@@ -25,8 +25,8 @@ def ntk(
     func: Callable[..., Tensor],
     in_dims: PyTree = 0,
     *,
-    trace_axes: Sequence[int] = (),
-    diagonal_axes: Sequence[int] = (),
+    trace_axes: int | Sequence[int] = (),
+    diagonal_axes: int | Sequence[int] = (),
     randomness: str = "error",
     chunk_size: int | None = None,
     check: str = "first",
@@ -38,8 +38,8 @@ def ntk(
         func: a pure function of one sample, ``func(params, x) -> output``: ``params`` and ``x`` are
             any PyTrees of tensors, the output is a tensor of shape ``S``.
         in_dims: which dimension of ``x`` is the batch (a PyTree of them for a PyTree).
-        trace_axes: axes of the batched output ``[B, *S]`` along which the *mean* of the kernel's
-            diagonal is taken; both of its axes vanish.
+        trace_axes: one axis or several axes of the batched output ``[B, *S]``, along which the *mean* of the
+            kernel's diagonal is taken; both of its axes vanish.
         diagonal_axes: axes of ``[B, *S]`` along which only the kernel's diagonal is kept, in the place
             of the first of its two axes; 0 compares each sample of ``x1`` with the same one of ``x2``.
         randomness, chunk_size: as in ``torch.func.vmap``.
@@ -107,7 +107,7 @@ def _is_finite(leaf: Any) -> bool:
 
 
 def _dtypes(tree: PyTree) -> set[torch.dtype]:
-    """Of the floating-point tensors of a tree."""
+    """The dtypes of the floating-point tensors of a tree."""
     return {x.dtype for x in pytree.leaves(tree) if isinstance(x, Tensor) and x.is_floating_point()}
 
 
@@ -131,8 +131,12 @@ class Axes:
     diagonal: tuple[int, ...]
 
     @staticmethod
-    def of(output: Sequence[int], trace_axes: Sequence[int], diagonal_axes: Sequence[int]) -> Axes:
-        """As a caller named them; negative ones count from the last."""
+    def of(
+        output: Sequence[int], trace_axes: int | Sequence[int], diagonal_axes: int | Sequence[int]
+    ) -> Axes:
+        """The axes that a caller named; negative numbers count from the last axis."""
+        trace_axes = [trace_axes] if isinstance(trace_axes, int) else trace_axes
+        diagonal_axes = [diagonal_axes] if isinstance(diagonal_axes, int) else diagonal_axes
         for axis in (*trace_axes, *diagonal_axes):
             if not -len(output) <= axis < len(output):
                 raise ValueError(f"Axis {axis} is none of the {len(output)} axes of the batched output.")

@@ -41,7 +41,7 @@ def _meets(arguments: _Arguments, name: str, dim: int) -> int | None:
 
 
 def _covers(name: str) -> Any:
-    """Is the operand a weight whose rows are outer products, each letter of it somewhere else?"""
+    """A condition: the rows of this operand are outer products of the output and the other operand."""
 
     def covers(arguments: _Arguments) -> bool:
         if len(arguments) != 3 or not isinstance(arguments["equation"], str):

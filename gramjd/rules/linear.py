@@ -21,18 +21,18 @@ BADDBMMS = (torch.baddbmm, Tensor.baddbmm)
 
 
 def _matrix(name: str) -> Any:
-    """Does the rule's own argument have two dimensions?"""
+    """A condition: the argument has two dimensions."""
     return lambda arguments: arguments[name].ndim == 2
 
 
 def _right(arguments: Mapping[Any, Any]) -> bool:
-    """Is the right operand a vector, a matrix, or one matrix for each of the left operand's?"""
+    """Whether the right operand is a vector, a matrix, or one matrix for each of the left operand's."""
     left, right = arguments["input"], arguments["other"]
     return right.ndim <= 2 or (right.ndim == 3 and left.ndim >= 3 and left.shape[-3] == right.shape[0])
 
 
 def _left(arguments: Mapping[Any, Any]) -> bool:
-    """Is the left operand a matrix, or one for each of the right operand's?"""
+    """Whether the left operand is a matrix, or one matrix for each of the right operand's."""
     left, right = arguments["input"], arguments["other"]
     if left.ndim == 2:
         return True

@@ -104,7 +104,7 @@ def instance_norm_bias(
 
 
 def _in_evaluation(arguments: Mapping[Any, Any]) -> bool:
-    """In training mode the statistics are of all samples."""
+    """Whether the op runs in evaluation mode; in training mode, the statistics are of all samples."""
     return not arguments.get("training", False)
 
 

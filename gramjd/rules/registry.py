@@ -76,8 +76,8 @@ def register_rule(
             or ``"right"`` (broadcasting ops). Where neither holds, a function ``(arguments, name,
             dim)`` that maps a dimension of the output to one of the named argument, or to ``None``;
             ``arguments`` are the call's by name, with sizes for tensors, and ``"output"``.
-        when: given a call's arguments by name, does the rule cover it? Where it does not, the
-            block is ``Dense``.
+        when: a function from a call's arguments, by name, to whether the rule covers the call. If it does
+            not, the block is ``Dense``.
 
     ``Engine`` checks what a rule returns against autograd: a wrong one is never used silently.
 
@@ -143,7 +143,7 @@ def any_entry(op: Op) -> Entry | None:
 
 @constant_in_graphs
 def op_name(op: Op) -> str:
-    """How people write an op: ``linear``, ``Tensor.add``, ``Tensor.T``."""
+    """The readable name of an op: ``linear``, ``Tensor.add``, ``Tensor.T``."""
     if getattr(op, "__name__", "") == "__get__":  # a property of tensors
         op = op.__self__  # type: ignore[attr-defined]
         return f"Tensor.{op.__name__}"

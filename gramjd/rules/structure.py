@@ -63,7 +63,7 @@ def pull_back(op: Op, block: Block, at: At, args: Sequence[Any], kwargs: Mapping
 
 
 def _is_copied(block: Block, pull: Callable[..., Any], at: At) -> bool:
-    """Is it the block of a convolution's kernel that was only cast?"""
+    """Whether a block is that of a convolution kernel that was only cast."""
     return isinstance(block, Conv) and pull is same_order and block.shape == at.tensor.shape
 
 
@@ -237,7 +237,7 @@ def negation(block: Structured, at: At, input: Tensor) -> Block:
 
 @register_pullback(*ADDS)
 def add(block: Structured, at: At, input: Any, other: Any, alpha: float = 1) -> Block | None:
-    """As LoRA adds a product to a weight; a term that is broadcast has rows."""
+    """The block of a term of a sum, as in LoRA; a term that is broadcast gets rows."""
     if block.shape != at.tensor.shape:
         return None
     return replace(block, c=block.c * alpha) if at.slot == 1 and alpha != 1 else block

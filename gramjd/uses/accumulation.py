@@ -1,4 +1,4 @@
-"""From uses to the blocks of each parameter, through the tensors that were derived from it."""
+"""Turns uses into the blocks of each parameter, through the tensors computed from it."""
 
 from __future__ import annotations
 
@@ -82,18 +82,18 @@ def _samples(use: Use) -> int:
 
 
 def _is_pending(use: Use) -> bool:
-    """Does a derived tensor wait for what its uses send it? Not if it has samples that differ."""
+    """Whether a derived tensor waits for blocks of its uses. Not if it has samples that differ."""
     return _is_unresolved(use) or (use.record.derived and (_samples(use) == 1 or _is_repeated(use)))
 
 
 def _is_repeated(use: Use) -> bool:
-    """Is it a tensor repeated for every sample?"""
+    """Whether a tensor is repeated for every sample."""
     op = use.record.call.op
     return use.record.derived and op in EXPANDS and not _is_unresolved(use) and _samples(use) > 1
 
 
 def _is_wanted(use: Use, source: Source, found: Found, pending: Pending, repeated: set[int]) -> bool:
-    """Does a parameter or a derived tensor take the blocks of this use?"""
+    """Whether a parameter or a derived tensor takes the blocks of this use."""
     if not isinstance(source, Derived):
         return id(source) in found
     # rows of a repeated tensor are its cotangents: only what is factored is of interest
@@ -102,7 +102,7 @@ def _is_wanted(use: Use, source: Source, found: Found, pending: Pending, repeate
 
 
 def _is_all(use: Use, received: Sequence[Sequence[Block]]) -> bool:
-    """Do the blocks that a derived tensor received add up to its cotangents, where these are known?"""
+    """Whether the blocks of a derived tensor add up to its cotangents, where these are known."""
     for c, blocks in zip(use.cs, received, strict=True):
         if c is None:
             continue

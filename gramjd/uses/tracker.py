@@ -88,7 +88,7 @@ class Tracker(TorchFunctionMode):
         return out
 
     def _classify(self, values: Iterable[Any]) -> tuple[bool, bool]:
-        """Is a tracked tensor among them? Are all tensors among them batch-independent?"""
+        """Whether a tracked tensor is among these leaves, and whether all tensors are batch-independent."""
         tracked, batch_independent = False, True
         for value in values:  # every op of the forward comes by here: no call that can be spared
             if isinstance(value, Tensor):
@@ -116,14 +116,14 @@ class Tracker(TorchFunctionMode):
 
 @constant_in_graphs
 def _is_random(func: Any) -> bool:
-    """By name: does the op draw random numbers?"""
+    """Whether the op draws random numbers, by its name."""
     name = getattr(func, "__name__", "").rstrip("_")
     return name in _RANDOM or name.startswith("rand") or "dropout" in name
 
 
 @constant_in_graphs
 def is_inplace(func: Any) -> bool:
-    """Does an op write into its first argument?"""
+    """Whether an op writes into its first argument."""
     name = getattr(func, "__name__", "")
     return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 

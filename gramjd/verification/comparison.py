@@ -1,4 +1,4 @@
-"""Blocks beside gradients: do they differ, and by more than the function's own rounding?"""
+"""Compares blocks with gradients: whether they differ by more than the function's own rounding."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _NOISE = 8  # times what rounding moves a gradient by, as measured once, that a 
 
 
 class Call(Repeatable):
-    """One call of a transformed function, whose result is compared with that of another way."""
+    """One call of a transformed function, whose result is compared with ``torch.func``'s."""
 
     def difference(self, found: Captured) -> str | None:
-        """How a result differs from ``torch.func``'s gradient: empty if it does not.
+        """Describe the difference to ``torch.func``'s gradient; an empty text if there is none.
 
         ``None`` if they cannot be compared, because outputs or gradients have NaN or infinite entries.
 
@@ -84,7 +84,7 @@ class Call(Repeatable):
         )
 
     def _dtypes(self, found: Captured) -> set[torch.dtype]:
-        """What the function computes in, as far as its parameters, their uses and its outputs tell."""
+        """The dtypes of the function's parameters, their uses and its outputs."""
         given = [*self.given.parameters, *found.outputs, *(c for use in found.uses for c in use.cs)]
         return {*self._autocasts(), *(t.dtype for t in given if t is not None)}
 
@@ -92,7 +92,7 @@ class Call(Repeatable):
         return [] if self.exact else list(autocasts().values())
 
     def _precise(self) -> Iterator[Call]:
-        """The same call with more digits, if there are any."""
+        """The same call in a higher precision, if there is one: without autocast, or in float64."""
         if self._autocasts():
             yield replace(self, exact=True)
         elif any(torch.finfo(p.dtype).bits < 64 for p in self.given.parameters):
@@ -115,7 +115,7 @@ class Call(Repeatable):
         return kept
 
     def _noise(self, found: Captured, weights: list[Tensor], first: Gradients, eps: float) -> list[float]:
-        """How far gradients move, relative to their norms, by the rounding of parameters and weights."""
+        """The relative change of gradients by the rounding of parameters and weights."""
         generator = torch.Generator().manual_seed(self.seed)
         moved = [p * (1 + 2 * eps * noise_like(p, generator)) for p in self.given.parameters]
         call = replace(self, given=self.given.with_parameters(moved))
@@ -126,7 +126,7 @@ class Call(Repeatable):
         ]
 
     def hides_uses(self, found: Captured) -> bool:
-        """Is something zero that need not stay so (a gate, LoRA's B), and hides what was not compared?"""
+        """Whether zeros that can change later (a gate, LoRA's B) hide uses from the comparison."""
         if any(not bool(p.any()) for p in self.given.parameters):
             return True
         cotangents = ([c for c in use.cs if c is not None] for use in found.uses)
@@ -134,7 +134,7 @@ class Call(Repeatable):
 
 
 def _random_weights(outputs: Sequence[Tensor], seed: int) -> list[Tensor]:
-    """Of each output, ``[B, *S]``: none close to zero."""
+    """Random weights for each output, ``[B, *S]``, none close to zero."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for out in outputs:
@@ -166,5 +166,5 @@ def _disagreements(blocks: Sequence[Sequence[Block]], outputs: Sequence[Tensor],
 
 
 def _same(got: Sequence[Tensor], want: Sequence[Tensor], most: float) -> bool:
-    """Are two computations of the outputs equal but for rounding?"""
+    """Whether two computations of the outputs are equal up to rounding."""
     return all(float((a - b).norm()) <= most * float(b.norm()) for a, b in zip(got, want, strict=True))

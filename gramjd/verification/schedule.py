@@ -1,4 +1,4 @@
-"""Which results of a transform are verified."""
+"""Decides which results of a transform are verified."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _STRUCTURES = 64  # that a transform remembers
 
 @dataclass
 class Seen:
-    """What a transform remembers of one structure."""
+    """The number of calls of one structure, and the last one that was verified."""
 
     calls: int = 0
     verified: int = 0  # the call of the transform, counted from 1, whose result was verified last
 
 
 class Verifier:
-    """When one transform verifies its results, and which of them it has.
+    """Decides when one transform verifies its results, and remembers which are verified.
 
     Args:
         check: ``"first"``, ``"always"`` or ``"never"``.
@@ -44,7 +44,7 @@ class Verifier:
         self.seen: dict[Hashable, Seen] = {}
 
     def applies(self, given: Arguments) -> bool:
-        """Can results be verified here? Not where something else traces or transforms them."""
+        """Whether results can be verified here: not if something else traces or transforms them."""
         return self.check != "never" and runs_plainly(
             [*given.parameters, *given.batch, *given.batch_independent]
         )
@@ -68,7 +68,7 @@ class Verifier:
             del self.seen[next(iter(self.seen))]
 
     def _prove(self, call: Call, found: Captured, seen: Seen) -> bool:
-        """Raise if a result is wrong; could it be compared?"""
+        """Raise an error if a result is wrong; return whether it could be compared."""
         call = replace(call, seed=self.number)
         first, difference = not seen.verified, call.difference(found)
         if difference == "" and first and call.hides_uses(found):
@@ -95,7 +95,7 @@ _REMEDY = (
 
 
 def is_due(call: int, audit: int | None) -> bool:
-    """Is a structure verified at its first, second, fourth, … call, and then at every so many?"""
+    """Whether a call is due: the first, second, fourth, … of a structure, and every ``audit``-th."""
     if audit is None or call == 1:
         return call == 1
     return call % audit == 0 or (call < audit and call & (call - 1) == 0)

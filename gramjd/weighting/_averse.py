@@ -12,7 +12,7 @@ from gramjd.weighting._min_norm import min_norm
 
 
 class Gradients(Protocol):
-    """What the search asks of gradients ``g_i``, with mean ``g_0``."""
+    """The operations on gradients ``g_i``, with mean ``g_0``, that the search needs."""
 
     diagonal: Tensor  # |g_i|² [B, m]
     slope: Tensor  # g_0'g_i [B, m]
@@ -28,7 +28,7 @@ class Gradients(Protocol):
 
 
 class Dense:
-    """Of Gramians ``[B, m, m]``."""
+    """The problem for Gramians ``[B, m, m]``."""
 
     def __init__(self, gramian: Tensor) -> None:
         self.gramian = gramian
@@ -47,7 +47,7 @@ class Dense:
 
 
 class Factored:
-    """Of the rows ``[m, n]`` themselves; ``B = 1``."""
+    """The problem for rows ``[m, n]``; ``B = 1``."""
 
     def __init__(self, rows: Tensor) -> None:
         self.rows, self.mean = rows, rows.mean(0)

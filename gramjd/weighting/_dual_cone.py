@@ -31,7 +31,7 @@ def regularize(matrix: Tensor, norm_eps: float, reg_eps: float, rounding: float)
 
 
 def project_units(scaled: Tensor, ridge: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """For each unit vector ``e_i``, the ``v >= e_i`` that minimizes ``v'Rv``: ``[..., m, m]``.
+    """The ``v >= e_i`` that minimizes ``v'Rv``, for each unit vector ``e_i``: ``[..., m, m]``.
 
     ``ridge [..., m]`` is the part of the diagonal of ``R`` that regularizes.
     """

@@ -37,7 +37,7 @@ class Cone:
 
     @staticmethod
     def of(rows: Tensor, norm_eps: float, reg_eps: float) -> Cone:
-        """Of ``rows [m, n]`` in float64; a trace below ``norm_eps`` counts as zero."""
+        """The cone of ``rows [m, n]`` in float64; a trace below ``norm_eps`` counts as zero."""
         positive("reg_eps of a sketched Gramian", reg_eps)
         trace = rows.square().sum()
         smallest = max(norm_eps, torch.finfo(trace.dtype).tiny)

@@ -1,4 +1,4 @@
-"""What every weighting does to its input: check it, flatten it, compute in float64, shape back.
+"""Prepares the input of every weighting: checks it, flattens it, and converts it to float64.
 
 A Gramian of objectives of shape ``S`` has shape ``[*S, *reversed(S)]``, an even number of
 dimensions. With one leading batch dimension that number is odd, so the shape alone says which it

@@ -46,7 +46,7 @@ class _Basis:
         return True
 
     def start(self, columns: Tensor, used: list[int]) -> None:
-        """With these columns, less those that are combinations of others."""
+        """Start with these columns, without those that are combinations of others."""
         self.used = used
         self.q, self.r = torch.linalg.qr(columns[used].mT)
         if len(self.r) < len(used) or bool((self.r.diagonal().abs() <= DEPENDENT).any()):

@@ -49,7 +49,7 @@ def count(least: int) -> Check:
 
 
 def one_of(*choices: str) -> Check:
-    """One of some words."""
+    """A check that an option is one of some words."""
 
     def check(name: str, value: Any) -> None:
         if value not in choices:

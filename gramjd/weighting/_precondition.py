@@ -50,7 +50,7 @@ class OnFaces:
 
 
 def low_rank(hessian: Tensor, ridge: Tensor | None) -> LowRank | None:
-    """Of ``H [m, m]``, which contains the diagonal ``ridge [m]``; ``None`` if it would be of no use."""
+    """A preconditioner of ``H [m, m]``, which contains the diagonal ``ridge [m]``; ``None`` if none pays."""
     if ridge is None or not bool((ridge > 0).all()):
         return None
     root = ridge.sqrt()

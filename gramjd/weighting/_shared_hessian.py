@@ -163,7 +163,7 @@ def extremes(hessian: Tensor) -> tuple[Tensor, Tensor]:
 def warm_start(
     hessian: Tensor, linear: Tensor, smallest: Tensor, largest: Tensor, iterations: int = 30
 ) -> Tensor:
-    """Over-relaxed ADMM in float32, with one inverse for all rows and iterations.
+    """A rough solution by over-relaxed ADMM in float32, with one inverse for all rows and iterations.
 
     ``hessian [B, m, m]``, ``linear [B, r, m]``; the result is rough; its signs are nearly right.
     For the eigenvalues see :func:`extremes`.

@@ -1,4 +1,4 @@
-"""What the weightings that take a sketched Gramian share: rows in, weights out."""
+"""The common steps of weightings of a sketched Gramian: rows in, weights out."""
 
 from __future__ import annotations
 
@@ -51,6 +51,6 @@ def weigh(
 
 
 def preference_of(preference: Tensor | None, gramian: SketchedGramian) -> Tensor:
-    """As float64 ``[m]``, detached; see :func:`flat_preference`."""
+    """The preference in float64, ``[m]``, detached; see :func:`flat_preference`."""
     column = gramian.sketch.detach().reshape(-1, gramian.dim)[:, 0].to(torch.float64)
     return flat_preference(preference, column, gramian).detach()

@@ -1,4 +1,4 @@
-"""One small Gramian on the CPU, by numpy: as few and as cheap calls as possible.
+"""Weightings of one small Gramian on the CPU by numpy, with as few and as cheap calls as possible.
 
 Of a dozen objectives the arithmetic takes no time: what counts is how many functions are called, and
 numpy's take a third of torch's time. These are the problems, faces and certificates of the general
@@ -75,7 +75,7 @@ def preference_array(pref_vector: Tensor | None, gramian: Tensor) -> Any:
 
 
 def finish(weights: Any, like: Tensor) -> Tensor:
-    """As a tensor of the Gramian's dtype."""
+    """The weights as a tensor of the Gramian's dtype."""
     found: Tensor = torch.from_numpy(weights)
     return found if found.dtype == like.dtype else found.to(like.dtype)
 

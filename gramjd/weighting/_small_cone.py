@@ -46,7 +46,7 @@ def small_projections(gramian: Tensor, norm_eps: float, reg_eps: float) -> tuple
 
 
 def _pivot(hessian: Any) -> Any:
-    """For each row, the ``x >= 0`` that minimizes ``(x + e_i)'H(x + e_i)``; ``None`` if it takes long."""
+    """The ``x >= 0`` that minimizes ``(x + e_i)'H(x + e_i)``, for each row; ``None`` if it takes long."""
     start = hessian * -STEP
     matrix = start.copy()
     np.fill_diagonal(matrix, 1 - STEP)

@@ -73,7 +73,7 @@ def config(
 
 
 def _residual(cosines: Tensor, v: Tensor, image: Tensor, preference: Tensor, tolerance: float) -> Tensor:
-    """Of the normal equations; what the eigenvalues taken for zero leave counts as none."""
+    """The residual of the normal equations, without the part of eigenvalues that count as zero."""
     miss = (cosines @ (image - preference).unsqueeze(-1)).squeeze(-1).abs().amax(-1)
     size = (cosines.abs() @ v.abs().unsqueeze(-1)).squeeze(-1) + preference.abs()
     relative = miss / (v.shape[-1] * size.amax(-1)).clamp(min=torch.finfo(v.dtype).tiny)

@@ -29,7 +29,7 @@ def mean(gramian: Tensor) -> Tensor:
 
 
 def sum(gramian: Tensor) -> Tensor:
-    """One for each objective: ordinary training on the sum. See :func:`mean`."""
+    """A weight of one for each objective: ordinary training on the sum. See :func:`mean`."""
     matrix, restore = prepare(gramian)
     return restore(matrix.new_ones(matrix.shape[:-1]))
 

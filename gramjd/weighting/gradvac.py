@@ -76,7 +76,7 @@ def gradvac(
 
 
 def _vaccine(own: Tensor, length: Tensor, cosine: Tensor, target: Tensor, eps: float) -> Tensor:
-    """How much of the other gradient to add (Equation 3); nothing if it is similar enough."""
+    """The factor of the other gradient that is added (Equation 3); zero if it is similar enough."""
     sine, target_sine = _root(1 - cosine**2), _root(1 - target**2)
     step = own * (target * sine - cosine * target_sine) / (length * target_sine + eps)
     return torch.where(cosine < target, step, 0)

@@ -76,7 +76,7 @@ def _of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mean_diagonal(matrix: Tensor) -> Tensor:
-    """To divide by, so that no scale overflows; one for a zero Gramian."""
+    """The mean of the diagonal, to divide by against overflow; one for a zero Gramian."""
     mean = matrix.detach().diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     return torch.where(mean > 0, mean, 1)
 

@@ -1,4 +1,4 @@
-"""Completeness: is there a path from an output to a parameter that no recorded use of it lies on?
+"""Completeness: looks for a path from an output to a parameter without a recorded use.
 
 Autograd's graph has every way in which an output depends on a parameter, also those whose derivative is zero
 now: a gate that opens later. A recorded use accounts for the paths through its own op, from the op's output
@@ -64,7 +64,7 @@ class _Search:
         self.opened |= {node for node in nodes if _is_derived(node)}
 
     def _behind(self, node: Any, covered: set[int]) -> set[Any]:
-        """Where to go on from a node."""
+        """The nodes behind a node that the walk visits next."""
         if type(node) is not NODE_TYPE:
             children = _children(node)
             self._open(children)
@@ -86,7 +86,7 @@ def _mark(node: Any) -> Any:
 
 
 def _is_derived(node: Any) -> bool:
-    """Is it the node of a tensor that was derived from parameters?"""
+    """Whether a node is that of a tensor computed from parameters."""
     return type(node) is NODE_TYPE and isinstance(_mark(node), OpMark) and _mark(node).record.derived
 
 

@@ -47,7 +47,7 @@ def gradient_op(record: Record) -> tuple[int, Op] | None:
 
 
 def is_gradient(op: Op, cotangent: Tensor, tracked: Tensor, gradient: Tensor) -> bool:
-    """Has the result of the op the shape of the gradient: was nothing broadcast, nothing summed?"""
+    """Whether the result of the op has the gradient's shape: nothing was broadcast or summed."""
     if cotangent.is_complex() or tracked.is_complex():  # the gradient has conjugates
         return False
     if op is torch.mul:
@@ -59,7 +59,7 @@ def is_gradient(op: Op, cotangent: Tensor, tracked: Tensor, gradient: Tensor) ->
 
 
 def edge_to_input(node: Any, arguments: set[Any], slots: list[Tensor]) -> tuple[Any, int] | None:
-    """Where autograd hands on the gradient of the one argument that is not tracked.
+    """The edge by which autograd passes on the gradient of the only argument that is not tracked.
 
     Args:
         node: behind the op's output.

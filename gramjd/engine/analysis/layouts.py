@@ -1,4 +1,4 @@
-"""Where the samples are inside a tensor of the forward: measured, not guessed.
+"""Measures the layout of a tensor: which of its entries belong to which sample.
 
 With random sample weights ``v``, the cotangent of ``Σ_b v_b f_b`` at a use equals ``v``, broadcast
 along the true layout, times the cotangent of ``Σ_b f_b``. A use with cross-sample dependence, or that
@@ -157,7 +157,7 @@ def owned(c: Tensor, probed: Tensor, v: Tensor, noise: float = 0.0) -> Layout | 
 
 
 def follows_samples(c: Tensor, probed: Tensor, v: Tensor, most: int = 4096) -> bool:
-    """Does every entry (of at most so many) belong to some sample, though in no regular layout?
+    """Whether every entry (of at most so many) belongs to some sample, in no regular layout.
 
     The arguments are those of :func:`measure`.
     """

@@ -1,4 +1,4 @@
-"""Could samples reach each other anywhere in a graph, however small the derivatives are by which they do?
+"""Proves that samples cannot depend on each other in a graph, even by derivatives that are zero now.
 
 What one batch shows need not hold for the next: a gate that starts at zero, a saturated softmax, a dead
 ReLU hide that samples depend on each other. NaN times zero is NaN. So the derivatives of some samples'
@@ -42,7 +42,7 @@ def patterns_for(samples: int) -> int:
 
 
 def patterns(samples: int, number: int) -> list[Tensor]:
-    """So many sets of samples; for any two of them one set has the first and not the second.
+    """``number`` sets of samples; for any two samples, one set has the first and not the second.
 
     With ``number`` from :func:`patterns_for`: each sample is in half of the sets, in no two the same half.
     """
@@ -54,7 +54,7 @@ def patterns(samples: int, number: int) -> list[Tensor]:
 
 
 def spread(task: Task, chosen: Sequence[Tensor], first: bool = True) -> list[Masks] | None:
-    """Where NaN comes to from each of some sets of samples; ``None`` where nothing follows from that.
+    """The entries that NaN reaches from each set of samples; ``None`` if nothing follows from them.
 
     The types of all nodes must be listed. In the ``first`` pass, each is watched for NaN that it drops.
     """
@@ -72,7 +72,7 @@ def spread(task: Task, chosen: Sequence[Tensor], first: bool = True) -> list[Mas
 
 
 def stays_within(task: Task, chosen: Sequence[Tensor], masks: Sequence[Masks]) -> bool:
-    """Does NaN come to places of the chosen samples alone, by the layouts of every node?"""
+    """Whether NaN reaches only entries of the chosen samples, by the layouts of every node."""
     unpacked = any(node.hooked for node in task.graph.nodes)  # or a checkpoint runs again for each
     if not unpacked and any(map(_is_sparse, task.graph.order)):
         return False  # the next batch may have its zeros elsewhere
@@ -80,7 +80,7 @@ def stays_within(task: Task, chosen: Sequence[Tensor], masks: Sequence[Masks]) -
 
 
 def _is_within(chosen: Tensor, masks: Masks, task: Task) -> bool:
-    """Do the masks of all nodes stay within some samples, in the layouts known, else in any that fits?"""
+    """Whether the masks of all nodes stay within some samples, in a known layout or any that fits."""
     return all(
         any(
             _fits(mask, each, chosen)
@@ -127,7 +127,7 @@ def _run(task: Task, chosen: Tensor) -> Masks:
 
 
 def _is_sparse(node: Any) -> bool:
-    """Is a node that of a product with a sparse tensor?"""
+    """Whether a node is that of a product with a sparse tensor."""
     if not name_of(node).startswith(_PRODUCTS):
         return False
     factors = (saved_value(node, factor) for factor in ("self", "mat1", "mat2"))

@@ -107,7 +107,7 @@ def _sizes_token(kind: Any, sizes: Sizes, named: Hashable, grouped: bool, inputs
         kind: its type.
         sizes: what is known of that.
         named: the dimensions that it names.
-        grouped: are its channels in groups?
+        grouped: whether its channels are in groups.
         inputs, outputs: shapes.
         samples: ``B``.
         unknown: how many inputs have no gradients, so that their shapes are not known.

@@ -59,11 +59,11 @@ class Aliases:
         return out if mine is args and named is kwargs else op(*mine, **named)
 
     def of(self, target: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Those that share a tensor's memory."""
+        """The tensors that share a tensor's memory, each with its original."""
         return self.groups.get(memory_of(target), [])
 
     def renew(self, group: list[tuple[Tensor, Tensor]]) -> None:
-        """After a write into one of them: let all have the history that autograd knows."""
+        """Give all tensors of a group the history that autograd knows, after a write into one of them."""
         if not torch.is_grad_enabled():
             return
         for marked, original in group:
@@ -106,12 +106,12 @@ def written(func: Callable[..., Any], args: Any, kwargs: Any) -> Tensor | None:
 
 @functools.lru_cache(maxsize=4096)
 def may_write(func: Callable[..., Any]) -> bool:
-    """Does an op write into its first argument, or might it be told to by position?"""
+    """Whether an op writes into its first argument, or can be told to by position."""
     return func is Tensor.__setitem__ or is_inplace(func) or _place_of_inplace(func) is not None
 
 
 def _is_asked_to(func: Any, args: Any) -> bool:
-    """Is ``inplace=True`` among the positional arguments?"""
+    """Whether ``inplace=True`` is among the positional arguments."""
     place = _place_of_inplace(func) if True in [arg is True for arg in args] else None
     return place is not None and place < len(args) and args[place] is True
 

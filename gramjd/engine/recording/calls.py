@@ -90,7 +90,7 @@ def call_blocks(
 
 
 def _has_samples(argument: Tensor, layout: Layout, output: Tensor) -> bool:
-    """Is the argument batched along the dimension that the outputs are?"""
+    """Whether the argument is batched along the dimension of the outputs."""
     return argument.ndim > layout.dim and argument.shape[layout.dim] == output.shape[layout.dim]
 
 

@@ -21,7 +21,7 @@ _REPLAY = threading.local()  # .on: are calls to run as they were before they we
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Was ``module.compile()`` called?"""
+    """Whether ``module.compile()`` was called."""
     return compiled_call(module) is not None
 
 
@@ -36,7 +36,7 @@ def uncompiled() -> Iterator[None]:
 
 
 class StandIn:
-    """In the place of a module's compiled call, for all engines that watch the module."""
+    """Replaces a module's compiled call, for all engines that watch the module."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = weakref.ref(module)

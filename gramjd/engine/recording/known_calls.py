@@ -37,7 +37,7 @@ class KnownCalls:
 
     def describe(self, op: Any, args: Sequence[Any], kwargs: dict[str, Any], sources: dict[int, Any],
                  derived: bool) -> tuple[Record, list[Any]]:  # fmt: skip
-        """As :func:`gramjd.uses.use.describe`."""
+        """Describe a call, as :func:`gramjd.uses.use.describe` does."""
         leaves = [*args, *kwargs.values()]
         key: list[Any] = [op, *kwargs]
         for leaf in leaves:

@@ -208,12 +208,12 @@ def mark_call(module: nn.Module, args: Any, kwargs: Any, out: Any, named: Mappin
 
 
 def is_markable(out: Any) -> bool:
-    """Can nodes be put behind all tensors of an output that require gradients?"""
+    """Whether nodes can be put behind all tensors of an output that require gradients."""
     return all(has_plain_layout(t) for t in tensors_of(out) if t.requires_grad)
 
 
 def is_marked(module: nn.Module, out: Any) -> bool:
-    """Has the output of this call of a module a node for the call behind it?"""
+    """Whether the output of this module call has a node for the call behind it."""
     marks = (getattr(t.grad_fn, "record", None) for t in tensors_of(out) if t.requires_grad)
     return any(isinstance(mark, CallMark) and mark.module is module for mark in marks)
 

@@ -155,7 +155,7 @@ class Recorder(Tracker):
         self.calls.append((module, set()))
 
     def leave(self, module: nn.Module) -> set[int]:
-        """It ends: ids of the parameters whose uses it hides."""
+        """A call of a module ends; returns the ids of the parameters whose uses it hides."""
         hidden: set[int] = set()
         if self.calls and self.calls[-1][0] is module:
             return self.calls.pop()[1]
@@ -167,7 +167,7 @@ class Recorder(Tracker):
         return hidden
 
     def _are_batch_independent(self, arguments: Any) -> bool:
-        """As far as is known here or around the checkpoint, are all these tensors the same for all samples?
+        """Whether all these tensors are known, here or around the checkpoint, to be batch-independent.
 
         Nothing of what a checkpoint saves may follow from the answer.
         """
@@ -246,7 +246,7 @@ class Recorder(Tracker):
                 self.aliases.add(mine, mine)
 
     def _cannot_mark(self, op: Any, args: Any, kwargs: dict[str, Any]) -> bool:
-        """Does an op write into a view, behind which no node can be put, or could it not be called again?"""
+        """Whether no node can mark an op: it writes into a view, or cannot be called again."""
         if (
             saved_tensors_hook() != self.hook
             or not torch.is_grad_enabled()
@@ -298,7 +298,7 @@ def active_recorder() -> Recorder | None:
 
 
 def _is_running(frame: FrameType | None) -> bool:
-    """Is a call still in progress in this thread?"""
+    """Whether a call is still in progress in this thread."""
     # never the frame of this function itself: holding that would keep the callers' locals alive
     caller: FrameType | None = sys._getframe(1)
     while caller is not None and caller is not frame:
@@ -307,7 +307,7 @@ def _is_running(frame: FrameType | None) -> bool:
 
 
 def _writes(args: Any, kwargs: Any) -> bool:
-    """Is a dropout asked to work in place?"""
+    """Whether a dropout works in place."""
     return args[3] if len(args) > 3 else bool(kwargs) and kwargs.get("inplace", False)
 
 
@@ -408,7 +408,7 @@ class Watcher:
 
 
 def _is_opaque(module: nn.Module) -> bool:
-    """Is the inside of its calls out of sight: scripted or compiled?"""
+    """Whether a module hides its ops: it is scripted or compiled."""
     return isinstance(module, torch.jit.ScriptModule) or is_compiled_wrapper(module) or is_compiled(module)
 
 

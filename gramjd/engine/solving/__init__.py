@@ -1,1 +1,1 @@
-"""From a recorded graph to proven blocks."""
+"""Turns a recorded graph into proven blocks."""

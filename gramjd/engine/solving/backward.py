@@ -170,7 +170,7 @@ def loss_gradients(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | No
 
 
 def _losses(output: Tensor) -> Iterator[tuple[Any, Tensor]]:
-    """Where the backward pass of each entry begins, ``None`` for a constant, and with which cotangent."""
+    """The start of each loss's backward pass (``None`` for a constant), with its cotangent."""
     edges = losses_of_stack(output)
     if edges is None:
         for cotangent in torch.eye(output.numel(), device=output.device).to(output.dtype):
@@ -183,7 +183,7 @@ def _losses(output: Tensor) -> Iterator[tuple[Any, Tensor]]:
 def _add_up(
     output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor, rows: Sequence[Tensor | None]
 ) -> bool:
-    """Is a random sum of rows what an ordinary backward pass gives? Not all batching rules are right."""
+    """Whether a random sum of rows equals an ordinary backward pass; some batching rules are wrong."""
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(len(cotangents), generator=generator, dtype=torch.float64).to(cotangents)
     wanted = _grad(output, inputs, torch.tensordot(v, cotangents, 1))

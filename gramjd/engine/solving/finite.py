@@ -112,7 +112,7 @@ def _is_finite(gradient: Tensor) -> bool:
 
 
 def _has_pole(node: Any) -> bool:
-    """Did the node save a zero (of an inverse sine and the like: a one) or an infinite result?"""
+    """Whether a node saved a zero (an inverse sine and the like: a one) or an infinite result."""
     name = name_of(node)
     for attribute in ("self", "other", "result", "exponent", "x1"):
         try:

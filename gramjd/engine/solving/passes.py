@@ -43,7 +43,7 @@ class Pass:
 
     @property
     def is_finite(self) -> bool:
-        """Is there neither NaN nor infinity in it? A norm is many times as fast as ``isfinite``."""
+        """Whether all entries are finite. A norm is many times as fast as ``isfinite``."""
         cotangents = [c for cs in self.cotangents for c in cs if c is not None]
         found = list(zip(cotangents, self.norms, strict=True))
         found += [(g, self.sizes[name]) for name, g in self.gradients.items() if g is not None]
@@ -91,7 +91,7 @@ class Passes:
 
     @cached_property
     def independent(self) -> Pass:
-        """With the other weights."""
+        """The pass with the other random weights."""
         return self._run(self.others)
 
     def run_all(self) -> None:
@@ -111,7 +111,7 @@ class Passes:
 
     @property
     def conclusive(self) -> bool:
-        """Would every gradient that is missing have been missed?"""
+        """Whether the pass would show every missing gradient: no size is zero."""
         return all(size > 0 for size in self.first.sizes.values())
 
     def forget(self, nodes: Sequence[int]) -> None:

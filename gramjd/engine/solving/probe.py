@@ -146,14 +146,14 @@ def fewest_digits(task: Task) -> torch.dtype:
 
 
 def _is_negligible(cotangent: Tensor, probe: Probe) -> bool:
-    """Could a cotangent be the rounding of larger ones (a derivative that is zero in exact arithmetic)?"""
+    """Whether a cotangent can be rounding of larger ones (a derivative that is exactly zero)."""
     largest = max(probe.passes.first.norms, default=0.0)
     rounding = _NOISE * torch.finfo(cotangent.dtype).eps * largest
     return float(cotangent.norm()) <= rounding < inf
 
 
 def _is_rounding(off: float, most: float, task: Task, probe: Probe, index: int, which: int) -> bool:
-    """Is a relative difference at most so many times the rounding of a cotangent, as it is measured?"""
+    """Whether a relative difference is at most ``most`` times the measured rounding of a cotangent."""
     return off <= min(_SMALL, most * _noise(task, probe, index, which))
 
 
@@ -191,7 +191,7 @@ def _joined(cs: Cotangents) -> Tensor:
 
 
 def is_noise(task: Task, probe: Probe, index: int) -> bool:
-    """Is all that a node of the forward has for cotangents mere rounding?"""
+    """Whether all cotangents of a node are mere rounding."""
     pairs = list(enumerate(zip(task.cotangents[index], probe.first.cotangents[index], strict=True)))
     return all(
         c is None
@@ -205,7 +205,7 @@ def is_noise(task: Task, probe: Probe, index: int) -> bool:
 
 
 def _mixes(task: Task, index: int, c: Tensor, probed: Tensor, v: Tensor) -> bool:
-    """Has a use without a layout cross-sample dependence, or does its output just not belong to any?"""
+    """Whether a use without a layout has cross-sample dependence; its output may belong to no sample."""
     if task.is_batch_independent(index) or not isinstance(task.graph.nodes[index].record, OpMark):
         return False
     broadcast = probed.ndim > 0 and probed.shape[0] == 1  # position_ids [1, T] and their like
@@ -214,7 +214,7 @@ def _mixes(task: Task, index: int, c: Tensor, probed: Tensor, v: Tensor) -> bool
 
 
 def agrees(probe: Probe, name: str, blocks: Sequence[Block], precision: torch.dtype | None = None) -> bool:
-    """The check of the total: is ``Jᵀ v`` from the blocks autograd's own, up to rounding?
+    """Verify the total: whether ``Jᵀ v`` from the blocks is autograd's own, up to rounding.
 
     Rounding to ``precision``, the gradient's own by default.
     """
@@ -246,7 +246,7 @@ def agrees(probe: Probe, name: str, blocks: Sequence[Block], precision: torch.dt
 
 
 def _looks_equal(blocks: Sequence[Block], weights: Tensor, gradient: Tensor) -> bool:
-    """Are ``Jᵀ w`` and the gradient equal as far as products of both with random vectors tell?
+    """Whether products of ``Jᵀ w`` and of the gradient with random vectors are equal.
 
     That the difference is much larger than its products has a probability of about 1e-7 to be a tenth
     of what they say, and none to be nothing. Costs a fraction of the weight gradient that ``vjp`` is.

@@ -96,7 +96,7 @@ class Proofs:
                 proof.separations.pop(next(iter(proof.separations)))
 
     def _is_due(self, call: int) -> bool:
-        """Is a call since a proof to be audited: the second, fourth, eighth …, then each ``audit``-th?"""
+        """Whether a call since a proof is audited: the second, fourth, eighth …, and each ``audit``-th."""
         if self.audit is None:
             return False
         return call % self.audit == 0 or (call < self.audit and call & (call - 1) == 0)
@@ -114,7 +114,7 @@ class Case:
 def describe(plan: Plan, check: str, samples: int | None, opaque: bool) -> str:
     """What the result of a call rests on; ``samples`` is ``None`` without a batch dimension.
 
-    ``opaque``: has the graph calls of modules that are replayed, and verified in every call for that?
+    ``opaque``: whether the graph has replayed calls of modules, which are verified in every call.
     """
     if "losses" in plan.strategies.values():
         return "The rows are those of ordinary backward passes, one for each loss."

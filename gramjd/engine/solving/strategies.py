@@ -157,7 +157,7 @@ def _with_samples(record: Record, slots: Sequence[Tensor], split: Mapping[Record
 
 
 def _hollow(tensor: Tensor) -> Tensor:
-    """Its shape and dtype, without values: an error for whoever asks for these."""
+    """A tensor of the same shape and dtype without values; to read them is an error."""
     return torch.empty_like(tensor, device="meta")
 
 
@@ -216,7 +216,7 @@ def by_calls(task: Task, parameters: dict[str, Tensor]) -> Found:
 
 
 def are_few(task: Task, budget: int) -> bool:
-    """Is a backward pass for each loss the strategy: few of them, no samples, and memory for all rows?"""
+    """Whether each loss gets a backward pass: few losses, no samples, and memory for all rows."""
     if task.batch_dim is not None or task.lockstep is not None or task.output.numel() > backward.FEW:
         return False
     rows = sum(p.numel() * p.element_size() for p in task.parameters.values())

@@ -61,7 +61,7 @@ class Plan:
     unlisted: str = ""  # why the graph has no separation key
 
     def is_steady(self, batch_dim: int | None) -> bool:
-        """Is nothing left to prove or to audit in this call?"""
+        """Whether nothing is left to prove or to audit in this call."""
         apart = batch_dim is None or (self.separation is not None and self.separation.is_whole)
         return self.complete and apart and not self.audit
 
@@ -74,7 +74,7 @@ class Plan:
 
 
 def is_fused(node: Any) -> bool:
-    """Is it of an op whose uses come from a replay?"""
+    """Whether a node is of an op whose uses come from a replay."""
     return isinstance(node.record, OpMark) and node.record.replay is not None
 
 
@@ -118,7 +118,7 @@ class Task:
         return Task(self.output, self.batch_dim, graph, mine, self.plan, self.lockstep, number, cotangents)
 
     def is_batch_independent(self, node: int) -> bool:
-        """Are all arguments of a use the same for all samples?"""
+        """Whether all arguments of a use are batch-independent."""
         mark = self.graph.nodes[node].record
         return isinstance(mark, OpMark) and mark.batch_independent
 
@@ -130,7 +130,7 @@ class Task:
         return frozenset(zip(self.places or range(len(ops)), ops, kinds, strict=True))
 
     def is_open(self, node: int) -> bool:
-        """Did an op that was not recorded use a derived tensor?"""
+        """Whether an op that was not recorded used a derived tensor."""
         assert self.region is not None
         if self.precisions and self.precisions[node] is not None:  # of a replay
             return False
