@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -91,11 +92,21 @@ class Explanation:
         )
 
     def __str__(self) -> str:
-        total = ("total", "", "", "", "", _short(self.multiply_adds), f"max {_short(self.bytes)}", "")
-        table = [_TITLES, *_grouped(self.rows), total]
+        table = self._table()
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
         return "\n".join([*lines, self.proof] if self.proof else lines)
+
+    def _repr_html_(self) -> str:
+        """The same table for notebooks."""
+        head, *rows = self._table()
+        lines = [f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>"]
+        lines += [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows]
+        return f"<table>{''.join(lines)}</table><p>{html.escape(self.proof)}</p>"
+
+    def _table(self) -> list[tuple[str, ...]]:
+        total = ("total", "", "", "", "", _short(self.multiply_adds), f"max {_short(self.bytes)}", "")
+        return [_TITLES, *_grouped(self.rows), total]
 
 
 def _grouped(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:

@@ -478,3 +478,38 @@ def test_deprecated_ways() -> None:
         engine = Engine(model, batch_dim=0, ways=("functional",))
     losses = model(x).sum(1)
     assert_close(engine.compute_gramian(losses), dense_gramian(losses, model.parameters()), 1e-10)
+
+
+def test_an_engine_is_a_context_and_says_what_it_is() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)), torch.randn(5, 4)
+    with Engine(model, batch_dim=0) as engine:
+        assert repr(engine) == "Engine(Sequential, batch_dim=0, parameters=4, check='first')"
+        engine.compute_gramian(model(x).squeeze(1))
+    assert repr(engine).endswith("closed)")
+    with pytest.warns(gramjd.SlowPathWarning, match="engine is closed"):
+        engine.compute_gramian(model(x).squeeze(1))
+    late = model(x).squeeze(1)
+    with pytest.warns(gramjd.SlowPathWarning, match="create the engine before the forward"):
+        Engine(model, batch_dim=0).compute_gramian(late)
+
+
+def test_batch_norm_in_training_is_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    engine, x = Engine(model, batch_dim=0), torch.randn(5, 4)
+    with pytest.raises(gramjd.NotSeparableError, match="This graph does contain batch normalisation"):
+        engine.compute_gramian(model(x).squeeze(1))
+    engine.compute_gramian(model.eval()(x).squeeze(1))
+    with pytest.raises(gramjd.NotSeparableError) as raised:
+        engine.compute_gramian((out := model(x).squeeze(1)) - out.mean())
+    assert "does contain" not in str(raised.value)
+
+
+def test_views_for_notebooks() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 1))
+    engine = Engine(model, batch_dim=0)
+    losses = model(torch.randn(5, 4)).squeeze(1)
+    jac = engine.jacobian(losses)
+    assert jac.device == torch.device("cpu") and jac.select("0.weight").names == ["0.weight"]
+    assert "Jacobian(outputs=[5]" in jac._repr_html_()
+    table = engine.explain(losses)._repr_html_()
+    assert table.startswith("<table>") and table.count("<tr>") == 1 + 4 + 1 and "0.weight" in table

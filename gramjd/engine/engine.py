@@ -36,6 +36,9 @@ from gramjd.jacobian.projection import Projection
 from gramjd.objectives import Losses, joined
 from gramjd.rounding import own_precision
 from gramjd.sketched import SketchedGramian
+from gramjd.verification.schedule import Check
+
+_NOT_GIVEN: Any = ...  # the batch dimension may be the last positional argument, as in TorchJD
 
 
 class Engine:
@@ -81,8 +84,8 @@ class Engine:
     def __init__(
         self,
         *modules: nn.Module | Iterable[nn.Module] | int | None,
-        batch_dim: int | str | None = "",
-        check: str = "first",
+        batch_dim: int | None = _NOT_GIVEN,
+        check: Check = "first",
         audit: int | None = 256,
         strategies: Sequence[str] = STRATEGIES,
         memory_budget: int | None = None,
@@ -352,7 +355,7 @@ class Engine:
             if self._check != "always":
                 self._proofs.keep(case)
         if task.samples and not warned and self._strategies != ("rows",):
-            _warn_of_rows(task)
+            _warn_of_rows(task, closed=not self._finalizer.alive)
         return task
 
     def _task(self, output: Tensor, lockstep: Lockstep | None, deferred: bool) -> tuple[Task, Case]:
@@ -386,6 +389,20 @@ class Engine:
             jacobian,
             self._options,
             describe(task.plan, self._check, None if task.batch_dim is None else task.samples, opaque),
+        )
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        modules = ", ".join(type(module).__name__ for module in self._modules)
+        state = "" if self._finalizer.alive else ", closed"
+        return (
+            f"Engine({modules}, batch_dim={self._batch_dim}, parameters={len(self._registry.named())}, "
+            f"check={self._check!r}{state})"
         )
 
     def close(self) -> None:
@@ -451,7 +468,7 @@ def _refuse_complex(output: Tensor) -> None:
 def _parse(modules: Sequence[Any], batch_dim: Any) -> tuple[list[nn.Module], bool, int | None]:
     """The modules, whether they mean their subtrees, and the batch dimension."""
     positional = list(modules)
-    if batch_dim == "":
+    if batch_dim is _NOT_GIVEN:
         if len(positional) < 2 or not (positional[-1] is None or isinstance(positional[-1], int)):
             raise TypeError(
                 "Engine needs a batch_dim: the dimension of the outputs that holds independent samples "
@@ -484,22 +501,30 @@ def _remove(handles: Sequence[Any]) -> None:
 
 
 _DERIVATIVES = (
-    " The output contains derivatives of the model (create_graph=True): how they use parameters is known for "
-    "linear, matmul and mul alone. The function transforms (gramjd.jacobian, gramjd.ntk) take such losses, "
-    "with torch.func.grad inside, in one pass, whatever the ops."
+    "the output contains derivatives of the model (create_graph=True), whose uses of parameters are known "
+    "for linear, matmul and mul alone. The function transforms (gramjd.jacobian, gramjd.ntk) take such "
+    "losses, with torch.func.grad inside, in one pass, whatever the ops"
+)
+_CLOSED = "the engine is closed: calls of its modules are no longer recorded"
+_LATE = (
+    "no call of a registered module was recorded: create the engine before the forward pass, and compute the "
+    "output from what its modules return"
 )
 
 
-def _warn_of_rows(task: Task) -> None:
+def _warn_of_rows(task: Task, closed: bool) -> None:
     """Say which parameters need per-row backward passes, and why."""
     slow = [name for name, p in task.parameters.items() if task.plan.strategies[id(p)] == "rows"]
     if slow:
-        derivatives = any(node.differentiated for node in task.graph.nodes)
         cause = task.plan.causes.get(id(task.parameters[slow[0]]), "it was not used in a registered module")
+        if not task.graph.nodes:
+            cause = _CLOSED if closed else _LATE
+        elif any(node.differentiated for node in task.graph.nodes):
+            cause = _DERIVATIVES
         more = f" (and {len(slow) - 1} more)" if len(slow) > 1 else ""
         warnings.warn(
             f"The Jacobian of parameter {slow[0]!r}{more} is computed one row at a time, which is exact "
-            f"but slow, because {cause}.{_DERIVATIVES if derivatives else ''}",
+            f"but slow, because {cause}.",
             SlowPathWarning,
             stacklevel=6,
         )

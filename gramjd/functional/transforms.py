@@ -17,6 +17,7 @@ from gramjd.jacobian import Jacobian, Output
 from gramjd.jacobian.projection import Projection
 from gramjd.pytree import PyTree
 from gramjd.verification import Call, Generators, Verifier
+from gramjd.verification.schedule import Check
 
 Argnums = int | tuple[int, ...]
 
@@ -29,7 +30,7 @@ def jacobian(
     has_aux: bool = False,
     randomness: str = "error",
     chunk_size: int | None = None,
-    check: str = "first",
+    check: Check = "first",
     audit: int | None = 256,
 ) -> Callable[..., Any]:
     """Transform a per-sample function into one that returns its lazy Jacobian over a batch.
@@ -100,7 +101,7 @@ def jacobian_and_value(
     has_aux: bool = False,
     randomness: str = "error",
     chunk_size: int | None = None,
-    check: str = "first",
+    check: Check = "first",
     audit: int | None = 256,
 ) -> Callable[..., tuple[Jacobian, Any]]:
     """Like :func:`jacobian`, but return the function's values, too, from one run of the function.
@@ -164,7 +165,7 @@ def gramian(
     has_aux: bool = False,
     randomness: str = "error",
     chunk_size: int | None = None,
-    check: str = "first",
+    check: Check = "first",
     audit: int | None = 256,
     sketch: int | Projection | None = None,
 ) -> Callable[..., Any]:
@@ -203,7 +204,7 @@ def gramian_and_value(
     has_aux: bool = False,
     randomness: str = "error",
     chunk_size: int | None = None,
-    check: str = "first",
+    check: Check = "first",
     audit: int | None = 256,
     sketch: int | Projection | None = None,
 ) -> Callable[..., tuple[PyTree, Any]]:

@@ -30,8 +30,10 @@ def partition(names: Sequence[str], per: str | Mapping[str, Sequence[str]] | Cal
     return found
 
 
-def chosen(names: Sequence[str], wanted: Sequence[str] | Callable[[str], bool]) -> list[int]:
+def chosen(names: Sequence[str], wanted: str | Sequence[str] | Callable[[str], bool]) -> list[int]:
     """Positions of the wanted names."""
+    if isinstance(wanted, str):
+        wanted = [wanted]
     if callable(wanted):
         which = [n for n, name in enumerate(names) if wanted(name)]
     else:

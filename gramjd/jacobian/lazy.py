@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -120,6 +121,14 @@ class Jacobian:
     def dtype(self) -> torch.dtype:
         """The dtype of products: that of the parameters, or of their real parts if they are complex."""
         return self._like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of products: that of the parameters."""
+        return self._like.device
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(repr(self))}</pre>"
 
     def __repr__(self) -> str:
         shapes = [list(out.shape) for out in self.outputs.each]
@@ -386,11 +395,11 @@ class Jacobian:
 
     # other views of it
 
-    def select(self, names: Sequence[str] | Callable[[str], bool]) -> Jacobian:
+    def select(self, names: str | Sequence[str] | Callable[[str], bool]) -> Jacobian:
         """The Jacobian with respect to some of the parameters, which become a dictionary by name.
 
         Args:
-            names: of the parameters to keep, or a function that says whether to keep one.
+            names: the name or names of the parameters to keep, or a function that says whether to keep one.
 
         Raises:
             ValueError: there is no parameter of some name, or none is left.

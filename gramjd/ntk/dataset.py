@@ -24,6 +24,7 @@ from gramjd.functional.transforms import jacobian
 from gramjd.jacobian import Jacobian
 from gramjd.ntk.kernel import Axes, check_finite, jacobian_of, output_shape
 from gramjd.pytree import PyTree
+from gramjd.verification.schedule import Check
 
 
 @torch.no_grad()
@@ -41,7 +42,7 @@ def ntk_dataset(
     chunk_size: int | None = None,
     group: Any = None,
     sharded: bool = False,
-    check: str = "first",
+    check: Check = "first",
     audit: int | None = 256,
 ) -> Tensor:
     """The empirical neural tangent kernel over whole datasets, one pair of batches (a *tile*) at a time.

@@ -19,6 +19,7 @@ from gramjd.functional.transforms import jacobian
 from gramjd.internals import value_of
 from gramjd.jacobian import Jacobian, Output
 from gramjd.pytree import PyTree
+from gramjd.verification.schedule import Check
 
 
 def ntk(
@@ -29,7 +30,7 @@ def ntk(
     diagonal_axes: int | Sequence[int] = (),
     randomness: str = "error",
     chunk_size: int | None = None,
-    check: str = "first",
+    check: Check = "first",
     audit: int | None = 256,
 ) -> Callable[..., Tensor]:
     """The empirical neural tangent kernel ``J(x1) J(x2)ᵀ`` (Jacot et al., arXiv 1806.07572).

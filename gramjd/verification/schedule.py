@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from gramjd.errors import CheckFailedError
 from gramjd.functional.arguments import Arguments
@@ -12,6 +13,7 @@ from gramjd.internals import runs_plainly
 from gramjd.verification.comparison import Call
 from gramjd.verification.structures import structure
 
+Check = Literal["first", "always", "never"]
 _STRUCTURES = 64  # that a transform remembers
 
 
@@ -35,7 +37,7 @@ class Verifier:
         ValueError: an option is none of these.
     """
 
-    def __init__(self, check: str, audit: int | None) -> None:
+    def __init__(self, check: Check, audit: int | None) -> None:
         if check not in ("first", "always", "never"):
             raise ValueError(f"check must be 'first', 'always' or 'never', not {check!r}.")
         if audit is not None and not (type(audit) is int and audit > 0):

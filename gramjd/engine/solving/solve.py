@@ -24,6 +24,7 @@ from gramjd.engine.solving.replay import Replayed, replay
 from gramjd.engine.solving.strategies import FROM_USES, STRATEGIES, Found, are_few, by_losses, by_rows
 from gramjd.engine.solving.task import Separation, Task, is_fused
 from gramjd.errors import CheckFailedError, NotSeparableError
+from gramjd.internals import name_of_type, saved_value
 from gramjd.uses.use import roots
 
 _PATTERNS_A_CALL = 2  # backward passes of the proof of separation; until it is whole, layouts are measured
@@ -301,5 +302,20 @@ def _refuse_mixed(task: Task, planned: dict[str, Tensor], strategies: Sequence[s
         "is not the batch dimension, or the loss or a layer makes samples depend on each other (a mean over "
         "the batch, batch normalisation in training mode), or an input of that size has no batch dimension "
         "(give it one of size 1: [1, ...]). Correct it, or use Engine(..., batch_dim=None), which is exact "
-        "for any computation."
+        f"for any computation.{_BATCH_NORM if _normalises_by_batch(task) else ''}"
+    )
+
+
+_BATCH_NORM = (
+    " This graph does contain batch normalisation that uses statistics of the batch: call eval() on that "
+    "layer, or use another normalisation, such as GroupNorm."
+)
+
+
+def _normalises_by_batch(task: Task) -> bool:
+    """Is there a batch normalisation by statistics of the batch in the graph?"""
+    names = (name_of_type(type(node)) for node in task.graph.order)
+    return any(
+        "BatchNorm" in name and saved_value(node, "training") is not False
+        for name, node in zip(names, task.graph.order, strict=True)
     )
