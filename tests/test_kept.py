@@ -37,7 +37,28 @@ class Tokens(nn.Module):
         return self.second(self.first(x).tanh()).mean(1)
 
 
-CASES = {"images": (model, (3, 12, 12)), "tokens": (Tokens, (80, 6))}
+class Tied(nn.Module):
+    """A table that is also the last layer, of one block each, and of two of the layer."""
+
+    def __init__(self, twice: bool = False) -> None:
+        super().__init__()
+        self.table, self.twice = nn.Embedding(7, 5), twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.table((x[..., 0] * 3).long().clamp(0, 6)).tanh()
+        out = h @ self.table.weight.T
+        if self.twice:
+            out = out + nn.functional.linear(h.flip(1), self.table.weight)
+        return out.square().mean(1)[:, :2]
+
+
+CASES = {
+    "images": (model, (3, 12, 12)),
+    "tokens": (Tokens, (80, 6)),
+    "tied": (Tied, (80, 1)),
+    "tied twice": (lambda: Tied(twice=True), (80, 1)),
+}
+KEPT = {"images": (0, 2, 4, 6), "tokens": ("first", "second"), "tied": ("table",), "tied twice": ("table",)}
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
@@ -64,7 +85,7 @@ def test_products_with_kept_rows(case: str) -> None:
     G = J.gramian(memory_budget=BUDGET)
     (part,) = J.parts
     kept = {J.names[n] for n in part.kept}
-    assert kept == {f"{n}.weight" for n in ((0, 2, 4, 6) if case == "images" else ("first", "second"))}
+    assert kept == {f"{n}.weight" for n in KEPT[case]}
     assert sum(rows.nbytes for rows in part.kept.values()) <= BUDGET // 2
     assert_close(G, torch.einsum("bkp,clp->bklc", dense, dense))
     assert torch.equal(G, G.permute(3, 2, 1, 0))

@@ -77,6 +77,11 @@ class Lookup:
         local = torch.where((local < 0) | (local >= size), size, local)  # one entry for all others
         return scattered(c, local, size + 1)[:, :, :size].flatten(2)
 
+    def add_to(self, rows: Tensor) -> None:
+        """Add all rows to a matrix of rows ``[B K, P]``, in place."""
+        index, values = _flat(self.c, self.ids, self.entries)
+        rows.view(-1, self.grain).index_add_(0, index, values)
+
     def dense(self) -> Tensor:
         """``[K, B, *shape]``."""
         return scattered(self.c, self.ids, self.entries).transpose(0, 1).reshape(*self.rows, *self.shape)
@@ -98,10 +103,16 @@ class Lookup:
 
 def scattered(c: Tensor, ids: Tensor, size: int) -> Tensor:
     """``c [K, B, T, d]`` added up by ``ids [B, T]`` in tables of ``size`` entries, ``[B, K, size, d]``."""
-    K, B, _, d = c.shape
-    row = torch.arange(B * K, device=c.device).view(B, K, 1) * size
-    index, values = (row + ids[:, None]).flatten(), c.transpose(0, 1).flatten(0, 2)
+    (K, B), d = c.shape[:2], c.shape[3]
+    index, values = _flat(c, ids, size)
     return _summed(values, index, B * K * size).view(B, K, size, d)
+
+
+def _flat(c: Tensor, ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The places ``[n]`` of cotangents ``[n, d]`` in the entries of all rows, ``[B K size, d]``."""
+    K, B = c.shape[:2]
+    row = torch.arange(B * K, device=c.device).view(B, K, 1) * size
+    return (row + ids[:, None]).flatten(), c.transpose(0, 1).flatten(0, 2)
 
 
 def _summed(values: Tensor, index: Tensor, size: int) -> Tensor:

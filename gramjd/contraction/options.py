@@ -47,6 +47,10 @@ class Options:
             return default_budget(device)
         return max(SMALLEST, self.memory_budget)
 
+    def kept_budget(self, device: torch.device) -> int:
+        """Bytes that rows may take that a Gramian builds and keeps, on a device."""
+        return self.rows_budget(device) if self.memory_budget is None else self.budget(device) // 2
+
     def rows_budget(self, device: torch.device) -> int:
         """Bytes that rows may take that are kept as a whole, on a device."""
         if self.memory_budget is not None:

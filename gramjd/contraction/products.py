@@ -143,9 +143,10 @@ def keeping(part: Part, which: Sequence[int], K: int, options: Options, like: Te
         shares.append(contraction.of_rows(rows, K))
     rest = [p for p in which if p not in used]
     if rest or not shares:
-        taken = sum(rows.nbytes for rows in used.values())
-        budget = options.budget(like.device) - taken
-        less = replace(options, memory_budget=max(1, budget)) if taken else options
+        less = options
+        if options.memory_budget is not None and used:
+            taken = sum(rows.nbytes for rows in used.values())
+            less = replace(options, memory_budget=max(1, options.budget(like.device) - taken))
         shares.append(_gramian([part], rest, K, less, like))
     return symmetric(_sum(shares, (), like))
 

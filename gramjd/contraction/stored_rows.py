@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
-from typing import TypeGuard
 
 from torch import Tensor
 
-from gramjd.blocks import Block, Conv, Outer
+from gramjd.blocks import Block, Conv, Dense, Lookup, Outer
 from gramjd.contraction.choice import plans
 from gramjd.contraction.conv import METHODS
 from gramjd.contraction.options import Limits, Options, limits
@@ -28,21 +27,21 @@ def kept_rows(each: Mapping[int, Sequence[Block]], options: Options, known: Mapp
 
     Args:
         each: the blocks of each parameter.
-        options: of the contraction; half of its memory is for rows.
+        options: of the contraction, with the memory for rows.
         known: rows that there are already, also of other parameters.
     """
     taken = sum(rows.nbytes for n, rows in known.items() if n not in each)
-    alone = {n: mine[0] for n, mine in each.items() if len(mine) == 1}
-    found = {n: block for n, block in alone.items() if _builds_rows(block)}
-    for n, block in sorted(found.items(), key=lambda item: -positions(item[1])):
-        x, y = (block.c, block.a) if isinstance(block, Outer) else block.factors
-        most = limits(options, x, x.dtype, y.dtype)
-        count, entries = prod(block.rows), prod(block.shape)
+    found = {n: mine for n, mine in each.items() if _builds_rows(mine)}
+    for n, blocks in sorted(found.items(), key=lambda item: -max(map(positions, item[1]))):
+        factors = [x for block in blocks for x in _factors(block)]
+        most = limits(options, factors[0], *[x.dtype for x in factors])
+        count, entries = prod(blocks[0].rows), prod(blocks[0].shape)
         size = count * (entries + 3 * count)  # with room for products of these rows
-        if x.dtype == y.dtype == most.dtype and size + taken // x.itemsize <= most.elements // 2:
+        room = options.kept_budget(factors[0].device) // most.dtype.itemsize
+        if {x.dtype for x in factors} == {most.dtype} and size + taken // most.dtype.itemsize <= room:
             rows = known.get(n)
             if rows is None:
-                rows = _rows(block, Limits(max(1, most.elements // 4), most.dtype))
+                rows = _rows(blocks, Limits(max(1, most.elements // 4), most.dtype))
             taken += rows.nbytes
             yield n, rows
 
@@ -53,23 +52,49 @@ def of_rows(rows: Tensor, K: int) -> Tensor:
     return canonical(product(rows, rows), sizes, sizes)
 
 
-def positions(block: Outer | Conv) -> int:
+def positions(block: Block) -> int:
     """``T``."""
-    return block.T if isinstance(block, Conv) else block.lines
-
-
-def _builds_rows(block: Block) -> TypeGuard[Outer | Conv]:
-    """Whether the plan of a block builds rows, and the block has enough positions to keep them."""
-    if not isinstance(block, (Outer, Conv)) or positions(block) < POSITIONS:
-        return False
-    if not all(map(is_ours, (block.c, block.a) if isinstance(block, Outer) else block.factors)):
-        return False
-    return plans(block, block)[0][0].name in ("rows", *_METHODS)
-
-
-def _rows(block: Outer | Conv, few: Limits) -> Tensor:
-    """All of them, as its plan builds them."""
     if isinstance(block, Conv):
-        return _METHODS[plans(block, block)[0][0].name].rows(block, few)
-    entries = prod(block.shape)
-    return matrix(block, few, block.workspace(few.dtype), lambda b: b.part(0, entries, few.dtype))
+        return block.T
+    return 0 if isinstance(block, Dense) else block.c.shape[2]
+
+
+def _factors(block: Block) -> Sequence[Tensor]:
+    """What is multiplied."""
+    if isinstance(block, Dense):
+        return (block.values,)
+    if isinstance(block, Conv):
+        return block.factors
+    return (block.c, block.a) if isinstance(block, Outer) else (block.c,)
+
+
+def _builds_rows(blocks: Sequence[Block]) -> bool:
+    """Whether the plan of one of the blocks builds rows, and it has enough positions to keep them.
+
+    Rows of other blocks, as of an embedding that is tied to the last layer, are added to these.
+    """
+    large = [b for b in blocks if isinstance(b, (Outer, Conv)) and positions(b) >= POSITIONS]
+    if not large or (len(blocks) > 1 and any(isinstance(block, Conv) for block in blocks)):
+        return False
+    if not all(is_ours(x) for block in blocks for x in _factors(block)):
+        return False
+    return any(plans(block, block)[0][0].name in ("rows", *_METHODS) for block in large)
+
+
+def _rows(blocks: Sequence[Block], few: Limits) -> Tensor:
+    """The rows of the sum of some blocks, as their plans build them."""
+    first, *others = sorted(blocks, key=lambda block: not isinstance(block, (Outer, Conv)))
+    entries = prod(first.shape)
+    if isinstance(first, Conv):
+        return _METHODS[plans(first, first)[0][0].name].rows(first, few)
+
+    def of_one(block: Block) -> Tensor:
+        return matrix(block, few, block.workspace(few.dtype), lambda b: b.part(0, entries, few.dtype))
+
+    rows = of_one(first)
+    for block in others:
+        if isinstance(block, Lookup):
+            block.add_to(rows)
+        else:
+            rows.add_(of_one(block))
+    return rows
