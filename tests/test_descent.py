@@ -369,6 +369,24 @@ def test_what_the_gramian_is_of() -> None:
         assert_close(taken(leaves), want, 1e-9)
 
 
+@pytest.mark.parametrize("engine_of", ["encoder", "head", "all"])
+def test_a_representation_in_a_recorded_forward(engine_of: str) -> None:
+    """Its Gramian takes the place of the engine's; the gradients are those of the weighted losses."""
+    encoder, head = mlp(4), nn.Linear(4, 3).double()
+    modules = {"encoder": [encoder], "head": [head], "all": [encoder, head]}[engine_of]
+    engine = Engine(*modules, batch_dim=None)
+    leaves = [*encoder.parameters(), *head.parameters()]
+    for several in (False, True):
+        hidden = encoder[0](data())
+        features = encoder[1:](hidden)
+        losses = head(features).square().mean(0)
+        of = [hidden, features] if several else [features]
+        weights, want = step_by_definition(losses, of, leaves, upgrad)
+        assert float((weights - upgrad(engine.compute_gramian(losses))).abs().max()) > 1e-3
+        assert_close(gramjd.backward(list(losses), upgrad, of if several else features), weights, 1e-9)
+        assert_close(taken(leaves), want, 1e-9)
+
+
 def test_record() -> None:
     """The factors of a forward pass, without a warning; the modules are as they were."""
     model = mlp()

@@ -197,7 +197,8 @@ class Engine:
         for all leaves, registered or not (*partial* Jacobian descent). No second backward pass runs where
         all leaves are registered: gradients are products of the factors that the Gramian was made of, as
         of :meth:`gramjd.Jacobian.backward`, which takes less time and more memory: nothing frees the graph
-        then before nobody holds the losses (``del losses``).
+        then before nobody holds the losses (``del losses``). Weights from the Gramian of a representation in
+        place of parameters (MGDA-UB) need nothing of an engine: :func:`gramjd.backward` takes its tensor.
 
         Args:
             losses: as in :meth:`compute_gramian`: a tensor of any shape, or a list or tuple of tensors.
