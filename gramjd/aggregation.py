@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gramjd import pytree
+from gramjd.complexes import as_given, as_real
 from gramjd.contraction import products
 from gramjd.jacobian import Jacobian
 from gramjd.pytree import PyTree
@@ -22,7 +23,8 @@ from gramjd.weighting._small import own_array
 def parameter_rows(jacobian: Jacobian) -> Iterator[Tensor]:
     """The rows of one parameter after the other, each ``[rows, *shape]``; built when asked for.
 
-    Rows are in the order of ``J.T @ w``: the entries of one output after those of another.
+    Rows are in the order of ``J.T @ w``: the entries of one output after those of another. Of a complex
+    parameter they are real, ``[rows, *shape, 2]``.
     """
     outputs = jacobian.outputs
     for found in _unordered_rows(jacobian):
@@ -52,7 +54,7 @@ def graddrop(
             the same seed gives TorchJD's, for columns in the order of ``jacobian.parameters``.
 
     Returns:
-        A PyTree like the parameters.
+        A PyTree like the parameters; complex ones count as pairs of real ones.
 
     Raises:
         TypeError: an argument is of another kind.
@@ -92,7 +94,7 @@ def trimmed_mean(jacobian: Jacobian, trim_number: int) -> PyTree:
         trim_number: how many values to leave out at each end.
 
     Returns:
-        A PyTree like the parameters.
+        A PyTree like the parameters; complex ones count as pairs of real ones.
 
     Raises:
         TypeError: ``trim_number`` is not an integer.
@@ -109,7 +111,7 @@ def trimmed_mean(jacobian: Jacobian, trim_number: int) -> PyTree:
 def _unordered_rows(jacobian: Jacobian) -> Iterator[Tensor]:
     """The rows of one parameter after the other in the order of the factors, in memory of their own."""
     for number, parameter in enumerate(jacobian.parameters):
-        yield products.dense(jacobian.intact, number, jacobian.objectives, parameter).flatten(0, 1)
+        yield products.dense(jacobian.intact, number, jacobian.objectives, as_real(parameter)).flatten(0, 1)
 
 
 def _sorted(rows: Tensor) -> Tensor:
@@ -125,4 +127,6 @@ def _of_each(jacobian: Jacobian, each: Iterable[Tensor], combine: Callable[[Tens
     """What becomes of the rows of each parameter, in its dtype; one at a time."""
     found = [combine(rows) for rows in each]
     pairs = zip(found, jacobian.parameters, strict=True)
-    return pytree.unflatten(jacobian.parameters_spec, [each.to(p.dtype) for each, p in pairs])
+    return pytree.unflatten(
+        jacobian.parameters_spec, [as_given(each.to(as_real(p).dtype), p) for each, p in pairs]
+    )

@@ -159,6 +159,36 @@ def test_rows_of_several_outputs() -> None:
     torch.testing.assert_close(w @ rows, lazy.T @ w)
 
 
+def test_complex_parameters_and_scalars() -> None:
+    """The former count as pairs of real ones; rows of the latter have one entry."""
+    weight = torch.randn(3, dtype=torch.complex128, requires_grad=True)
+    factor = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    losses = (factor * (torch.randn(5, 3, dtype=torch.complex128) @ weight)).abs().square()
+    lazy = gramjd.jac(losses, [weight, factor])
+    dense = lazy.dense()
+    real = torch.view_as_real(dense[0])
+    assert [rows.shape for rows in parameter_rows(lazy)] == [(5, 3, 2), (5,)]
+    got = trimmed_mean(lazy, 1)
+    torch.testing.assert_close(got[0], torch.view_as_complex(real.sort(0).values[1:4].mean(0).contiguous()))
+    torch.testing.assert_close(got[1], dense[1].sort().values[1:4].mean())
+    dropped = graddrop(lazy, leak=torch.ones(5, dtype=torch.float64))  # which is the sum
+    torch.testing.assert_close(list(dropped), [dense[0].sum(0), dense[1].sum()])
+    rows = torch.cat([real.flatten(1), dense[1][:, None]], 1)
+    one, other = ExcessMTLWeighting(), ExcessMTLWeighting()
+    torch.testing.assert_close(one(parameter_rows(lazy)), other(rows))
+
+
+def test_excess_mtl_of_what_are_no_rows() -> None:
+    lazy, dense = jacobian(3)
+    weighting = ExcessMTLWeighting()
+    for wrong in (lazy, dense.long(), dense.to(torch.complex128), [[1.0]], torch.tensor(1.0), dense.tolist()):
+        with pytest.raises(TypeError, match=r"parameter_rows\(J\)|Rows are real"):
+            weighting(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="Rows 1 are 5, and there are 6"):
+        weighting([dense, dense[1:]])
+    assert weighting.sums is None
+
+
 def test_excess_mtl_of_the_rows() -> None:
     theirs = pytest.importorskip("torchjd.aggregation")
     mine, other = ExcessMTLWeighting(0.5), theirs.ExcessMTLWeighting(0.5)

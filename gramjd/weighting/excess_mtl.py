@@ -29,6 +29,7 @@ class ExcessMTLWeighting(StatefulWeighting):
             first call, which themselves count as they are, as in the authors' code.
 
     Raises:
+        TypeError: in a call, something else than tensors of real floating-point numbers.
         ValueError: an option is out of range; in a call, rows of other shapes than before, or NaN.
     """
 
@@ -46,6 +47,11 @@ class ExcessMTLWeighting(StatefulWeighting):
 
     def forward(self, rows: Tensor | Iterable[Tensor], /) -> Tensor:
         """Weights ``[m]`` for ``J [m, n]``, or for the ``[m, *shape]`` of one parameter after the other."""
+        if not isinstance(rows, Iterable):
+            raise TypeError(
+                f"ExcessMTL needs the entries of the gradients, not a {type(rows).__name__}: of a Jacobian, "
+                "pass gramjd.aggregation.parameter_rows(J)."
+            )
         risk, squares, dtype = self._excess_risk([rows] if isinstance(rows, Tensor) else rows)
         if len(risk) and not isfinite(float(risk.max())):  # no risk is negative
             raise ValueError("The Jacobian has entries that are NaN or infinite, or overflow when squared.")
@@ -72,7 +78,7 @@ class ExcessMTLWeighting(StatefulWeighting):
         """``E [m]`` in float64, the squares, at least in float32, and the rows' dtype; keeps nothing yet."""
         kept, squares, total, dtype = self.sums, list[Tensor](), None, torch.float64
         for number, some in enumerate(rows):
-            dtype, flat = some.dtype, some.detach().flatten(1)
+            flat, dtype = _matrix(some), some.dtype
             square = (flat if dtype.itemsize >= 4 else flat.float()).square()
             old = None if kept is None else kept[number] if number < len(kept) else square[:0]
             if old is not None and old.shape != square.shape:
@@ -83,6 +89,8 @@ class ExcessMTLWeighting(StatefulWeighting):
             squares.append(square)
             root = torch.add(square, 1e-7 if old is None else old).sqrt_()
             share = torch.div(square, root, out=root).sum(1, dtype=torch.float64)
+            if total is not None and len(total) != len(share):
+                raise ValueError(f"Rows {number} are {len(share)}, and there are {len(total)} of others.")
             total = share if total is None else total.add_(share)
         if total is None or (kept is not None and len(kept) != len(squares)):
             wanted = len(kept or [1])
@@ -102,6 +110,14 @@ class ExcessMTLWeighting(StatefulWeighting):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Go on from there; the sums are not shared with who saved them."""
         super().set_extra_state({**state, "sums": _copied(state["sums"])})
+
+
+def _matrix(rows: Any) -> Tensor:
+    """``[m, *shape]`` → ``[m, n]``, detached."""
+    if not isinstance(rows, Tensor) or not rows.is_floating_point() or not rows.ndim:
+        got = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+        raise TypeError(f"Rows are real floating-point tensors of shape [m, *shape]; got {got}.")
+    return rows.detach().flatten(1) if rows.ndim > 1 else rows.detach().unsqueeze(1)
 
 
 def _copied(sums: list[Tensor] | None) -> list[Tensor] | None:
