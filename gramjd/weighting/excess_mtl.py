@@ -47,20 +47,19 @@ class ExcessMTLWeighting(StatefulWeighting):
 
     def forward(self, rows: Tensor | Iterable[Tensor], /) -> Tensor:
         """Weights ``[m]`` for ``J [m, n]``, or for the ``[m, *shape]`` of one parameter after the other."""
-        if not isinstance(rows, Iterable):
+        if isinstance(rows, Tensor):
+            rows = [rows]
+        elif not isinstance(rows, Iterable):
             raise TypeError(
                 f"ExcessMTL needs the entries of the gradients, not a {type(rows).__name__}: of a Jacobian, "
                 "pass gramjd.aggregation.parameter_rows(J)."
             )
-        risk, squares, dtype = self._excess_risk([rows] if isinstance(rows, Tensor) else rows)
+        risk, sums, dtype = self._excess_risk(rows)
         if len(risk) and not isfinite(float(risk.max())):  # no risk is negative
             raise ValueError("The Jacobian has entries that are NaN or infinite, or overflow when squared.")
-        if self.sums is None:
-            self.sums = [square.add_(1e-7) for square in squares]
-        else:
-            for old, square in zip(self.sums, squares, strict=True):
-                old.add_(square)
-        weights = torch.full_like(risk, 1 / max(len(risk), 1)) if self.weights is None else self.weights
+        self.sums, weights = sums, self.weights
+        if weights is None:
+            weights = torch.full_like(risk, 1 / max(len(risk), 1))
         self.calls += 1
         if self.calls <= self.n_warmup_steps:
             share = risk / self.n_warmup_steps
@@ -75,8 +74,8 @@ class ExcessMTLWeighting(StatefulWeighting):
         return weights.to(dtype)
 
     def _excess_risk(self, rows: Iterable[Tensor]) -> tuple[Tensor, list[Tensor], torch.dtype]:
-        """``E [m]`` in float64, the squares, at least in float32, and the rows' dtype; keeps nothing yet."""
-        kept, squares, total, dtype = self.sums, list[Tensor](), None, torch.float64
+        """``E [m]`` in float64, the sums with these squares, at least in float32, and the rows' dtype."""
+        kept, sums, total, dtype = self.sums, list[Tensor](), None, torch.float64
         for number, some in enumerate(rows):
             flat, dtype = _matrix(some), some.dtype
             square = (flat if dtype.itemsize >= 4 else flat.float()).square()
@@ -86,26 +85,20 @@ class ExcessMTLWeighting(StatefulWeighting):
                     f"Rows {number} are of shape {list(square.shape)}, and were of shape {list(old.shape)} "
                     "before: call reset() when the objectives or the parameters change."
                 )
-            squares.append(square)
-            root = torch.add(square, 1e-7 if old is None else old).sqrt_()
-            share = torch.div(square, root, out=root).sum(1, dtype=torch.float64)
+            sums.append(square + (1e-7 if old is None else old))  # what is kept stays if a row is wrong
+            share = square.div_(sums[-1].sqrt()).sum(1, dtype=torch.float64)
             if total is not None and len(total) != len(share):
                 raise ValueError(f"Rows {number} are {len(share)}, and there are {len(total)} of others.")
             total = share if total is None else total.add_(share)
-        if total is None or (kept is not None and len(kept) != len(squares)):
+        if total is None or (kept is not None and len(kept) != len(sums)):
             wanted = len(kept or [1])
-            raise ValueError(f"Expected the rows of {wanted} parameters or more; got {len(squares)}.")
-        return total, squares, dtype
+            raise ValueError(f"Expected the rows of {wanted} parameters or more; got {len(sums)}.")
+        return total, sums, dtype
 
     def reset(self) -> None:
         """Forget the squares, the weights and the warm-up."""
         self.weights = self.sums = self.baseline = None
         self.calls = 0
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """What it remembers; the sums are a copy, as later calls add to them in place."""
-        state = super().get_extra_state()
-        return {**state, "sums": _copied(state["sums"])}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Go on from there; the sums are not shared with who saved them."""
