@@ -171,6 +171,9 @@ def test_inputs_choose_the_leaves() -> None:
         )
         assert model[0].weight.grad is None
         assert_close(taken(model[2].parameters()), want, 1e-9)
+        step(losses, upgrad, inputs=model[2].weight, retain_graph=True, **more)  # as torch, also one alone
+        assert [p.grad is None for p in model.parameters()] == [True, True, False, True]
+        assert_close(taken([model[2].weight]), want[: model[2].weight.numel()], 1e-9)
 
 
 def test_groups_have_weights_of_their_own() -> None:

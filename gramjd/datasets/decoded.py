@@ -1,4 +1,4 @@
-"""Sketches that files hold in half precision, as the array of numbers that they stand for."""
+"""Sketches that files hold in half precision, as an array of the numbers that they mean."""
 
 from __future__ import annotations
 

@@ -69,6 +69,7 @@ class Parts:
                         f"{list(p.shape)}, by something else than the features: its gradient would be "
                         "incomplete. Pass all tensors that heads take from the encoder as features."
                     )
+        _check_heads(beyond, heads)
         return Parts(features, trunk, heads)
 
     def leaves(self) -> list[Tensor]:
@@ -164,6 +165,19 @@ class Part:
 
 def _by_number(part: Reach) -> dict[str, Tensor]:
     return {str(n): p for n, p in enumerate(part.leaves.values())}
+
+
+def _check_heads(beyond: Sequence[Reach], heads: Sequence[dict[str, Tensor]]) -> None:
+    """Raise for a parameter that is listed for other tasks than those whose losses it is in."""
+    listed = {id(p): (name, p) for head in heads for name, p in head.items()}
+    for n, (name, p) in listed.items():
+        mine = [task for task, head in enumerate(heads) if any(p is other for other in head.values())]
+        uses = [task for task, part in enumerate(beyond) if n in part.leaves]
+        if uses and not set(uses) & set(mine):
+            raise ValueError(
+                f"Parameter {name!r}, of shape {list(p.shape)}, is listed for task {mine[0]}, whose loss "
+                f"does not depend on it, as loss {uses[0]} does. List tasks= in the order of the losses."
+            )
 
 
 def _check_features(features: Sequence[Tensor]) -> None:

@@ -36,7 +36,8 @@ def mtl_backward(losses: Losses, features: Losses, weighting: Weights, *, shared
         shared: the encoder: modules, or tensors; by default all leaves that the features depend on. Frozen
             parameters of modules take no part.
         tasks: of each task its head, modules or tensors likewise; by default all leaves that its loss
-            depends on by no feature. A parameter in several gets the sum of their gradients.
+            depends on by no feature. A parameter in several gets the sum of their gradients; one that neither
+            ``shared`` nor ``tasks`` name gets none.
         wrt: what the Gramian is of: the ``"shared"`` parameters, or the ``"features"`` (MGDA-UB, an upper
             bound of their norms: Sener and Koltun, arXiv 1810.04650, Section 3.2).
         grad_tensors: for losses that are no scalars, their cotangents, as of ``torch.autograd.backward``.
@@ -57,7 +58,8 @@ def mtl_backward(losses: Losses, features: Losses, weighting: Weights, *, shared
     Raises:
         NotCoveredError: features have no graph, or no loss depends on them.
         ValueError: a loss reaches shared parameters by something else than the features; parameters are
-            shared and a task's; a feature is computed from another; losses are no scalars.
+            shared and a task's, or of another task; a feature is computed from another; losses are no
+            scalars.
         NotFiniteError: losses or their Gramian have NaN or infinite entries.
         TypeError: the arguments hold something else than tensors; a parameter is sharded over ranks.
         RanksDisagreeError: ranks have other tasks, parameters or options; all of them raise it.

@@ -189,8 +189,8 @@ class Engine:
         return gramians.flatten(gramian) if flat else gramian
 
     def backward(self, losses: Losses, /, weighting: Weightings, *, per: Per = None, flat: bool = False,
-                 inputs: Iterable[Tensor] | None = None, retain_graph: bool = False, scaler: Any = None,
-                 group: Any = None, averaged: bool = True) -> Any:  # fmt: skip
+                 inputs: Tensor | Iterable[Tensor] | None = None, retain_graph: bool = False,
+                 scaler: Any = None, group: Any = None, averaged: bool = True) -> Any:  # fmt: skip
         """A step of Jacobian descent: Gramian, weights, and the weighted gradient added to ``.grad``.
 
         The same as ``weights = weighting(engine.compute_gramian(losses)); losses.backward(weights)``,
@@ -237,8 +237,9 @@ class Engine:
         """
         output = joined(losses, self._batch_dim)
         scaled = Scaled.by(scaler, output)
+        leaves = [inputs] if isinstance(inputs, Tensor) else inputs
         step = Step(
-            weighting, per, flat, None if inputs is None else list(inputs), scaled.scale, retain_graph
+            weighting, per, flat, None if leaves is None else list(leaves), scaled.scale, retain_graph
         )
         output = scaled.output
         if group is not None:
