@@ -115,7 +115,7 @@ def _unordered_rows(jacobian: Jacobian) -> Iterator[Tensor]:
 
 
 def _sorted(rows: Tensor) -> Tensor:
-    """Each column in ascending order, NaN last, in place of ``rows`` where it can be."""
+    """Sort each column in ascending order, NaN last; the result may share memory with ``rows``."""
     array = own_array(rows)
     if array is None:
         return rows.sort(0).values
@@ -124,7 +124,7 @@ def _sorted(rows: Tensor) -> Tensor:
 
 
 def _of_each(jacobian: Jacobian, each: Iterable[Tensor], combine: Callable[[Tensor], Tensor]) -> PyTree:
-    """What becomes of the rows of each parameter, in its dtype; one at a time."""
+    """Apply a function to the rows of each parameter, one parameter at a time, in its dtype."""
     found = [combine(rows) for rows in each]
     pairs = zip(found, jacobian.parameters, strict=True)
     return pytree.unflatten(

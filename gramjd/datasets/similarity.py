@@ -235,7 +235,7 @@ class _Rows:
 
 
 def _refuse_undecoded(given: Any, name: str) -> None:
-    """Raise for the file of a store in float16, without the powers of two of its rows."""
+    """Raise for a mapped file of a store in float16, which lacks the scales of its rows."""
     file = Path(getattr(given, "filename", None) or "")
     if isinstance(given, Tensor) or file.name != "sketches.npy" or not (file.parent / "scales.npy").exists():
         return

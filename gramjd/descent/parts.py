@@ -1,4 +1,4 @@
-"""The parts of a graph of several tasks: an encoder, a head for each task, and what a step does with each."""
+"""The parts of a graph of several tasks, an encoder and a head for each task, and one step of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from gramjd.rounding import own_precision
 
 @dataclass(frozen=True)
 class Parts:
-    """What each part of the graph leads to."""
+    """The features, shared parameters and task parameters of several losses."""
 
     features: list[Tensor]
     shared: dict[str, Tensor]
@@ -73,7 +73,7 @@ class Parts:
         return Parts(features, trunk, heads)
 
     def leaves(self) -> list[Tensor]:
-        """All that get a gradient."""
+        """All leaves that get a gradient."""
         return [*self.shared.values(), *(p for head in self.heads for p in head.values())]
 
     def differentiate(self, total: Tensor) -> tuple[dict[int, tuple[Tensor, Tensor]], list[Tensor | None]]:
@@ -105,7 +105,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Part:
-    """What one process knows of the tasks; without a process group, all there is."""
+    """The losses of one process, and their gradients once they are computed."""
 
     parts: Parts
     total: Scaled  # [tasks]
@@ -116,7 +116,7 @@ class Part:
 
     @own_precision
     def differentiated(self, chunk_size: int | None) -> Part:
-        """With the gradients of the heads, the features' rows and the encoder's Jacobian."""
+        """Compute the gradients of the heads, the rows of the features and the Jacobian of the encoder."""
         if not bool(torch.isfinite(self.total.output.detach()).all()):
             raise NotFiniteError("The losses have NaN or infinite entries: their gradients are meaningless.")
         own, rows = self.parts.differentiate(self.total.output)
@@ -130,7 +130,7 @@ class Part:
     @own_precision
     def step(self, weighting: Weights, retain_graph: bool, group: Any = None, averaged: bool = True
              ) -> Tensor:  # fmt: skip
-        """All gradients, added to ``.grad`` when nothing can fail any more."""
+        """Compute the weights and all gradients, then add these to ``.grad``."""
         gramian = self._gramian(group)
         if not bool(torch.isfinite(gramian).all()):
             raise NotFiniteError(OVERFLOWED)
@@ -145,7 +145,7 @@ class Part:
         return weights
 
     def _gramian(self, group: Any) -> Tensor:
-        """``[tasks, tasks]``, with a group that of the sums over ranks."""
+        """The Gramian ``[tasks, tasks]``, with a group that of the sums over ranks."""
         tasks, jac = len(self.total.output), self.jac
         mine = _of_rows(self.rows, tasks) if jac is None else None
         if group is not None:

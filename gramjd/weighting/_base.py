@@ -33,7 +33,7 @@ class Weighting(nn.Module):
         super().__setattr__(name, value)
 
     def _has_room_for(self, name: str) -> bool:
-        """Whether an attribute may be assigned: all of a subclass, elsewhere those that there are."""
+        """Whether an attribute may be assigned: any in a subclass by a user, else those that exist."""
         return "_options" not in vars(type(self)) or name.startswith("_") or hasattr(self, name)
 
     def __lshift__(self, function: Callable[[Any], Tensor]) -> Weighting:

@@ -51,7 +51,7 @@ def finite(matrix: Tensor) -> Any:
 
 
 def own_array(tensor: Tensor) -> Any:
-    """An array that shares memory with a tensor on the CPU, to write into; of a constant in float32 or 64."""
+    """An array that shares memory with a constant tensor on the CPU in float32 or float64, else ``None``."""
     if np is None or type(tensor) is not Tensor or tensor.device.type != "cpu" or is_compiling() or watched():
         return None
     known = tensor.dtype in (torch.float32, torch.float64)  # numpy is slow at half precision
@@ -166,7 +166,7 @@ def impartial(matrix: Any, eps: float) -> Any:
 
 
 def conflict_free(matrix: Any, preference: Any, eps: float) -> Any:
-    """ConFIG's weights ``[m]``, likewise; ``None`` if the normal equations do not hold."""
+    """ConFIG's weights ``[m]`` for the rounding ``eps``; ``None`` if the normal equations do not hold."""
     diagonal, size = matrix.diagonal(), len(matrix)
     positive = diagonal > 0
     inverse = positive / np.sqrt(np.where(positive, diagonal, 1))

@@ -74,7 +74,7 @@ class ExcessMTLWeighting(StatefulWeighting):
         return weights.to(dtype)
 
     def _excess_risk(self, rows: Iterable[Tensor]) -> tuple[Tensor, list[Tensor], torch.dtype]:
-        """``E [m]`` in float64, the sums with these squares, at least in float32, and the rows' dtype."""
+        """The risks ``E [m]`` in float64, the new sums of squares, and the dtype of the rows."""
         kept, sums, total, dtype = self.sums, list[Tensor](), None, torch.float64
         for number, some in enumerate(rows):
             flat, dtype = _matrix(some), some.dtype
@@ -106,7 +106,7 @@ class ExcessMTLWeighting(StatefulWeighting):
 
 
 def _matrix(rows: Any) -> Tensor:
-    """``[m, *shape]`` → ``[m, n]``, detached."""
+    """Flatten rows ``[m, *shape]`` to ``[m, n]``, detached."""
     if not isinstance(rows, Tensor) or not rows.is_floating_point() or not rows.ndim:
         got = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
         raise TypeError(f"Rows are real floating-point tensors of shape [m, *shape]; got {got}.")

@@ -84,7 +84,7 @@ def upgrad(
 
 
 def _solve_units(cone: Cone, preference: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights ``[m]`` and the residual, from a sketch; scaled."""
+    """The scaled weights ``[m]`` and their residual, for a scaled preference."""
     return combined_units(cone, preference.clamp(min=0))
 
 
