@@ -8,9 +8,10 @@ them in both. For ConFIG, GradDrop and TrimmedMean, which answer with the combin
 ``J`` as a matrix; ours gets a lazy one, and the time to build its Gramian or its rows is in.
 UPGrad also gets Gramians as they occur, of one PPO loss per sample (``benchmarks/ppo.py``), of four kinds
 and from several rounds of training: the median and the longest of the best times of each.
-Times are the best of several calls. TorchJD's are not measured where a call may take longer than
-``patience`` seconds, or where a package that it needs is missing. For MGDA, TorchJD's Frank-Wolfe steps
-stop early, so the gaps are shown, too: ours, TorchJD's, and TorchJD's after a hundred times its steps.
+Times are the best of several calls, of both in turn. TorchJD's are not measured where a call may take
+longer than ``patience`` seconds, or where a package that it needs is missing. For MGDA, TorchJD's
+Frank-Wolfe steps stop early, so the gaps are shown, too: ours, TorchJD's, and TorchJD's after a hundred
+times its steps.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from math import isnan
@@ -125,10 +126,13 @@ def _of_rows(name: str, size: int) -> tuple[Call, Call]:
 
 def measure(name: str, size: int, times: dict[str, list[float]], patience: float) -> list[str]:
     """Time both libraries on one size; the cells of a row."""
-    for done, call in zip(times.values(), calls(name, size), strict=True):
-        growth = 16  # a quadratic program per objective: time grows like m^4
-        skipped = call is None or (bool(done) and not done[-1] * growth < patience)
-        done.append(float("nan") if call is None or skipped else best_time(call))
+    growth = 16  # a quadratic program per objective: time grows like m^4
+    wanted = [
+        None if done and not done[-1] * growth < patience else call
+        for done, call in zip(times.values(), calls(name, size), strict=True)
+    ]
+    for done, best in zip(times.values(), best_times(wanted), strict=True):
+        done.append(best)
     mine, other = times["gramjd"][-1], times["TorchJD"][-1]
     cells = ["", ""] if isnan(other) else [f"{other * 1e3:.2f}", f"{other / mine:.1f}"]
     note = mgda_gaps(gramian(size)) if name == "MGDA" else ""
@@ -148,15 +152,21 @@ def measure_ppo(size: int, patience: float) -> list[str]:
     return ["UPGrad, PPO", str(size), *cells, note]
 
 
-def best_time(call: Callable[[], Any], budget: float = 1.0) -> float:
-    """The shortest of at least one and at most thirty calls, within about a second."""
-    best, total, count = float("inf"), 0.0, 0
-    while count == 0 or (total < budget and count < 30):
-        start = time.perf_counter()
-        call()
-        elapsed = time.perf_counter() - start
-        best, total, count = min(best, elapsed), total + elapsed, count + 1
-    return best
+def best_times(given: Sequence[Call | None], budget: float = 1.0) -> list[float]:
+    """The shortest of one to fifty calls of each, in turn, within about a second for each; NaN for none."""
+    found: list[list[float]] = [[] for _ in given]
+    for _ in range(50):
+        for call, taken in zip(given, found, strict=True):
+            if call is not None and sum(taken) < budget:
+                start = time.perf_counter()
+                call()
+                taken.append(time.perf_counter() - start)
+    return [min(taken, default=float("nan")) for taken in found]
+
+
+def best_time(call: Call) -> float:
+    """Of one alone."""
+    return best_times([call])[0]
 
 
 def mgda_gaps(matrix: Tensor) -> str:

@@ -1,6 +1,6 @@
 """Gramians of Jacobians without the Jacobians: Jacobian descent for PyTorch."""
 
-from gramjd import diagnostics, gramians, weighting
+from gramjd import aggregation, diagnostics, gramians, weighting
 from gramjd.datasets.gradients import gradients_dataset
 from gramjd.datasets.influence import influence
 from gramjd.datasets.less import less
@@ -47,6 +47,7 @@ __all__ = [
     "SketchedGramian",
     "SlowPathWarning",
     "TopK",
+    "aggregation",
     "backward",
     "dataset_similarity",
     "diagnostics",

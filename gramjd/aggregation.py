@@ -6,26 +6,31 @@ They take the rows of one parameter at a time and drop them before the next, so 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from gramjd import pytree
+from gramjd.complexes import as_given, as_real
 from gramjd.contraction import products
 from gramjd.jacobian import Jacobian
 from gramjd.pytree import PyTree
 from gramjd.weighting._options import count, source, vector
+from gramjd.weighting._small import own_array
 
 
 def parameter_rows(jacobian: Jacobian) -> Iterator[Tensor]:
     """The rows of one parameter after the other, each ``[rows, *shape]``; built when asked for.
 
-    Rows are in the order of ``J.T @ w``: the entries of one output after those of another.
+    Rows are in the order of ``J.T @ w``: the entries of one output after those of another. Of a complex
+    parameter they are real, ``[rows, *shape, 2]``.
     """
-    for number, parameter in enumerate(jacobian.parameters):
-        found = products.dense(jacobian.intact, number, jacobian.objectives, parameter)
-        yield jacobian.outputs.ravel(jacobian.outputs.unpack(found))
+    outputs = jacobian.outputs
+    for found in _unordered_rows(jacobian):
+        shaped = outputs.unpack(found.unflatten(0, (outputs.objectives, outputs.samples)))
+        several = len(outputs.each) > 1
+        yield outputs.ravel(shaped) if several else pytree.leaves(shaped)[0].reshape(found.shape)
 
 
 def graddrop(
@@ -49,7 +54,7 @@ def graddrop(
             the same seed gives TorchJD's, for columns in the order of ``jacobian.parameters``.
 
     Returns:
-        A PyTree like the parameters.
+        A PyTree like the parameters; complex ones count as pairs of real ones.
 
     Raises:
         TypeError: an argument is of another kind.
@@ -75,7 +80,7 @@ def graddrop(
         share = leak.to(rows).view(-1, *[1] * (rows.ndim - 1))
         return (rows * (share + (1 - share) * kept)).sum(0)
 
-    return _of_each(jacobian, combine)
+    return _of_each(jacobian, parameter_rows(jacobian), combine)
 
 
 def trimmed_mean(jacobian: Jacobian, trim_number: int) -> PyTree:
@@ -89,7 +94,7 @@ def trimmed_mean(jacobian: Jacobian, trim_number: int) -> PyTree:
         trim_number: how many values to leave out at each end.
 
     Returns:
-        A PyTree like the parameters.
+        A PyTree like the parameters; complex ones count as pairs of real ones.
 
     Raises:
         TypeError: ``trim_number`` is not an integer.
@@ -99,11 +104,29 @@ def trimmed_mean(jacobian: Jacobian, trim_number: int) -> PyTree:
     rows = jacobian.shape[0]
     if rows <= 2 * trim_number:
         raise ValueError(f"trim_number = {trim_number} needs {2 * trim_number + 1} rows; there are {rows}.")
-    return _of_each(jacobian, lambda found: found.sort(0).values[trim_number : rows - trim_number].mean(0))
+    middle = slice(trim_number, rows - trim_number)
+    return _of_each(jacobian, _unordered_rows(jacobian), lambda found: _sorted(found)[middle].mean(0))
 
 
-def _of_each(jacobian: Jacobian, combine: Callable[[Tensor], Tensor]) -> PyTree:
+def _unordered_rows(jacobian: Jacobian) -> Iterator[Tensor]:
+    """The rows of one parameter after the other in the order of the factors, in memory of their own."""
+    for number, parameter in enumerate(jacobian.parameters):
+        yield products.dense(jacobian.intact, number, jacobian.objectives, as_real(parameter)).flatten(0, 1)
+
+
+def _sorted(rows: Tensor) -> Tensor:
+    """Sort each column in ascending order, NaN last; the result may share memory with ``rows``."""
+    array = own_array(rows)
+    if array is None:
+        return rows.sort(0).values
+    array.sort(0)  # of columns side by side, several times faster than torch's
+    return rows
+
+
+def _of_each(jacobian: Jacobian, each: Iterable[Tensor], combine: Callable[[Tensor], Tensor]) -> PyTree:
     """Apply a function to the rows of each parameter, one parameter at a time, in its dtype."""
-    found = [combine(rows) for rows in parameter_rows(jacobian)]
+    found = [combine(rows) for rows in each]
     pairs = zip(found, jacobian.parameters, strict=True)
-    return pytree.unflatten(jacobian.parameters_spec, [each.to(p.dtype) for each, p in pairs])
+    return pytree.unflatten(
+        jacobian.parameters_spec, [as_given(each.to(as_real(p).dtype), p) for each, p in pairs]
+    )

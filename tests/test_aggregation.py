@@ -94,6 +94,101 @@ def test_trimmed_mean(trimmed: int) -> None:
     torch.testing.assert_close(found, theirs.TrimmedMean(trimmed)(dense), rtol=1e-6, atol=1e-9)
 
 
+class Rows(torch.autograd.Function):
+    """Whose derivative is a matrix of our choice."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        return weight.new_zeros(len(rows))
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        (rows,) = ctx.saved_tensors
+        return torch.where(cotangents[0][:, None] == 1, rows, 0).sum(0), None  # no product of 0 and NaN
+
+
+@pytest.mark.parametrize("by_numpy", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_trimmed_mean_of_extremes(
+    dtype: torch.dtype, by_numpy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Byzantine workers send: infinities, numbers that swallow the others, NaN, ties."""
+    if not by_numpy:
+        monkeypatch.setattr("gramjd.weighting._small.np", None)
+    rows = torch.randn(7, 5, generator=torch.Generator().manual_seed(2)).to(dtype)
+    rows[1, 0], rows[2, 1], rows[3, 2], rows[:4, 3] = torch.inf, 1e30, torch.nan, 2.0
+    rows[[4, 5], 4] = torch.tensor([torch.nan, -torch.inf], dtype=dtype)
+    weight = torch.zeros(5, dtype=dtype, requires_grad=True)
+    lazy = gramjd.jac(Rows.apply(weight, rows), weight)
+    kept = rows.clone()
+    want = rows.sort(0).values[2:5].mean(0)
+    assert want.isfinite().all()
+    for _ in range(2):  # J is as it was
+        torch.testing.assert_close(trimmed_mean(lazy, 2), want)
+    torch.testing.assert_close(rows, kept, equal_nan=True)
+    torch.testing.assert_close(lazy.dense(), kept, equal_nan=True)
+    assert trimmed_mean(lazy, 0).isnan().tolist() == [False, False, True, False, True]
+
+
+def test_a_trimmed_mean_is_differentiable() -> None:
+    x, point = torch.randn(5, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+
+    def norm(w: Tensor) -> Tensor:
+        lazy = gramjd.jacobian(lambda p, row: (row * p).sum().square())(w, x)
+        found: Tensor = trimmed_mean(lazy, 1)
+        return found.square().sum()
+
+    def plain(w: Tensor) -> Tensor:
+        rows = torch.func.jacrev(lambda p: (x @ p).square())(w)
+        return rows.sort(0).values[1:4].mean(0).square().sum()
+
+    torch.testing.assert_close(torch.func.grad(norm)(point), torch.func.grad(plain)(point))
+
+
+def test_rows_of_several_outputs() -> None:
+    """In the order of ``J.T @ w``, as those of one are."""
+
+    def func(p: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return (p * x).square().sum(), torch.stack([(p * x).sum(), p.sin().sum() * x[0]])
+
+    weight, x = torch.randn(3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    lazy = gramjd.jacobian(func)(weight, x)
+    (rows,) = parameter_rows(lazy)
+    w = torch.randn(12, dtype=torch.float64)
+    torch.testing.assert_close(w @ rows, lazy.T @ w)
+
+
+def test_complex_parameters_and_scalars() -> None:
+    """The former count as pairs of real ones; rows of the latter have one entry."""
+    weight = torch.randn(3, dtype=torch.complex128, requires_grad=True)
+    factor = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    losses = (factor * (torch.randn(5, 3, dtype=torch.complex128) @ weight)).abs().square()
+    lazy = gramjd.jac(losses, [weight, factor])
+    dense = lazy.dense()
+    real = torch.view_as_real(dense[0])
+    assert [rows.shape for rows in parameter_rows(lazy)] == [(5, 3, 2), (5,)]
+    got = trimmed_mean(lazy, 1)
+    torch.testing.assert_close(got[0], torch.view_as_complex(real.sort(0).values[1:4].mean(0).contiguous()))
+    torch.testing.assert_close(got[1], dense[1].sort().values[1:4].mean())
+    dropped = graddrop(lazy, leak=torch.ones(5, dtype=torch.float64))  # which is the sum
+    torch.testing.assert_close(list(dropped), [dense[0].sum(0), dense[1].sum()])
+    rows = torch.cat([real.flatten(1), dense[1][:, None]], 1)
+    one, other = ExcessMTLWeighting(), ExcessMTLWeighting()
+    torch.testing.assert_close(one(parameter_rows(lazy)), other(rows))
+
+
+def test_excess_mtl_of_what_are_no_rows() -> None:
+    lazy, dense = jacobian(3)
+    weighting = ExcessMTLWeighting()
+    for wrong in (lazy, dense.long(), dense.to(torch.complex128), [[1.0]], torch.tensor(1.0), dense.tolist()):
+        with pytest.raises(TypeError, match=r"parameter_rows\(J\)|Rows are real"):
+            weighting(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="Rows 1 are 5, and there are 6"):
+        weighting([dense, dense[1:]])
+    assert weighting.sums is None
+
+
 def test_excess_mtl_of_the_rows() -> None:
     theirs = pytest.importorskip("torchjd.aggregation")
     mine, other = ExcessMTLWeighting(0.5), theirs.ExcessMTLWeighting(0.5)

@@ -171,6 +171,9 @@ def test_inputs_choose_the_leaves() -> None:
         )
         assert model[0].weight.grad is None
         assert_close(taken(model[2].parameters()), want, 1e-9)
+        step(losses, upgrad, inputs=model[2].weight, retain_graph=True, **more)  # as torch, also one alone
+        assert [p.grad is None for p in model.parameters()] == [True, True, False, True]
+        assert_close(taken([model[2].weight]), want[: model[2].weight.numel()], 1e-9)
 
 
 def test_groups_have_weights_of_their_own() -> None:
@@ -366,6 +369,24 @@ def test_what_the_gramian_is_of() -> None:
     ]:
         weights, want = step_by_definition(losses, of, leaves, upgrad)
         assert_close(gramjd.backward(losses, upgrad, wrt, retain_graph=True), weights, 1e-9)
+        assert_close(taken(leaves), want, 1e-9)
+
+
+@pytest.mark.parametrize("engine_of", ["encoder", "head", "all"])
+def test_a_representation_in_a_recorded_forward(engine_of: str) -> None:
+    """Its Gramian takes the place of the engine's; the gradients are those of the weighted losses."""
+    encoder, head = mlp(4), nn.Linear(4, 3).double()
+    modules = {"encoder": [encoder], "head": [head], "all": [encoder, head]}[engine_of]
+    engine = Engine(*modules, batch_dim=None)
+    leaves = [*encoder.parameters(), *head.parameters()]
+    for several in (False, True):
+        hidden = encoder[0](data())
+        features = encoder[1:](hidden)
+        losses = head(features).square().mean(0)
+        of = [hidden, features] if several else [features]
+        weights, want = step_by_definition(losses, of, leaves, upgrad)
+        assert float((weights - upgrad(engine.compute_gramian(losses))).abs().max()) > 1e-3
+        assert_close(gramjd.backward(list(losses), upgrad, of if several else features), weights, 1e-9)
         assert_close(taken(leaves), want, 1e-9)
 
 

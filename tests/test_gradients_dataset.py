@@ -72,7 +72,7 @@ class Countdown:
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian", "factored"])
 def test_what_is_stored(work: Work, kind: str) -> None:
     store = work.run(dtype=torch.float64, seed=3, kind=kind)
-    assert len(store) == 11 and store.sketches.dtype == "float64" and store.scales is None
+    assert len(store) == 11 and store.sketches.dtype == "float64"
     assert_close(store.rows(0, 11), work.whole.sketch(16, seed=3, kind=kind))
     assert_close(torch.tensor(store.norms), work.whole.norms())
     assert store.ids.tolist() == list(range(11))
@@ -125,12 +125,15 @@ def test_float16(work: Work, scale: float) -> None:
     jac = gramjd.jacobian(scaled)
     loader = list(zip(work.x.split(4), work.y.split(4), weights.split(4), strict=True))
     store = work.run(loader, jacobian=lambda batch: jac(work.params, *batch), dtype=torch.float16)
-    assert store.sketches.dtype == np.float16 and store.rows(0, 1).dtype == torch.float32
+    assert store.sketches.dtype == np.float32 and store.rows(0, 1).dtype == torch.float32
     want = jac(work.params, work.x, work.y, weights).sketch(16)
     error = (store.rows(0, 11) - want).norm(dim=1)
     assert bool((error <= 2**-11 * want.norm(dim=1)).all())
     assert not store.rows(4, 5).any()
-    size = np.abs(store.sketches).max(1)
+    assert np.array_equal(store.sketches, store.rows(0, 11).numpy())
+    in_file = np.load(work.path / "sketches.npy")
+    assert in_file.dtype == np.float16
+    size = np.abs(in_file).max(1)
     assert ((size >= 0.5) & (size <= 1) | (size == 0)).all()
 
 
@@ -248,7 +251,7 @@ def store_under_fire(
     assert len(store) == samples
     if ranks == 1:
         assert content(folder / "killed") == content(folder / "whole")
-    for name in ("sketches", "norms", "ids", "scales"):
+    for name in ("sketches", "norms", "ids"):
         assert np.array_equal(np.asarray(getattr(store, name)), getattr(whole, name))
     return int(found[1])
 
@@ -315,13 +318,51 @@ def test_shards(work: Work, dtype: torch.dtype) -> None:
 
 def test_bfloat16(work: Work) -> None:
     store, want = work.run(dtype=torch.bfloat16), work.whole.sketch(16)
-    assert store.sketches.dtype == np.uint16 and store.settings["stored in"] == "bfloat16"
+    assert np.load(work.path / "sketches.npy").dtype == np.uint16
+    assert store.sketches.dtype == np.float32 and store.settings["stored in"] == "bfloat16"
     assert torch.equal(store.rows(2, 9), want[2:9].to(torch.bfloat16).float())
     before = content(work.path)
     work.run(dtype=torch.bfloat16)
     assert content(work.path) == before
     with pytest.raises(TypeError, match="pass the store itself"):
-        gramjd.similarity(store.sketches, store.sketches)
+        gramjd.similarity(store, np.load(work.path / "sketches.npy"))
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_sketches_are_an_array_of_numbers(work: Work, dtype: torch.dtype, shards: bool) -> None:
+    """Whatever the files hold: as numpy, scikit-learn and ``similarity`` see them."""
+    for rank, part in enumerate(parts(work.loader)) if shards else ():
+        work.run(part, shard=(rank, 3), dtype=dtype)
+    store = GradientStore.open(work.path) if shards else work.run(dtype=dtype)
+    want, sketches = store.rows(0, 11).numpy(), store.sketches
+    assert_close(torch.tensor(want), work.whole.sketch(16).float(), 1e-6 if dtype == torch.float32 else 1e-2)
+    assert sketches.shape == (11, 16) and sketches.ndim == 2 and len(sketches) == 11
+    assert np.asarray(sketches).dtype == sketches.dtype == np.float32
+    assert np.asarray(sketches, dtype=np.float64).dtype == np.float64
+    for index in (3, -2, slice(1, 9, 3), slice(5, 2), [10, 0, 6], np.array([[5, 6], [7, -11]])):
+        assert np.array_equal(sketches[index], want[index])
+    assert np.array_equal(sketches @ want[0], want @ want[0]) and np.array_equal(sketches - want, 0 * want)
+    similarities = gramjd.similarity(store, store)
+    assert torch.equal(gramjd.similarity(sketches, sketches), similarities)
+    assert_close(similarities, torch.tensor(want @ want.T), 1e-5)
+    if dtype != torch.float32 and not shards:
+        for wrong in ((0, 1), (slice(None), 3), ..., None):
+            with pytest.raises(TypeError, match="choose their columns afterwards"):
+                sketches[wrong]
+        some = np.arange(11) % 2 == 0
+        assert np.array_equal(sketches[some], want[some])
+        with pytest.raises(ValueError, match="without a copy"):
+            sketches.__array__(copy=False)
+
+
+def test_the_file_of_a_store_in_float16(work: Work) -> None:
+    """Lacks the scales, which ``similarity`` notices."""
+    store = work.run(dtype=torch.float16)
+    raw = np.load(work.path / "sketches.npy", mmap_mode="r")
+    for left, right, name in ((raw, store, "left"), (store, raw[2:5], "right")):
+        with pytest.raises(ValueError, match=f"{name} is the file of a store in float16"):
+            gramjd.similarity(left, right)
 
 
 def test_ids_of_shards(work: Work) -> None:

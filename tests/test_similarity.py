@@ -215,6 +215,8 @@ def test_arrays(stores: tuple[GradientStore, GradientStore]) -> None:
     want = rows.double() @ torch.tensor(store.sketches).T
     assert_close(similarity(rows, store), want)
     assert_close(similarity(rows.numpy(), store.sketches), want)
+    in_float16 = stores[0]
+    assert torch.equal(similarity(rows, in_float16.sketches), similarity(rows, in_float16))
     assert_close(similarity(rows.half(), rows.half()), rows.half().float() @ rows.half().float().T, 1e-6)
     assert similarity(np.zeros((2, 32)), store, cosine=True).abs().max() == 0
 

@@ -335,6 +335,11 @@ def test_arguments_that_do_not_fit() -> None:
         ({"wrt": "trunk"}, ValueError, "must be 'shared' or 'features'"),
         ({"tasks": [model.a]}, ValueError, "tasks= for 1 losses, and 3"),
         ({"shared": model.first, "tasks": [model.first, model.b, model.c]}, ValueError, "task 0's own"),
+        (
+            {"tasks": [model.b, model.a, model.c]},
+            ValueError,
+            "listed for task 0, whose loss does not depend on it, as loss 1",
+        ),
         ({"features": []}, ValueError, "no features"),
         ({"losses": []}, ValueError, "no losses"),
         ({"losses": [1.0]}, TypeError, "not of float"),

@@ -397,6 +397,33 @@ def test_the_losses_are_in_conflict() -> None:
         assert float(seen[0].min()) < 0
 
 
+@pytest.mark.parametrize("name", ["UW", "FAMO", "DWA", "STCH", "Mean"])
+def test_a_scalarizer_with_our_engine(name: str) -> None:
+    """It balances the losses of each sample, a weighting the samples: as by the definition."""
+    pytest.importorskip("torchjd")
+    scalarization = torchjd("scalarization")
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    balance = getattr(scalarization, name)(*([] if name == "Mean" else [2])).double()
+    engine = gramjd.Engine(model, batch_dim=0)
+    leaves = [p for p in (*model.parameters(), *balance.parameters()) if p.requires_grad]
+    optimizer = torch.optim.SGD(leaves, lr=0.05)
+    for _ in range(3):
+        losses = (model(torch.randn(6, 3).double()) - torch.randn(6, 2).double()).square() + 0.1
+        objectives = torch.stack([balance(each) for each in losses])
+        each = [torch.autograd.grad(o, list(model.parameters()), retain_graph=True) for o in objectives]
+        rows = torch.stack([torch.cat([g.flatten() for g in mine]) for mine in each])
+        want = ours.upgrad(rows @ rows.T)
+        gradients = torch.autograd.grad(objectives, leaves, want, retain_graph=True, allow_unused=True)
+        optimizer.zero_grad()
+        weights = engine.backward(objectives, ours.UPGradWeighting())
+        torch.testing.assert_close(weights, want, rtol=1e-8, atol=1e-10)
+        for p, g in zip(leaves, gradients, strict=True):
+            assert (p.grad is None) == (g is None)
+            torch.testing.assert_close(p.grad, g, rtol=1e-8, atol=1e-10)
+        optimizer.step()
+
+
 def test_every_public_name_has_its_row() -> None:
     pytest.importorskip("torchjd")
     public = {(package, name) for package in PACKAGES for name in torchjd(package).__all__}

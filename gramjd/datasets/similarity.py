@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import isfinite
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,8 @@ def similarity(
 
     Args:
         left, right: stores of one output for each sample that share their projection, or arrays or tensors
-            of rows, ``[m, dim]`` and ``[n, dim]``; half precision is multiplied in float32.
+            of rows, ``[m, dim]`` and ``[n, dim]``, such as a store's ``sketches``; half precision is
+            multiplied in float32.
         cosine: of the angle between the rows (of two sketches: between these). A row of zeros has cosine 0.
         topk: for each row of ``left``, the so many largest entries alone: the others are not kept. Of equal
             scores, any.
@@ -46,7 +48,8 @@ def similarity(
     Raises:
         TypeError: rows are not of floating-point numbers.
         ValueError: rows differ in length; stores differ in dim, seed, kind or parameters; there are fewer
-            rows than ``topk``; the damping is not positive, or given with ``cosine``.
+            rows than ``topk``; the damping is not positive, or given with ``cosine``; an array is the file
+            of a store in float16, mapped into memory: without its scales.
         NotFiniteError: a score is NaN or infinite.
     """
     _check_projections(left, right)
@@ -207,6 +210,7 @@ class _Rows:
     """Rows of a store, an array or a tensor, in float32 or float64."""
 
     def __init__(self, given: Any, name: str) -> None:
+        _refuse_undecoded(given, name)
         self.given = given
         shape = tuple(given.sketches.shape if isinstance(given, GradientStore) else given.shape)
         if len(shape) != 2:
@@ -223,11 +227,22 @@ class _Rows:
         some = self.given[start:stop]
         if not (some.is_floating_point() if isinstance(some, Tensor) else some.dtype.kind == "f"):
             raise TypeError(
-                f"Rows must be floating-point numbers, not {some.dtype}. Of a store in bfloat16, pass the "
-                "store itself: its files hold bits."
+                f"Rows must be floating-point numbers, not {some.dtype}. Of a store in bfloat16, whose file "
+                "holds bits, pass the store itself, or its sketches."
             )
         found = some.detach().cpu() if isinstance(some, Tensor) else torch.from_numpy(some.copy())
         return found if found.dtype == torch.float64 else found.float()
+
+
+def _refuse_undecoded(given: Any, name: str) -> None:
+    """Raise for a mapped file of a store in float16, which lacks the scales of its rows."""
+    file = Path(getattr(given, "filename", None) or "")
+    if isinstance(given, Tensor) or file.name != "sketches.npy" or not (file.parent / "scales.npy").exists():
+        return
+    raise ValueError(
+        f"{name} is the file of a store in float16, which lacks a factor for each row: pass the store "
+        f"itself, gramjd.GradientStore.open({str(file.parent)!r}), or its sketches."
+    )
 
 
 def _damped(rows: _Rows, damping: float, cosine: bool, step: int) -> Tensor:

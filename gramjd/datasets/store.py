@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gramjd.datasets.decoded import Decoded
 from gramjd.datasets.journal import Log, begin, resume, settings
 from gramjd.datasets.shards import Joined, is_shard, shards_in
 
@@ -23,6 +24,7 @@ _DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
+_HALVES = ("float16", "bfloat16")
 _IN_FILES = {"bfloat16": "uint16"}  # numpy has none: the bits
 
 
@@ -32,13 +34,13 @@ class GradientStore:
 
     Attributes:
         path: of the folder.
-        sketches: ``sketches.npy``, mapped into memory, ``[N, *S, dim]`` for outputs ``S`` per sample. Of
-            bfloat16, which numpy has not, the bits as uint16. Of several shards, their arrays as one, which
-            is read in pieces.
+        sketches: of ``sketches.npy``, ``[N, *S, dim]`` for outputs ``S`` per sample: mapped into memory, or
+            of half precision a :class:`~gramjd.datasets.decoded.Decoded`, which gives float32 when it is
+            read: the file holds float16 that lacks the powers of two of ``scales.npy``, ``[N, *S]``, as
+            gradients are often too small for float16; or the bits of bfloat16. Of several shards, their
+            arrays as one, which is read in pieces.
         norms: ``norms.npy``, of the gradients themselves, ``[N, *S]``.
         ids: ``ids.npy``, ``[N]``.
-        scales: ``scales.npy``, ``[N, *S]``, powers of two that sketches in float16 must be multiplied with:
-            gradients are often too small for float16. ``None`` for other dtypes.
         settings: what they were computed from.
     """
 
@@ -46,7 +48,6 @@ class GradientStore:
     sketches: Any
     norms: Any
     ids: Any
-    scales: Any
     settings: Mapping[str, Any]
 
     @staticmethod
@@ -64,14 +65,17 @@ class GradientStore:
         if not (folder / "journal").exists():
             raise FileNotFoundError(f"There is no {_WHAT} at {folder}. gramjd.gradients_dataset writes one.")
         found = settings(folder / "journal", _WHAT)
-        arrays = {
+        arrays: dict[str, Any] = {
             name: np.load(folder / f"{name}.npy", mmap_mode="r")
             for name in ("sketches", "norms", "ids", "scales")
             if name != "scales" or found["stored in"] == "float16"
         }
         count = min(map(len, arrays.values()))  # of one that is being written, they may differ
         arrays = {name: array[:count] for name, array in arrays.items()}
-        return GradientStore(folder, settings=found, **{"scales": None, **arrays})
+        scales = arrays.pop("scales", None)
+        if found["stored in"] in _HALVES:
+            arrays["sketches"] = Decoded(arrays["sketches"], scales)
+        return GradientStore(folder, settings=found, **arrays)
 
     def __len__(self) -> int:
         return len(self.sketches)
@@ -81,14 +85,9 @@ class GradientStore:
         return f"GradientStore({str(self.path)!r}, samples={len(self)}, {projection})"
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """The sketches of some samples, scaled, in float32 or float64; a copy."""
-        some = self.sketches[start:stop].copy()
-        if self.settings["stored in"] == "bfloat16":  # torch before 2.3 has no uint16
-            return torch.from_numpy(some.view("int16")).view(torch.bfloat16).float()
-        found = torch.from_numpy(some)
-        if self.scales is None:
-            return found
-        return (found.double() * torch.from_numpy(self.scales[start:stop].copy())[..., None]).float()
+        """The sketches of some samples, in float32 or float64; a copy."""
+        some = self.sketches[start:stop]
+        return torch.from_numpy(some if self.settings["stored in"] in _HALVES else some.copy())
 
 
 def _joined(folder: Path, stores: Sequence[GradientStore]) -> GradientStore:
@@ -101,10 +100,7 @@ def _joined(folder: Path, stores: Sequence[GradientStore]) -> GradientStore:
     norms, ids = (np.concatenate([getattr(s, name) for s in stores]) for name in ("norms", "ids"))
     if not first.settings["ids"]:
         ids = np.arange(len(ids))
-    scales = None if first.scales is None else np.concatenate([store.scales for store in stores])
-    return GradientStore(
-        folder, Joined([store.sketches for store in stores]), norms, ids, scales, first.settings
-    )
+    return GradientStore(folder, Joined([s.sketches for s in stores]), norms, ids, first.settings)
 
 
 class Rows:

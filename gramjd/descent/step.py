@@ -17,7 +17,7 @@ from gramjd.objectives import Losses, joined
 
 
 def backward(losses: Losses, weighting: Weightings, modules: Inputs = None, *, batch_dim: int | None = None,
-             per: Per = None, flat: bool = False, inputs: Iterable[Tensor] | None = None,
+             per: Per = None, flat: bool = False, inputs: Tensor | Iterable[Tensor] | None = None,
              retain_graph: bool = False, scaler: Any = None, chunk_size: int | None = None
              ) -> Any:  # fmt: skip
     """A step of Jacobian descent: Gramian, weights, and the weighted gradient added to ``.grad``.
@@ -62,7 +62,8 @@ def backward(losses: Losses, weighting: Weightings, modules: Inputs = None, *, b
     """
     scaled = Scaled.by(scaler, joined(losses, batch_dim))
     output = scaled.output
-    step = Step(weighting, per, flat, None if inputs is None else list(inputs), scaled.scale, retain_graph)
+    leaves = [inputs] if isinstance(inputs, Tensor) else inputs
+    step = Step(weighting, per, flat, None if leaves is None else list(leaves), scaled.scale, retain_graph)
     named = _leaves(output) if modules is None else unique(modules)
     tensors, spec = pytree.flatten(named)
 

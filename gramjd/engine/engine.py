@@ -189,15 +189,16 @@ class Engine:
         return gramians.flatten(gramian) if flat else gramian
 
     def backward(self, losses: Losses, /, weighting: Weightings, *, per: Per = None, flat: bool = False,
-                 inputs: Iterable[Tensor] | None = None, retain_graph: bool = False, scaler: Any = None,
-                 group: Any = None, averaged: bool = True) -> Any:  # fmt: skip
+                 inputs: Tensor | Iterable[Tensor] | None = None, retain_graph: bool = False,
+                 scaler: Any = None, group: Any = None, averaged: bool = True) -> Any:  # fmt: skip
         """A step of Jacobian descent: Gramian, weights, and the weighted gradient added to ``.grad``.
 
         The same as ``weights = weighting(engine.compute_gramian(losses)); losses.backward(weights)``,
         for all leaves, registered or not (*partial* Jacobian descent). No second backward pass runs where
         all leaves are registered: gradients are products of the factors that the Gramian was made of, as
         of :meth:`gramjd.Jacobian.backward`, which takes less time and more memory: nothing frees the graph
-        then before nobody holds the losses (``del losses``).
+        then before nobody holds the losses (``del losses``). Weights from the Gramian of a representation in
+        place of parameters (MGDA-UB) need nothing of an engine: :func:`gramjd.backward` takes its tensor.
 
         Args:
             losses: as in :meth:`compute_gramian`: a tensor of any shape, or a list or tuple of tensors.
@@ -236,8 +237,9 @@ class Engine:
         """
         output = joined(losses, self._batch_dim)
         scaled = Scaled.by(scaler, output)
+        leaves = [inputs] if isinstance(inputs, Tensor) else inputs
         step = Step(
-            weighting, per, flat, None if inputs is None else list(inputs), scaled.scale, retain_graph
+            weighting, per, flat, None if leaves is None else list(leaves), scaled.scale, retain_graph
         )
         output = scaled.output
         if group is not None:

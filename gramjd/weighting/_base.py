@@ -24,13 +24,17 @@ class Weighting(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._options:
             self._options[name](name, value)
-        elif "_options" in vars(type(self)) and not (name.startswith("_") or hasattr(self, name)):
+        elif name not in vars(self) and not self._has_room_for(name):
             known = ", ".join(self._options) or "none"
             raise AttributeError(
                 f"{type(self).__name__} has no option {name!r}; it has {known}. For attributes of your "
                 "own, make a subclass."
             )
         super().__setattr__(name, value)
+
+    def _has_room_for(self, name: str) -> bool:
+        """Whether an attribute may be assigned: any in a subclass by a user, else those that exist."""
+        return "_options" not in vars(type(self)) or name.startswith("_") or hasattr(self, name)
 
     def __lshift__(self, function: Callable[[Any], Tensor]) -> Weighting:
         """``(weighting << f)(x)`` is ``weighting(f(x))``; TorchJD's aggregators need it."""

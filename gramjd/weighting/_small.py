@@ -50,6 +50,14 @@ def finite(matrix: Tensor) -> Any:
     return array if array.shape[1] == len(array) and np.isfinite(array).all() else None
 
 
+def own_array(tensor: Tensor) -> Any:
+    """An array that shares memory with a constant tensor on the CPU in float32 or float64, else ``None``."""
+    if np is None or type(tensor) is not Tensor or tensor.device.type != "cpu" or is_compiling() or watched():
+        return None
+    known = tensor.dtype in (torch.float32, torch.float64)  # numpy is slow at half precision
+    return tensor.detach().numpy() if known and is_constant(tensor) else None
+
+
 def easy(gramian: Tensor) -> Any:
     """An exactly symmetric float64 array ``[m, m]``, if the Gramian is a finite and constant one."""
     matrix = finite(gramian)
@@ -138,17 +146,40 @@ def _nonnegative(hessian: Any, linear: Any) -> Any:
     return None
 
 
+def _least_squares(matrix: Any, right: Any, eps: float) -> Any:
+    """``H⁺b`` for a symmetric ``H``, with eigenvalues below its rounding ``eps`` taken for zero."""
+    values, vectors = np.linalg.eigh(matrix)
+    share, least = right @ vectors, len(matrix) * eps * max(float(values[-1]), -float(values[0]))
+    if values[0] > least:
+        return vectors @ (share / values)
+    kept = np.abs(values) > least
+    return vectors @ (share * kept / np.where(kept, values, 1))
+
+
 def impartial(matrix: Any, eps: float) -> Any:
     """IMTL-G's weights ``[m]``, for the rounding ``eps`` of the Gramian's dtype."""
-    mean = float(matrix.diagonal().mean())
-    matrix = matrix / mean if mean > 0 else matrix
-    values, vectors = np.linalg.eigh(matrix)
-    size = np.abs(values)
-    kept = size > len(matrix) * eps * float(size.max())
-    inverse = kept / np.where(kept, values, 1)
-    v = vectors @ (inverse * (np.sqrt(matrix.diagonal()) @ vectors))
+    trace = float(matrix.trace())
+    matrix = matrix / trace if trace > 0 else matrix
+    v = _least_squares(matrix, np.sqrt(matrix.diagonal()), eps)
     total = float(v.sum())
     return v / total if abs(total) > 1e-12 * float(np.abs(v).sum()) else np.zeros_like(v)
+
+
+def conflict_free(matrix: Any, preference: Any, eps: float) -> Any:
+    """ConFIG's weights ``[m]`` for the rounding ``eps``; ``None`` if the normal equations do not hold."""
+    diagonal, size = matrix.diagonal(), len(matrix)
+    positive = diagonal > 0
+    inverse = positive / np.sqrt(np.where(positive, diagonal, 1))
+    cosines = matrix * inverse[:, None] * inverse
+    v = _least_squares(cosines, preference, eps)
+    image = cosines @ v
+    miss = float(np.abs(cosines @ (image - preference)).max())
+    scale = float((np.abs(cosines) @ np.abs(v) + np.abs(preference)).max())
+    if not miss <= (CERTIFIED + size * eps) * size * scale:
+        return None
+    square, direction = float(v @ image), inverse * v
+    usable = square > 1e-24
+    return direction * (float((matrix @ direction).sum()) / square) if usable else np.zeros_like(v)
 
 
 def aligned(matrix: Any, preference: Any, scale_mode: str, eps: float) -> Any:

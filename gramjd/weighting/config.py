@@ -11,6 +11,7 @@ from gramjd.weighting._base import Weighting
 from gramjd.weighting._certificate import Certificate, certify
 from gramjd.weighting._gramian import flat_preference, nothing, prepare
 from gramjd.weighting._options import optional, vector
+from gramjd.weighting._small import conflict_free, easy, finish, is_fixed, np, preference_array
 
 
 # fmt: off
@@ -49,6 +50,12 @@ def config(
         ValueError: not a Gramian (shape, NaN, asymmetry), or a wrong preference.
         NotConvergedError: the residual is above 1e-9, for double-precision Gramians.
     """
+    small = None if certificate or not is_fixed(pref_vector) else easy(gramian)
+    if small is not None:
+        p = np.ones(len(small)) if pref_vector is None else preference_array(pref_vector, gramian)
+        found = conflict_free(small, p, torch.finfo(gramian.dtype).eps)
+        if found is not None:
+            return finish(found, gramian)
     matrix, restore = prepare(gramian)
     if not matrix.numel():
         return nothing(matrix, restore, certificate)

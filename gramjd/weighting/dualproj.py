@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, ClassVar, Literal, overload
+from typing import ClassVar, Literal, overload
 
 from torch import Tensor
 
@@ -11,10 +10,10 @@ from gramjd.sketched import SketchedGramian
 from gramjd.weighting._certificate import Certificate, certify
 from gramjd.weighting._dual_cone import REMEDY, project, regularize
 from gramjd.weighting._dual_cone_weighting import DUAL_CONE, DualConeWeighting
-from gramjd.weighting._factored_cone import Cone, project_onto
+from gramjd.weighting._factored_cone import project_onto
 from gramjd.weighting._gramian import flat_preference, nothing, prepare, rounding
 from gramjd.weighting._options import not_negative
-from gramjd.weighting._sketched import preference_of, weigh
+from gramjd.weighting._sketched import weigh_on_cone
 from gramjd.weighting._small import dual_cone, easy, finish, is_fixed, preference_array
 
 
@@ -60,10 +59,8 @@ def dualproj(
     not_negative("norm_eps", norm_eps)
     not_negative("reg_eps", reg_eps)
     if isinstance(gramian, SketchedGramian):
-        eps: Any = {"norm_eps": norm_eps, "reg_eps": reg_eps}
-        dense = partial(dualproj, pref_vector=pref_vector, certificate=certificate, **eps)
-        preference = preference_of(pref_vector, gramian)
-        return weigh(gramian, dense, partial(_of_rows, preference=preference, **eps), certificate)
+        eps = {"norm_eps": norm_eps, "reg_eps": reg_eps}
+        return weigh_on_cone(gramian, dualproj, project_onto, pref_vector, certificate, **eps)
     small = None if certificate or not is_fixed(pref_vector) else easy(gramian)
     if small is not None:
         found = dual_cone(small, preference_array(pref_vector, gramian), norm_eps, reg_eps)
@@ -78,13 +75,6 @@ def dualproj(
     evidence = certify(residual, not certificate, REMEDY)
     result = restore(scale * projection)
     return (result, evidence) if certificate else result
-
-
-def _of_rows(rows: Tensor, preference: Tensor, norm_eps: float, reg_eps: float) -> tuple[Tensor, Tensor]:
-    """Weights ``[m]`` and the residual, from a sketch ``[m, n]``."""
-    cone = Cone.of(rows, norm_eps, reg_eps)
-    weights, residual = project_onto(cone, preference / cone.scale)
-    return cone.scale * weights, residual
 
 
 class DualProjWeighting(DualConeWeighting):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import isfinite
 from typing import Any, ClassVar
 
 import torch
@@ -28,13 +29,14 @@ class ExcessMTLWeighting(StatefulWeighting):
             first call, which themselves count as they are, as in the authors' code.
 
     Raises:
+        TypeError: in a call, something else than tensors of real floating-point numbers.
         ValueError: an option is out of range; in a call, rows of other shapes than before, or NaN.
     """
 
     _options: ClassVar = {"robust_step_size": positive, "n_warmup_steps": count(0)}
-    _remembered = ("weights", "squares", "baseline", "calls")
+    _remembered = ("weights", "sums", "baseline", "calls")
     weights: Tensor | None
-    squares: list[Tensor] | None = None
+    sums: list[Tensor] | None = None  # of the squares, and 1e-7
     baseline: Tensor | None = None
     calls: int = 0
 
@@ -43,50 +45,73 @@ class ExcessMTLWeighting(StatefulWeighting):
         self.robust_step_size, self.n_warmup_steps = robust_step_size, n_warmup_steps
         self.register_buffer("weights", None, persistent=False)
 
-    @torch.no_grad()
     def forward(self, rows: Tensor | Iterable[Tensor], /) -> Tensor:
         """Weights ``[m]`` for ``J [m, n]``, or for the ``[m, *shape]`` of one parameter after the other."""
-        risk, squares = self._excess_risk([rows] if isinstance(rows, Tensor) else rows)
-        if not bool(risk.isfinite().all()):
+        if isinstance(rows, Tensor):
+            rows = [rows]
+        elif not isinstance(rows, Iterable):
+            raise TypeError(
+                f"ExcessMTL needs the entries of the gradients, not a {type(rows).__name__}: of a Jacobian, "
+                "pass gramjd.aggregation.parameter_rows(J)."
+            )
+        risk, sums, dtype = self._excess_risk(rows)
+        if len(risk) and not isfinite(float(risk.max())):  # no risk is negative
             raise ValueError("The Jacobian has entries that are NaN or infinite, or overflow when squared.")
-        self.squares, dtype = squares, squares[0].dtype
-        weights = torch.full_like(risk, 1 / max(len(risk), 1)) if self.weights is None else self.weights
-        self.weights, self.calls = weights, self.calls + 1
+        self.sums, weights = sums, self.weights
+        if weights is None:
+            weights = torch.full_like(risk, 1 / max(len(risk), 1))
+        self.calls += 1
         if self.calls <= self.n_warmup_steps:
             share = risk / self.n_warmup_steps
             self.baseline = share if self.baseline is None else self.baseline + share
-            return weights.to(dtype)
-        if self.baseline is None:
-            self.baseline = risk
         else:
-            risk = risk / (self.baseline + 1e-7)
-        self.weights = (weights.log() + self.robust_step_size * risk).softmax(0)
-        return self.weights.to(dtype)
+            if self.baseline is None:
+                self.baseline = risk
+            else:
+                risk = risk / (self.baseline + 1e-7)
+            weights = torch.add(weights.log(), risk, alpha=self.robust_step_size).softmax(0)
+        self._buffers["weights"] = weights  # as an assignment does, at a tenth of the time
+        return weights.to(dtype)
 
-    def _excess_risk(self, rows: Iterable[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """``E [m]`` in float64, and the sums of squares with these."""
-        kept, added, shares = self.squares, [], []
+    def _excess_risk(self, rows: Iterable[Tensor]) -> tuple[Tensor, list[Tensor], torch.dtype]:
+        """The risks ``E [m]`` in float64, the new sums of squares, and the dtype of the rows."""
+        kept, sums, total, dtype = self.sums, list[Tensor](), None, torch.float64
         for number, some in enumerate(rows):
-            square = some.detach().flatten(1).square()
+            flat, dtype = _matrix(some), some.dtype
+            square = (flat if dtype.itemsize >= 4 else flat.float()).square()
             old = None if kept is None else kept[number] if number < len(kept) else square[:0]
             if old is not None and old.shape != square.shape:
                 raise ValueError(
                     f"Rows {number} are of shape {list(square.shape)}, and were of shape {list(old.shape)} "
                     "before: call reset() when the objectives or the parameters change."
                 )
-            added.append(square if old is None else old + square)
-            shares.append((square / (added[-1] + 1e-7).sqrt()).sum(1, dtype=torch.float64))
-        if not shares or (kept is not None and len(kept) != len(added)):
-            raise ValueError(f"Expected the rows of {len(kept or [1])} parameters or more; got {len(added)}.")
-        return torch.stack(shares).sum(0), added
+            sums.append(square + (1e-7 if old is None else old))  # what is kept stays if a row is wrong
+            share = square.div_(sums[-1].sqrt()).sum(1, dtype=torch.float64)
+            if total is not None and len(total) != len(share):
+                raise ValueError(f"Rows {number} are {len(share)}, and there are {len(total)} of others.")
+            total = share if total is None else total.add_(share)
+        if total is None or (kept is not None and len(kept) != len(sums)):
+            wanted = len(kept or [1])
+            raise ValueError(f"Expected the rows of {wanted} parameters or more; got {len(sums)}.")
+        return total, sums, dtype
 
     def reset(self) -> None:
         """Forget the squares, the weights and the warm-up."""
-        self.weights = self.squares = self.baseline = None
+        self.weights = self.sums = self.baseline = None
         self.calls = 0
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Go on from there; the squares are not shared with who saved them."""
-        squares = state["squares"]
-        copied = None if squares is None else [each.clone() for each in squares]
-        super().set_extra_state({**state, "squares": copied})
+        """Go on from there; the sums are not shared with who saved them."""
+        super().set_extra_state({**state, "sums": _copied(state["sums"])})
+
+
+def _matrix(rows: Any) -> Tensor:
+    """Flatten rows ``[m, *shape]`` to ``[m, n]``, detached."""
+    if not isinstance(rows, Tensor) or not rows.is_floating_point() or not rows.ndim:
+        got = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+        raise TypeError(f"Rows are real floating-point tensors of shape [m, *shape]; got {got}.")
+    return rows.detach().flatten(1) if rows.ndim > 1 else rows.detach().unsqueeze(1)
+
+
+def _copied(sums: list[Tensor] | None) -> list[Tensor] | None:
+    return None if sums is None else [each.clone() for each in sums]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, ClassVar, Literal, overload
+from typing import ClassVar, Literal, overload
 
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from gramjd.weighting._dual_cone_weighting import DUAL_CONE, DualConeWeighting
 from gramjd.weighting._factored_cone import Cone, combined_units
 from gramjd.weighting._gramian import flat_preference, nothing, prepare, rounding
 from gramjd.weighting._options import not_negative
-from gramjd.weighting._sketched import preference_of, weigh
+from gramjd.weighting._sketched import weigh_on_cone
 from gramjd.weighting._small import finish, is_fixed, np, preference_array
 from gramjd.weighting._small_cone import small_projections
 
@@ -65,10 +64,8 @@ def upgrad(
     not_negative("norm_eps", norm_eps)
     not_negative("reg_eps", reg_eps)
     if isinstance(gramian, SketchedGramian):
-        eps: Any = {"norm_eps": norm_eps, "reg_eps": reg_eps}
-        dense = partial(upgrad, pref_vector=pref_vector, certificate=certificate, **eps)
-        preference = preference_of(pref_vector, gramian)
-        return weigh(gramian, dense, partial(_of_rows, preference=preference, **eps), certificate)
+        eps = {"norm_eps": norm_eps, "reg_eps": reg_eps}
+        return weigh_on_cone(gramian, upgrad, _solve_units, pref_vector, certificate, **eps)
     quick = not certificate and is_fixed(pref_vector)
     small = small_projections(gramian, norm_eps, reg_eps) if quick else None
     if small is not None:
@@ -86,11 +83,9 @@ def upgrad(
     return (result, evidence) if certificate else result
 
 
-def _of_rows(rows: Tensor, preference: Tensor, norm_eps: float, reg_eps: float) -> tuple[Tensor, Tensor]:
-    """Weights ``[m]`` and the residual, from a sketch ``[m, n]``."""
-    cone = Cone.of(rows, norm_eps, reg_eps)
-    weights, residual = combined_units(cone, preference.clamp(min=0) / cone.scale)
-    return cone.scale * weights, residual
+def _solve_units(cone: Cone, preference: Tensor) -> tuple[Tensor, Tensor]:
+    """The scaled weights ``[m]`` and their residual, for a scaled preference."""
+    return combined_units(cone, preference.clamp(min=0))
 
 
 def _combine(projections: Tensor, scale: Tensor, preference: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """ConFIG, PCD, ExcessMTL, MoDo and SDMGrad: TorchJD's own numbers, and what defines each of them."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -128,6 +129,28 @@ def test_excess_mtl_of_one_parameter_after_the_other() -> None:
         with pytest.raises(ValueError, match=r"Rows|rows|NaN"):
             split(bad)
     torch.testing.assert_close(split.state_dict(), before)  # as before the refused calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_excess_mtl_in_half_precision(dtype: torch.dtype) -> None:
+    """The squares of many calls: a sum in bfloat16 no longer grows after 256, one in float16 overflows."""
+    half, double = w.ExcessMTLWeighting(0.1), w.ExcessMTLWeighting(0.1)
+    rows = (20 * jacobian("random", 4)).to(dtype)
+    for _ in range(300):
+        got, want = half(rows), double(rows.double())
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), want, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_a_saved_state_of_excess_mtl_stays_as_it_is() -> None:
+    weighting, rows = w.ExcessMTLWeighting(), jacobian("random", 4)
+    weighting(rows)
+    saved = weighting.state_dict()
+    kept = copy.deepcopy(saved)
+    want = weighting(2 * rows)
+    torch.testing.assert_close(saved, kept, rtol=0, atol=0)
+    weighting.load_state_dict(saved)
+    torch.testing.assert_close(weighting(2 * rows), want, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 12])

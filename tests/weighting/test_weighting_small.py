@@ -38,7 +38,10 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "aligned_min": lambda g: w.aligned_mtl(g, PREFERENCE[: g.shape[-1]], "min"),
     "aligned_median": lambda g: w.aligned_mtl(g, PREFERENCE[: g.shape[-1]], "median"),
     "aligned_rmse": lambda g: w.aligned_mtl(g, PREFERENCE[: g.shape[-1]], "rmse"),
+    "config": w.config,
+    "config_by_preference": lambda g: w.config(g, PREFERENCE[: g.shape[-1]]),
 }
+EIGEN = ("imtl", "aligned", "config")  # whose rank hangs on eigenvalues
 
 
 def symmetric(matrix: Tensor) -> Tensor:
@@ -60,13 +63,13 @@ def test_agrees_with_the_general_way(name: str, family: str, size: int, dtype: t
     short, want = FUNCTIONS[name](matrix), general(FUNCTIONS[name], matrix)
     assert short.dtype == dtype
     tolerance = 1e-9 if dtype == torch.float64 else 1e-5
-    if name.startswith(("imtl", "aligned")):  # two eigensolvers differ by their rounding
+    if name.startswith(EIGEN):  # two eigensolvers differ by their rounding
         tolerance = max(tolerance, 1e-15 * min(float(torch.linalg.cond(matrix.double())), 1e12))
     scale = want.abs().max().clamp(min=1e-9)
     torch.testing.assert_close(short / scale, want / scale, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", [name for name in FUNCTIONS if not name.startswith(("imtl", "aligned"))])
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if not name.startswith(EIGEN)])
 def test_degenerate(name: str) -> None:
     for size in (2, 5, 12):
         for matrix in symmetric(degenerate(size, 60, seed=size)):
@@ -83,7 +86,7 @@ def test_it_is_taken(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Any:
         raise AssertionError("the general way was taken")
 
-    modules = dict.fromkeys(("aligned_mtl", "cagrad", "dualproj", "imtl_g", "upgrad"), "prepare")
+    modules = dict.fromkeys(("aligned_mtl", "cagrad", "config", "dualproj", "imtl_g", "upgrad"), "prepare")
     for module, prepare in {**modules, "modo": "prepare_cross", "sdmgrad": "prepare_cross"}.items():
         monkeypatch.setattr(sys.modules[f"gramjd.weighting.{module}"], prepare, refuse)
     matrix = symmetric(gramian("random", size))
