@@ -63,6 +63,8 @@ from gramjd.internals.tensors import (
 from gramjd.internals.tracing import (
     autocasts,
     constant_in_graphs,
+    flash_attention,
+    flash_attention_backward,
     innermost_mode,
     is_compiling,
     unfused_attention,
@@ -110,6 +112,8 @@ __all__ = [
     "differentiated_outside",
     "differentiates",
     "dtypes_of",
+    "flash_attention",
+    "flash_attention_backward",
     "has_plain_layout",
     "has_stock_type",
     "held_by",
