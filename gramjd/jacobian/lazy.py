@@ -153,7 +153,8 @@ class Jacobian:
                 from groups to names. The shares add up to the whole.
             memory_budget: bytes of working memory that contractions may use beside the result. Rows
                 that they build of weights used at many positions are kept with the Jacobian, in up to
-                half of it, where they make :meth:`vjp` and :meth:`backward` faster.
+                half of it, or by default in an eighth of the free memory: they make :meth:`vjp` and
+                :meth:`backward` faster.
             accumulate_dtype: dtype in which half-precision products are added up.
             group: a ``torch.distributed`` process group, or a ``DeviceMesh`` of one dimension, each
                 rank of which calls this with the Jacobian of its own samples: the Gramian is that of
