@@ -353,6 +353,15 @@ def _() -> None:
         assert torch.allclose(got, wanted, atol=1e-5)
 
 
+@contract("in_forward_mode")
+def _() -> None:
+    found = []
+    torch.func.jvp(
+        lambda x: found.append(internals.in_forward_mode()) or x, (torch.ones(1),), (torch.ones(1),)
+    )
+    assert found == [True] and not internals.in_forward_mode()
+
+
 @contract("outside_vmap")
 def _() -> None:
     x, found = torch.randn(4, 3), []

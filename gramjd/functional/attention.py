@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gramjd.internals import flash_attention, flash_attention_backward, unfused_attention
+from gramjd.internals import flash_attention, flash_attention_backward, in_forward_mode, unfused_attention
 
 _DTYPES = (torch.float32, torch.float64)
 _NAMES = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")  # after the tensors
@@ -31,7 +31,7 @@ def fused(args: Sequence[Any], kwargs: dict[str, Any]) -> Options | None:
 
     It does for ``[N, heads, T, d]`` without a mask or dropout, where nothing differentiates in forward mode.
     """
-    if flash_attention is None or len(args) < 3 or torch.autograd.forward_ad._current_level >= 0:
+    if flash_attention is None or len(args) < 3 or in_forward_mode():
         return None
     options = {**dict(zip(_NAMES, args[3:], strict=False)), **kwargs}
     query, key, value = args[:3]

@@ -62,9 +62,14 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and not is_wrapped(tensor)
 
 
+def in_forward_mode() -> bool:
+    """Whether something differentiates in forward mode: a dual tensor looks like any other."""
+    return bool(torch.autograd.forward_ad._current_level >= 0)
+
+
 def is_ours(tensor: Tensor) -> bool:
     """Whether results may be changed in place: nothing traces, transforms or differentiates them."""
-    if is_compiling() or torch.autograd.forward_ad._current_level >= 0:  # a dual tensor looks like any other
+    if is_compiling() or in_forward_mode():
         return False
     return is_plain(tensor) and not tensor.requires_grad
 
@@ -76,7 +81,7 @@ def is_watched() -> bool:
 
 def runs_plainly(tensors: Sequence[Tensor]) -> bool:
     """Whether nothing traces, transforms, watches or records ops on these tensors."""
-    if is_compiling() or inside_transform() or torch.autograd.forward_ad._current_level >= 0:
+    if is_compiling() or inside_transform() or in_forward_mode():
         return False
     if is_watched() or torch._C._get_tracing_state() is not None:
         return False

@@ -157,15 +157,20 @@ def loss_gradients(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | No
     Where the output is a stack of losses, each pass is through the graph of its own loss alone.
     """
     rows: list[Tensor | None] = [None] * len(inputs)
+    missing: list[list[int]] = [[] for _ in inputs]  # rows that are zero
     for k, (start, cotangent) in enumerate(_losses(output)):
         found = [None] * len(inputs) if start is None else _grad(start, inputs, cotangent)
         for n, (p, g) in enumerate(zip(inputs, found, strict=True)):
             if g is None:
+                missing[n].append(k)
                 continue
             row = rows[n]
             if row is None:
-                row = rows[n] = p.new_zeros(output.numel(), 1, *p.shape)
+                row = rows[n] = p.new_empty(output.numel(), 1, *p.shape)
             row[k, 0] = g.to_dense() if g.is_sparse else g
+    for row, zeros in zip(rows, missing, strict=True):
+        for k in zeros if row is not None else ():
+            row[k].zero_()
     return rows
 
 
