@@ -169,8 +169,8 @@ def loss_gradients(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | No
                 row = rows[n] = p.new_empty(output.numel(), 1, *p.shape)
             row[k, 0] = g.to_dense() if g.is_sparse else g
     for row, zeros in zip(rows, missing, strict=True):
-        for k in zeros if row is not None else ():
-            row[k].zero_()
+        if row is not None and zeros:
+            row[zeros] = 0
     return rows
 
 
