@@ -439,11 +439,11 @@ def hooks() -> None:
 # Backward passes.
 
 
-@contract("tap")
+@contract("edge_behind")
 def taps() -> None:
     x = leaf(3)
     before = x * 1
-    edge, later = internals.tap(before)
+    edge, later = internals.edge_behind(before)
     later = later.mul_(2) if internals.is_view(later) or later is not before else later * 2
     (gradient,) = torch.autograd.grad(later.sum(), edge)
     assert_close(gradient, torch.full((3,), 2.0, dtype=x.dtype))

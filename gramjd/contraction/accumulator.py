@@ -18,7 +18,7 @@ from gramjd.gramians import symmetric
 _MOST = 2**14  # elements of short rows that wait for others
 
 
-class Sum:
+class GramianSum:
     """Adds up the shares of parameters in the Gramian of one output."""
 
     def __init__(self, options: Options) -> None:

@@ -30,7 +30,7 @@ from gramjd.engine.solving.task import Task
 from gramjd.engine.step import Scaled, Step, Weightings
 from gramjd.errors import NotCoveredError, NotFiniteError, SlowPathWarning
 from gramjd.explanation import Explanation, explanation
-from gramjd.jacobian import Jacobian, Output, Sum, groups
+from gramjd.jacobian import GramianSum, Jacobian, Output, groups
 from gramjd.jacobian.lazy import Per
 from gramjd.jacobian.projection import Projection
 from gramjd.objectives import Losses, joined
@@ -303,7 +303,7 @@ class Engine:
     @own_precision
     def _streamed(self, output: Tensor) -> Tensor:
         """The Gramian, to which each region adds its share when the backward pass has been through it."""
-        total = Sum(self._options)
+        total = GramianSum(self._options)
         task = self._solve(output, total.add, deferred=True)
         shape = Output(0, tuple(output.shape), task.batch_dim)
         return total.gramian(shape, next(iter(task.parameters.values())))

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from gramjd import pytree
 from gramjd.blocks import Block, Dense
-from gramjd.functional.edges import tapped
+from gramjd.functional.edges import by_edges
 from gramjd.functional.per_sample_mode import Function, Trace
-from gramjd.functional.perturbations import perturbed
+from gramjd.functional.perturbations import by_perturbations
 from gramjd.internals import differentiates, is_compiling, outside_vmap, transform_level
 from gramjd.uses.accumulation import blocks_of
 from gramjd.uses.use import Use
@@ -75,7 +75,7 @@ def capture(
         )
     # An alias apiece: tied entries stay apart, as torch.func.grad keeps them apart.
     raw = [p.view_as(p) for p in parameters]
-    run = perturbed if is_compiling() else tapped
+    run = by_perturbations if is_compiling() else by_edges
     given = [c[:, 0] if shared else c.transpose(0, 1) for c in cotangents or ()]
     trace = Trace()
 

@@ -1,7 +1,7 @@
 """Capture by edges of autograd's graph: the function runs once, at a level of differentiation of our own.
 
-- An op with a rule receives the bare parameter, and autograd's edge behind its output is remembered
-  (a *tap*). One backward pass to all taps at once gives the cotangents of all uses; since the op did
+- An op with a rule receives the bare parameter, and autograd's edge behind its output is remembered.
+  One backward pass to all these edges at once gives the cotangents of all uses; since the op did
   not see a parameter that requires gradients, no weight gradient is computed on the way.
 - Any other op receives the parameter as a tensor that requires gradients. Whatever depends on it
   through ops that have no rule, that no mode shows us, or that run at a level of the function's own
@@ -17,31 +17,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramjd.functional.per_sample_mode import Function, Run, Trace, Watch, basis
+from gramjd.functional.per_sample_mode import Function, PerSampleMode, Run, Trace, basis
 from gramjd.internals import (
     belongs_to,
     below_transform,
     depends_on_innermost_transform,
     differentiable,
     differentiated_outside,
-    tap,
+    edge_behind,
 )
 
 
-class _Tap(Watch):
+class _EdgeMode(PerSampleMode):
     """Remembers autograd's edge behind every use."""
 
     def __init__(self, wrapped: Sequence[Tensor], raw: Sequence[Tensor], zero: Tensor, shared: bool,
                  batch_independent: Sequence[Tensor]) -> None:  # fmt: skip
         super().__init__(wrapped, raw, shared, batch_independent)
         self.zero = zero  # requires gradients
-        self.taps: list[Any] = []
+        self.edges: list[Any] = []
 
     def mark(self, out: Tensor) -> Tensor:
         if not depends_on_innermost_transform(out):
             out = out + self.zero.to(out.dtype)
-        found, out = tap(out)
-        self.taps.append(found)
+        found, out = edge_behind(out)
+        self.edges.append(found)
         return out
 
     def bare_outputs(self, op: Any, args: Any, kwargs: dict[str, Any], outs: Sequence[Tensor]
@@ -54,18 +54,18 @@ class _Tap(Watch):
         return below
 
 
-def tapped(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor], given: Sequence[Tensor],
-           shared: bool, batch_independent: Sequence[Tensor]) -> Run:  # fmt: skip
+def by_edges(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor], given: Sequence[Tensor],
+             shared: bool, batch_independent: Sequence[Tensor]) -> Run:  # fmt: skip
     """Run a function of one sample; ``given`` are cotangents of its outputs (empty: all entries)."""
     found: list[Run] = []
 
     def run(zero: Tensor) -> Tensor:
         wrapped = differentiable(raw)
-        tracker = _Tap(wrapped, raw, zero, shared, batch_independent)
+        tracker = _EdgeMode(wrapped, raw, zero, shared, batch_independent)
         with tracker:
             outputs, aux = function(wrapped, batch)
         trace, level = tracker.trace, tracker.level
-        cs = _pull(outputs, [*tracker.taps, *wrapped], list(given) or basis(outputs), trace)
+        cs = _pull(outputs, [*tracker.edges, *wrapped], list(given) or basis(outputs), trace)
         tracker.check_versions()
 
         def below(tensors: Sequence[Tensor]) -> list[Tensor]:

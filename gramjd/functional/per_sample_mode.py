@@ -43,7 +43,7 @@ class Trace:
     tracked: list[list[Tensor]] = field(default_factory=list)  # tensors of the slots of each record
     constants: list[list[Tensor]] = field(default_factory=list)  # values saved by derived records
     outputs: list[int] = field(default_factory=list)  # how many each record has
-    reached: list[bool] = field(default_factory=list)  # does the output depend on each tap, parameter?
+    reached: list[bool] = field(default_factory=list)  # does the output depend on each edge, parameter?
     one_level: bool = False  # is there an op that tolerates one level of vmap alone?
 
 
@@ -58,7 +58,7 @@ class Run:
     aux: list[Tensor]
 
 
-class Watch(Tracker):
+class PerSampleMode(Tracker):
     """Runs ops with rules on bare parameters and marks their outputs; all others go their way, wrapped."""
 
     def __init__(self, wrapped: Sequence[Tensor], raw: Sequence[Tensor], shared: bool,

@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 
 from gramjd import pytree
-from gramjd.functional.per_sample_mode import Function, Run, Watch, basis
+from gramjd.functional.per_sample_mode import Function, PerSampleMode, Run, basis
 from gramjd.internals import constant_in_graphs
 from gramjd.rules import tensors_of
 from gramjd.uses.tracker import is_inplace
 from gramjd.uses.use import Record, roots
 
 
-class _Perturb(Watch):
+class _PerturbationMode(PerSampleMode):
     """Perturbs the output of every use. The first run, without perturbations, finds out about them."""
 
     def __init__(self, wrapped: Sequence[Tensor], raw: Sequence[Tensor], shared: bool,
-                 batch_independent: Sequence[Tensor], first: _Perturb | None = None,
+                 batch_independent: Sequence[Tensor], first: _PerturbationMode | None = None,
                  perturbations: Sequence[Tensor] = ()) -> None:  # fmt: skip
         super().__init__(wrapped, raw, shared, batch_independent)
         self.first = first
@@ -69,11 +69,12 @@ class _Perturb(Watch):
         return tensors_of(op(*self.bare(args), **self.bare(kwargs))) if self.tracked[number] else None
 
 
-def perturbed(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor], given: Sequence[Tensor],
-              shared: bool, batch_independent: Sequence[Tensor]) -> Run:  # fmt: skip
+def by_perturbations(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor],
+                     given: Sequence[Tensor], shared: bool, batch_independent: Sequence[Tensor]
+                     ) -> Run:  # fmt: skip
     """Run a function of one sample; ``given`` are cotangents of its outputs (empty: all entries)."""
 
-    def ask(wanted: Sequence[int]) -> tuple[_Perturb, bool]:
+    def ask(wanted: Sequence[int]) -> tuple[_PerturbationMode, bool]:
         return _first_run(function, raw, batch, shared, batch_independent, wanted)
 
     first, depends = ask(range(len(raw)))
@@ -83,11 +84,11 @@ def perturbed(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor]
         for n in _those(unseen, lambda wanted: ask(wanted)[1]):
             is_open[n] = True
     zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in first.marked]
-    seen: list[_Perturb] = []
+    seen: list[_PerturbationMode] = []
 
     def run(wrapped: Sequence[Tensor], perturbations: Sequence[Tensor]) -> Any:
         mine = [_fresh(tensor) for tensor in wrapped]
-        watch = _Perturb(mine, raw, shared, batch_independent, first, perturbations)
+        watch = _PerturbationMode(mine, raw, shared, batch_independent, first, perturbations)
         with watch:
             outputs, aux = function(mine, batch)
         seen.append(watch)
@@ -108,15 +109,15 @@ def perturbed(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor]
 
 def _first_run(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor], shared: bool,
                batch_independent: Sequence[Tensor], wanted: Sequence[int],
-               ) -> tuple[_Perturb, bool]:  # fmt: skip
+               ) -> tuple[_PerturbationMode, bool]:  # fmt: skip
     """Run with gradients for some parameters; return the run, and whether the outputs depend on them."""
-    seen: list[tuple[_Perturb, bool]] = []
+    seen: list[tuple[_PerturbationMode, bool]] = []
 
     def run(wrapped: Sequence[Tensor]) -> Any:
         mine = list(bare)
         for number, tensor in zip(wanted, wrapped, strict=True):
             mine[number] = _fresh(tensor)
-        watch = _Perturb(mine, bare, shared, batch_independent)
+        watch = _PerturbationMode(mine, bare, shared, batch_independent)
         with watch:
             outputs, _ = function(mine, batch)
         seen.append((watch, any(out.requires_grad for out in outputs)))

@@ -5,9 +5,9 @@
 
 from gramjd.internals.autograd import (
     after_backward,
+    edge_behind,
     in_backward,
     saved_tensors_hook,
-    tap,
 )
 from gramjd.internals.modules import (
     VF,
@@ -113,6 +113,7 @@ __all__ = [
     "differentiated_outside",
     "differentiates",
     "dtypes_of",
+    "edge_behind",
     "flash_attention",
     "flash_attention_backward",
     "has_plain_layout",
@@ -158,7 +159,6 @@ __all__ = [
     "sparse_values",
     "stops_functions",
     "takes_one_cotangent",
-    "tap",
     "transform_level",
     "undispatched",
     "unfused_attention",

@@ -1,7 +1,7 @@
 """The lazy Jacobian: a linear operator made of blocks."""
 
-from gramjd.contraction.accumulator import Sum
+from gramjd.contraction.accumulator import GramianSum
 from gramjd.contraction.outputs import Output
 from gramjd.jacobian.lazy import Jacobian
 
-__all__ = ["Jacobian", "Output", "Sum"]
+__all__ = ["GramianSum", "Jacobian", "Output"]
