@@ -337,22 +337,6 @@ def _() -> None:
         assert seen
 
 
-@contract("flash_attention", "flash_attention_backward")
-def _() -> None:
-    if internals.flash_attention is None:  # torch 2.1
-        assert internals.flash_attention_backward is None
-        return
-    assert internals.flash_attention_backward is not None
-    q, k, v = (torch.randn(2, 3, 5, 4, requires_grad=True) for _ in range(3))
-    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.5)
-    out, normaliser = internals.flash_attention(q, k, v, 0.0, True, scale=0.5)
-    assert torch.allclose(out, want, atol=1e-6)
-    g = torch.randn_like(want)
-    found = internals.flash_attention_backward(g, q, k, v, out, normaliser, 0.0, True, scale=0.5)
-    for got, wanted in zip(found, torch.autograd.grad(want, (q, k, v), g), strict=True):
-        assert torch.allclose(got, wanted, atol=1e-5)
-
-
 @contract("in_forward_mode")
 def _() -> None:
     found = []

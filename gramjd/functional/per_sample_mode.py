@@ -15,11 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramjd import pytree
-from gramjd.functional import attention
 from gramjd.internals import (
     below_transform,
     innermost_level,
-    is_compiling,
     unfused_attention,
     version_of,
     vmaps_in_progress,
@@ -87,11 +85,6 @@ class PerSampleMode(Tracker):
         if getattr(func, "__name__", "") in _ONE_LEVEL:
             self._refuse_nesting(func.__name__)
         if func is F.scaled_dot_product_attention and args and args[0].device.type == "cpu":
-            plainly = not is_compiling() and innermost_level() == self.level
-            options = attention.fused(args, kwargs or {}) if plainly else None
-            if options is not None:
-                args, kwargs = (*args[:3], options), None
-                return super().__torch_function__(attention.attention, types, args, kwargs)
             with unfused_attention():  # the fused kernel has no batching rule there
                 return super().__torch_function__(func, types, args, kwargs)
         decomposition = decomposition_of(func)

@@ -64,8 +64,6 @@ from gramjd.internals.tensors import (
 from gramjd.internals.tracing import (
     autocasts,
     constant_in_graphs,
-    flash_attention,
-    flash_attention_backward,
     innermost_mode,
     is_compiling,
     unfused_attention,
@@ -114,8 +112,6 @@ __all__ = [
     "differentiates",
     "dtypes_of",
     "edge_behind",
-    "flash_attention",
-    "flash_attention_backward",
     "has_plain_layout",
     "has_stock_type",
     "held_by",

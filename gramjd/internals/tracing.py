@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -46,12 +45,3 @@ def unfused_attention() -> AbstractContextManager[Any]:
         context: Any = torch.backends.cuda.sdp_kernel(enable_flash=False, enable_mem_efficient=False)
         return context
     return sdpa_kernel(SDPBackend.MATH)
-
-
-# The fused attention of the CPU and its gradients, which older versions of torch do not have.
-flash_attention: Callable[..., tuple[Tensor, Tensor]] | None
-flash_attention = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-flash_attention_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] | None
-flash_attention_backward = getattr(
-    torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None
-)
