@@ -35,7 +35,7 @@ class GradientStore:
     Attributes:
         path: of the folder.
         sketches: of ``sketches.npy``, ``[N, *S, dim]`` for outputs ``S`` per sample: mapped into memory, or
-            of half precision a :class:`~gramjd.datasets.decoded.Decoded`, which gives float32 when it is
+            of half precision a ``Decoded`` array, which gives float32 when it is
             read: the file holds float16 that lacks the powers of two of ``scales.npy``, ``[N, *S]``, as
             gradients are often too small for float16; or the bits of bfloat16. Of several shards, their
             arrays as one, which is read in pieces.
