@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import assert_close
-from torch import Tensor
+from oracle import assert_close, dense_gramian
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 import gramjd
@@ -181,3 +181,22 @@ def test_auxiliary_tensors_are_a_batch() -> None:
     assert_close(got, 10 * W)
     with pytest.raises(TypeError, match=r"a tuple \(output, aux\)"):
         gramjd.gramian(lambda w, x: func(w, x, V), has_aux=True)(W, X)
+
+
+def test_tied_weights_of_a_model_that_names_its_parameters_itself() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.second.weight = self.first.weight
+
+        def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+            return super().named_parameters(*args, **kwargs)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x).tanh())
+
+    model, x = Named().double(), torch.randn(5, 4, dtype=torch.float64)
+    f, params = gramjd.functional_loss(model, lambda out: out.square().sum(1))
+    want = dense_gramian(model(x).square().sum(1), model.parameters())
+    assert_close(gramjd.gramian(f)(params, x), want)

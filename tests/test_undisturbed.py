@@ -598,3 +598,37 @@ def test_uses_in_transforms_are_not_missed(name: str, checks: str) -> None:
         model.gate.fill_(gate)
         losses = objectives(model(x))
         assert_close(engine.compute_gramian(losses), dense_gramian(losses, model.parameters()))
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda w, x: torch.einsum("bi,ijk->bj", x, w),
+        lambda w, x: torch.einsum("bi,,", x, w),
+        lambda w, x: F.linear(x, w[0]),
+        lambda w, x: F.layer_norm(x, (3,), w),
+        lambda w, x: F.embedding(x, w),
+    ],
+    ids=["equation", "operands", "sizes", "norm", "indices"],
+)
+@pytest.mark.parametrize("face", ["engine", "functional"])
+def test_what_an_op_refuses_it_refuses_in_its_own_words(face: str, op: Callable[..., Tensor]) -> None:
+    model, x = Net(lambda m, x: op(m.w, x), w=parameter(4, 3)), draw(2, D)
+    want = _raised(lambda: model(x))
+    if face == "engine":
+        with Engine(model, batch_dim=0):
+            got = _raised(lambda: model(x))
+        assert str(got) == str(want)
+    else:
+        f, p = gramjd.functional_loss(model)
+        got = _raised(lambda: gramjd.gramian(f)(p, x))
+    assert type(got) is type(want)
+
+
+def _raised(run: Callable[[], Any]) -> Exception:
+    """What a call raises."""
+    try:
+        run()
+    except Exception as error:
+        return error
+    raise AssertionError("nothing was raised")

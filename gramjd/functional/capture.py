@@ -104,7 +104,7 @@ def _batched(function: Callable[..., Values], batched: Sequence[Tensor], given: 
              randomness: str) -> Values:  # fmt: skip
     """``vmap`` of a function that returns lists of tensors, without its walks over nested containers."""
     found: list[Values] = []
-    size = len(next(iter([*batched, *given])))
+    size = [*batched, *given][0].shape[0]
 
     def run(*arguments: Sequence[Tensor]) -> Tensor:
         level = transform_level()

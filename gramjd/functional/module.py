@@ -65,8 +65,10 @@ def functional_loss(
             output = torch.func.functional_call(model, held, args, kwargs)
             return pytree.map(_only_sample, output if loss is None else loss(output, *targets))
         held, replaced = _held(model, parameters)
+        # a model that names its parameters itself may leave out names of tied ones
+        renames = type(model).named_parameters is not nn.Module.named_parameters
         with Guard(model, replaced):
-            output = torch.func.functional_call(model, held, args, kwargs, tie_weights=False)
+            output = torch.func.functional_call(model, held, args, kwargs, tie_weights=renames)
             found = output if loss is None else loss(output, *targets)
         return pytree.map(_only_sample, found)
 

@@ -46,9 +46,12 @@ def _covers(name: str) -> Any:
     def covers(arguments: _Arguments) -> bool:
         if len(arguments) != 3 or not isinstance(arguments["equation"], str):
             return False
-        weight, other, out = _parts(arguments["equation"], name, arguments["first"], arguments["second"])
+        try:
+            weight, other, out = _parts(arguments["equation"], name, arguments["first"], arguments["second"])
+            sizes = {**_sizes(weight, arguments[name]), **_sizes(other, arguments[_other(name)])}
+        except ValueError:  # an equation that does not fit: torch says so
+            return False
         distinct = all(len(set(part)) == len(part) for part in (weight, other, out))
-        sizes = {**_sizes(weight, arguments[name]), **_sizes(other, arguments[_other(name)])}
         whole = sizes == {**sizes, **_sizes(weight, arguments[name])}
         used = set(weight) <= set(other + out) and set(other) <= set(weight + out)
         return distinct and whole and used and _split(weight, other, out) is not None

@@ -191,10 +191,7 @@ class Recorder(Tracker):
             others = [self._lost(arg, _WRITTEN) for arg in args[1:]]
             named = {name: self._lost(arg, _WRITTEN) for name, arg in kwargs.items()}
             return op(args[0], *others, **named), None
-        record, leaves = self.known_calls.describe(op, args, kwargs, self.sources, derived)
-        fused = not derived and is_fused(op)
-        # an op that has a rule draws no random numbers
-        state = torch.get_rng_state() if fused or None in record.entries else None
+        before = torch.get_rng_state()
         arguments = computed_by((*args, *kwargs.values()) if kwargs else args)
         for arg in args:
             if isinstance(arg, Tensor) and hooks_of(arg) and arg.grad_fn is not None:
@@ -203,16 +200,18 @@ class Recorder(Tracker):
         live = out.requires_grad if isinstance(out, Tensor) else any(t.requires_grad for t in tensors_of(out))
         if not live or saved_tensors_hook() != self.hook or (inplace and out is not args[0]):
             return out, None
+        # after the call: if the op refuses its arguments, the error is the op's own
+        record, leaves = self.known_calls.describe(op, args, kwargs, self.sources, derived)
         if (type(out) is not Tensor or out.layout is not _STRIDED or out.is_nested) and not is_markable(out):
             self.hide(leaves[slot.index] for slot in record.slots)
             return out, None
         for slot in record.slots:
             self.seen.add(id(slot.source))
-        if fused:
-            assert state is not None
-            return mark_fused(record, leaves, out, state, arguments), record
+        if not derived and is_fused(op):
+            return mark_fused(record, leaves, out, before, arguments), record
         batch_independent = derived or self._are_batch_independent(leaves)
-        drew = state is not None and not torch.equal(state, torch.get_rng_state())
+        # an op that has a rule draws no random numbers
+        drew = None in record.entries and not torch.equal(before, torch.get_rng_state())
         lost = "drew random numbers when it used it" if drew else ""
         marked = mark_op(record, leaves, out, arguments, inplace, batch_independent, lost, self.hooks)
         if not inplace:
