@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from gramjd import gramians
-from gramjd.engine.analysis.regions import Stream
 from gramjd.engine.recording.nodes import taps_of
+from gramjd.engine.solving.stream import Stream
 from gramjd.errors import NoGraphError
 from gramjd.internals import (
     batched_gradients_level,
@@ -148,7 +148,7 @@ def row_gradients(output: Tensor, inputs: Sequence[Tensor], batch_dim: int | Non
     if rows is None or not _add_up(output, inputs, cotangents, rows):
         rows = _one_by_one(output, inputs, cotangents)
     shaped = (row if row is None else row.view(*output.shape, *row.shape[1:]) for row in rows)
-    return [row if row is None else _rows_first(row, output.ndim, batch_dim) for row in shaped]
+    return [row if row is None else gramians.rows_first(row, batch_dim, output.ndim) for row in shaped]
 
 
 def loss_gradients(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
@@ -200,11 +200,3 @@ def _add_up(
         <= tolerance(want.dtype) * float(want.norm())
         for row, want in pairs
     )
-
-
-def _rows_first(row: Tensor, ndim: int, batch_dim: int | None) -> Tensor:
-    """``[*output.shape, *p.shape]`` → ``[K, B, *p.shape]``."""
-    if batch_dim is None:
-        return row.reshape(-1, 1, *row.shape[ndim:])
-    row = row.movedim(batch_dim, ndim - 1)
-    return row.reshape(-1, *row.shape[ndim - 1 :])

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from gramjd import gramians
 from gramjd.complexes import as_real
-from gramjd.engine.analysis.regions import Later
 from gramjd.engine.recording.nodes import Cotangents
 from gramjd.engine.solving import backward
-from gramjd.engine.solving.task import Task
+from gramjd.engine.solving.problem import Problem
+from gramjd.engine.solving.stream import Later
 
 _SCALE = 1.37
 
@@ -56,8 +56,8 @@ class Passes:
     While another one is in progress (``busy``), asking for one that was not run raises ``Later``.
     """
 
-    def __init__(self, task: Task, checking: bool) -> None:
-        self.task, self.checking, self.busy = task, checking, False
+    def __init__(self, problem: Problem, calls: int, checking: bool) -> None:
+        self.problem, self.calls, self.checking, self.busy = problem, calls, checking, False
 
     @cached_property
     def v(self) -> Tensor:
@@ -70,15 +70,16 @@ class Passes:
         return self._weights(1)
 
     def _weights(self, number: int) -> Tensor:
-        task = self.task
-        return _random_weights(task.objectives, task.samples, task.output, 2 * task.plan.calls + number)
+        problem = self.problem
+        seed = 2 * self.calls + number
+        return _random_weights(problem.objectives, problem.samples, problem.output, seed)
 
     @cached_property
     def full(self) -> Passes:
         """The same with the gradients of parameters."""
         if self.busy:
             raise Later
-        return Passes(self.task, True)
+        return Passes(self.problem, self.calls, True)
 
     @cached_property
     def first(self) -> Pass:
@@ -123,11 +124,11 @@ class Passes:
     def _run(self, weights: Tensor) -> Pass:
         if self.busy:
             raise Later
-        task, named = self.task, self.task.parameters if self.checking else {}
-        rows = gramians.from_rows(weights, task.output.shape, task.batch_dim).unsqueeze(0)
-        with backward.tapped(task.graph.nodes) as taps:
+        problem, named = self.problem, self.problem.parameters if self.checking else {}
+        rows = gramians.from_rows(weights, problem.output.shape, problem.batch_dim).unsqueeze(0)
+        with backward.tapped(problem.graph.nodes) as taps:
             flat = [tap for mine in taps for tap in mine]
-            found = backward.gradients(task.output, [*flat, *named.values()], rows)
+            found = backward.gradients(problem.output, [*flat, *named.values()], rows)
         cotangents = backward.grouped(found, [len(mine) for mine in taps])
         # those of Embedding(sparse=True) are written out
         dense = [g.to_dense() if g is not None and g.is_sparse else g for g in found[len(flat) :]]
