@@ -17,6 +17,7 @@ from gramjd.internals import (
     batched_gradients_level,
     losses_of_stack,
     outside_batched_gradients,
+    taking_gradients,
     without_batch,
     without_hooks,
 )
@@ -63,6 +64,23 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -> l
     return _one_by_one(output, inputs, cotangents)
 
 
+def taken_gradients(
+    output: Tensor,
+    inputs: Sequence[Tensor],
+    leaves: Sequence[Tensor],
+    cotangent: Tensor,
+    take: Callable[[int, Tensor], None],
+) -> list[Tensor | None]:
+    """Gradients of each input, ``[1, ...]``; those of leaves go to ``take``, with their place, as they come.
+
+    Raises:
+        NoGraphError: the graph was freed by an earlier backward pass.
+    """
+    with without_hooks(leaves), taking_gradients(leaves, take):
+        found = _grad(output, [*inputs, *leaves], cotangent, unhooked=inputs)
+    return [g if g is None else g.unsqueeze(0) for g in found[: len(inputs)]]
+
+
 def _one_by_one(output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -> list[Tensor | None]:
     """The gradients where some op has no batching rule for its backward."""
     rows = [_grad(output, inputs, cotangent) for cotangent in cotangents]
@@ -81,12 +99,14 @@ def _at_once(output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -> li
         return None
 
 
-def _grad(output: Any, inputs: Sequence[Tensor], cotangent: Tensor, batched: bool = False
-          ) -> Sequence[Tensor | None]:  # fmt: skip
+def _grad(output: Any, inputs: Sequence[Tensor], cotangent: Tensor, batched: bool = False,
+          unhooked: Sequence[Tensor] | None = None) -> Sequence[Tensor | None]:  # fmt: skip
+    """Gradients of inputs; hooks do not run on those that are ``unhooked``, all by default."""
     if not inputs:
         return []
     try:
-        with without_hooks(inputs):  # those of parameters are for what is added to .grad
+        # those of parameters are for what is added to .grad
+        with without_hooks(inputs if unhooked is None else unhooked):
             return torch.autograd.grad(
                 output, inputs, cotangent, retain_graph=True, allow_unused=True, is_grads_batched=batched
             )

@@ -171,7 +171,7 @@ def _is_negligible(cotangent: Tensor, passes: Passes) -> bool:
 
 def _is_rounding(off: float, most: float, part: Part, passes: Passes, index: int, which: int) -> bool:
     """Whether a relative difference is at most ``most`` times the measured rounding of a cotangent."""
-    return off <= min(NOISE, most * rounding_at(part, passes, index, which))
+    return off <= NOISE and off <= most * rounding_at(part, passes, index, which)
 
 
 def _dependence(part: Part, index: int, shape: Sequence[int]) -> Finding:

@@ -57,19 +57,22 @@ def patterns(samples: int, number: int) -> list[Tensor]:
 def spread(problem: Problem, chosen: Sequence[Tensor], first: bool = True) -> list[Masks] | None:
     """The entries that NaN reaches from each set of samples; ``None`` if nothing follows from them.
 
-    The types of all nodes must be listed. In the ``first`` pass, each is watched for NaN that it drops.
+    The types of all nodes must be listed. In the ``first`` pass, each is watched for NaN that it drops, as all do
+    that have no samples. Ranks in step run every pass, whatever they find.
     """
     masks: list[Masks] = []
-    for each in chosen:
-        watched = first and not masks
+    for number, each in enumerate(chosen):
+        watched = first and not number
         with _passed_on(problem.graph.order, watched) as dropped, torch.autograd.set_detect_anomaly(False):
             try:
-                masks.append(_run(problem, each))
+                found = _run(problem, each)
             except Exception:  # a hook on a tensor that refuses NaN
-                return None
-        if dropped:
+                found = None
+        if found is not None and not dropped:
+            masks.append(found)
+        elif problem.lockstep is None:
             return None
-    return masks
+    return masks if len(masks) == len(chosen) else None
 
 
 def stays_within(problem: Problem, program: Program, layouts: Mapping[int, Sequence[Layouts]],

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from gramjd.blocks import Block, Dense
+from gramjd.blocks import Block
 from gramjd.engine.solving.lay_out import ROUNDINGS
 from gramjd.engine.solving.part import NOISE
 from gramjd.engine.solving.passes import Passes, rounding_of
 from gramjd.rounding import tolerance
-
-_VECTORS = 8  # at random, that gradients are multiplied by
 
 
 def agrees(
@@ -34,43 +31,24 @@ def agrees(
         precision: what is rounded to; the gradient's own by default.
     """
     v, weighted = (passes.others, passes.independent) if others else (passes.v, passes.first)
-    wanted = weighted.gradients[name]
+    wanted = weighted.gradients.get(name)
     if wanted is None:
         return not blocks
-    weights, left, size = v.to(wanted.dtype), wanted[0], weighted.sizes[name]
-    precision = precision or wanted.dtype
+    weights, size = v.to(wanted.values.dtype), wanted.size
+    precision = precision or wanted.values.dtype
     most = tolerance(precision) * size
-    if _looks_equal(blocks, weights, left):
-        return True
-    for block in blocks:
-        left = left - block.vjp(weights)
-    off = float(left.norm())
+    off = wanted.norm(wanted.less(blocks, weights))
     if off <= most:
         return True
     # A gradient that is nothing but rounding (an attention's key bias) is noise of the whole's size.
     bound = sum(float(block.bound(weights.abs())) for block in blocks)
-    slack = 64 * torch.finfo(precision).eps * (bound + max(weighted.sizes.values()))
+    largest = max(gradient.size for gradient in weighted.gradients.values())
+    slack = 64 * torch.finfo(precision).eps * (bound + largest)
     if off <= most + slack:
         return True
     if off > NOISE * size:
         return False
     # its own may be small by chance where it has few entries
-    alone = passes.first.gradients[name], passes.again.gradients[name]
+    alone = [each.gradients[name].values for each in (passes.first, passes.again)]
     rounding = max(rounding_of(*alone), passes.rounding)
     return off <= ROUNDINGS * rounding * size + slack
-
-
-def _looks_equal(blocks: Sequence[Block], weights: Tensor, gradient: Tensor) -> bool:
-    """Whether products of ``Jᵀ w`` and of the gradient with random vectors are equal.
-
-    That the difference is much larger than its products has a probability of about 1e-7 to be a tenth
-    of what they say, and none to be nothing. Costs a fraction of the weight gradient that ``vjp`` is.
-    """
-    grains = {block.grain for block in blocks if not isinstance(block, Dense)}
-    if len(grains) != 1 or max(grains) < 2 * _VECTORS:
-        return False
-    generator = torch.Generator().manual_seed(0)
-    y = torch.randn(max(grains), _VECTORS, generator=generator).to(gradient)
-    wanted = gradient.reshape(-1, len(y)) @ y
-    left = wanted - sum(block.sketch(weights, y) for block in blocks)
-    return float(left.norm()) <= tolerance(gradient.dtype) * float(wanted.norm())
