@@ -7,7 +7,8 @@ settings, of which at least some give the same ops on the same shapes. :func:`ju
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from oracle import assert_close, dense_gramian
 from torch import Tensor, nn
 
 from gramjd import Engine, GramjdError, SlowPathWarning
+from gramjd.engine.solving import projected
 
 At = Callable[[Any], Tensor]
 Build = Callable[[], tuple[nn.Module, At]]
@@ -64,6 +66,19 @@ ORDERS: dict[str, Callable[[Sequence[Any]], list[Any]]] = {
     "backwards": lambda settings: _around(settings[::-1]),
     "each twice": lambda settings: [each for s in settings for each in (s, s)] + [settings[0]],
 }
+
+
+@contextmanager
+def projecting(is_on: bool) -> Iterator[None]:
+    """A context in which, if it is on, proofs keep projections of small gradients and cotangents, too."""
+    names = ("_SMALL_COTANGENT", "_FEATURES", "_SMALL_GRADIENT")
+    before = {name: getattr(projected, name) for name in names}
+    if is_on:
+        vars(projected).update(dict(zip(names, (0, 2, 0), strict=True)))
+    try:
+        yield
+    finally:
+        vars(projected).update(before)
 
 
 def judge(this: Family, order: Callable[[Sequence[Any]], list[Any]], batch_dim: int | None) -> list[str]:

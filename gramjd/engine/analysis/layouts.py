@@ -101,13 +101,14 @@ def candidates(shape: Sequence[int], samples: int) -> Iterator[Layout]:
                 yield Layout(dim, sample_major=False)
 
 
-def measure(c: Tensor, probed: Tensor, v: Tensor) -> tuple[Layout | None, float]:
+def measure(c: Tensor, probed: Tensor, v: Tensor, last: bool = True) -> tuple[Layout | None, float]:
     """The layout that fits a use's output best, and the relative difference that it leaves.
 
     Args:
         c: cotangents ``[K, *y]`` of the sums of the objectives over the samples.
         probed: cotangent ``[*y]`` of the objectives weighted by ``v``.
         v: ``[K, B]``.
+        last: whether the samples may be in the last dimension.
 
     Returns:
         The layout, ``None`` if the output has no dimension for the samples, ``ZERO`` if every
@@ -118,7 +119,7 @@ def measure(c: Tensor, probed: Tensor, v: Tensor) -> tuple[Layout | None, float]
     if size == 0:
         return (None, inf) if c.any() else (ZERO, 0.0)
     best: tuple[Layout | None, float] = (None, inf)
-    for layout in candidates(probed.shape, samples):
+    for layout in candidates(probed.shape if last else probed.shape[:-1], samples):
         rows = layout.cotangents(c, samples)
         weights = v.to(c.dtype).reshape(K, samples, *[1] * (rows.ndim - 2))
         weighted = (rows * weights).sum(0) if K > 1 else rows[0] * weights[0]

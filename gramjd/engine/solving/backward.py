@@ -66,19 +66,18 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -> l
 
 def taken_gradients(
     output: Tensor,
-    inputs: Sequence[Tensor],
+    taps: Sequence[Tensor],
     leaves: Sequence[Tensor],
     cotangent: Tensor,
     take: Callable[[int, Tensor], None],
-) -> list[Tensor | None]:
-    """Gradients of each input, ``[1, ...]``; those of leaves go to ``take``, with their place, as they come.
+) -> None:
+    """A backward pass that gives the gradient of each leaf to ``take``, with its place, and goes to the taps.
 
     Raises:
         NoGraphError: the graph was freed by an earlier backward pass.
     """
     with without_hooks(leaves), taking_gradients(leaves, take):
-        found = _grad(output, [*inputs, *leaves], cotangent, unhooked=inputs)
-    return [g if g is None else g.unsqueeze(0) for g in found[: len(inputs)]]
+        _grad(output, [*taps, *leaves], cotangent, unhooked=taps)
 
 
 def _one_by_one(output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -> list[Tensor | None]:

@@ -20,6 +20,7 @@ from gramjd.engine.solving.part import NOISE, Part, rounding_at
 from gramjd.engine.solving.passes import Passes
 from gramjd.engine.solving.problem import is_fused
 from gramjd.engine.solving.program import Layouts
+from gramjd.engine.solving.projected import Probed
 from gramjd.rounding import tolerance
 from gramjd.uses.use import roots
 
@@ -68,8 +69,8 @@ class Laid:
 def lay_out(part: Part, passes: Passes, known: Sequence[Layouts] | None) -> Laid:
     """The layouts of a region's nodes: those that are proven, or what the weighted passes show."""
     if part.problem.batch_dim is None:
-        given = passes.first.of(part.region).cotangents if passes.checking else []
-        seen = all(c is None or bool(c.any()) for cs in given for c in cs)
+        given = passes.first.of(part.region) if passes.checking else []
+        seen = all(c is None or bool(c.values.any()) for cs in given for c in cs)
         return Laid([[Layout(0)] * len(cs) for cs in part.cotangents], Finding(), seen)
     if known is not None:
         return Laid(known, Finding(_met(part, known)))
@@ -100,36 +101,35 @@ def _met(part: Part, layouts: Sequence[Layouts]) -> frozenset[Layout | None]:
 
 def _layout(part: Part, passes: Passes, index: int, which: int) -> tuple[Layout | None, Finding]:
     """The layout of one output of a node, by weights of which two may be close: proven by others."""
-    layout, finding = _first_fit(part, passes, index, which)
+    c, first = part.cotangents[index][which], part.probed[index][which]
+    if c is None or first is None:
+        return ZERO, Finding()
+    shape = c.shape[1:]
+    found = _regular(first.alike(c), first, shape, part, passes, index, which)
+    if found is None and first.features:  # samples may lie in the dimension of the products
+        first = passes.whole.first.of(part.region)[part.places[index].index][which]
+        assert first is not None
+        found = _regular(c, first, shape, part, passes, index, which)
+    layout, finding = found or _irregular(c, first.values, part, passes, index, which)
     if not isinstance(layout, Scattered) or passes.checking or part.is_replayed:
         return layout, finding
-    c = part.cotangents[index][which]
-    other = passes.independent.of(part.region).cotangents[index][which]
-    if c is None or other is None:
+    other = passes.whole.independent.of(part.region)[index][which]
+    if other is None:
         return None, finding
-    off = layout.misfit(c, other[0], passes.others)
+    off = layout.misfit(c, other.values, passes.others)
     if off > ROUNDINGS * tolerance(c.dtype) and not _is_rounding(off, ROUNDINGS, part, passes, index, which):
         return None, finding
     return layout, finding
 
 
-def _first_fit(part: Part, passes: Passes, index: int, which: int) -> tuple[Layout | None, Finding]:
-    """The layout of one output of a node by the first weights."""
-    c, first = part.cotangents[index][which], part.probed[index][which]
-    if c is None or first is None:
-        return ZERO, Finding()
-    layout, off = measure(c, first[0], passes.v)
-    if _fits(off, c, part, passes, index, which):
-        if layout is not None:
-            return layout, _sizes_of(layout, first[0].shape)
-    elif off <= tolerance(part.problem.fewest_digits) or _is_rounding(off, _FAR, part, passes, index, which):
-        # rounding, or a weak dependence between samples: per-row backward passes are exact for both
-        return _without(c, part, passes, index, which, Finding(frozenset([layout])))
-    elif not part.is_batch_independent(index):
-        layout = owned(c, first[0], passes.v)
-        if layout is not None:
-            return layout, _sizes_of(layout, first[0].shape)
-    return _without(c, part, passes, index, which, None)
+def _regular(
+    c: Tensor, first: Probed, shape: Sequence[int], part: Part, passes: Passes, index: int, which: int
+) -> tuple[Layout, Finding] | None:
+    """The layout of one output of a node that fits by the first weights, if samples lie in one dimension."""
+    layout, off = measure(c, first.values, passes.v, last=not first.features)
+    if layout is None or not _fits(off, c, part, passes, index, which):
+        return None
+    return layout, _sizes_of(layout, shape)
 
 
 def _fits(off: float, c: Tensor, part: Part, passes: Passes, index: int, which: int) -> bool:
@@ -140,32 +140,37 @@ def _fits(off: float, c: Tensor, part: Part, passes: Passes, index: int, which: 
     return off <= tolerance(precision) or _is_rounding(off, _CLOSE, part, passes, index, which)
 
 
-def _without(
-    c: Tensor, part: Part, passes: Passes, index: int, which: int, doubtful: Finding | None
+def _irregular(
+    c: Tensor, first: Tensor, part: Part, passes: Passes, index: int, which: int
 ) -> tuple[Layout | None, Finding]:
-    """A layout, if any, of an output that no regular one fits; if ``doubtful``, only by its rounding."""
-    finding = doubtful or Finding()
+    """The layout, if any, of an output that no regular one fits."""
+    nearest, off = measure(c, first, passes.v)
+    doubtful = off <= tolerance(part.problem.fewest_digits) or _is_rounding(
+        off, _FAR, part, passes, index, which
+    )
+    # rounding, or a weak dependence between samples: per-row backward passes are exact for both
+    finding = Finding(frozenset([nearest])) if doubtful else Finding()
     if part.is_batch_independent(index):
         return None, finding
-    first = part.probed[index][which]
-    assert first is not None
+    layout = None if doubtful else owned(c, first, passes.v)
+    if layout is not None:
+        return layout, finding
     noise = rounding_at(part, passes, index, which)
-    mixed = _mixes(part, index, c, first[0], passes.v)
+    mixed = _mixes(part, index, c, first, passes.v)
     if mixed and noise > NOISE:
         return ZERO, finding  # nothing but rounding: a running maximum, subtracted and added again
-    if doubtful is not None or _is_negligible(first, passes):
+    if doubtful or _is_negligible(first, passes):
         return None, finding
-    layout = owned(c, first[0], passes.v, min(NOISE, ROUNDINGS * noise))
+    layout = owned(c, first, passes.v, min(NOISE, ROUNDINGS * noise))
     if layout is None and mixed:
-        loosely = owned(c, first[0], passes.v, tolerance(part.problem.fewest_digits))
-        return None, _dependence(part, index, first[0].shape) if loosely is None else finding
+        loosely = owned(c, first, passes.v, tolerance(part.problem.fewest_digits))
+        return None, _dependence(part, index, first.shape) if loosely is None else finding
     return layout, finding
 
 
 def _is_negligible(cotangent: Tensor, passes: Passes) -> bool:
     """Whether a cotangent can be rounding of larger ones (a derivative that is exactly zero)."""
-    largest = max(passes.first.norms, default=0.0)
-    rounding = ROUNDINGS * torch.finfo(cotangent.dtype).eps * largest
+    rounding = ROUNDINGS * torch.finfo(cotangent.dtype).eps * passes.first.largest
     return float(cotangent.norm()) <= rounding < inf
 
 

@@ -15,6 +15,7 @@ from gramjd.engine.recording.recorded import OpMark
 from gramjd.engine.solving.passes import Passes, rounding_of
 from gramjd.engine.solving.problem import Problem, is_fused
 from gramjd.engine.solving.program import Layouts, Pattern
+from gramjd.engine.solving.projected import Probed
 from gramjd.engine.solving.replay import Replayed, replay
 from gramjd.rounding import tolerance
 from gramjd.uses.use import roots
@@ -40,7 +41,7 @@ class Part:
     nodes: Sequence[Any]
     places: Sequence[Place]
     cotangents: Sequence[Cotangents]  # of each node
-    probed: Sequence[Cotangents] = ()  # of each node by the first weighted pass, where layouts are measured
+    probed: Sequence[Sequence[Probed | None]] = ()  # by the first weighted pass, where layouts are measured
     causes: Mapping[int, str] = field(default_factory=dict)  # why ops could not be replayed, by parameter id
     replays: Sequence[Tensor] = ()  # kept alive
 
@@ -101,7 +102,7 @@ def part_of(
     nodes = [problem.graph.nodes[index] for index in region]
     mine = {name: p for name, p in problem.parameters.items() if id(p) in ids}
     places = [Place(index) for index in range(len(nodes))]
-    probed = passes.first.of(region).cotangents if measuring else ()
+    probed = passes.first.of(region) if measuring else ()
     part = Part(problem, region, mine, nodes, places, cotangents, probed)
     return _replayed(part, passes) if any(map(is_fused, nodes)) else part
 
@@ -110,7 +111,7 @@ def _replayed(part: Part, passes: Passes) -> Part:
     """The part with the nodes of its replay in the place of every fused op."""
     nodes: list[Any] = []
     cotangents: list[Cotangents] = []
-    probed: list[Cotangents] = []
+    probed: list[Sequence[Probed | None]] = []
     places: list[Place] = []
     replays: list[Tensor] = []
     causes: dict[int, str] = {}
@@ -145,7 +146,7 @@ def _is_noise(part: Part, passes: Passes, index: int) -> bool:
         c is None
         or first is None
         or (
-            measure(c, first[0], passes.v)[1] > tolerance(c.dtype)
+            measure(first.alike(c), first.values, passes.v)[1] > tolerance(c.dtype)
             and rounding_at(part, passes, index, which) > NOISE
         )
         for which, (c, first) in enumerate(pairs)
@@ -155,12 +156,13 @@ def _is_noise(part: Part, passes: Passes, index: int) -> bool:
 def rounding_at(part: Part, passes: Passes, index: int, which: int) -> float:
     """The rounding of a cotangent, relative to it; inside a replay, that of what the op replayed got."""
     place = part.places[index]
-    again = passes.again.of(part.region).cotangents[place.index]
+    again = passes.again.of(part.region)[place.index]
     if place.precision is not None:
-        first = passes.first.of(part.region).cotangents[place.index]
+        first = passes.first.of(part.region)[place.index]
         return rounding_of(*(_joined(cs) for cs in (first, again)))
-    return rounding_of(part.probed[index][which], again[which])
+    one, other = part.probed[index][which], again[which]
+    return 0.0 if one is None or other is None else rounding_of(one.values, other.values)
 
 
-def _joined(cs: Cotangents) -> Tensor:
-    return torch.cat([c.flatten() for c in cs if c is not None])
+def _joined(cs: Sequence[Probed | None]) -> Tensor:
+    return torch.cat([c.values.flatten() for c in cs if c is not None])

@@ -7,102 +7,42 @@ rounding alone, which is measured so.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from math import isfinite, prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gramjd import gramians
-from gramjd.blocks import Block, Dense
 from gramjd.complexes import as_real
-from gramjd.engine.recording.nodes import Cotangents
+from gramjd.engine.recording.nodes import forget
+from gramjd.engine.recording.recorded import OpMark
 from gramjd.engine.solving import backward
-from gramjd.engine.solving.problem import Problem
+from gramjd.engine.solving.problem import Problem, is_fused
+from gramjd.engine.solving.projected import Gradient, Probed
 from gramjd.engine.solving.stream import Later
 
 _SCALE = 1.37
-_SMALL = 4096  # entries of a gradient that is kept as it is
-_VECTORS = 8
-
-
-@dataclass(frozen=True)
-class Gradient:
-    """What is kept of a parameter's gradient: its norm, and all entries or, if large, products with vectors.
-
-    The products are those of the gradient, as a matrix of ``columns`` columns, with a few random vectors.
-    They take a fraction of its memory, and a fraction of the time to form it from blocks. By them, a
-    difference of two gradients looks ten times smaller than it is with a probability of about 1e-7.
-    """
-
-    values: Tensor  # a vector of all entries, or [rows, _VECTORS]
-    columns: int  # 0: the values are the gradient's own
-    size: float  # its norm
-    is_finite: bool
-
-    @staticmethod
-    def of(gradient: Tensor) -> Gradient:
-        """What to keep of a gradient, which is freed."""
-        if gradient.is_sparse:  # of Embedding(sparse=True)
-            gradient = gradient.to_dense()
-        wide = torch.float32 if gradient.dtype in (torch.float16, torch.bfloat16) else None
-        size = float(torch.linalg.vector_norm(gradient, dtype=wide))
-        finite = isfinite(size) or bool(torch.isfinite(gradient).all())
-        columns = prod(gradient.shape[1:]) if gradient.numel() > _SMALL else 0
-        if columns < 2 * _VECTORS:
-            return Gradient(gradient.flatten(), 0, size, finite)
-        return Gradient(gradient.reshape(-1, columns) @ _vectors(columns, gradient), columns, size, finite)
-
-    def less(self, blocks: Sequence[Block], weights: Tensor) -> Tensor:
-        """What is left of the values without those of ``Jᵀ w`` from the blocks."""
-        left = self.values
-        if not self.columns:
-            for block in blocks:
-                left = left - block.vjp(weights).flatten()
-            return left
-        y = _vectors(self.columns, left)
-        for block in blocks:
-            known = block.grain == self.columns or isinstance(block, Dense)
-            left = left - (block.sketch(weights, y) if known else block.vjp(weights).reshape(-1, len(y)) @ y)
-        return left
-
-    def norm(self, values: Tensor) -> float:
-        """The norm of a gradient that has such values."""
-        scale = (self.columns / _VECTORS) ** 0.5 if self.columns else 1.0
-        return scale * float(_double(values).norm())
-
-
-def _vectors(columns: int, like: Tensor) -> Tensor:
-    """Random vectors ``[columns, _VECTORS]`` of entries so small that no product overflows."""
-    generator = torch.Generator().manual_seed(0)
-    return (torch.randn(columns, _VECTORS, generator=generator) / columns**0.5).to(like)
 
 
 @dataclass(frozen=True)
 class Pass:
     """One backward pass of weighted objectives."""
 
-    cotangents: list[Cotangents]  # of each node, [1, *y]
+    cotangents: list[list[Probed | None]]  # of each node
     gradients: Mapping[str, Gradient]  # of each parameter that has one
+    largest: float  # the norm of the largest cotangent
 
-    def of(self, nodes: Sequence[int]) -> Pass:
-        """The same with the cotangents of some nodes alone."""
-        return replace(self, cotangents=[self.cotangents[n] for n in nodes])
-
-    @cached_property
-    def norms(self) -> list[float]:
-        """The norm of each cotangent, as long as none of them was dropped."""
-        return [float(c.norm()) for cs in self.cotangents for c in cs if c is not None]
+    def of(self, nodes: Sequence[int]) -> list[list[Probed | None]]:
+        """The cotangents of some nodes alone."""
+        return [self.cotangents[n] for n in nodes]
 
     @property
     def is_finite(self) -> bool:
-        """Whether all entries are finite. A norm is many times as fast as ``isfinite``."""
-        cotangents = [c for cs in self.cotangents for c in cs if c is not None]
-        found = zip(cotangents, self.norms, strict=True)
-        return all(gradient.is_finite for gradient in self.gradients.values()) and all(
-            isfinite(size) or bool(torch.isfinite(t).all()) for t, size in found
-        )
+        """Whether all entries are finite, as long as none of the cotangents was freed."""
+        cotangents = (c for cs in self.cotangents for c in cs if c is not None)
+        return all(g.is_finite for g in self.gradients.values()) and all(c.is_finite for c in cotangents)
 
 
 class Passes:
@@ -111,8 +51,9 @@ class Passes:
     While another one is in progress (``busy``), asking for one that was not run raises ``Later``.
     """
 
-    def __init__(self, problem: Problem, calls: int, checking: bool) -> None:
-        self.problem, self.calls, self.checking, self.busy = problem, calls, checking, False
+    def __init__(self, problem: Problem, calls: int, checking: bool, projected: bool = True) -> None:
+        self.problem, self.calls, self.checking = problem, calls, checking
+        self.projected, self.busy = projected, False
 
     @cached_property
     def v(self) -> Tensor:
@@ -134,7 +75,18 @@ class Passes:
         """The same with the gradients of parameters."""
         if self.busy:
             raise Later
-        return Passes(self.problem, self.calls, True)
+        return Passes(self.problem, self.calls, True, self.projected)
+
+    @property
+    def whole(self) -> Passes:
+        """The same with all entries of every cotangent."""
+        return self._unprojected if self.projected else self
+
+    @cached_property
+    def _unprojected(self) -> Passes:
+        if self.busy:
+            raise Later
+        return Passes(self.problem, self.calls, False, projected=False)
 
     @cached_property
     def first(self) -> Pass:
@@ -161,7 +113,7 @@ class Passes:
         Not the largest one: a gradient that is nothing but rounding would excuse any other.
         """
         found = [(g, self.again.gradients[name]) for name, g in self.first.gradients.items()]
-        off = sum(g.norm(_double(h.values) / _SCALE - _double(g.values)) ** 2 for g, h in found)
+        off = sum(g.norm(h.values / _SCALE - g.values) ** 2 for g, h in found)
         return float((off / sum(g.norm(g.values) ** 2 for g, _ in found)) ** 0.5)
 
     @property
@@ -182,15 +134,30 @@ class Passes:
         named = problem.parameters if self.checking else {}
         cotangent = gramians.from_rows(weights, problem.output.shape, problem.batch_dim)
         gradients: dict[str, Gradient] = {}
-        names = list(named)
+        cotangents: dict[Any, list[Probed | None]] = {}
+        names, nodes = list(named), problem.graph.nodes
 
         def take(place: int, gradient: Tensor) -> None:
             gradients[names[place]] = Gradient.of(gradient)
 
-        with backward.tapped(problem.graph.nodes) as taps:
+        def receive(node: Any, grads: Sequence[Tensor | None]) -> Sequence[None]:
+            keep = Probed.of if self.projected and _may_be_projected(node) else Probed
+            cotangents[node] = [g if g is None else keep(g) for g in grads]
+            forget([node])
+            return (None,) * len(grads)
+
+        with backward.tapped(nodes, receive) as taps:
             flat = [tap for mine in taps for tap in mine]
-            found = backward.taken_gradients(problem.output, flat, list(named.values()), cotangent, take)
-        return Pass(backward.grouped(found, [len(mine) for mine in taps]), gradients)
+            backward.taken_gradients(problem.output, flat, list(named.values()), cotangent, take)
+        counts = [len(mine) for mine in taps]
+        found = [cotangents.get(node, [None] * n) for node, n in zip(nodes, counts, strict=True)]
+        largest = max((c.norm for cs in found for c in cs if c is not None), default=0.0)
+        return Pass(found, gradients, largest)
+
+
+def _may_be_projected(node: Any) -> bool:
+    """Whether samples are hardly in the last dimension of its outputs, and no replay needs all entries."""
+    return isinstance(node.record, OpMark) and not node.record.batch_independent and not is_fused(node)
 
 
 def rounding_of(first: Tensor | None, again: Tensor | None) -> float:

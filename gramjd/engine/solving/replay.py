@@ -17,6 +17,7 @@ from gramjd.engine.recording.nodes import Cotangents, values_of
 from gramjd.engine.recording.recorded import OpMark
 from gramjd.engine.recording.recorder import Recorder
 from gramjd.engine.solving import backward
+from gramjd.engine.solving.projected import Probed
 from gramjd.rounding import tolerance
 from gramjd.rules import decomposition_of, tensors_of
 from gramjd.uses.use import Record
@@ -42,11 +43,11 @@ class Replayed:
 
     nodes: list[Any]
     cotangents: list[Cotangents]
-    probed: list[Cotangents]
+    probed: Sequence[Sequence[Probed | None]]
     graph: Tensor | None = None  # whose life is that of the nodes
 
 
-def replay(node: Any, cotangents: Cotangents, probed: Cotangents | None) -> Replayed:
+def replay(node: Any, cotangents: Cotangents, probed: Sequence[Probed | None] | None) -> Replayed:
     """Run the decomposition of a node's op on the arguments that it received, under a recorder.
 
     Raises:
@@ -82,12 +83,13 @@ def replay(node: Any, cotangents: Cotangents, probed: Cotangents | None) -> Repl
     nodes = recorder.nodes
     with backward.tapped(nodes) as taps:
         flat, counts = [tap for mine in taps for tap in mine], [len(mine) for mine in taps]
-        found = [
-            backward.grouped(backward.gradients(total, flat, _flat(given, live)), counts)
-            for given in (cotangents, probed)
-            if given is not None
-        ]
-    return Replayed(nodes, found[0], found[-1], total)
+
+        def pull(given: Cotangents) -> list[Cotangents]:
+            return backward.grouped(backward.gradients(total, flat, _flat(given, live)), counts)
+
+        found = pull(cotangents)
+        ours = [] if probed is None else pull([c if c is None else c.values.unsqueeze(0) for c in probed])
+    return Replayed(nodes, found, [[c if c is None else Probed(c[0]) for c in cs] for cs in ours], total)
 
 
 def _flat(cotangents: Cotangents, outputs: Sequence[Tensor]) -> Tensor:

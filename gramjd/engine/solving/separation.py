@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations, islice
 from typing import Any
@@ -30,7 +31,27 @@ from gramjd.internals import name_of, name_of_type, saved_value
 
 _PRODUCTS = ("Addmm", "Bmm", "Mm", "Mv")
 
-Masks = dict[Any, list[Tensor | None]]  # of each node of the graph: is its cotangent NaN?
+
+@dataclass(frozen=True)
+class Reached:
+    """Where NaN is in a cotangent: for each dimension that samples may lie in, at which of its entries."""
+
+    shape: tuple[int, ...]
+    along: Mapping[int, Tensor]  # by dimension, bool
+
+    @staticmethod
+    def of(cotangent: Tensor, samples: int) -> Reached:
+        """What is needed of a mask that takes as much memory as the cotangents of the whole forward."""
+        mask, shape = cotangent.isnan(), tuple(cotangent.shape)
+        dims = [dim for dim, size in enumerate(shape) if samples and size % samples == 0]
+        return Reached(shape, {dim: mask.movedim(dim, 0).flatten(1).any(1) for dim in dims})
+
+    def samples(self, layout: Layout, number: int) -> Tensor:
+        """Which samples it reaches in a layout."""
+        return replace(layout, dim=0).split(self.along[layout.dim], 0, number).flatten(1).any(1)
+
+
+Masks = dict[Any, list[Reached | None]]  # of the outputs of each node
 Gradients = Sequence[Tensor | None]
 
 
@@ -57,8 +78,8 @@ def patterns(samples: int, number: int) -> list[Tensor]:
 def spread(problem: Problem, chosen: Sequence[Tensor], first: bool = True) -> list[Masks] | None:
     """The entries that NaN reaches from each set of samples; ``None`` if nothing follows from them.
 
-    The types of all nodes must be listed. In the ``first`` pass, each is watched for NaN that it drops, as all do
-    that have no samples. Ranks in step run every pass, whatever they find.
+    The types of all nodes must be listed. In the ``first`` pass, each is watched for NaN that it drops, as
+    nodes without samples do. Ranks in step run every pass, whatever they find.
     """
     masks: list[Masks] = []
     for number, each in enumerate(chosen):
@@ -90,19 +111,19 @@ def _is_within(chosen: Tensor, masks: Masks, by_node: Iterable[tuple[Any, Layout
     """Whether the masks of all nodes stay within some samples, in a known layout or any that fits."""
     return all(
         any(
-            _fits(mask, each, chosen)
-            for each in (candidates(mask.shape, len(chosen)) if layouts is None else [layouts[n]])
+            _fits(reached, each, chosen)
+            for each in (candidates(reached.shape, len(chosen)) if layouts is None else [layouts[n]])
         )
         for node, layouts in by_node
-        for n, mask in enumerate(masks.get(node, ()))
-        if mask is not None
+        for n, reached in enumerate(masks.get(node, ()))
+        if reached is not None
     )
 
 
-def _fits(mask: Tensor, layout: Layout | None, chosen: Tensor) -> bool:
+def _fits(found: Reached, layout: Layout | None, chosen: Tensor) -> bool:
     if layout is None or layout is ZERO:  # of no sample, or nothing comes
         return True
-    reached = layout.split(mask, layout.dim, len(chosen)).flatten(1).any(1)
+    reached = found.samples(layout, len(chosen))
     return not bool((reached & ~chosen.to(reached.device)).any())
 
 
@@ -122,7 +143,7 @@ def _run(problem: Problem, chosen: Tensor) -> Masks:
     found: Masks = {}
 
     def note(node: Any, grads: Gradients) -> Sequence[None]:
-        found[node] = [g if g is None else g.isnan() for g in grads]
+        found[node] = [g if g is None else Reached.of(g, problem.samples) for g in grads]
         forget([node])
         return (None,) * len(grads)
 

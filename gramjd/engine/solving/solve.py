@@ -108,7 +108,8 @@ class _Run:
         self.probing = checking or (problem.batch_dim is not None and known.layouts is None)
         # with ranks in step, none may ask for one more pass later
         self.checking = checking or (request.check and self.probing and problem.lockstep is not None)
-        self.passes = Passes(problem, known.calls, self.checking)
+        # ranks in step cannot ask for all entries later
+        self.passes = Passes(problem, known.calls, self.checking, projected=problem.lockstep is None)
         self.solved: list[Solved] = []
         self.late: set[int] = set()
 
