@@ -62,12 +62,29 @@ class StatefulWeighting(Weighting):
             return super().__call__(*args, **kwargs)
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self._remembered}
+        return {self._kind(): {name: getattr(self, name) for name in self._remembered}}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on from there.
+
+        Raises:
+            ValueError: it is the state of another weighting, or none.
+        """
         _be_stateful_for_torchjd()
+        mine = state.get(self._kind()) if isinstance(state, dict) else None
+        if not isinstance(mine, dict) or mine.keys() != set(self._remembered):
+            kinds = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(
+                f"{type(self).__name__} cannot go on from a state of {kinds or 'nothing'}: load the "
+                f"state_dict of a {self._kind()}, or start again without one."
+            )
         for name in self._remembered:
-            setattr(self, name, state[name])
+            setattr(self, name, mine[name])
+
+    @classmethod
+    def _kind(cls) -> str:
+        """The class that says what is remembered: a subclass of it takes its states."""
+        return next(each.__name__ for each in cls.__mro__ if "_remembered" in vars(each))
 
     def reset(self) -> None:
         """Forget them."""

@@ -106,7 +106,8 @@ class ExcessMTLWeighting(StatefulWeighting):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Go on from there; the sums are not shared with who saved them."""
-        super().set_extra_state({**state, "sums": _copied(state["sums"])})
+        super().set_extra_state(state)
+        self.sums = _copied(self.sums)
 
 
 def _matrix(rows: Any) -> Tensor:
