@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from math import nan
+from math import ceil, nan
 from pathlib import Path
 
 import pytest
@@ -254,12 +254,12 @@ def test_check_estimates_its_memory_first(
     )
     monkeypatch.setattr(sys.modules["gramjd.cli.check"], "peak_bytes", measured)
     copied, gradient, forward = 8 * 75, 8 * 75, 2 * 1000
-    five = copied + (5 + 2) * gradient + forward
-    own = (12 + 2) * gradient // 2 + forward // 2
+    five = ceil(memory.MARGIN * (copied + (5 + 2) * gradient + forward))
+    own = ceil(memory.MARGIN * ((12 + 2) * gradient // 2 + forward // 2))
     for free, remedies in (
         (five, ["pass --rows 5, or pass --own-precision, which"]),
         (own, [": pass --own-precision, which"]),
-        (own - 1, [": pass --own-precision --rows 11, which"]),
+        (own - 2, [": pass --own-precision --rows 11, which"]),
         (1000, [": take a smaller batch"]),
     ):
         monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
