@@ -113,6 +113,23 @@ def of_steps() -> None:
     assert_type(gramjd.jac(losses(), [model.weight, model.bias]).gramian(), Tensor)
 
 
+def of_datasets() -> None:
+    model = nn.Linear(3, 1)
+    function, params = gramjd.functional_loss(model, nn.MSELoss())
+    x, y, jac = torch.randn(4, 3), torch.ones(4, 1), gramjd.jacobian(function)
+    queries, loader = jac(params, x, y), [(x, y)]
+
+    def of_batch(batch: Any) -> Jacobian:
+        return jac(params, *batch)
+
+    assert_type(gramjd.similarity(x, x), Tensor)
+    assert_type(gramjd.similarity(x, x, topk=2), gramjd.TopK)
+    assert_type(gramjd.dataset_similarity(queries, of_batch, loader), Tensor)
+    assert_type(gramjd.dataset_similarity(queries, of_batch, loader, topk=2), gramjd.TopK)
+    assert_type(gramjd.tracin([queries], [of_batch], loader, [0.1]), Tensor)
+    assert_type(gramjd.influence(queries, of_batch, loader, 0.1), Tensor)
+
+
 def of_transforms() -> None:
     model = nn.Linear(3, 1)
     x, params = torch.randn(4, 3), {name: p.detach() for name, p in model.named_parameters()}
@@ -148,4 +165,4 @@ def of_transforms() -> None:
 
 
 def all_of_them() -> Iterator[Callable[[], None]]:
-    yield from (of_weightings, of_engines, of_steps, of_transforms)
+    yield from (of_weightings, of_engines, of_steps, of_datasets, of_transforms)
