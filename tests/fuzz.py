@@ -234,17 +234,19 @@ def _grounds(found: list[str]) -> Iterator[None]:
     module: Any = importlib.import_module("gramjd.engine.engine")
     solve = module.solve
 
-    def noting(task: Any, *args: Any) -> None:
-        plan = task.plan
-        known, measured = plan.complete, task.batch_dim is not None and not plan.layouts
-        solve(task, *args)
-        whole = task.batch_dim is None or (plan.separation is not None and plan.separation.is_whole)
-        if plan.audit:
+    def noting(request: Any, *args: Any) -> Any:
+        known, batched = request.known, request.problem.batch_dim is not None
+        solution = solve(request, *args)
+        whole = not batched or (solution.separation is not None and solution.separation.is_whole)
+        if known.audit:
             found.append("audited")
-        elif not known:
-            found.append("proven" if plan.complete and whole else "verified, but not proven for later steps")
+        elif not known.is_complete:
+            complete = solution.program.complete and whole
+            found.append("proven" if complete else "verified, but not proven for later steps")
         else:
+            measured = batched and not known.layouts
             found.append("trusted" if not measured else "proven again" if whole else "measured")
+        return solution
 
     module.solve = noting
     try:

@@ -420,6 +420,19 @@ def hooks() -> None:
     assert len(calls) == 1
 
 
+@contract("taking_gradients")
+def gradients_taken() -> None:
+    x, y, calls, taken = leaf(2, 3), leaf(3), [], {}
+    x.register_hook(lambda g: calls.append(g))
+    with internals.without_hooks([x, y]), internals.taking_gradients([x, y], taken.__setitem__):
+        found = torch.autograd.grad((x * y).sum() + y.sum(), [x, y])
+    assert torch.equal(taken[0], y.detach().expand(2, 3)) and torch.equal(taken[1], x.detach().sum(0) + 1)
+    assert not calls and all(g.untyped_storage().nbytes() == 8 and not g.any() for g in found)
+    assert len(internals.hooks_of(x)) == 1 and internals.hooks_of(y) is None
+    found = torch.autograd.grad((x * y).sum(), [x, y])
+    assert len(calls) == 1 and len(taken) == 2 and all(g.any() for g in found)
+
+
 # Backward passes.
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import gramjd
 from gramjd import Engine
 from gramjd.engine.analysis.graph import walk
-from gramjd.engine.analysis.separation import patterns, patterns_for
 from gramjd.engine.analysis.signature import Unlisted, separation_key
 from gramjd.engine.solving.proofs import Proofs, describe
+from gramjd.engine.solving.separation import patterns, patterns_for
 
 pytestmark = needs_shapes
 
@@ -39,9 +39,9 @@ def convolutional() -> nn.Module:
 def step(engine: Engine, model: nn.Module, x: Tensor) -> str:
     """One step, exact; what it rests on."""
     losses = model(x).flatten(1).sin().sum(1)
-    jacobian, task = engine._jacobian(losses)
+    jacobian, request, solution = engine._jacobian(losses)
     assert_close(jacobian.gramian(), dense_gramian(losses, model.parameters()))
-    return describe(task.plan, "first", task.samples, False)
+    return describe(request, solution, False)
 
 
 def test_explain_says_what_a_result_rests_on() -> None:

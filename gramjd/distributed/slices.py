@@ -86,7 +86,7 @@ def share(ranks: Ranks, sent: Sequence[Message], own: Own, sizes: Sequence[int],
         columns = _Exchange(ranks, message, own, sizes).columns()
         rows = _added(columns) if summed else torch.cat(list(columns))
         total += product(rows, rows)
-    return total
+    return total.add(total.T).div_(2)  # the product alone is symmetric but for rounding
 
 
 def add_up(ranks: Ranks, mine: Tensor, own: Own, sizes: Sequence[int]) -> Tensor:

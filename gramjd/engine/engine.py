@@ -18,15 +18,15 @@ from gramjd.engine.analysis.graph import walk
 from gramjd.engine.analysis.reach import reach
 from gramjd.engine.recording.compiled import StandIns
 from gramjd.engine.recording.nodes import forget
-from gramjd.engine.recording.recorded import CallMark
 from gramjd.engine.recording.recorder import AfterHook, BeforeHook, Watcher
 from gramjd.engine.registry import Registry
 from gramjd.engine.sharded import Lockstep, refuse_flat, refuse_parallel
 from gramjd.engine.solving import finite
-from gramjd.engine.solving.proofs import Case, Proofs, describe
-from gramjd.engine.solving.solve import Emit, solve
+from gramjd.engine.solving.problem import Problem
+from gramjd.engine.solving.program import Program, Solution
+from gramjd.engine.solving.proofs import Proofs, describe
+from gramjd.engine.solving.solve import Emit, Request, solve
 from gramjd.engine.solving.strategies import STRATEGIES
-from gramjd.engine.solving.task import Task
 from gramjd.engine.step import Scaled, Step, Weightings
 from gramjd.errors import NotCoveredError, NotFiniteError, SlowPathWarning
 from gramjd.explanation import Explanation, explanation
@@ -87,7 +87,7 @@ class Engine:
         batch_dim: int | None = _NOT_GIVEN,
         check: Check = "first",
         audit: int | None = 256,
-        strategies: Sequence[str] = STRATEGIES,
+        strategies: Sequence[str] = tuple(STRATEGIES),
         memory_budget: int | None = None,
         accumulate_dtype: torch.dtype | None = None,
         ways: Sequence[str] | None = None,
@@ -105,7 +105,7 @@ class Engine:
         if audit is not None and (not isinstance(audit, int) or audit < 1):
             raise ValueError(f"audit must be a positive number of calls, or None, not {audit!r}.")
         if not strategies or not set(strategies) <= set(STRATEGIES):
-            raise ValueError(f"strategies must be some of {STRATEGIES}, not {strategies!r}.")
+            raise ValueError(f"strategies must be some of {tuple(STRATEGIES)}, not {strategies!r}.")
         self._modules, self._recurse, self._batch_dim = found, recurse, batch_dim
         self._check, self._audit = check, audit
         self._strategies = tuple([each for each in STRATEGIES if each in strategies])
@@ -328,9 +328,9 @@ class Engine:
     def _streamed(self, output: Tensor) -> Tensor:
         """The Gramian, to which each region adds its share when the backward pass has been through it."""
         total = GramianSum(self._options)
-        task = self._solve(output, total.add, deferred=True)
-        shape = Output(0, tuple(output.shape), task.batch_dim)
-        return total.gramian(shape, next(iter(task.parameters.values())))
+        problem = self._solve(output, total.add, deferred=True)[0].problem
+        shape = Output(0, tuple(output.shape), problem.batch_dim)
+        return total.gramian(shape, next(iter(problem.parameters.values())))
 
     def jacobian(self, output: Losses, /) -> Jacobian[Tensor, dict[str, Tensor]]:
         """The lazy Jacobian of an output with respect to the parameters, by name.
@@ -341,19 +341,20 @@ class Engine:
         return self._jacobian(joined(output, self._batch_dim))[0]
 
     @own_precision
-    def _jacobian(self, output: Tensor) -> tuple[Jacobian[Tensor, dict[str, Tensor]], Task]:
+    def _jacobian(self, output: Tensor) -> tuple[Jacobian[Tensor, dict[str, Tensor]], Request, Solution]:
         """The lazy Jacobian, and what is known of its graph."""
         found: dict[Tensor, list[Block]] = {}
-        task = self._solve(output, found.update)
-        held = self._registry.named()  # of sharded parameters what the optimizer has
-        named = {name: held[name] for name in task.parameters}
-        by_id = {id(named[name]): found.get(p, []) for name, p in task.parameters.items()}
+        request, solution = self._solve(output, found.update)
+        problem, held = request.problem, self._registry.named()  # of sharded ones what the optimizer has
+        named = {name: held[name] for name in problem.parameters}
+        by_id = {id(named[name]): found.get(p, []) for name, p in problem.parameters.items()}
         parameters, spec = pytree.flatten(named)
-        shape = Output(0, tuple(output.shape), task.batch_dim)
+        shape = Output(0, tuple(output.shape), problem.batch_dim)
         blocks = [by_id[id(p)] for p in parameters]
-        return Jacobian.of(blocks, parameters, spec, [shape], pytree.LEAF, task.samples), task
+        jacobian = Jacobian.of(blocks, parameters, spec, [shape], pytree.LEAF, problem.samples)
+        return jacobian, request, solution
 
-    def _solve(self, output: Tensor, emit: Emit, deferred: bool = False) -> Task:
+    def _solve(self, output: Tensor, emit: Emit, deferred: bool = False) -> tuple[Request, Solution]:
         """Give ``emit`` the blocks of the parameters that an output depends on.
 
         If ``deferred``, the caller looks whether the output is finite, where nothing is left to prove: on a
@@ -362,29 +363,24 @@ class Engine:
         lockstep = self._registry.lockstep()
         with torch.no_grad():
             try:
-                task, case = self._task(output, lockstep, deferred)
+                request = self._request(output, lockstep, deferred)
             except Exception as error:
                 if lockstep is not None:  # the others must not wait
                     lockstep.agree(False, [], 0, error)
                 raise
-            warned = "rows" in task.plan.strategies.values()
             try:
-                solve(
-                    task,
-                    self._strategies,
-                    self._check != "never",
-                    emit,
-                    self._options.rows_budget(output.device),
-                )
+                solution = solve(request, emit)
             finally:
-                forget(task.graph.nodes)
+                forget(request.problem.graph.nodes)
             if self._check != "always":
-                self._proofs.keep(case)
-        if task.samples and not warned and self._strategies != ("rows",):
-            _warn_of_rows(task, closed=not self._finalizer.alive)
-        return task
+                self._proofs.keep(request.known, solution)
+        before = request.known.program
+        warned = before is not None and "rows" in before.strategies.values()
+        if request.problem.samples and not warned and self._strategies != ("rows",):
+            _warn_of_rows(request.problem, solution.program, closed=not self._finalizer.alive)
+        return request, solution
 
-    def _task(self, output: Tensor, lockstep: Lockstep | None, deferred: bool) -> tuple[Task, Case]:
+    def _request(self, output: Tensor, lockstep: Lockstep | None, deferred: bool) -> Request:
         """The output's graph, and what is known of its like."""
         batch_dim = self._validate(output)
         graph = walk(output)
@@ -396,11 +392,13 @@ class Engine:
         _refuse_complex(output)
         held = tuple(map(id, self._registry.held()[0]))
         samples = None if batch_dim is None else output.shape[batch_dim]
-        case = self._proofs.recall(graph, held, tuple(output.shape), samples)
-        waits = deferred and lockstep is None and case.plan.is_steady(batch_dim)
+        known = self._proofs.recall(graph, held, tuple(output.shape), samples)
+        waits = deferred and lockstep is None and known.is_steady(batch_dim)
         if not waits and not bool(torch.isfinite(output.detach()).all()):
             raise finite.of_output(output, batch_dim)
-        return Task(output, batch_dim, graph, named, case.plan, lockstep=lockstep), case
+        problem = Problem(output, batch_dim, graph, named, lockstep)
+        budget = self._options.rows_budget(output.device)
+        return Request(problem, known, self._strategies, self._check != "never", budget)
 
     def explain(self, output: Losses, /) -> Explanation:
         """What the Gramian of an output is made of: every use of every parameter, its op and its plan.
@@ -409,13 +407,8 @@ class Engine:
         result rests on: a proof of this call or of an earlier one, measurements. The arguments and errors are
         those of :meth:`compute_gramian`.
         """
-        jacobian, task = self._jacobian(joined(output, self._batch_dim))
-        opaque = any(isinstance(node.record, CallMark) for node in task.graph.nodes)
-        return explanation(
-            jacobian,
-            self._options,
-            describe(task.plan, self._check, None if task.batch_dim is None else task.samples, opaque),
-        )
+        jacobian, request, solution = self._jacobian(joined(output, self._batch_dim))
+        return explanation(jacobian, self._options, describe(request, solution, self._check == "always"))
 
     def __enter__(self) -> Engine:
         return self
@@ -538,14 +531,14 @@ _LATE = (
 )
 
 
-def _warn_of_rows(task: Task, closed: bool) -> None:
+def _warn_of_rows(problem: Problem, program: Program, closed: bool) -> None:
     """Say which parameters need per-row backward passes, and why."""
-    slow = [name for name, p in task.parameters.items() if task.plan.strategies[id(p)] == "rows"]
+    slow = [name for name, p in problem.parameters.items() if program.strategies[id(p)] == "rows"]
     if slow:
-        cause = task.plan.causes.get(id(task.parameters[slow[0]]), "it was not used in a registered module")
-        if not task.graph.nodes:
+        cause = program.causes.get(id(problem.parameters[slow[0]]), "it was not used in a registered module")
+        if not problem.graph.nodes:
             cause = _CLOSED if closed else _LATE
-        elif any(node.differentiated for node in task.graph.nodes):
+        elif any(node.differentiated for node in problem.graph.nodes):
             cause = _DERIVATIVES
         more = f" (and {len(slow) - 1} more)" if len(slow) > 1 else ""
         warnings.warn(

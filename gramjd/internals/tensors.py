@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -139,3 +141,32 @@ def without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for hooks, mine in held:
             hooks.update(mine)
+
+
+@contextmanager
+def taking_gradients(leaves: Sequence[Tensor], take: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """A context in which a backward pass gives the gradient of each leaf to ``take`` as soon as it is known.
+
+    With the place of the leaf. In its place the pass returns zeros that take no memory, so that the gradients
+    of all leaves are never there at the same time; sparse ones it returns as they are. The leaves must be
+    without hooks, as in :func:`without_hooks`.
+    """
+
+    def hook(place: int, gradient: Tensor) -> Tensor | None:
+        take(place, gradient)
+        return None if gradient.is_sparse else gradient.new_zeros(()).expand(gradient.shape)
+
+    held = [(leaf, hooks_of(leaf)) for leaf in leaves]
+    try:
+        for place, (leaf, hooks) in enumerate(held):
+            if hooks is None:
+                leaf._backward_hooks = OrderedDict({0: partial(hook, place)})
+            else:
+                hooks[0] = partial(hook, place)
+        yield
+    finally:
+        for leaf, hooks in held:
+            if hooks is None:
+                leaf._backward_hooks = None
+            else:
+                hooks.pop(0, None)

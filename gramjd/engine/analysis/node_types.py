@@ -9,7 +9,7 @@ may do anything: the layouts of its graph are measured in every call.
 Two facts about each type:
 
 - its **sizes**: how other sizes than those of the proof may be recognised as the same case;
-- how it treats **NaN** in its backward pass: the proof (:mod:`gramjd.engine.analysis.separation`) makes the
+- how it treats **NaN** in its backward pass: the proof (:mod:`gramjd.engine.solving.separation`) makes the
   derivatives of some samples NaN, and every entry that *could* depend on them, whatever the data are, must
   become NaN. Most nodes multiply, and NaN times zero is NaN. Where one selects by value, NaN is put wherever
   it selects from.

@@ -1,24 +1,13 @@
-"""Regions: the nodes that share parameters, whose blocks can be built and contracted by themselves.
-
-A backward pass reaches them one after the other. As soon as it has been at all nodes of one, what
-follows from their cotangents is computed, and the cotangents are freed: no more of them are alive
-than parameters that are used again ask for.
-"""
+"""Regions: the nodes that share parameters, whose blocks can be built and contracted by themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
-from threading import RLock
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from gramjd.engine.recording.nodes import Cotangents
 from gramjd.engine.recording.recorded import CallMark
 from gramjd.uses.use import roots
-
-
-class Later(Exception):
-    """What a region needs cannot be done while a backward pass is in progress."""
 
 
 def parameter_ids(node: Any) -> set[int]:
@@ -29,78 +18,25 @@ def parameter_ids(node: Any) -> set[int]:
     return set().union(*(roots(slot.source) for slot in mark.record.slots))
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Region:
     """Nodes that share parameters with each other and with no others."""
 
-    nodes: list[int] = field(default_factory=list)  # indices, in the order of the forward
-    parameters: set[int] = field(default_factory=set)  # ids of the parameters
+    nodes: tuple[int, ...]  # indices, in the order of the forward
+    parameters: frozenset[int]  # ids of the parameters
 
 
 def regions_of(nodes: Sequence[Any]) -> list[Region]:
     """The regions of the nodes of a graph."""
-    home: dict[int, Region] = {}  # of each parameter
+    home: dict[int, tuple[list[int], set[int]]] = {}  # of each parameter: nodes and parameters of its region
     for index, node in enumerate(nodes):
         mine = parameter_ids(node)
-        first, *others = dict.fromkeys(home[p] for p in mine if p in home) or [Region()]
-        for other in others:
-            first.nodes += other.nodes
-            mine |= other.parameters
-        first.nodes.append(index)
-        first.parameters |= mine
-        home.update(dict.fromkeys(mine, first))
-    for region in home.values():
-        region.nodes.sort()
-    return sorted(set(home.values()), key=lambda region: region.nodes[0])
-
-
-class Stream:
-    """Takes the cotangents that a backward pass brings, and hands each region's on when it has all.
-
-    Args:
-        nodes: of the graph.
-        regions: of these nodes.
-        early: numbers of the regions that may be handed on while the pass is in progress.
-        hand_on: is given the number of a region and the cotangents of its nodes. A region that it
-            raises :class:`Later` for is left for :meth:`finish`.
-    """
-
-    def __init__(self, nodes: Sequence[Any], regions: Sequence[Region], early: Collection[int],
-                 hand_on: Callable[[int, list[Cotangents]], None]) -> None:  # fmt: skip
-        self.early, self.hand_on = early, hand_on
-        self.nodes = {n: [nodes[i] for i in region.nodes] for n, region in enumerate(regions)}  # yet to do
-        self.region = {node: n for n, mine in self.nodes.items() for node in mine}
-        self.cotangents: dict[Any, Cotangents] = {}
-        self.error: Exception | None = None
-        self.lock = RLock()  # autograd has a thread for each device
-
-    def receive(self, node: Any, cotangents: Cotangents) -> None:
-        """Take the cotangents of the outputs of a node."""
-        with self.lock:
-            number = self.region[node]
-            if self.error is not None or number not in self.nodes:
-                return
-            self.cotangents[node] = cotangents
-            if number in self.early and all(mine in self.cotangents for mine in self.nodes[number]):
-                try:
-                    self._done(number)
-                except Later:
-                    pass
-                except Exception as error:  # raised when the pass is over: autograd has errors of its own
-                    self.error = error
-
-    def missing(self) -> list[Any]:
-        """Nodes that nothing has come for."""
-        return [node for mine in self.nodes.values() for node in mine if node not in self.cotangents]
-
-    def finish(self) -> None:
-        """Hand on what is left; the pass is over."""
-        if self.error is not None:
-            raise self.error
-        for number in list(self.nodes):
-            self._done(number)
-
-    def _done(self, number: int) -> None:
-        self.hand_on(number, [self.cotangents[node] for node in self.nodes[number]])
-        for node in self.nodes.pop(number):
-            del self.cotangents[node]
+        joined = {id(home[p]): home[p] for p in mine if p in home}.values()
+        region = [index], set(mine)
+        for those, parameters in joined:
+            region[0].extend(those)
+            region[1].update(parameters)
+        home.update(dict.fromkeys(region[1], region))
+    found = {id(region): region for region in home.values()}.values()
+    regions = [Region(tuple(sorted(those)), frozenset(parameters)) for those, parameters in found]
+    return sorted(regions, key=lambda region: region.nodes[0])

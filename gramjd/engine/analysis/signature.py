@@ -1,6 +1,6 @@
 """The separation key of a graph: equal keys, equal ways in which samples could reach each other.
 
-A proof that samples are kept apart (:mod:`gramjd.engine.analysis.separation`) holds for every graph in which
+A proof that samples are kept apart (:mod:`gramjd.engine.solving.separation`) holds for every graph in which
 the same entries could reach the same entries. That picture is decided by the types of the nodes, by the
 numbers that they save and by shapes. Numbers stand in the key as they are. Of shapes, only what matters does,
 so that a proof for one batch size, or length, holds for others:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from gramjd import gramians
-from gramjd.engine.analysis.regions import Stream
 from gramjd.engine.recording.nodes import taps_of
+from gramjd.engine.solving.stream import Stream
 from gramjd.errors import NoGraphError
 from gramjd.internals import (
     batched_gradients_level,
     losses_of_stack,
     outside_batched_gradients,
+    taking_gradients,
     without_batch,
     without_hooks,
 )
@@ -63,6 +64,23 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -> l
     return _one_by_one(output, inputs, cotangents)
 
 
+def taken_gradients(
+    output: Tensor,
+    inputs: Sequence[Tensor],
+    leaves: Sequence[Tensor],
+    cotangent: Tensor,
+    take: Callable[[int, Tensor], None],
+) -> list[Tensor | None]:
+    """Gradients of each input, ``[1, ...]``; those of leaves go to ``take``, with their place, as they come.
+
+    Raises:
+        NoGraphError: the graph was freed by an earlier backward pass.
+    """
+    with without_hooks(leaves), taking_gradients(leaves, take):
+        found = _grad(output, [*inputs, *leaves], cotangent, unhooked=inputs)
+    return [g if g is None else g.unsqueeze(0) for g in found[: len(inputs)]]
+
+
 def _one_by_one(output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -> list[Tensor | None]:
     """The gradients where some op has no batching rule for its backward."""
     rows = [_grad(output, inputs, cotangent) for cotangent in cotangents]
@@ -81,12 +99,14 @@ def _at_once(output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -> li
         return None
 
 
-def _grad(output: Any, inputs: Sequence[Tensor], cotangent: Tensor, batched: bool = False
-          ) -> Sequence[Tensor | None]:  # fmt: skip
+def _grad(output: Any, inputs: Sequence[Tensor], cotangent: Tensor, batched: bool = False,
+          unhooked: Sequence[Tensor] | None = None) -> Sequence[Tensor | None]:  # fmt: skip
+    """Gradients of inputs; hooks do not run on those that are ``unhooked``, all by default."""
     if not inputs:
         return []
     try:
-        with without_hooks(inputs):  # those of parameters are for what is added to .grad
+        # those of parameters are for what is added to .grad
+        with without_hooks(inputs if unhooked is None else unhooked):
             return torch.autograd.grad(
                 output, inputs, cotangent, retain_graph=True, allow_unused=True, is_grads_batched=batched
             )
@@ -148,7 +168,7 @@ def row_gradients(output: Tensor, inputs: Sequence[Tensor], batch_dim: int | Non
     if rows is None or not _add_up(output, inputs, cotangents, rows):
         rows = _one_by_one(output, inputs, cotangents)
     shaped = (row if row is None else row.view(*output.shape, *row.shape[1:]) for row in rows)
-    return [row if row is None else _rows_first(row, output.ndim, batch_dim) for row in shaped]
+    return [row if row is None else gramians.rows_first(row, batch_dim, output.ndim) for row in shaped]
 
 
 def loss_gradients(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
@@ -200,11 +220,3 @@ def _add_up(
         <= tolerance(want.dtype) * float(want.norm())
         for row, want in pairs
     )
-
-
-def _rows_first(row: Tensor, ndim: int, batch_dim: int | None) -> Tensor:
-    """``[*output.shape, *p.shape]`` → ``[K, B, *p.shape]``."""
-    if batch_dim is None:
-        return row.reshape(-1, 1, *row.shape[ndim:])
-    row = row.movedim(batch_dim, ndim - 1)
-    return row.reshape(-1, *row.shape[ndim - 1 :])

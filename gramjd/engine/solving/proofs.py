@@ -12,13 +12,15 @@ Where the second is not proven, the layouts are measured in every call. Both are
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from gramjd.engine.analysis.graph import Graph
 from gramjd.engine.analysis.signature import Unlisted, separation_key
 from gramjd.engine.recording.recorded import HOOK
-from gramjd.engine.solving.task import Plan, Separation
+from gramjd.engine.solving.program import Known, Program, Separation, Solution
+from gramjd.engine.solving.solve import Request
 
 _STRUCTURES = 64  # that an engine remembers
 _SEPARATIONS = 64  # of each
@@ -31,12 +33,12 @@ _FAILED = (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Proof:
     """What is proven of graphs of one structure."""
 
-    plan: Plan
-    separations: dict[Hashable, Separation] = field(default_factory=dict)
+    program: Program
+    separations: Mapping[Hashable, Separation] = field(default_factory=dict)  # by separation key
     calls: int = 1  # since it was proven, that call included
     audited: int = 1  # the last of them that was verified
 
@@ -54,46 +56,30 @@ class Proofs:
 
     def recall(
         self, graph: Graph, held: tuple[int, ...], shape: tuple[int, ...], samples: int | None
-    ) -> Case:
+    ) -> Known:
         """What is known of a graph; ``samples`` is ``None`` without a batch dimension."""
         structure = graph.structure, held
+        key, unlisted = _separation_key(graph, shape, samples)
         proof = self.known.get(structure)
-        plan = proof.plan.trusted() if proof is not None else Plan()
-        key: Hashable = None
-        if samples:  # a rank may have none
-            try:
-                if graph.hooked:
-                    raise Unlisted(HOOK)
-                key = separation_key(graph.order, graph.numbers, shape, samples)
-            except Unlisted as error:
-                plan.unlisted = str(error)
-        if proof is not None:
-            plan.calls = proof.calls
-            plan.separation = proof.separations.get(key)
-            if plan.separation is not None and plan.separation.is_whole:
-                plan.layouts = dict(plan.separation.layouts)
-            if self._is_due(proof.calls + 1):
-                plan.audit = _message(proof)
-        return Case(plan, structure, key)
-
-    def keep(self, case: Case) -> None:
-        """Remember what a call that succeeded has proven."""
-        plan, proof = case.plan, self.known.get(case.structure)
-        if not plan.complete:
-            return
         if proof is None:
-            proof = self.known[case.structure] = Proof(plan.trusted())
-            if len(self.known) > _STRUCTURES:
-                self.known.pop(next(iter(self.known)))
-        else:
-            proof.plan = plan.trusted()
-            proof.calls += 1
-            if plan.audit:
-                proof.audited = proof.calls
-        if plan.separation is not None and case.key is not None:
-            proof.separations[case.key] = plan.separation
-            if len(proof.separations) > _SEPARATIONS:
-                proof.separations.pop(next(iter(proof.separations)))
+            return Known(structure, key, unlisted=unlisted)
+        audit = _message(proof) if self._is_due(proof.calls + 1) else ""
+        separation = proof.separations.get(key)
+        return Known(structure, key, proof.program, separation, proof.calls, audit, unlisted)
+
+    def keep(self, known: Known, solution: Solution) -> None:
+        """Remember what a call that succeeded has proven."""
+        if not solution.program.complete:
+            return
+        before = self.known.get(known.structure)
+        calls = 1 if before is None else before.calls + 1
+        audited = calls if before is None or known.audit else before.audited
+        separations = {} if before is None else dict(before.separations)
+        if solution.separation is not None and known.key is not None:
+            separations[known.key] = solution.separation
+            _forget_first(separations, _SEPARATIONS)
+        self.known[known.structure] = Proof(solution.program, separations, calls, audited)
+        _forget_first(self.known, _STRUCTURES)
 
     def _is_due(self, call: int) -> bool:
         """Whether a call since a proof is audited: the second, fourth, eighth …, and each ``audit``-th."""
@@ -102,49 +88,54 @@ class Proofs:
         return call % self.audit == 0 or (call < self.audit and call & (call - 1) == 0)
 
 
-@dataclass(frozen=True)
-class Case:
-    """A graph's plan, and the keys under which it may be remembered."""
+def _separation_key(graph: Graph, shape: tuple[int, ...], samples: int | None) -> tuple[Hashable, str]:
+    """The separation key, if there is one; else why not."""
+    if not samples:  # a rank may have none
+        return None, ""
+    if graph.hooked:
+        return None, HOOK
+    try:
+        return separation_key(graph.order, graph.numbers, shape, samples), ""
+    except Unlisted as error:
+        return None, str(error)
 
-    plan: Plan
-    structure: Hashable
-    key: Hashable
+
+def _forget_first(known: dict[Hashable, Any], most: int) -> None:
+    if len(known) > most:
+        known.pop(next(iter(known)))
 
 
-def describe(plan: Plan, check: str, samples: int | None, opaque: bool) -> str:
-    """What the result of a call rests on; ``samples`` is ``None`` without a batch dimension.
-
-    ``opaque``: whether the graph has replayed calls of modules, which are verified in every call.
-    """
-    if "losses" in plan.strategies.values():
+def describe(request: Request, solution: Solution, always: bool) -> str:
+    """What the result of a call rests on; ``always``: whether each call is verified."""
+    problem, known, program = request.problem, request.known, solution.program
+    if "losses" in program.strategies.values():
         return "The rows are those of ordinary backward passes, one for each loss."
-    if check == "never":
+    if not request.check:
         return "Nothing was verified: check='never'."
-    if plan.audit or check == "always" or opaque:
+    if known.audit or always or problem.is_opaque:
         first = "Verified against autograd's gradients in this call"
-    elif plan.calls:
-        first = (
-            f"Verified against autograd's gradients in an earlier call of this structure, {plan.calls} ago"
-        )
-    elif plan.complete:
+    elif known.calls:
+        ago = known.calls
+        first = f"Verified against autograd's gradients in an earlier call of this structure, {ago} ago"
+    elif program.complete:
         first = "Proven against autograd's gradients in this call, the first one of its structure"
     else:
         first = "Verified against autograd's gradients in this call, as in each until every use takes part"
-    if samples is None or samples == 1:
+    if problem.batch_dim is None or problem.samples == 1:
         return f"{first}."
-    separation = plan.separation
-    if plan.unlisted:
-        second = f"every call measures where the samples are: nothing is proven of {plan.unlisted}"
-    elif separation is None:
-        second = "every call measures where the samples are: other data could let them reach each other"
-    elif separation.is_whole:
-        second = "it is proven that no data let one sample reach another"
-    else:
-        passed = f"{separation.passed} of {separation.needed}"
-        second = (
-            f"this call measured where the samples are, until it is proven ({passed} patterns of samples)"
-        )
-    return f"{first}; {second}."
+    return f"{first}; {_of_separation(known, solution.separation)}."
+
+
+def _of_separation(known: Known, separation: Separation | None) -> str:
+    """What the layouts rest on."""
+    if known.unlisted:
+        return f"every call measures where the samples are: nothing is proven of {known.unlisted}"
+    if separation is None:
+        return "every call measures where the samples are: other data could let them reach each other"
+    if separation.is_whole:
+        return "it is proven that no data let one sample reach another"
+    passed = f"{separation.passed} of {separation.needed}"
+    return f"this call measured where the samples are, until it is proven ({passed} patterns of samples)"
 
 
 def _message(proof: Proof) -> str:

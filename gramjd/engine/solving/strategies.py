@@ -1,61 +1,80 @@
-"""The exact strategies from the graph of an output to blocks."""
+"""The exact strategies from the graph of an output to blocks. All have one signature."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from gramjd.blocks import Block, Dense
-from gramjd.engine.analysis.layouts import ZERO, Layout, canonical
-from gramjd.engine.recording.calls import call_blocks
+from gramjd.engine.analysis.layouts import ZERO, Layout
 from gramjd.engine.recording.nodes import values_of
 from gramjd.engine.recording.recorded import CallMark, OpMark
 from gramjd.engine.solving import backward, finite
-from gramjd.engine.solving.task import Task
-from gramjd.rules.registry import any_entry
+from gramjd.engine.solving.calls import call_blocks
+from gramjd.engine.solving.canonical import Unusable, op_name, use_of
+from gramjd.engine.solving.part import Part
+from gramjd.engine.solving.problem import Problem
+from gramjd.engine.solving.program import Layouts, Program
 from gramjd.uses.accumulation import blocks_of
-from gramjd.uses.use import Derived, Record, Source, Use, names_of_leaves, roots
-
-STRATEGIES = ("losses", "ops", "functional", "rows")  # best first
+from gramjd.uses.use import Derived, Record, Source, Use, roots
 
 Found = dict[Tensor, list[Block]]  # of each parameter; those not covered are missing
 
 
-class _Unusable(Exception):
-    """Why the blocks of a use cannot follow from what was recorded of it."""
+@dataclass(frozen=True)
+class Material:
+    """What blocks are built from: of a region, or of the whole problem where no part of it is needed."""
+
+    problem: Problem
+    program: Program
+    causes: Mapping[int, str] = field(default_factory=dict)  # why strategies before failed, by parameter id
+    part: Part | None = None
+    layouts: Sequence[Layouts] = ()  # of each node of the part
+    mixed: frozenset[int] = frozenset()  # ids of parameters whose uses have cross-sample dependence
 
 
-def by_ops(task: Task, parameters: dict[str, Tensor]) -> Found:
+@dataclass(frozen=True)
+class Candidate:
+    """Blocks that a strategy has built, not verified, and why it has none for other parameters."""
+
+    blocks: Found
+    causes: Mapping[int, str] = field(default_factory=dict)  # by parameter id
+
+
+Strategy = Callable[[Material, Mapping[str, Tensor]], Candidate]
+
+
+def by_ops(material: Material, parameters: Mapping[str, Tensor]) -> Candidate:
     """Strategy ``"ops"``: the uses that the forward recorded."""
+    part = material.part
+    assert part is not None
+    causes: dict[int, str] = {}
     failed: set[int] = set()
 
     def fail(source: Source, cause: object) -> None:
         failed.update(roots(source))
         for root in roots(source):
-            task.plan.causes.setdefault(root, str(cause))
+            causes.setdefault(root, str(cause))
 
     uses: list[Use] = []
     split: dict[Record, Layout] = {}  # of derived tensors that have samples
     resolved: set[Source] = set()  # derived tensors whose cotangents contain all that their uses send
-    seen: set[int] = set()  # ids of parameters
-    for index, node in enumerate(task.graph.nodes):
+    for index, node in enumerate(part.nodes):
         mark = node.record
         if not isinstance(mark, OpMark):  # what it holds was used by what no op shows
             failed.update(map(id, mark.parameters))
             continue
-        record = mark.record
-        for slot in record.slots:
-            seen.update((id(slot.source),) if isinstance(slot.source, Tensor) else roots(slot.source))
+        record, layouts = mark.record, material.layouts[index]
         if mark.lost:
             for source in {slot.source for slot in record.slots} - resolved:
-                fail(source, f"{_name(record.call.op)} {mark.lost}")
+                fail(source, f"{op_name(record.call.op)} {mark.lost}")
             continue
         try:
-            use = _use(task, index, split)
-        except _Unusable as cause:
+            use = use_of(part, index, layouts, split, material.program.opened, material.mixed)
+        except Unusable as cause:
             for slot in record.slots:
                 fail(slot.source, cause)
             continue
@@ -64,198 +83,114 @@ def by_ops(task: Task, parameters: dict[str, Tensor]) -> Found:
         uses.append(use)
         if record.derived:
             resolved.update(Derived(record, i) for i, c in enumerate(use.cs) if c is not None)
-            if use.cs[0] is not None and task.batch_dim is not None:
-                mine = task.layouts[index]
-                split[record] = next(layout for layout in mine if layout not in (None, ZERO))
+            if use.cs[0] is not None and part.problem.batch_dim is not None:
+                split[record] = next(layout for layout in layouts if layout not in (None, ZERO))
+    seen = _received(part)
     blocks = blocks_of(uses, list(parameters.values()), fail)
-    found: Found = {}
-    for p, of_p in zip(parameters.values(), blocks, strict=True):
-        if id(p) in seen and id(p) not in failed:
-            found[p] = of_p
-    return found
+    found = {
+        p: of_p
+        for p, of_p in zip(parameters.values(), blocks, strict=True)
+        if id(p) in seen and id(p) not in failed
+    }
+    return Candidate(found, causes)
 
 
-def _use(task: Task, index: int, split: Mapping[Record, Layout]) -> Use | None:
-    """The use of a node in canonical layout; None where no cotangents come to it.
-
-    Raises:
-        _Unusable: it has none.
-    """
-    node, mark = task.graph.nodes[index], task.graph.nodes[index].record
-    record = mark.record
-    if mark.replay is not None and any(c is not None for c in task.cotangents[index]):
-        raise _Unusable("its fused op could not be replayed")
-    values, slots = _saved(task, node)
-    cs = task.canonical(index)
-    if False in mark.live:
-        live = iter(cs)
-        cs = [next(live) if is_live else None for is_live in mark.live]
-    layouts = [layout for layout in task.layouts[index] if layout is not ZERO]
-    if not layouts:
-        return None
-    layout = layouts[0]
-    if layout is None or (len(layouts) > 1 and len(set(layouts)) > 1):
-        if record.derived and not task.is_open(index):
-            # no sample's own: its rows come from where the tensor meets the batch
-            return Use.of(record, values, [None] * len(cs), slots)
-        raise _Unusable(_no_layout(task, record))
-    if task.batch_dim is None:
-        return Use.of(record, [t.unsqueeze(0) for t in values], cs, slots)
-    (first, *_), found = [c for c in task.cotangents[index] if c is not None], []
-    if values:
-        output, samples = first.shape[1:], task.samples
-        try:
-            for t, at in zip(values, _where(record, values, slots, output, layout.dim), strict=True):
-                found.append(canonical(t, at, layout, output[layout.dim], samples))
-        except ValueError as error:
-            raise _Unusable(error) from error
-    own = _with_samples(record, slots, split, task.samples) if split else {}
-    return Use.of(record, found, cs, slots, own)
+def _received(part: Part) -> set[int]:
+    """Ids of the parameters that recorded ops received, or what was derived from them."""
+    records = [node.record.record for node in part.nodes if isinstance(node.record, OpMark)]
+    return {root for record in records for slot in record.slots for root in roots(slot.source)}
 
 
-def _saved(task: Task, node: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """The values that a node saved for rules, and the tensors of its slots."""
-    record: Record = node.record.record
-    try:
-        saved = values_of(node)
-    except RuntimeError as error:
-        what = f"what {_name(record.call.op)} used it with was written in place afterwards"
-        raise _Unusable(what) from error
-    for t in saved:
-        if t.layout is not torch.strided:
-            raise _Unusable(f"its use by {_name(record.call.op)} is with a sparse tensor")
-    count = len(record.saved)
-    values, slots = saved[:count], saved[count:]
-    if task.lockstep is not None:  # the memory of sharded weights is freed between the passes
-        slots = [t if t.untyped_storage().size() else _hollow(t) for t in slots]
-    return values, slots
-
-
-def _no_layout(task: Task, record: Record) -> str:
-    """Why the output of an op has no layout of samples."""
-    name = _name(record.call.op)
-    if record.derived:
-        return f"an op that was not recorded used the result of {name}"
-    if any(roots(slot.source) & task.plan.mixed for slot in record.slots):
-        return f"there is cross-sample dependence at its use by {name}"
-    return f"its use by {name} is of no one sample"
-
-
-def _with_samples(record: Record, slots: Sequence[Tensor], split: Mapping[Record, Layout],
-                  samples: int) -> dict[int, Tensor]:  # fmt: skip
-    """The slots that have samples, by leaf."""
-    own: dict[int, Tensor] = {}
-    for slot, tensor in zip(record.slots, slots, strict=True):
-        at = split.get(slot.source.record) if isinstance(slot.source, Derived) else None
-        if at is None:
-            continue
-        if at.dim >= tensor.ndim or tensor.shape[at.dim] % samples:  # written in place since
-            name = _name(record.call.op)
-            raise _Unusable(f"its use by {name} has samples elsewhere than its argument")
-        own[slot.index] = at.split(tensor, at.dim, samples)
-    return own
-
-
-def _hollow(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape and dtype without values; to read them is an error."""
-    return torch.empty_like(tensor, device="meta")
-
-
-def _where(record: Record, values: Sequence[Tensor], slots: Sequence[Tensor], output: Sequence[int],
-           dim: int) -> list[int | None]:  # fmt: skip
-    """The dimensions of a call's saved arguments that meet dimension ``dim`` of its output."""
-    entry = record.entries[0]
-    if entry is None:
-        known = [entry for entry in record.entries if entry is not None]
-        entry = known[0] if known else any_entry(record.call.op)
-    # as of most ops: the last dimensions meet
-    last = [at if (at := dim - len(output) + t.ndim) >= 0 else None for t in values]
-    if entry is None:
-        return last
-    names = record.call.names if record.spec is None else names_of_leaves(record.call)
-    arguments: dict[Any, Any] = dict(zip(names, record.leaves, strict=True))
-    arguments["output"] = output
-    for index, value in zip(record.saved, values, strict=True):
-        arguments[names[index]] = value.shape
-    for slot, tensor in zip(record.slots, slots, strict=True):
-        arguments[slot.name] = tensor.shape
-    found: list[int | None] = []
-    for index, place in zip(record.saved, last, strict=True):
-        name = names[index]
-        found.append(place if name is None else entry.meets(arguments, str(name), dim))
-    return found
-
-
-def by_calls(task: Task, parameters: dict[str, Tensor]) -> Found:
+def by_calls(material: Material, parameters: Mapping[str, Tensor]) -> Candidate:
     """Strategy ``"functional"``: module calls as pure functions under ``vmap(vjp)``."""
+    part = material.part
+    assert part is not None
     found: dict[int, list[Block]] = {}
+    causes: dict[int, str] = {}
     failed: set[int] = set()
-    for index, node in enumerate(task.graph.nodes):
+    for index, node in enumerate(part.nodes):
         mark = node.record
         if not isinstance(mark, CallMark):
             continue
-        used = [i for i, c in enumerate(task.cotangents[index]) if c is not None]
-        layouts = {task.layouts[index][i] for i in used}
         ids = [id(p) for p in mark.parameters]
-        cs = task.canonical(index)
         try:
-            layout = layouts.pop() if len(layouts) == 1 else None
-            if layout is None:
-                raise ValueError("its outputs do not belong to one sample each")
-            layout = None if task.batch_dim is None else layout
-            blocks = call_blocks(mark, values_of(node), cs, layout, task.samples)
+            blocks = _of_call(part, index, material.layouts[index])
         except Exception as error:  # whatever the user's module does under vmap: a slower strategy is left
             failed.update(ids)
-            for each in ids:
-                task.plan.causes.setdefault(each, f"{type(mark.module).__name__}: {error}")
+            causes = {**dict.fromkeys(ids, f"{type(mark.module).__name__}: {error}"), **causes}
             continue
         for each, mine in zip(ids, blocks, strict=True):
             found.setdefault(each, []).extend(mine)
     covered = found.keys() - failed
-    return {p: found[id(p)] for p in parameters.values() if id(p) in covered}
+    return Candidate({p: found[id(p)] for p in parameters.values() if id(p) in covered}, causes)
 
 
-def are_few(task: Task, budget: int) -> bool:
+def _of_call(part: Part, index: int, layouts: Layouts) -> list[list[Block]]:
+    """The blocks of the parameters that a call of a module answers for.
+
+    Raises:
+        ValueError: its outputs do not belong to one sample each, or a replay differs.
+    """
+    node, problem = part.nodes[index], part.problem
+    given = zip(layouts, part.cotangents[index], strict=True)
+    used = {layout for layout, c in given if c is not None}
+    layout = used.pop() if len(used) == 1 else None
+    if layout is None:
+        raise ValueError("its outputs do not belong to one sample each")
+    mine = None if problem.batch_dim is None else layout
+    cs = part.canonical(index, layouts)
+    return call_blocks(node.record, values_of(node), cs, mine, problem.samples)
+
+
+def are_few(problem: Problem, budget: int) -> bool:
     """Whether each loss gets a backward pass: few losses, no samples, and memory for all rows."""
-    if task.batch_dim is not None or task.lockstep is not None or task.output.numel() > backward.FEW:
+    output = problem.output
+    if problem.batch_dim is not None or problem.lockstep is not None or output.numel() > backward.FEW:
         return False
-    rows = sum(p.numel() * p.element_size() for p in task.parameters.values())
-    return rows * task.output.numel() <= budget
+    rows = sum(p.numel() * p.element_size() for p in problem.parameters.values())
+    return rows * output.numel() <= budget
 
 
-def by_losses(task: Task) -> Found:
-    """One ordinary backward pass for each of a few losses: exact by definition, there is nothing to prove.
+def by_losses(material: Material, parameters: Mapping[str, Tensor]) -> Candidate:
+    """Strategy ``"losses"``: one ordinary backward pass for each of a few, exact by definition.
 
     Raises:
         NotFiniteError: gradients have NaN or infinite entries.
     """
-    rows = backward.loss_gradients(task.output, list(task.parameters.values()))
+    problem = material.problem
+    rows = backward.loss_gradients(problem.output, list(parameters.values()))
     found = [row for row in rows if row is not None]
     # a sum reads them once, and has NaN or infinity where they have; or it overflows itself
     sums = torch.stack([row.sum().abs().float() for row in found]) if found else torch.zeros(0)
     if not bool(sums.isfinite().all()) and not all(bool(row.isfinite().all()) for row in found):
-        raise finite.of_gradient(task.output, task.batch_dim)
+        raise finite.of_gradient(problem.output, problem.batch_dim)
     origin = "one of few losses (a backward pass for each is the fastest)"
+    return Candidate(_dense(parameters, rows, [origin] * len(rows)))
+
+
+def by_rows(material: Material, parameters: Mapping[str, Tensor]) -> Candidate:
+    """Strategy ``"rows"``: one row after the other by ordinary autograd, exact by definition."""
+    problem = material.problem
+    rows = backward.row_gradients(problem.output, list(parameters.values()), problem.batch_dim)
+    origins = [
+        f"one row at a time ({material.causes.get(id(p), 'it was not used in a registered module')})"
+        for p in parameters.values()
+    ]
+    return Candidate(_dense(parameters, rows, origins))
+
+
+def _dense(parameters: Mapping[str, Tensor], rows: Sequence[Tensor | None], origins: Sequence[str]) -> Found:
+    """Rows as blocks."""
     return {
         p: [] if row is None else [Dense(row, origin=origin)]
-        for p, row in zip(task.parameters.values(), rows, strict=True)
+        for p, row, origin in zip(parameters.values(), rows, origins, strict=True)
     }
 
 
-def by_rows(task: Task, parameters: dict[str, Tensor]) -> Found:
-    """Strategy ``"rows"``: one row after the other by ordinary autograd."""
-    rows = backward.row_gradients(task.output, list(parameters.values()), task.batch_dim)
-    causes = [
-        task.plan.causes.get(id(p), "it was not used in a registered module") for p in parameters.values()
-    ]
-    return {
-        p: [] if row is None else [Dense(row, origin=f"one row at a time ({cause})")]
-        for p, row, cause in zip(parameters.values(), rows, causes, strict=True)
-    }
-
-
-FROM_USES: dict[str, Callable[[Task, dict[str, Tensor]], Found]] = {"ops": by_ops, "functional": by_calls}
-
-
-def _name(op: object) -> str:
-    return getattr(op, "__name__", repr(op))
+STRATEGIES: dict[str, Strategy] = {  # best first
+    "losses": by_losses,
+    "ops": by_ops,
+    "functional": by_calls,
+    "rows": by_rows,
+}
+FROM_USES = ("ops", "functional")  # those that a region alone is enough for

@@ -10,7 +10,7 @@ Nodes that choose by value pass NaN on to all that they choose from
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import combinations, islice
@@ -24,7 +24,8 @@ from gramjd.engine.analysis.layouts import ZERO, Layout, candidates
 from gramjd.engine.analysis.node_types import Nan, NodeType, dims_of, facts_of, first_spatial
 from gramjd.engine.recording.nodes import forget
 from gramjd.engine.solving import backward
-from gramjd.engine.solving.task import Layouts, Task, is_fused
+from gramjd.engine.solving.problem import Problem, is_fused
+from gramjd.engine.solving.program import Layouts, Program
 from gramjd.internals import name_of, name_of_type, saved_value
 
 _PRODUCTS = ("Addmm", "Bmm", "Mm", "Mv")
@@ -53,40 +54,46 @@ def patterns(samples: int, number: int) -> list[Tensor]:
     return list(found)
 
 
-def spread(task: Task, chosen: Sequence[Tensor], first: bool = True) -> list[Masks] | None:
+def spread(problem: Problem, chosen: Sequence[Tensor], first: bool = True) -> list[Masks] | None:
     """The entries that NaN reaches from each set of samples; ``None`` if nothing follows from them.
 
-    The types of all nodes must be listed. In the ``first`` pass, each is watched for NaN that it drops.
+    The types of all nodes must be listed. In the ``first`` pass, each is watched for NaN that it drops, as all do
+    that have no samples. Ranks in step run every pass, whatever they find.
     """
     masks: list[Masks] = []
-    for each in chosen:
-        watched = first and not masks
-        with _passed_on(task.graph.order, watched) as dropped, torch.autograd.set_detect_anomaly(False):
+    for number, each in enumerate(chosen):
+        watched = first and not number
+        with _passed_on(problem.graph.order, watched) as dropped, torch.autograd.set_detect_anomaly(False):
             try:
-                masks.append(_run(task, each))
+                found = _run(problem, each)
             except Exception:  # a hook on a tensor that refuses NaN
-                return None
-        if dropped:
+                found = None
+        if found is not None and not dropped:
+            masks.append(found)
+        elif problem.lockstep is None:
             return None
-    return masks
+    return masks if len(masks) == len(chosen) else None
 
 
-def stays_within(task: Task, chosen: Sequence[Tensor], masks: Sequence[Masks]) -> bool:
-    """Whether NaN reaches only entries of the chosen samples, by the layouts of every node."""
-    unpacked = any(node.hooked for node in task.graph.nodes)  # or a checkpoint runs again for each
-    if not unpacked and any(map(_is_sparse, task.graph.order)):
+def stays_within(problem: Problem, program: Program, layouts: Mapping[int, Sequence[Layouts]],
+                 chosen: Sequence[Tensor], masks: Sequence[Masks]) -> bool:  # fmt: skip
+    """Whether NaN reaches only entries of the chosen samples, by the layouts of the nodes of each region."""
+    graph = problem.graph
+    unpacked = any(node.hooked for node in graph.nodes)  # or a checkpoint runs again for each
+    if not unpacked and any(map(_is_sparse, graph.order)):
         return False  # the next batch may have its zeros elsewhere
-    return all(_is_within(each, mask, task) for each, mask in zip(chosen, masks, strict=True))
+    by_node = list(_by_node(problem, program, layouts))
+    return all(_is_within(each, mask, by_node) for each, mask in zip(chosen, masks, strict=True))
 
 
-def _is_within(chosen: Tensor, masks: Masks, task: Task) -> bool:
+def _is_within(chosen: Tensor, masks: Masks, by_node: Iterable[tuple[Any, Layouts | None]]) -> bool:
     """Whether the masks of all nodes stay within some samples, in a known layout or any that fits."""
     return all(
         any(
             _fits(mask, each, chosen)
             for each in (candidates(mask.shape, len(chosen)) if layouts is None else [layouts[n]])
         )
-        for node, layouts in _layouts(task)
+        for node, layouts in by_node
         for n, mask in enumerate(masks.get(node, ()))
         if mask is not None
     )
@@ -99,17 +106,18 @@ def _fits(mask: Tensor, layout: Layout | None, chosen: Tensor) -> bool:
     return not bool((reached & ~chosen.to(reached.device)).any())
 
 
-def _layouts(task: Task) -> Iterable[tuple[Any, Layouts | None]]:
+def _by_node(problem: Problem, program: Program, layouts: Mapping[int, Sequence[Layouts]]
+             ) -> Iterator[tuple[Any, Layouts | None]]:  # fmt: skip
     """All nodes with the layouts of their outputs, where these are not those of a replay."""
-    for number, region in enumerate(task.plan.regions):
-        nodes = [task.graph.nodes[index] for index in region.nodes]
+    for number, region in enumerate(program.regions):
+        nodes = [problem.graph.nodes[index] for index in region.nodes]
         if any(map(is_fused, nodes)):
             yield from ((node, None) for node in nodes)
         else:
-            yield from zip(nodes, task.plan.layouts[number], strict=True)
+            yield from zip(nodes, layouts[number], strict=True)
 
 
-def _run(task: Task, chosen: Tensor) -> Masks:
+def _run(problem: Problem, chosen: Tensor) -> Masks:
     """A backward pass of the objectives of some samples, NaN each."""
     found: Masks = {}
 
@@ -118,11 +126,11 @@ def _run(task: Task, chosen: Tensor) -> Masks:
         forget([node])
         return (None,) * len(grads)
 
-    weights = torch.zeros(task.objectives, task.samples).to(task.output)
+    weights = torch.zeros(problem.objectives, problem.samples).to(problem.output)
     weights[:, chosen.to(weights.device)] = math.nan
-    rows = gramians.from_rows(weights, task.output.shape, task.batch_dim).unsqueeze(0)
-    with backward.tapped(task.graph.nodes, note) as taps:
-        backward.gradients(task.output, [tap for mine in taps for tap in mine], rows)
+    rows = gramians.from_rows(weights, problem.output.shape, problem.batch_dim).unsqueeze(0)
+    with backward.tapped(problem.graph.nodes, note) as taps:
+        backward.gradients(problem.output, [tap for mine in taps for tap in mine], rows)
     return found
 
 

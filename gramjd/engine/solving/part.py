@@ -1,0 +1,166 @@
+"""What one region has of a problem: its nodes with their cotangents, fused ops as the nodes of a replay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramjd.engine.analysis.layouts import ZERO, Layout, measure
+from gramjd.engine.recording.nodes import Cotangents
+from gramjd.engine.recording.recorded import OpMark
+from gramjd.engine.solving.passes import Passes, rounding_of
+from gramjd.engine.solving.problem import Problem, is_fused
+from gramjd.engine.solving.program import Layouts, Pattern
+from gramjd.engine.solving.replay import Replayed, replay
+from gramjd.rounding import tolerance
+from gramjd.uses.use import roots
+
+NOISE = 0.2  # relative differences above it are no rounding
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a node is in the user's forward."""
+
+    index: int  # in the region; of a replay's node that of the op
+    precision: torch.dtype | None = None  # of the op that was replayed, which autocast may have rounded for
+
+
+@dataclass(frozen=True)
+class Part:
+    """The nodes of one region, in the order of the forward."""
+
+    problem: Problem
+    region: Sequence[int]  # indices of its nodes in the graph
+    parameters: Mapping[str, Tensor]  # by name
+    nodes: Sequence[Any]
+    places: Sequence[Place]
+    cotangents: Sequence[Cotangents]  # of each node
+    probed: Sequence[Cotangents] = ()  # of each node by the first weighted pass, where layouts are measured
+    causes: Mapping[int, str] = field(default_factory=dict)  # why ops could not be replayed, by parameter id
+    replays: Sequence[Tensor] = ()  # kept alive
+
+    @property
+    def is_replayed(self) -> bool:
+        """Whether some nodes are those of replays."""
+        return any(place.precision is not None for place in self.places)
+
+    def is_batch_independent(self, node: int) -> bool:
+        """Whether all arguments of a use are batch-independent."""
+        mark = self.nodes[node].record
+        return isinstance(mark, OpMark) and mark.batch_independent
+
+    def is_among(self, node: int, opened: frozenset[int]) -> bool:
+        """Whether a node is one of some of the graph's."""
+        place = self.places[node]
+        return place.precision is None and self.region[place.index] in opened
+
+    def pattern(self, layouts: Sequence[Layouts]) -> Pattern:
+        """What blocks depend on besides the recorded uses: which outputs have samples, and in what layout."""
+        kinds = [tuple([_kind(layout) for layout in mine]) for mine in layouts]
+        marks = [node.record for node in self.nodes]
+        ops = [mark.record.call.op if isinstance(mark, OpMark) else mark.names for mark in marks]
+        return frozenset(zip([place.index for place in self.places], ops, kinds, strict=True))
+
+    def canonical(self, node: int, layouts: Layouts) -> Cotangents:
+        """Cotangents of the outputs of a node as ``[K, B, ...]``, where they have a layout."""
+        samples, batched = self.problem.samples, self.problem.batch_dim is not None
+        return [
+            None if c is None or layout is None or layout is ZERO else
+            layout.cotangents(c, samples) if batched else c.unsqueeze(1)
+            for c, layout in zip(self.cotangents[node], layouts, strict=True)
+        ]  # fmt: skip
+
+
+def _kind(layout: Layout | None) -> str:
+    return "none" if layout is None else "zero" if layout is ZERO else type(layout).__name__
+
+
+def part_of(
+    problem: Problem,
+    region: Sequence[int],
+    ids: frozenset[int],
+    cotangents: Sequence[Cotangents],
+    passes: Passes,
+    measuring: bool,
+) -> Part:
+    """The part of a region.
+
+    Args:
+        problem: all of it.
+        region: indices of its nodes.
+        ids: of its parameters.
+        cotangents: at its nodes.
+        passes: weighted backward passes.
+        measuring: whether the layouts of the nodes are not known.
+    """
+    nodes = [problem.graph.nodes[index] for index in region]
+    mine = {name: p for name, p in problem.parameters.items() if id(p) in ids}
+    places = [Place(index) for index in range(len(nodes))]
+    probed = passes.first.of(region).cotangents if measuring else ()
+    part = Part(problem, region, mine, nodes, places, cotangents, probed)
+    return _replayed(part, passes) if any(map(is_fused, nodes)) else part
+
+
+def _replayed(part: Part, passes: Passes) -> Part:
+    """The part with the nodes of its replay in the place of every fused op."""
+    nodes: list[Any] = []
+    cotangents: list[Cotangents] = []
+    probed: list[Cotangents] = []
+    places: list[Place] = []
+    replays: list[Tensor] = []
+    causes: dict[int, str] = {}
+    for index, (node, cs) in enumerate(zip(part.nodes, part.cotangents, strict=True)):
+        given = part.probed[index] if part.probed else None
+        found = Replayed([node], [cs], [given or []])
+        if is_fused(node) and given is not None and _is_noise(part, passes, index):
+            found = Replayed([node], [[None] * len(cs)], [given])
+        elif is_fused(node) and any(c is not None for c in cs):
+            try:
+                found = replay(node, cs, given)
+            except (ValueError, RuntimeError) as error:  # a slower strategy is left
+                for slot in node.record.record.slots:
+                    causes = {**dict.fromkeys(roots(slot.source), str(error)), **causes}
+        nodes += found.nodes
+        cotangents += found.cotangents
+        probed += found.probed
+        place = Place(index)
+        if found.graph is not None:
+            # under autocast the op computed with fewer digits than its replay does
+            place = Place(index, next(c.dtype for c in cs if c is not None))
+            replays.append(found.graph)
+        places += [place] * len(found.nodes)
+    return Part(part.problem, part.region, part.parameters, nodes, places, cotangents,
+                probed if part.probed else (), causes, replays)  # fmt: skip
+
+
+def _is_noise(part: Part, passes: Passes, index: int) -> bool:
+    """Whether all cotangents of a node are mere rounding."""
+    pairs = zip(part.cotangents[index], part.probed[index], strict=True)
+    return all(
+        c is None
+        or first is None
+        or (
+            measure(c, first[0], passes.v)[1] > tolerance(c.dtype)
+            and rounding_at(part, passes, index, which) > NOISE
+        )
+        for which, (c, first) in enumerate(pairs)
+    )
+
+
+def rounding_at(part: Part, passes: Passes, index: int, which: int) -> float:
+    """The rounding of a cotangent, relative to it; inside a replay, that of what the op replayed got."""
+    place = part.places[index]
+    again = passes.again.of(part.region).cotangents[place.index]
+    if place.precision is not None:
+        first = passes.first.of(part.region).cotangents[place.index]
+        return rounding_of(*(_joined(cs) for cs in (first, again)))
+    return rounding_of(part.probed[index][which], again[which])
+
+
+def _joined(cs: Cotangents) -> Tensor:
+    return torch.cat([c.flatten() for c in cs if c is not None])

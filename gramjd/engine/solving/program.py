@@ -1,0 +1,91 @@
+"""What is decided for the graphs of one structure, and what is proven of them. All of it is frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from gramjd.engine.analysis.coverage import uncovered
+from gramjd.engine.analysis.layouts import Layout
+from gramjd.engine.analysis.regions import Region, regions_of
+from gramjd.engine.solving.problem import Problem
+
+# Of the nodes of a region: the place of each in the user's forward, its op, and the kind of its layouts.
+Pattern = frozenset[tuple[int, Hashable, tuple[str, ...]]]
+Layouts = Sequence[Layout | None]  # of the outputs of a node; None: cross-sample dependence, or it has none
+
+
+@dataclass(frozen=True)
+class Program:
+    """What each later graph of one structure is solved by.
+
+    Nothing in it depends on data: ``complete`` says that blocks of these strategies, in right layouts, add
+    up to autograd's gradients.
+    """
+
+    regions: Sequence[Region] = ()
+    outside: frozenset[int] = frozenset()  # ids of leaves that are used outside of recorded ops
+    opened: frozenset[int] = frozenset()  # nodes of derived tensors that are, too
+    strategies: Mapping[int, str] = field(default_factory=dict)  # of each parameter, by id
+    causes: Mapping[int, str] = field(default_factory=dict)  # why no better strategy is exact
+    late: frozenset[int] = frozenset()  # regions that wait for the end of the backward pass
+    patterns: Mapping[int, frozenset[Pattern]] = field(default_factory=dict)  # verified, of each region
+    complete: bool = False
+
+    @staticmethod
+    def of(problem: Problem) -> Program:
+        """What the graph alone decides."""
+        nodes = problem.graph.nodes
+        outside, opened = uncovered(problem.output)
+        places = frozenset(index for index, node in enumerate(nodes) if node in opened)
+        return Program(tuple(regions_of(nodes)), frozenset(outside), places)
+
+
+@dataclass(frozen=True)
+class Separation:
+    """How far it is proven that samples are apart in graphs of one separation key, in these layouts."""
+
+    layouts: Mapping[int, Sequence[Layouts]]  # of the nodes of each region, but for fused ops
+    samples: int
+    passed: int  # patterns of samples
+    needed: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is left to prove."""
+        return self.passed >= self.needed
+
+
+@dataclass(frozen=True)
+class Known:
+    """What earlier graphs have proven of this one, and the keys under which that is remembered."""
+
+    structure: Hashable = None
+    key: Hashable = None  # of the separation
+    program: Program | None = None
+    separation: Separation | None = None
+    calls: int = 0  # of this structure since it was proven, before this one
+    audit: str = ""  # is this call an audit of what is trusted? What its error says, then
+    unlisted: str = ""  # why the graph has no separation key
+
+    @property
+    def layouts(self) -> Mapping[int, Sequence[Layouts]] | None:
+        """The layouts of the nodes of each region, if it is proven that no data could change them."""
+        return self.separation.layouts if self.separation is not None and self.separation.is_whole else None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it is proven that the blocks of the program add up to the gradients."""
+        return self.program is not None and self.program.complete
+
+    def is_steady(self, batch_dim: int | None) -> bool:
+        """Whether nothing is left to prove or to audit in this call."""
+        return self.is_complete and (batch_dim is None or self.layouts is not None) and not self.audit
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a call has found out, for the next one of its like."""
+
+    program: Program
+    separation: Separation | None = None
