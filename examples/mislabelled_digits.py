@@ -4,7 +4,8 @@ One label in twenty is wrong. A sample is suspicious if no gradient of a clean s
 score is the mean cosine with the five most alike. Beside that, the usual scores: loss and gradient norm.
 
 `gradients_dataset` writes sketches of all gradients to a folder, and `similarity` compares them. Prints a
-table, and writes `mislabelled.png` into the folder given by --out.
+table, and what `outliers` finds, which is not told how many to look for. Writes `mislabelled.png` into the
+folder given by --out.
 """
 
 import argparse
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import gramjd
+from gramjd.diagnostics import outliers
 
 COLORS = {"similarity": "#0072b2", "loss": "#d55e00", "gradient norm": "#999999"}
 CLEAN = 200  # samples whose labels are known to be right
+WHISKERS = 1.5, 3.0  # of `outliers`
 
 
 def load_data(seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,7 +62,6 @@ def suspicions(model: nn.Module, x: Tensor, y: Tensor, dim: int, folder: Path) -
 
     suspects, clean = gradients("suspects", x[CLEAN:], y[CLEAN:]), gradients("clean", x[:CLEAN], y[:CLEAN])
     alike = gramjd.similarity(suspects, clean, cosine=True, topk=5)
-    assert isinstance(alike, gramjd.TopK)
     with torch.no_grad():
         losses = cross_entropy(model(x[CLEAN:]), y[CLEAN:], reduction="none")
     return {
@@ -73,6 +75,14 @@ def precisions(scores: Tensor, wrong: Tensor) -> Tensor:
     """`[N]`: of the k most suspicious samples, which share has a wrong label, for each k."""
     found = wrong[scores.argsort(descending=True, stable=True)].double().cumsum(0)
     return found / torch.arange(1, len(wrong) + 1)
+
+
+def found_by_outliers(model: nn.Module, x: Tensor, y: Tensor, wrong: Tensor) -> Tensor:
+    """`[whiskers, 2]`: of the outliers, how many have a wrong label, and how many there are."""
+    func, params = gramjd.functional_loss(model, nn.CrossEntropyLoss(reduction="none"))
+    jac = gramjd.jacobian(func)(params, x, y)
+    far = [outliers(jac, whisker) for whisker in WHISKERS]
+    return torch.tensor([[int(wrong[each].sum()), len(each)] for each in far])
 
 
 def plot(curves: dict[int, dict[str, Tensor]], flipped: int) -> Figure:
@@ -101,6 +111,7 @@ def main() -> None:
     args = parser.parse_args()
 
     curves: dict[int, dict[str, Tensor]] = {epochs: {} for epochs in args.epochs}
+    counts = {epochs: torch.zeros(len(WHISKERS), 2) for epochs in args.epochs}
     for seed in range(args.seeds):
         torch.manual_seed(seed)
         x, y, wrong = load_data(seed)
@@ -113,6 +124,7 @@ def main() -> None:
             done = epochs
             with tempfile.TemporaryDirectory() as folder:
                 scores = suspicions(model, x, y, args.dim, Path(folder))
+            counts[epochs] += found_by_outliers(model, x[CLEAN:], y[CLEAN:], wrong[CLEAN:])
             for name, values in scores.items():
                 mine = precisions(values, wrong[CLEAN:]) / args.seeds
                 curves[epochs][name] = curves[epochs].get(name, torch.zeros_like(mine)) + mine
@@ -126,6 +138,14 @@ def main() -> None:
     for epochs, mine in curves.items():
         cells = [f"{100 * float(mine[name][flipped - 1]):.0f}%" for name in COLORS]
         print(f"| {epochs} | " + " | ".join(cells) + " |")
+    print()
+    for epochs, count in counts.items():
+        for whisker, (hits, far) in zip(WHISKERS, count.tolist(), strict=True):
+            precision, recall = hits / max(far, 1), hits / (flipped * args.seeds)
+            print(
+                f"{epochs} epochs, whisker {whisker}: {precision:.0%} of the outliers are mislabelled, "
+                f"{recall:.0%} of the mislabelled are outliers"
+            )
     args.out.mkdir(parents=True, exist_ok=True)
     plot(curves, flipped).savefig(args.out / "mislabelled.png", dpi=130)
 

@@ -175,7 +175,6 @@ def main() -> None:
         store = gramjd.gradients_dataset(gradients, batches, Path(folder) / "store", args.dim, progress=False)
         sketched = gramjd.similarity(of_queries.sketch(args.dim), store, cosine=True, topk=args.topk)
 
-    assert isinstance(exact, gramjd.TopK) and isinstance(sketched, gramjd.TopK)
     for row, (subject, query) in enumerate(QUERIES.items()):
         print(f"{query}  ({subject})")
         for value, which in zip(exact.values[row].tolist(), exact.indices[row].tolist(), strict=True):

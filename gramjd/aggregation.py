@@ -7,6 +7,7 @@ They take the rows of one parameter at a time and drop them before the next, so 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from gramjd.weighting._options import count, source, vector
 from gramjd.weighting._small import own_array
 
 
-def parameter_rows(jacobian: Jacobian) -> Iterator[Tensor]:
+def parameter_rows(jacobian: Jacobian[Any]) -> Iterator[Tensor]:
     """The rows of one parameter after the other, each ``[rows, *shape]``; built when asked for.
 
     Rows are in the order of ``J.T @ w``: the entries of one output after those of another. Of a complex
@@ -34,7 +35,7 @@ def parameter_rows(jacobian: Jacobian) -> Iterator[Tensor]:
 
 
 def graddrop(
-    jacobian: Jacobian,
+    jacobian: Jacobian[Any],
     f: Callable[[Tensor], Tensor] | None = None,
     leak: Tensor | None = None,
     *,
@@ -83,7 +84,7 @@ def graddrop(
     return _of_each(jacobian, parameter_rows(jacobian), combine)
 
 
-def trimmed_mean(jacobian: Jacobian, trim_number: int) -> PyTree:
+def trimmed_mean(jacobian: Jacobian[Any], trim_number: int) -> PyTree:
     """The mean of each entry over the rows, without its ``trim_number`` largest and smallest values.
 
     Yin et al. (2018), "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", arXiv
@@ -108,7 +109,7 @@ def trimmed_mean(jacobian: Jacobian, trim_number: int) -> PyTree:
     return _of_each(jacobian, _unordered_rows(jacobian), lambda found: _sorted(found)[middle].mean(0))
 
 
-def _unordered_rows(jacobian: Jacobian) -> Iterator[Tensor]:
+def _unordered_rows(jacobian: Jacobian[Any]) -> Iterator[Tensor]:
     """The rows of one parameter after the other in the order of the factors, in memory of their own."""
     for number, parameter in enumerate(jacobian.parameters):
         yield products.dense(jacobian.intact, number, jacobian.objectives, as_real(parameter)).flatten(0, 1)
@@ -123,7 +124,7 @@ def _sorted(rows: Tensor) -> Tensor:
     return rows
 
 
-def _of_each(jacobian: Jacobian, each: Iterable[Tensor], combine: Callable[[Tensor], Tensor]) -> PyTree:
+def _of_each(jacobian: Jacobian[Any], each: Iterable[Tensor], combine: Callable[[Tensor], Tensor]) -> PyTree:
     """Apply a function to the rows of each parameter, one parameter at a time, in its dtype."""
     found = [combine(rows) for rows in each]
     pairs = zip(found, jacobian.parameters, strict=True)

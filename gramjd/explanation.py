@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 from torch import Tensor
 
@@ -142,7 +143,7 @@ def _range(numbers: Sequence[int]) -> str:
     return f"{{{numbers[0]}-{numbers[-1]}}}" if whole else f"{{{','.join(map(str, numbers))}}}"
 
 
-def explanation(jacobian: Jacobian, options: Options | None = None, proof: str = "") -> Explanation:
+def explanation(jacobian: Jacobian[Any], options: Options | None = None, proof: str = "") -> Explanation:
     """Every pair of blocks that the Gramian of a Jacobian is made of."""
     rows: list[Row] = []
     for part in jacobian.parts:

@@ -120,8 +120,13 @@ def weigh(
             f"objectives; there must be one for each{more}."
         )
     if not bool(torch.isfinite(weights).all()):
-        raise ValueError(f"{_name(weighting)} returned weights that are NaN or infinite: {weights}.")
+        raise not_finite(weighting, weights)
     return weights.detach().reshape(tuple(shape))
+
+
+def not_finite(weighting: object, weights: Tensor) -> ValueError:
+    """The error for weights that no gradient can be made of."""
+    return ValueError(f"{_name(weighting)} returned weights that are NaN or infinite: {weights}.")
 
 
 def _name(weighting: object) -> str:

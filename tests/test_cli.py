@@ -6,8 +6,8 @@ import io
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from math import nan
+from collections.abc import Callable, Iterator
+from math import ceil, nan
 from pathlib import Path
 
 import pytest
@@ -241,22 +241,75 @@ def test_check(factory: str, options: list[str], file: str, capfd: pytest.Captur
 def test_check_estimates_its_memory_first(
     file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A row has 8 · 5 + 8 + 3 · 8 + 3 = 75 entries; two gradients exist besides."""
+    """A gradient has 8 · 5 + 8 + 3 · 8 + 3 = 75 entries; a forward pass holds 1000 bytes in float32."""
+
+    def measured(step: Callable[[], object], device: torch.device) -> int:
+        step()
+        return 1000
+
     run = gramjd.Engine.compute_gramian
     calls: list[Tensor] = []
     monkeypatch.setattr(
         gramjd.Engine, "compute_gramian", lambda engine, output: calls.append(output) or run(engine, output)
     )
-    monkeypatch.setattr(memory, "free_bytes", lambda device: (5 + 2) * 75 * 8)
-    assert main(["check", f"{file}:factory"]) == 2
-    out, err = capsys.readouterr()
-    assert not out and not calls and "The gradients of 12 losses" in err and "Pass --rows 3." in err
-    assert main(["check", f"{file}:factory", "--rows", "5", "--repeats", "1"]) == 0
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 75 * 8)
-    assert main(["check", f"{file}:factory", "--rows", "5"]) == 2
-    assert "Not even one fits" in capsys.readouterr().err
+    monkeypatch.setattr(sys.modules["gramjd.cli.check"], "peak_bytes", measured)
+    copied, gradient, forward = 8 * 75, 8 * 75, 2 * 1000
+    five = ceil(memory.MARGIN * (copied + (5 + 2) * gradient + forward))
+    own = ceil(memory.MARGIN * ((12 + 2) * gradient // 2 + forward // 2))
+    for free, remedies in (
+        (five, ["pass --rows 5, or pass --own-precision, which"]),
+        (own, [": pass --own-precision, which"]),
+        (own - 2, [": pass --own-precision --rows 11, which"]),
+        (1000, [": take a smaller batch"]),
+    ):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+        assert main(["check", f"{file}:factory"]) == 2
+        out, err = capsys.readouterr()
+        assert not out and not calls and "the gradients of 12 losses take" in err
+        assert all(remedy in err for remedy in remedies)
+    for free, options in ((five, ["--rows", "5"]), (own, ["--own-precision"])):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+        assert main(["check", f"{file}:factory", "--repeats", "1", *options]) == 0
     monkeypatch.setattr(memory, "free_bytes", lambda device: None)
     assert main(["check", f"{file}:factory", "--repeats", "1"]) == 0
+
+
+TEXTS = """
+import torch
+from torch import nn
+
+
+def factory():
+    model = nn.Sequential(nn.Embedding({words}, 64), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, {words}))
+    batch = torch.randint(0, {words}, (8, {length}))
+
+    def losses(model, ids):
+        return nn.functional.cross_entropy(model(ids).mT, ids, reduction="none").mean(1)
+
+    return model, batch, losses
+"""
+
+
+@pytest.mark.parametrize(("words", "length", "rows"), [(1000, 4, 8), (1000, 64, 2), (100, 256, 8)])
+def test_no_comparison_takes_more_than_is_estimated(
+    words: int, length: int, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many parameters, or many activations."""
+    path = tmp_path / "texts.py"
+    path.write_text(TEXTS.format(words=words, length=length))
+    needs: list[memory.Need] = []
+    comparison = sys.modules["gramjd.cli.check"]
+    monkeypatch.setattr(comparison, "refuse", lambda rows, need, own, device: needs.append(need))
+    monkeypatch.setattr(comparison, "cost", lambda *args: [])
+    problem = load(f"{path}:factory")
+    assert check(problem, 0, rows=rows, repeats=1).code == 0
+    peak = peak_bytes(
+        lambda: comparison._compare(
+            problem.copied(double=True), 0, rows, "both", comparison.Report(), terminal.Progress()
+        ),
+        torch.device("cpu"),
+    )
+    assert peak <= needs[0].of(rows) <= 1.5 * peak
 
 
 def test_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,8 +359,10 @@ def test_check_shows_its_stages(
     monkeypatch.setattr(terminal, "PATIENCE", 0)
     assert main(["check", f"{file}:factory", "--repeats", "1"]) == 0
     err = capsys.readouterr().err
-    stages = ("running the losses", "comparing with autograd in float64 and train(), step 1",
-              "comparing with autograd in float32 and eval(), step 2", "measuring a step")  # fmt: skip
+    stages = ("running the losses", "running the losses in float64",
+              "Gramian in float64 and train(), step 1",
+              "gradients of autograd in float64 and train(), step 1",
+              "Gramian in float32 and eval(), step 2", "measuring a step")  # fmt: skip
     places = [err.index(f"gramjd: {stage}") for stage in stages]
     assert places == sorted(places)
 

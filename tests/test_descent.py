@@ -554,6 +554,12 @@ def test_grad_under_vmap() -> None:
 def test_grad_refuses_weights_of_another_shape() -> None:
     with pytest.raises(ValueError, match="one weight for each loss"):
         gramjd.grad(loss, lambda G: G)(*arguments())
+    for flat in (False, True):
+        for transform in (gramjd.grad, gramjd.grad_and_value):
+            with pytest.raises(ValueError, match="returned weights that are NaN or infinite"):
+                transform(loss, lambda G: torch.full(G.shape[: G.ndim // 2], torch.nan), flat=flat)(
+                    *arguments()
+                )
 
 
 # Gramians of either shape

@@ -248,9 +248,12 @@ def test_mislabelled_digits(
     pytest.importorskip("matplotlib")
     options = ["--epochs", "10", "60", "--seeds", "1", "--dim", "256", "--out", str(tmp_path)]
     run(monkeypatch, "mislabelled_digits.py", *options)
-    found = results(capsys.readouterr().out)
+    out = capsys.readouterr().out
+    found = results(out)
     assert list(found) == ["10", "60"]
     assert min(found["10"]) > 60
+    narrow, wide = re.findall(r"10 epochs, whisker .*: (\d+)% of the outliers .*, (\d+)% of", out)
+    assert int(wide[0]) > int(narrow[0]) > 20 and int(narrow[1]) >= int(wide[1]) > 80
     similarity, loss, norm = found["60"]
     assert similarity > max(loss, norm)
     assert (tmp_path / "mislabelled.png").stat().st_size > 10_000

@@ -6,16 +6,16 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gramjd import pytree
-from gramjd.cli.cost import cost
+from gramjd.cli.cost import cost, peak_bytes
 from gramjd.cli.load import CannotRunError, Problem
-from gramjd.cli.memory import refuse_rows
+from gramjd.cli.memory import Need, refuse
 from gramjd.cli.terminal import Progress
 from gramjd.complexes import entries as real_numel
 from gramjd.engine import Engine
@@ -26,6 +26,7 @@ EXACT, DIFFERS, CANNOT_RUN, REFUSED = range(4)  # exit codes
 # Relative errors that rounding explains, by the precision in which a Gramian is judged.
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4}
 HALF_TOLERANCE = 5e-2
+COLUMNS = 2**16  # that are in float64 at once
 OTHER = 0.1  # relative differences of losses above it are no rounding
 
 
@@ -89,12 +90,14 @@ def check(problem: Problem, batch_dim: int | None, *, own_precision: bool = Fals
     show("running the losses")
     own = problem.copied()
     losses = _run(own, mode)  # without an engine yet: what fails here is not gramjd's
-    judged = own if own_precision else _in_float64(problem, mode)
+    again, forward = _measured(own)
+    _refuse(own, min(rows, losses.numel()), losses, forward, own_precision)
+    show(f"running the losses in {_name(losses.dtype if own_precision else torch.float64)}")
+    judged, double = (own, losses) if own_precision else _in_float64(problem, mode)
     count = sum(p.numel() for p in judged.model.parameters() if p.requires_grad)
     facts = [f"losses of shape {list(losses.shape)}, {count} trainable parameters"]
     if not own_precision:
-        facts += _other_function(own, judged)
-    _refuse_rows(judged, min(rows, losses.numel()), losses.device)
+        facts += _other_function(losses, again, double)
     error = _compare(judged, batch_dim, rows, mode, report, show)
     report.lines = [*report.lines, *facts] if error is None else [*facts, *report.lines]
     if error is None:  # the refusal comes first
@@ -108,6 +111,7 @@ def check(problem: Problem, batch_dim: int | None, *, own_precision: bool = Fals
         report.lines = [*verdict, *report.lines]
         return report
     if not own_precision:
+        del judged  # as much memory again as the model
         rounding = _compare(own, batch_dim, rows, mode, Report(), show)
         shown = "refused (see --own-precision)" if rounding is None else f"up to {rounding:.1e}"
         verdict.append(f"in the model's own precision, {_name(losses.dtype)}: {shown}")
@@ -116,30 +120,56 @@ def check(problem: Problem, batch_dim: int | None, *, own_precision: bool = Fals
     return report
 
 
-def _refuse_rows(problem: Problem, rows: int, device: torch.device) -> None:
-    entries = sum(real_numel(p) for p in problem.model.parameters() if p.requires_grad)
-    refuse_rows(rows, entries, device)
-
-
 def _run(problem: Problem, mode: str) -> Tensor:
-    """The losses of the first batch in the mode that counts."""
+    """The losses of the first batch in the mode that counts, without their graph."""
     if mode != "both":
         problem.model.train(mode == "train")
-    return problem.losses()
+    return problem.losses().detach()
 
 
-def _in_float64(problem: Problem, mode: str) -> Problem:
+def _measured(problem: Problem) -> tuple[Tensor, int]:
+    """The losses of the first batch once more, and the bytes that this forward pass held at most."""
+    found: list[Tensor] = []
+    peak = peak_bytes(lambda: found.append(problem.losses().detach()), problem.device)
+    return found[0], peak
+
+
+def _refuse(problem: Problem, rows: int, losses: Tensor, forward: int, own_precision: bool) -> None:
+    """Refuse a comparison that memory does not hold, before it begins."""
+    parameters = _trainable(problem.model)
+    entries, dtype = sum(map(real_numel, parameters)), _rows_dtype(parameters)
+    own = Need(0, entries * dtype.itemsize, forward)
+    if own_precision:
+        refuse(rows, own, None, losses.device)
+        return
+    double = torch.float64.itemsize
+    held = [*problem.model.parameters(), *problem.model.buffers()]
+    factor = max(1, double // losses.dtype.itemsize)
+    need = Need(double * sum(map(real_numel, held)), double * entries, factor * forward)
+    refuse(rows, need, own if dtype != torch.float64 else None, losses.device)
+
+
+def _trainable(model: nn.Module) -> list[Tensor]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _rows_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
+    """The dtype that holds the entries of all gradients as they are."""
+    kinds = [p.dtype.to_real() for p in parameters]
+    return reduce(torch.promote_types, kinds)
+
+
+def _in_float64(problem: Problem, mode: str) -> tuple[Problem, Tensor]:
+    """A copy in float64, and its losses."""
     found = problem.copied(double=True)
     try:
-        _run(found, mode)
+        return found, _run(found, mode)
     except CannotRunError as error:
         raise CannotRunError(f"In float64: {error} Try --own-precision.") from error.__cause__
-    return found
 
 
-def _other_function(own: Problem, double: Problem) -> list[str]:
+def _other_function(first: Tensor, again: Tensor, found: Tensor) -> list[str]:
     """A warning if a copy in float64 computes other losses, and not because it draws random numbers."""
-    first, again, found = own.losses().detach(), own.losses().detach(), double.losses().detach()
     scale = float(first.abs().max())
     off = float((found - first).abs().max()) / scale if found.shape == first.shape and scale else 0.0
     if not torch.equal(first, again) or off <= OTHER:
@@ -206,8 +236,11 @@ def _compare_batches(problem: Problem, engine: Engine, batch_dim: int | None, ro
                     raise
                 found.lines.append(f"note: not judged in {mode}, where {failure}")
                 continue
-            stage = f"comparing with autograd in {_name(losses.dtype)} and {mode}, step {steps + 1}"
-            error, steps = _error(problem, engine, losses, rows, found, partial(show, stage)), steps + 1
+            stage = f"in {_name(losses.dtype)} and {mode}, step {steps + 1}"
+            show(f"Gramian {stage}")
+            shown = partial(show, f"gradients of autograd {stage}")
+            error, steps = _error(problem, engine, losses, rows, found, shown), steps + 1
+            del losses  # and its graph, before there is the next
             if error is None:
                 report.lines += found.lines if own else [f"note: in {mode}, {line}" for line in found.lines]
                 report.code = REFUSED if own else report.code
@@ -244,9 +277,8 @@ def _moved(problem: Problem, batch: Any, batch_dim: int | None) -> list[Any]:
 def _error(problem: Problem, engine: Engine, losses: Tensor, rows: int, report: Report,
            show: Callable[..., None]) -> float | None:  # fmt: skip
     """Relative error of the Gramian of some losses; None where it is refused, as the report then says."""
-    parameters = [p for p in problem.model.parameters() if p.requires_grad]
+    parameters = _trainable(problem.model)
     m = losses.numel()
-    show()
     with report.refusals():
         gramian = engine.compute_gramian(losses)
     if report.code == REFUSED:
@@ -258,15 +290,15 @@ def _error(problem: Problem, engine: Engine, losses: Tensor, rows: int, report: 
     order = [*range(losses.ndim), *reversed(range(losses.ndim, 2 * losses.ndim))]  # the 2nd half is mirrored
     found = gramian.permute(order).reshape(m, m)[chosen][:, chosen].double()
     jacobian = _jacobian(losses.flatten()[chosen], parameters, show)
-    want = jacobian @ jacobian.mT
+    want = _products(jacobian)
     scale = want.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
     return float((found - want).abs().max() / scale)
 
 
 def _jacobian(losses: Tensor, parameters: Sequence[Tensor], show: Callable[..., None]) -> Tensor:
-    """``[m, n]``: the gradient of each loss by ordinary autograd, in float64."""
+    """``[m, n]``: the gradient of each loss by ordinary autograd, in the parameters' precision."""
     entries = sum(map(real_numel, parameters))
-    rows = torch.empty(len(losses), entries, dtype=torch.float64, device=losses.device)
+    rows = torch.empty(len(losses), entries, dtype=_rows_dtype(parameters), device=losses.device)
     for number, loss in enumerate(losses):
         show(number, len(losses))
         with without_hooks(parameters):
@@ -277,6 +309,15 @@ def _jacobian(losses: Tensor, parameters: Sequence[Tensor], show: Callable[..., 
             rows[number, start : start + len(flat)] = flat
             start += len(flat)
     return rows
+
+
+def _products(rows: Tensor) -> Tensor:
+    """``rows @ rows.mT`` in float64, some columns at a time."""
+    total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
+    for some in rows.split(COLUMNS, 1):
+        wide = some.double()
+        total += wide @ wide.mT
+    return total
 
 
 def _real(gradient: Tensor) -> Tensor:

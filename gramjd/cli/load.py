@@ -58,6 +58,11 @@ class Problem:
     function: Callable[[nn.Module, Any], Losses]
     batch_dim: int | None = 0  # by which a list of losses is joined
 
+    @property
+    def device(self) -> torch.device:
+        """That of the parameters."""
+        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+
     def losses(self, batch: Any = _FIRST) -> Tensor:
         """Run the user's forward, on the first batch unless another is given.
 

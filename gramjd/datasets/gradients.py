@@ -168,6 +168,7 @@ class _Gradients:
         settings = self._settings(jac, number)
         with torch.no_grad():
             p, axis = self.projection, jac.outputs.each[0].batch_dim
+            assert axis is not None  # the settings see to it
             sketches = jac.sketch(p.dim, seed=p.seed, kind=p.kind).movedim(axis, 0)
             if self.dtype != torch.float16:  # to that, they are scaled
                 sketches = sketches.to(self.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from math import isfinite
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -15,6 +16,20 @@ from gramjd.jacobian import Jacobian
 from gramjd.jacobian.lazy import check_parameters
 from gramjd.pytree import PyTree
 from gramjd.weighting import NotConvergedError
+
+
+# fmt: off
+@overload
+def influence(
+    queries: Jacobian, jacobian: Callable[[PyTree], Jacobian], loader: Iterable[PyTree], damping: float, *,
+    tol: float = ..., max_passes: int = ..., topk: None = None,
+) -> Tensor: ...
+@overload
+def influence(
+    queries: Jacobian, jacobian: Callable[[PyTree], Jacobian], loader: Iterable[PyTree], damping: float, *,
+    tol: float = ..., max_passes: int = ..., topk: int,
+) -> TopK: ...
+# fmt: on
 
 
 def influence(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -14,6 +15,20 @@ from gramjd.datasets.similarity import TopK, collected, divided, one_loss
 from gramjd.jacobian import Jacobian
 from gramjd.jacobian.lazy import check_parameters
 from gramjd.pytree import PyTree
+
+
+# fmt: off
+@overload
+def less(
+    queries: Jacobian, jacobian: Callable[[PyTree], Jacobian], loader: Iterable[PyTree],
+    optimizer: Optimizer, parameters: Mapping[str, Tensor], *, topk: None = None,
+) -> Tensor: ...
+@overload
+def less(
+    queries: Jacobian, jacobian: Callable[[PyTree], Jacobian], loader: Iterable[PyTree],
+    optimizer: Optimizer, parameters: Mapping[str, Tensor], *, topk: int,
+) -> TopK: ...
+# fmt: on
 
 
 def less(

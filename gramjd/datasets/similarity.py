@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +24,18 @@ class TopK(NamedTuple):
 
     values: Tensor
     indices: Tensor
+
+
+# fmt: off
+@overload
+def similarity(
+    left: Any, right: Any, *, cosine: bool = ..., topk: None = None, damping: float | None = ...,
+) -> Tensor: ...
+@overload
+def similarity(
+    left: Any, right: Any, *, cosine: bool = ..., topk: int, damping: float | None = ...,
+) -> TopK: ...
+# fmt: on
 
 
 def similarity(
@@ -76,6 +88,20 @@ def similarity(
     return TopK(torch.cat([b.values for b in best]), torch.cat([b.indices for b in best]))
 
 
+# fmt: off
+@overload
+def dataset_similarity(
+    queries: Jacobian, jacobian: Callable[[PyTree], Jacobian], loader: Iterable[PyTree], *,
+    cosine: bool = ..., topk: None = None,
+) -> Tensor: ...
+@overload
+def dataset_similarity(
+    queries: Jacobian, jacobian: Callable[[PyTree], Jacobian], loader: Iterable[PyTree], *,
+    cosine: bool = ..., topk: int,
+) -> TopK: ...
+# fmt: on
+
+
 def dataset_similarity(
     queries: Jacobian,
     jacobian: Callable[[PyTree], Jacobian],
@@ -105,6 +131,20 @@ def dataset_similarity(
         NotFiniteError: a score is NaN or infinite.
     """
     return collected(_crossed([queries], [jacobian], loader, [1.0], cosine), topk)
+
+
+# fmt: off
+@overload
+def tracin(
+    queries: Sequence[Jacobian], jacobians: Sequence[Callable[[PyTree], Jacobian]],
+    loader: Iterable[PyTree], rates: Sequence[float], *, topk: None = None,
+) -> Tensor: ...
+@overload
+def tracin(
+    queries: Sequence[Jacobian], jacobians: Sequence[Callable[[PyTree], Jacobian]],
+    loader: Iterable[PyTree], rates: Sequence[float], *, topk: int,
+) -> TopK: ...
+# fmt: on
 
 
 def tracin(

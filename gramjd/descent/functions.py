@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gramjd import pytree
 from gramjd.functional.arguments import InDims
 from gramjd.functional.transforms import Argnums, jacobian_and_value
+from gramjd.internals import value_of
 from gramjd.jacobian import Jacobian
-from gramjd.objectives import Weights
+from gramjd.objectives import Weights, not_finite
 from gramjd.pytree import PyTree
 
 
@@ -45,7 +47,8 @@ def grad(
         ``(gradients, aux)`` if ``has_aux``.
 
     Raises:
-        TypeError, ValueError: as :func:`jacobian`; the weights are no tensor or not shaped like the losses.
+        TypeError, ValueError: as :func:`jacobian`; the weights are no tensor, not shaped like the losses, or
+            not finite. The last is not raised inside transforms and graphs, where values are not known.
 
     Examples:
         >>> gradients = gramjd.grad(per_sample_loss, upgrad)(params, inputs, targets)
@@ -93,16 +96,20 @@ def grad_and_value(
 def _weights(weighting: Weights, jac: Jacobian, flat: bool) -> PyTree:
     """Weights in the structure of the outputs."""
     if flat or len(jac.outputs.each) > 1:
-        weights = _checked(weighting(jac @ jac.T), (jac.outputs.rows,))
+        weights = _checked(weighting, jac @ jac.T, (jac.outputs.rows,))
         return jac.outputs.unravel(weights)
     out = jac.outputs.each[0]
-    return pytree.unflatten(jac.outputs.spec, [_checked(weighting(*pytree.leaves(jac.gramian())), out.shape)])
+    (gramian,) = pytree.leaves(jac.gramian())
+    return pytree.unflatten(jac.outputs.spec, [_checked(weighting, gramian, out.shape)])
 
 
-def _checked(weights: Any, shape: tuple[int, ...]) -> Tensor:
+def _checked(weighting: Weights, gramian: Tensor, shape: tuple[int, ...]) -> Tensor:
+    weights: Any = weighting(gramian)
     if not isinstance(weights, Tensor) or tuple(weights.shape) != shape:
         got = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise ValueError(
             f"The weighting must return a tensor of one weight for each loss, {list(shape)}; got {got}."
         )
+    if value_of(torch.isfinite(weights).all()) is False:
+        raise not_finite(weighting, weights)
     return weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,22 @@ from gramjd.pytree import PyTree
 Inputs = Any  # a tensor, a module, or a mapping or iterable of these
 
 
+# fmt: off
+@overload
+def jac(outputs: Losses, inputs: Tensor, *, jac_outputs: Losses | None = ..., batch_dim: int | None = ...,
+        chunk_size: int | None = ...) -> Jacobian[Tensor, Tensor]: ...
+@overload
+def jac(outputs: Losses, inputs: nn.Module | Mapping[str, Tensor], *, jac_outputs: Losses | None = ...,
+        batch_dim: int | None = ..., chunk_size: int | None = ...
+        ) -> Jacobian[Tensor, dict[str, Tensor]]: ...
+@overload
+def jac(outputs: Losses, inputs: Inputs, *, jac_outputs: Losses | None = ..., batch_dim: int | None = ...,
+        chunk_size: int | None = ...) -> Jacobian: ...
+# fmt: on
+
+
 def jac(outputs: Losses, inputs: Inputs, *, jac_outputs: Losses | None = None, batch_dim: int | None = None,
-        chunk_size: int | None = None) -> Jacobian:  # fmt: skip
+        chunk_size: int | None = None) -> Jacobian[Tensor, Any]:  # fmt: skip
     """The Jacobian of any tensors with respect to any tensors of their graph: leaves or intermediate ones.
 
     Lazy for parameters of modules that were recorded in the forward pass, by an ``Engine`` or within

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor
 
@@ -12,8 +12,24 @@ from gramjd.descent.jacobians import Inputs, jacobian_of, unique
 from gramjd.engine.analysis.reach import reach
 from gramjd.engine.step import Scaled, Step, Weightings
 from gramjd.errors import NoGraphError
-from gramjd.jacobian.lazy import Per
-from gramjd.objectives import Losses, joined
+from gramjd.jacobian.lazy import Groups, Per
+from gramjd.objectives import Losses, Weights, joined
+
+
+# fmt: off
+@overload
+def backward(losses: Losses, weighting: Weights, modules: Inputs = ..., *, batch_dim: int | None = ...,
+             per: None = None, flat: bool = ..., inputs: Tensor | Iterable[Tensor] | None = ...,
+             retain_graph: bool = ..., scaler: Any = ..., chunk_size: int | None = ...) -> Tensor: ...
+@overload
+def backward(losses: Losses, weighting: Weightings, modules: Inputs = ..., *, batch_dim: int | None = ...,
+             per: Groups, flat: bool = ..., inputs: None = None, retain_graph: bool = ..., scaler: Any = ...,
+             chunk_size: int | None = ...) -> dict[str, Tensor]: ...
+@overload
+def backward(losses: Losses, weighting: Weightings, modules: Inputs = ..., *, batch_dim: int | None = ...,
+             per: Per, flat: bool = ..., inputs: Tensor | Iterable[Tensor] | None = ...,
+             retain_graph: bool = ..., scaler: Any = ..., chunk_size: int | None = ...) -> Any: ...
+# fmt: on
 
 
 def backward(losses: Losses, weighting: Weightings, modules: Inputs = None, *, batch_dim: int | None = None,

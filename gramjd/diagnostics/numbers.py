@@ -75,7 +75,8 @@ def outliers(source: Source, whisker: float = 1.5) -> Tensor:
     """The objectives whose gradients are far longer than most, the longest first.
 
     Those beyond the upper fence of a box plot, the third quartile plus ``whisker`` interquartile
-    ranges (Tukey 1977): mislabelled samples, for instance.
+    ranges (Tukey 1977): mislabelled samples, for instance. Norms of clean data have a long tail, too, of
+    which ``whisker=3`` takes less.
 
     Returns:
         Their indices, int64.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gramjd.jacobian.lazy import Jacobian
 
 
-def gramian(jac: Jacobian, shares: Mapping[str, Sequence[int]], options: Options, group: Any, rows: str,
+def gramian(jac: Jacobian[Any], shares: Mapping[str, Sequence[int]], options: Options, group: Any, rows: str,
             settings: Mapping[str, Any] | None = None) -> dict[str, PyTree]:  # fmt: skip
     """The shares of groups of parameters in the Gramian of all ranks' samples.
 
@@ -128,7 +128,7 @@ def refuse_rows(rows: str) -> None:
         )
 
 
-def _check(jac: Jacobian, rows: str) -> None:
+def _check(jac: Jacobian[Any], rows: str) -> None:
     if rows not in ("all", "local"):
         raise ValueError(f"rows must be 'all' or 'local', not {rows!r}.")
     if inside_transform():
@@ -149,7 +149,7 @@ def _check(jac: Jacobian, rows: str) -> None:
         )
 
 
-def _settings(jac: Jacobian, shares: Mapping[str, Sequence[int]], options: Options, rows: str
+def _settings(jac: Jacobian[Any], shares: Mapping[str, Sequence[int]], options: Options, rows: str
               ) -> dict[str, Any]:  # fmt: skip
     """The settings that all ranks must share, by their names in an error."""
     pairs = zip(jac.names, jac.parameters, strict=True)
@@ -173,7 +173,7 @@ def _dtype(manifests: Sequence[Manifest], options: Options, like: Tensor) -> tor
     return options.accumulated(*sorted(dtypes, key=str)) if dtypes else like.dtype
 
 
-def _is_summed(jac: Jacobian) -> bool:
+def _is_summed(jac: Jacobian[Any]) -> bool:
     """Whether the objectives are sums over ranks, because they have no batch dimension."""
     return any(out.batch_dim is None for out in jac.outputs.each)
 

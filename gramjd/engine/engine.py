@@ -6,7 +6,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,9 @@ from gramjd.engine.step import Scaled, Step, Weightings
 from gramjd.errors import NotCoveredError, NotFiniteError, SlowPathWarning
 from gramjd.explanation import Explanation, explanation
 from gramjd.jacobian import GramianSum, Jacobian, Output, groups
-from gramjd.jacobian.lazy import Per
+from gramjd.jacobian.lazy import Groups, Per
 from gramjd.jacobian.projection import Projection
-from gramjd.objectives import Losses, joined
+from gramjd.objectives import Losses, Weights, joined
 from gramjd.rounding import own_precision
 from gramjd.sketched import SketchedGramian
 from gramjd.verification.schedule import Check
@@ -126,10 +126,19 @@ class Engine:
             ]
         self._finalizer = weakref.finalize(self, _remove, handles)
 
+    # fmt: off
+    @overload
+    def compute_gramian(self, losses: Losses, /, *, group: Any = ..., rows: str = ..., flat: bool = ...,
+                        sketch: None = None) -> Tensor: ...
+    @overload
+    def compute_gramian(self, losses: Losses, /, *, group: None = None, rows: str = ..., flat: bool = ...,
+                        sketch: int | Projection) -> SketchedGramian: ...
+    # fmt: on
+
     def compute_gramian(
         self, losses: Losses, /, *, group: Any = None, rows: str = "all", flat: bool = False,
         sketch: int | Projection | None = None,
-    ) -> Any:  # fmt: skip
+    ) -> Tensor | SketchedGramian:  # fmt: skip
         """The generalized Gramian ``G = J Jᵀ`` of an output with respect to the parameters.
 
         Args:
@@ -187,6 +196,21 @@ class Engine:
             raise self._not_finite(gramian, output, group is not None)
         gramian = gramian.to(output.device)
         return gramians.flatten(gramian) if flat else gramian
+
+    # fmt: off
+    @overload
+    def backward(self, losses: Losses, /, weighting: Weights, *, per: None = None, flat: bool = ...,
+                 inputs: Tensor | Iterable[Tensor] | None = ..., retain_graph: bool = ...,
+                 scaler: Any = ..., group: Any = ..., averaged: bool = ...) -> Tensor: ...
+    @overload
+    def backward(self, losses: Losses, /, weighting: Weightings, *, per: Groups, flat: bool = ...,
+                 inputs: None = None, retain_graph: bool = ..., scaler: Any = ..., group: Any = ...,
+                 averaged: bool = ...) -> dict[str, Tensor]: ...
+    @overload
+    def backward(self, losses: Losses, /, weighting: Weightings, *, per: Per, flat: bool = ...,
+                 inputs: Tensor | Iterable[Tensor] | None = ..., retain_graph: bool = ...,
+                 scaler: Any = ..., group: Any = ..., averaged: bool = ...) -> Any: ...
+    # fmt: on
 
     def backward(self, losses: Losses, /, weighting: Weightings, *, per: Per = None, flat: bool = False,
                  inputs: Tensor | Iterable[Tensor] | None = None, retain_graph: bool = False,
@@ -267,7 +291,7 @@ class Engine:
     def _sketched(self, output: Tensor, sketch: int | Projection, flat: bool, group: Any) -> SketchedGramian:
         if group is not None:
             raise ValueError("A sketched Gramian is of one process: leave group out.")
-        found: SketchedGramian = self.jacobian(output).gramian(sketch=sketch)
+        found = self.jacobian(output).gramian(sketch=sketch)
         if not bool(torch.isfinite(found.sketch).all()):
             raise finite.unexplained("sketched Gramian")
         found = found.to(output.device)
@@ -308,7 +332,7 @@ class Engine:
         shape = Output(0, tuple(output.shape), problem.batch_dim)
         return total.gramian(shape, next(iter(problem.parameters.values())))
 
-    def jacobian(self, output: Losses, /) -> Jacobian:
+    def jacobian(self, output: Losses, /) -> Jacobian[Tensor, dict[str, Tensor]]:
         """The lazy Jacobian of an output with respect to the parameters, by name.
 
         The arguments and errors are those of :meth:`compute_gramian`, but for an output without
@@ -317,7 +341,7 @@ class Engine:
         return self._jacobian(joined(output, self._batch_dim))[0]
 
     @own_precision
-    def _jacobian(self, output: Tensor) -> tuple[Jacobian, Request, Solution]:
+    def _jacobian(self, output: Tensor) -> tuple[Jacobian[Tensor, dict[str, Tensor]], Request, Solution]:
         """The lazy Jacobian, and what is known of its graph."""
         found: dict[Tensor, list[Block]] = {}
         request, solution = self._solve(output, found.update)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,16 @@ from torch import Tensor, nn
 from gramjd import pytree
 from gramjd.functional.guard import Guard, refuse_batch_statistics
 from gramjd.internals import is_compiling, named_tensors
+
+
+# fmt: off
+@overload
+def functional_loss(model: nn.Module, loss: Callable[..., Tensor]
+                    ) -> tuple[Callable[..., Tensor], dict[str, Tensor]]: ...
+@overload
+def functional_loss(model: nn.Module, loss: Callable[..., Any] | None = None
+                    ) -> tuple[Callable[..., Any], dict[str, Tensor]]: ...
+# fmt: on
 
 
 def functional_loss(

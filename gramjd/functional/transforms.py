@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar, overload
 
 from torch import Tensor
 
@@ -16,10 +16,34 @@ from gramjd.internals import is_compiling
 from gramjd.jacobian import Jacobian, Output
 from gramjd.jacobian.projection import Projection
 from gramjd.pytree import PyTree
+from gramjd.sketched import SketchedGramian
 from gramjd.verification import Call, Generators, Verifier
 from gramjd.verification.schedule import Check
 
 Argnums = int | tuple[int, ...]
+Out = TypeVar("Out")  # of a function: a tensor, or a PyTree of them
+Several = Mapping[Any, Any] | Sequence[Any]  # a PyTree that is no tensor, for type checkers
+
+
+# fmt: off
+@overload
+def jacobian(
+    func: Callable[..., Out], argnums: Argnums = ..., in_dims: InDims = ..., *,
+    has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ...,
+    check: Check = ..., audit: int | None = ...,
+) -> Callable[..., Jacobian[Out]]: ...
+@overload
+def jacobian(
+    func: Callable[..., tuple[Out, Any]], argnums: Argnums = ..., in_dims: InDims = ..., *,
+    has_aux: Literal[True], randomness: str = ..., chunk_size: int | None = ..., check: Check = ...,
+    audit: int | None = ...,
+) -> Callable[..., tuple[Jacobian[Out], Any]]: ...
+@overload
+def jacobian(
+    func: Callable[..., Any], argnums: Argnums = ..., in_dims: InDims = ..., *, has_aux: bool,
+    randomness: str = ..., chunk_size: int | None = ..., check: Check = ..., audit: int | None = ...,
+) -> Callable[..., Any]: ...
+# fmt: on
 
 
 def jacobian(
@@ -93,6 +117,27 @@ def jacobian(
     return transformed
 
 
+# fmt: off
+@overload
+def jacobian_and_value(
+    func: Callable[..., Out], argnums: Argnums = ..., in_dims: InDims = ..., *,
+    has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ...,
+    check: Check = ..., audit: int | None = ...,
+) -> Callable[..., tuple[Jacobian[Out], Out]]: ...
+@overload
+def jacobian_and_value(
+    func: Callable[..., tuple[Out, Any]], argnums: Argnums = ..., in_dims: InDims = ..., *,
+    has_aux: Literal[True], randomness: str = ..., chunk_size: int | None = ..., check: Check = ...,
+    audit: int | None = ...,
+) -> Callable[..., tuple[Jacobian[Out], tuple[Out, Any]]]: ...
+@overload
+def jacobian_and_value(
+    func: Callable[..., Any], argnums: Argnums = ..., in_dims: InDims = ..., *, has_aux: bool,
+    randomness: str = ..., chunk_size: int | None = ..., check: Check = ..., audit: int | None = ...,
+) -> Callable[..., tuple[Jacobian[Any], Any]]: ...
+# fmt: on
+
+
 def jacobian_and_value(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -103,7 +148,7 @@ def jacobian_and_value(
     chunk_size: int | None = None,
     check: Check = "first",
     audit: int | None = 256,
-) -> Callable[..., tuple[Jacobian, Any]]:
+) -> Callable[..., tuple[Jacobian[Any], Any]]:
     """Like :func:`jacobian`, but return the function's values, too, from one run of the function.
 
     Returns:
@@ -114,7 +159,7 @@ def jacobian_and_value(
     verifier = Verifier(check, audit)
     shared = in_dims is None
 
-    def transformed(*args: Any, **kwargs: Any) -> tuple[Jacobian, Any]:
+    def transformed(*args: Any, **kwargs: Any) -> tuple[Jacobian[Any], Any]:
         given = Arguments.of(args, kwargs, numbers, in_dims, single=isinstance(argnums, int))
 
         def captured(run: Function, given: Arguments) -> Captured:
@@ -157,6 +202,34 @@ def jacobian_and_value(
     return transformed
 
 
+# fmt: off
+@overload
+def gramian(
+    func: Callable[..., Tensor], argnums: Argnums = ..., in_dims: InDims = ..., *,
+    has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ...,
+    check: Check = ..., audit: int | None = ..., sketch: None = None,
+) -> Callable[..., Tensor]: ...
+@overload
+def gramian(
+    func: Callable[..., Tensor], argnums: Argnums = ..., in_dims: InDims = ..., *,
+    has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ...,
+    check: Check = ..., audit: int | None = ..., sketch: int | Projection,
+) -> Callable[..., SketchedGramian]: ...
+@overload
+def gramian(
+    func: Callable[..., tuple[Tensor, Any]], argnums: Argnums = ..., in_dims: InDims = ..., *,
+    has_aux: Literal[True], randomness: str = ..., chunk_size: int | None = ..., check: Check = ...,
+    audit: int | None = ..., sketch: None = None,
+) -> Callable[..., tuple[Tensor, Any]]: ...
+@overload
+def gramian(
+    func: Callable[..., Several], argnums: Argnums = ..., in_dims: InDims = ..., *, has_aux: bool = ...,
+    randomness: str = ..., chunk_size: int | None = ..., check: Check = ..., audit: int | None = ...,
+    sketch: int | Projection | None = ...,
+) -> Callable[..., Any]: ...
+# fmt: on
+
+
 def gramian(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -196,6 +269,34 @@ def gramian(
     return transformed
 
 
+# fmt: off
+@overload
+def gramian_and_value(
+    func: Callable[..., Tensor], argnums: Argnums = ..., in_dims: InDims = ..., *,
+    has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ...,
+    check: Check = ..., audit: int | None = ..., sketch: None = None,
+) -> Callable[..., tuple[Tensor, Tensor]]: ...
+@overload
+def gramian_and_value(
+    func: Callable[..., Tensor], argnums: Argnums = ..., in_dims: InDims = ..., *,
+    has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ...,
+    check: Check = ..., audit: int | None = ..., sketch: int | Projection,
+) -> Callable[..., tuple[SketchedGramian, Tensor]]: ...
+@overload
+def gramian_and_value(
+    func: Callable[..., tuple[Tensor, Any]], argnums: Argnums = ..., in_dims: InDims = ..., *,
+    has_aux: Literal[True], randomness: str = ..., chunk_size: int | None = ..., check: Check = ...,
+    audit: int | None = ..., sketch: None = None,
+) -> Callable[..., tuple[Tensor, tuple[Tensor, Any]]]: ...
+@overload
+def gramian_and_value(
+    func: Callable[..., Several], argnums: Argnums = ..., in_dims: InDims = ..., *, has_aux: bool = ...,
+    randomness: str = ..., chunk_size: int | None = ..., check: Check = ..., audit: int | None = ...,
+    sketch: int | Projection | None = ...,
+) -> Callable[..., tuple[Any, Any]]: ...
+# fmt: on
+
+
 def gramian_and_value(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -207,7 +308,7 @@ def gramian_and_value(
     check: Check = "first",
     audit: int | None = 256,
     sketch: int | Projection | None = None,
-) -> Callable[..., tuple[PyTree, Any]]:
+) -> Callable[..., tuple[Any, Any]]:
     """Like :func:`gramian`, but return the function's values, too, from one run of the function.
 
     Returns:
@@ -218,7 +319,7 @@ def gramian_and_value(
         audit=audit,
     )  # fmt: skip
 
-    def transformed(*args: Any, **kwargs: Any) -> tuple[PyTree, Any]:
+    def transformed(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
         found, value = lazy(*args, **kwargs)
         return found.gramian(sketch=sketch), value
 

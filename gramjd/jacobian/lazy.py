@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -18,16 +18,18 @@ from gramjd.contraction.outputs import Output, Outputs
 from gramjd.contraction.products import Part
 from gramjd.jacobian import groups, operator
 from gramjd.jacobian.accumulate import accumulate
+from gramjd.jacobian.generic import In, Out, Typed
 from gramjd.jacobian.projection import Projection
 from gramjd.jacobian.sketch import sketch
 from gramjd.pytree import PyTree, PyTreeSpec
 from gramjd.sketched import SketchedGramian
 
-Per = str | Mapping[str, Sequence[str]] | Callable[[str], str] | None
+Groups = str | Mapping[str, Sequence[str]] | Callable[[str], str]
+Per = Groups | None
 
 
 @dataclass(frozen=True, eq=False)
-class Jacobian:
+class Jacobian(Typed[Out, In]):
     """The Jacobian ``J`` of outputs with respect to parameters, in factors; ``J`` is never stored.
 
     Made by :func:`gramjd.jacobian` and :meth:`gramjd.Engine.jacobian`. As an operator it maps flat
@@ -38,6 +40,10 @@ class Jacobian:
     A complex parameter counts as its real and imaginary parts, so that the Gramian is ``Re(J Jᴴ)``: they
     lie side by side in flat vectors, while :meth:`vjp`, :meth:`jvp`, :meth:`dense` and :meth:`backward` take
     and give complex tensors, gradients in torch's convention.
+
+    For type checkers it is ``Jacobian[Out, In]``, of the types of the outputs and of the parameters: one
+    tensor and anything, where an annotation does not say. An engine's is a
+    ``Jacobian[Tensor, dict[str, Tensor]]``.
 
     Attributes:
         parameters: what was differentiated with respect to, in a flat list.
@@ -51,13 +57,13 @@ class Jacobian:
 
     @staticmethod
     def of(blocks: Sequence[Sequence[Block]], parameters: Sequence[Tensor], parameters_spec: PyTreeSpec,
-           outputs: Sequence[Output], outputs_spec: PyTreeSpec, samples: int) -> Jacobian:  # fmt: skip
+           outputs: Sequence[Output], outputs_spec: PyTreeSpec, samples: int) -> Jacobian[Any]:  # fmt: skip
         """The Jacobian of one batch, from the blocks of each parameter."""
         part = Part.watched([list(map(real_block, mine)) for mine in blocks], samples)
         return Jacobian([part], parameters, parameters_spec, Outputs(outputs, outputs_spec, samples))
 
     @staticmethod
-    def cat(jacobians: Sequence[Jacobian]) -> Jacobian:
+    def cat(jacobians: Sequence[Jacobian[Out, In]]) -> Jacobian[Out, In]:
         """The Jacobian over all samples of several micro-batches, without copying any factor.
 
         Raises:
@@ -142,6 +148,28 @@ class Jacobian:
 
     # products
 
+    # fmt: off
+    @overload
+    def gramian(self: Jacobian[Tensor, In], per: None = None, *, memory_budget: int | None = ...,
+                accumulate_dtype: torch.dtype | None = ..., group: Any = ..., rows: str = ...,
+                sketch: None = None) -> Tensor: ...
+    @overload
+    def gramian(self: Jacobian[Tensor, In], per: Groups, *, memory_budget: int | None = ...,
+                accumulate_dtype: torch.dtype | None = ..., group: Any = ..., rows: str = ...,
+                sketch: None = None) -> dict[str, Tensor]: ...
+    @overload
+    def gramian(self, per: None = None, *, memory_budget: int | None = ..., accumulate_dtype: None = None,
+                group: None = None, rows: str = ..., sketch: int | Projection) -> SketchedGramian: ...
+    @overload
+    def gramian(self, per: Groups, *, memory_budget: int | None = ..., accumulate_dtype: None = None,
+                group: None = None, rows: str = ..., sketch: int | Projection
+                ) -> dict[str, SketchedGramian]: ...
+    @overload
+    def gramian(self, per: Per = None, *, memory_budget: int | None = ...,
+                accumulate_dtype: torch.dtype | None = ..., group: Any = ..., rows: str = ...,
+                sketch: int | Projection | None = ...) -> Any: ...
+    # fmt: on
+
     def gramian(self, per: Per = None, *, memory_budget: int | None = None,
                 accumulate_dtype: torch.dtype | None = None, group: Any = None, rows: str = "all",
                 sketch: int | Projection | None = None) -> PyTree:  # fmt: skip
@@ -206,7 +234,16 @@ class Jacobian:
 
         return share(which[""]) if per is None else {name: share(mine) for name, mine in which.items()}
 
-    def cross(self, other: Jacobian, *, memory_budget: int | None = None,
+    # fmt: off
+    @overload
+    def cross(self: Jacobian[Tensor, In], other: Jacobian[Tensor, In], *, memory_budget: int | None = ...,
+              accumulate_dtype: torch.dtype | None = ...) -> Tensor: ...
+    @overload
+    def cross(self, other: Jacobian[Any, In], *, memory_budget: int | None = ...,
+              accumulate_dtype: torch.dtype | None = ...) -> Any: ...
+    # fmt: on
+
+    def cross(self, other: Jacobian[Any, Any], *, memory_budget: int | None = None,
               accumulate_dtype: torch.dtype | None = None) -> PyTree:  # fmt: skip
         """``J₁ J₂ᵀ``, the inner products of the rows of two Jacobians over the same parameters.
 
@@ -227,15 +264,18 @@ class Jacobian:
         )
         return self.outputs.square(total, other.outputs)
 
-    def squared_norms(self, *, memory_budget: int | None = None) -> PyTree:
+    def squared_norms(self, *, memory_budget: int | None = None) -> Out:
         """Squared norm of every row, shaped like the outputs, without the Gramian.
 
         That is the Gramian's diagonal, for instance for per-sample clipping.
         """
         options = Options(memory_budget)
-        return self.outputs.unpack(products.squared_norms(self.intact, self.objectives, options, self._like))
+        found: Out = self.outputs.unpack(
+            products.squared_norms(self.intact, self.objectives, options, self._like)
+        )
+        return found
 
-    def norms(self, *, memory_budget: int | None = None) -> PyTree:
+    def norms(self, *, memory_budget: int | None = None) -> Out:
         """Norm of every row, shaped like the outputs, without the Gramian."""
         return pytree.map(Tensor.sqrt, self.squared_norms(memory_budget=memory_budget))
 
@@ -258,7 +298,7 @@ class Jacobian:
         return square.permute([*range(1 + len(sizes)), *reversed(order)])
 
     def sketch(self, dim: int, *, seed: int = 0, kind: str = "rademacher", memory_budget: int | None = None
-               ) -> PyTree:  # fmt: skip
+               ) -> Out:  # fmt: skip
         """``J Ω``, a random projection of every row to ``dim`` numbers, without forming ``J``.
 
         Inner products of sketches are those of gradients, on average over seeds (Johnson and Lindenstrauss).
@@ -295,7 +335,7 @@ class Jacobian:
         found = sketch(self.intact, self.names, parameters, self.objectives, projection, options, self._like)
         return self.outputs.unpack(found)
 
-    def vjp(self, w: PyTree) -> PyTree:
+    def vjp(self, w: Out) -> In:
         """``Jᵀ w``, the weighted gradient, without a second backward pass.
 
         Args:
@@ -317,7 +357,7 @@ class Jacobian:
         found = torch.vmap(one)(rows) if batched else one(rows[0])
         return pytree.unflatten(self.parameters_spec, list(found))
 
-    def jvp(self, v: PyTree) -> PyTree:
+    def jvp(self, v: In) -> Out:
         """``J v``: the change of the outputs along a direction in parameter space.
 
         Args:
@@ -342,7 +382,12 @@ class Jacobian:
         tangents = [as_real(v.to(p.dtype)) if p.is_complex() else v for v, p in pairs]
         return self.outputs.unpack(products.jvp(self.intact, tangents, self.objectives, self._like))
 
-    def dense(self) -> PyTree:
+    @overload
+    def dense(self: Jacobian[Tensor, In]) -> In: ...
+    @overload
+    def dense(self) -> Any: ...
+
+    def dense(self) -> Any:
         """``J`` itself: for each output, a PyTree like the parameters of ``[*shape, *p.shape]``."""
         given = self.intact
         columns = [
@@ -396,7 +441,8 @@ class Jacobian:
 
     # other views of it
 
-    def select(self, names: str | Sequence[str] | Callable[[str], bool]) -> Jacobian:
+    def select(self, names: str | Sequence[str] | Callable[[str], bool]
+               ) -> Jacobian[Out, dict[str, Tensor]]:  # fmt: skip
         """The Jacobian with respect to some of the parameters, which become a dictionary by name.
 
         Args:
@@ -409,9 +455,10 @@ class Jacobian:
         order, spec = pytree.flatten({self.names[n]: n for n in which})
         found = [part.of_parameters(order) for part in self.parts]
         kept = [self.parameters[n] for n in order]
-        return replace(self, parts=found, parameters=kept, parameters_spec=spec)
+        chosen: Jacobian[Any] = replace(self, parts=found, parameters=kept, parameters_spec=spec)
+        return chosen
 
-    def without_samples(self) -> Jacobian:
+    def without_samples(self) -> Jacobian[Out, In]:
         """The Jacobian of no samples, of the same outputs and parameters.
 
         What a rank that has no samples brings to ``gramian(group=...)``, made from a sample that
@@ -426,7 +473,8 @@ class Jacobian:
         empty = Part([[] for _ in self.parameters], 0)
         return replace(self, parts=[empty], outputs=Outputs(each, self.outputs.spec, 0))
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Jacobian:
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+           ) -> Jacobian[Out, In]:  # fmt: skip
         """The same Jacobian on another device or in another floating-point dtype."""
         return replace(
             self,
@@ -487,7 +535,7 @@ def _moved(parameter: Tensor, device: torch.device | str | None, dtype: torch.dt
     return parameter.to(device=device, dtype=dtype)
 
 
-def check_parameters(first: Jacobian, other: Jacobian) -> None:
+def check_parameters(first: Jacobian[Any], other: Jacobian[Any]) -> None:
     """Raise unless another Jacobian is of parameters in the same structure and shapes."""
     mine, theirs = ([(n, tuple(p.shape)) for n, p in zip(j.names, j.parameters, strict=True)]
                     for j in (first, other))  # fmt: skip

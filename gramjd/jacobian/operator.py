@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Transposed:
     """``Jᵀ``, a linear operator from flat weights to flat gradients."""
 
-    T: Jacobian
+    T: Jacobian[Any]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -38,7 +38,7 @@ class Transposed:
         return flat.mT if w.ndim == 2 else flat
 
 
-def times(jac: Jacobian, right: Any) -> Tensor:
+def times(jac: Jacobian[Any], right: Any) -> Tensor:
     """``J v`` for ``v [entries]`` or ``[entries, n]``; ``J₁ J₂ᵀ`` for a transposed Jacobian."""
     if isinstance(right, Transposed):
         other = right.T
@@ -63,7 +63,7 @@ def _shaped(flat: Tensor, parameter: Tensor) -> Tensor:
     return as_given(flat.reshape(shape), parameter)
 
 
-def _rows(crossed: Any, jac: Jacobian) -> list[Any]:
+def _rows(crossed: Any, jac: Jacobian[Any]) -> list[Any]:
     """The entry of each output of ``jac`` in a PyTree of PyTrees."""
     return jac.outputs.spec.flatten_up_to(crossed)
 
@@ -81,7 +81,7 @@ def _check(vector: Any, size: int) -> None:
         raise ValueError(f"Expected a tensor of shape [{size}] or [{size}, n], got {got}.")
 
 
-def as_linear_operator(jac: Jacobian) -> Any:
+def as_linear_operator(jac: Jacobian[Any]) -> Any:
     """``J`` for scipy: arrays in, arrays out, products on the Jacobian's own device."""
     try:
         from scipy.sparse.linalg import LinearOperator

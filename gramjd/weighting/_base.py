@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -21,6 +21,10 @@ class Weighting(nn.Module):
 
     _options: ClassVar[Mapping[str, Check]] = {}
 
+    if TYPE_CHECKING:  # a module's own call has no type
+
+        def __call__(self, gramian: Tensor, /) -> Tensor: ...
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._options:
             self._options[name](name, value)
@@ -36,7 +40,7 @@ class Weighting(nn.Module):
         """Whether an attribute may be assigned: any in a subclass by a user, else those that exist."""
         return "_options" not in vars(type(self)) or name.startswith("_") or hasattr(self, name)
 
-    def __lshift__(self, function: Callable[[Any], Tensor]) -> Weighting:
+    def __lshift__(self, function: Callable[[Any], Tensor]) -> _Composition:
         """``(weighting << f)(x)`` is ``weighting(f(x))``; TorchJD's aggregators need it."""
         return _Composition(self, function)
 
@@ -51,17 +55,36 @@ class StatefulWeighting(Weighting):
 
     _remembered: tuple[str, ...] = ()  # attributes; those that are tensors later may be None at first
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        _be_stateful_for_torchjd()
-        return super().__call__(*args, **kwargs)
+    if not TYPE_CHECKING:
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            _be_stateful_for_torchjd()
+            return super().__call__(*args, **kwargs)
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self._remembered}
+        return {self._kind(): {name: getattr(self, name) for name in self._remembered}}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on from there.
+
+        Raises:
+            ValueError: it is the state of another weighting, or none.
+        """
         _be_stateful_for_torchjd()
+        mine = state.get(self._kind()) if isinstance(state, dict) else None
+        if not isinstance(mine, dict) or mine.keys() != set(self._remembered):
+            kinds = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(
+                f"{type(self).__name__} cannot go on from a state of {kinds or 'nothing'}: load the "
+                f"state_dict of a {self._kind()}, or start again without one."
+            )
         for name in self._remembered:
-            setattr(self, name, state[name])
+            setattr(self, name, mine[name])
+
+    @classmethod
+    def _kind(cls) -> str:
+        """The class that says what is remembered: a subclass of it takes its states."""
+        return next(each.__name__ for each in cls.__mro__ if "_remembered" in vars(each))
 
     def reset(self) -> None:
         """Forget them."""
@@ -79,6 +102,10 @@ class _Composition(Weighting):
     def __init__(self, weighting: Weighting, function: Callable[[Any], Tensor]) -> None:
         super().__init__()
         self.weighting, self.function = weighting, function
+
+    if TYPE_CHECKING:
+
+        def __call__(self, statistic: Any, /) -> Tensor: ...
 
     def forward(self, statistic: Any, /) -> Tensor:
         return self.weighting(self.function(statistic))

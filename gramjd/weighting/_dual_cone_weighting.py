@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from gramjd.sketched import SketchedGramian
 from gramjd.weighting._base import Weighting
 from gramjd.weighting._options import not_negative, optional, vector
 
@@ -30,6 +31,10 @@ DUAL_CONE = {
 
 class DualConeWeighting(Weighting):
     """Keeps them. The last one assigned counts: a projector, or one of its two numbers."""
+
+    if TYPE_CHECKING:
+
+        def __call__(self, gramian: Tensor | SketchedGramian, /) -> Tensor: ...
 
     def __init__(
         self,

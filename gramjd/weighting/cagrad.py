@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import ClassVar, Literal, overload
+from typing import TYPE_CHECKING, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
@@ -124,6 +124,10 @@ class CAGradWeighting(Weighting):
     """
 
     _options: ClassVar = {"c": not_negative, "norm_eps": not_negative}
+
+    if TYPE_CHECKING:
+
+        def __call__(self, gramian: Tensor | SketchedGramian, /) -> Tensor: ...
 
     def __init__(self, c: float, norm_eps: float = 0.0001) -> None:
         super().__init__()

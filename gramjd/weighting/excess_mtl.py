@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from math import isfinite
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +39,10 @@ class ExcessMTLWeighting(StatefulWeighting):
     sums: list[Tensor] | None = None  # of the squares, and 1e-7
     baseline: Tensor | None = None
     calls: int = 0
+
+    if TYPE_CHECKING:
+
+        def __call__(self, rows: Tensor | Iterable[Tensor], /) -> Tensor: ...
 
     def __init__(self, robust_step_size: float = 1.0, n_warmup_steps: int = 0) -> None:
         super().__init__()
@@ -102,7 +106,8 @@ class ExcessMTLWeighting(StatefulWeighting):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Go on from there; the sums are not shared with who saved them."""
-        super().set_extra_state({**state, "sums": _copied(state["sums"])})
+        super().set_extra_state(state)
+        self.sums = _copied(self.sums)
 
 
 def _matrix(rows: Any) -> Tensor:

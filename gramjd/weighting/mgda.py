@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import ClassVar, Literal, overload
+from typing import TYPE_CHECKING, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
@@ -95,6 +95,10 @@ class MGDAWeighting(Weighting):
     """
 
     _options: ClassVar = {"epsilon": unused(0.001), "max_iters": unused(100)}
+
+    if TYPE_CHECKING:
+
+        def __call__(self, gramian: Tensor | SketchedGramian, /) -> Tensor: ...
 
     def __init__(self, epsilon: float = 0.001, max_iters: int = 100) -> None:
         super().__init__()

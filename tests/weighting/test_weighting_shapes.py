@@ -229,6 +229,42 @@ def test_states_are_saved_and_loaded(name: str, calls: int, tmp_path: Path) -> N
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", list(STATEFUL))
+def test_states_of_other_weightings_are_refused(name: str) -> None:
+    matrix = gramian("conflicting", 5)
+    mine, fresh = STATEFUL[name](), STATEFUL[name]()
+    for weighting in (mine, fresh):
+        torch.manual_seed(1)
+        weighting(matrix)
+    for theirs in [make() for make in STATEFUL.values()]:
+        if type(theirs) is type(mine):
+            continue
+        theirs(matrix)
+        both = f"{type(mine).__name__} cannot go on from a state of {type(theirs).__name__}"
+        with pytest.raises(ValueError, match=both):
+            mine.load_state_dict(theirs.state_dict())
+    for bad in ({}, {"state": torch.ones(5)}, {type(mine).__name__: {}}, None):
+        with pytest.raises(ValueError, match="cannot go on from a state of"):
+            mine.load_state_dict({"_extra_state": bad})
+    for _ in range(2):  # as before what was refused
+        results = []
+        for weighting in (mine, fresh):
+            torch.manual_seed(2)
+            results.append(weighting(matrix))
+        torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+def test_a_subclass_takes_the_states_of_its_class() -> None:
+    class Logged(w.PCDWeighting):
+        pass
+
+    first, second = w.PCDWeighting(), Logged()
+    first(gramian("conflicting", 5))
+    second.load_state_dict(first.state_dict())
+    found = gramian("random", 5)
+    torch.testing.assert_close(first(found), second(found), rtol=0, atol=0)
+
+
 def test_rank_one_needs_no_more_than_reg_eps() -> None:
     ones = torch.ones(6, 6, dtype=torch.float64)
     for reg_eps in (0.0, 1e-10, 1e-4):
