@@ -20,6 +20,7 @@ sys.path.append(str(ROOT))  # of the benchmarks, which are not installed
 from benchmarks import gpu, host_work, memory, report, runner  # noqa: E402
 from benchmarks.cases import CASES, REAL, SMALL, make  # noqa: E402
 from benchmarks.implementations import IMPLEMENTATIONS, OURS, PEERS, TITLES, USUAL, floor  # noqa: E402
+from benchmarks.measure import coverage  # noqa: E402
 from benchmarks.oracle import Oracle, matrix  # noqa: E402
 from benchmarks.problem import Outcome, Problem, sgd  # noqa: E402
 
@@ -289,3 +290,19 @@ def test_nothing_is_made_on_the_cpu_for_inputs_elsewhere(case: str) -> None:
     assert found.gramian is not None and found.gramian.device.type == "meta"
     assert found.gradient is not None and {g.device.type for g in found.gradient} == {"meta"}
     assert factories.made == []
+
+
+def test_coverage() -> None:
+    """Of a peer that covers some parameters: their share, and the names of the others."""
+    problem = small("A")
+    named = dict(problem.model.named_parameters())
+    found = coverage(problem, ["0.weight", "2.bias"])
+    share = (named["0.weight"].numel() + named["2.bias"].numel()) / sum(p.numel() for p in named.values())
+    assert found["covered"] == pytest.approx(share)
+    assert found["left_out"] == [name for name in named if name not in ("0.weight", "2.bias")]
+    assert coverage(problem, None) == {}
+    timed = {"ratio": 1.0, "low": 1.0, "high": 1.0, "seconds": 1.0, "sgd_seconds": 1.0, "sgd_own_bytes": 1}
+    record: runner.Record = {"case": "A", "implementation": "dattri-llm", **timed, **found}
+    page = report._steps_page([record])
+    assert f"cover: A {100 * share:.3g} %, not `*.bias`, not `*.weight`." in page
+    assert "cover:" not in report._steps_page([{"case": "A", "implementation": "opacus", **timed}])
