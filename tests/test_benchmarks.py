@@ -231,7 +231,7 @@ def test_a_dry_run_of_what_a_gpu_decides(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     assert gpu.main(["--device", "cpu", "--out", str(out)]) == 0
     kept = json.loads(out.read_text())
-    assert kept["dry_run"] and len(kept["equality"]) == 22
+    assert kept["dry_run"] and len(kept["equality"]) == 23
     assert all(r["equal"] and 0 < r["gramian_error"] <= r["tolerance"] for r in kept["equality"])
     missing = [r["name"] for r in kept["steps"] if "error" in r and "No module named" not in r["error"]]
     assert missing == [] and len(kept["steps"]) == len(CASES) * len(gpu.COMPARED)
