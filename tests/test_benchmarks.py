@@ -14,10 +14,12 @@ from oracle import assert_close, dense_gramian, dense_jacobian
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import gramjd
+
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # of the benchmarks, which are not installed
 
-from benchmarks import gpu, host_work, memory, report, runner  # noqa: E402
+from benchmarks import gpu, host_work, memory, report, runner, sketch_peers  # noqa: E402
 from benchmarks.cases import CASES, REAL, SMALL, make  # noqa: E402
 from benchmarks.implementations import IMPLEMENTATIONS, OURS, PEERS, TITLES, USUAL, floor  # noqa: E402
 from benchmarks.measure import coverage  # noqa: E402
@@ -90,6 +92,14 @@ def test_oracle(case: str) -> None:
     wrong = oracle.gramian.clone()
     wrong[0, 0] *= 1.5
     assert oracle.errors(Outcome(wrong, None))["gramian_error"] > 1e-3
+
+
+def test_oracle_of_some_parameters_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all rows at once would be too many."""
+    problem = small("C")
+    whole = Oracle.of(problem)
+    monkeypatch.setattr("benchmarks.oracle.ROWS", 600)
+    assert_close(Oracle.of(problem).gramian, whole.gramian, 1e-12)
 
 
 def test_plain_step_and_floor() -> None:
@@ -306,3 +316,33 @@ def test_coverage() -> None:
     page = report._steps_page([record])
     assert f"cover: A {100 * share:.3g} %, not `*.bias`, not `*.weight`." in page
     assert "cover:" not in report._steps_page([{"case": "A", "implementation": "opacus", **timed}])
+
+
+SIZES = {
+    "transformer": {"batch": 4, "width": 8, "depth": 1, "length": 3, "vocabulary": 11},
+    "CNN": {"batch": 3, "width": 4, "size": 8},
+}
+
+
+@pytest.mark.parametrize("model", SIZES)
+def test_sketch_peers(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours cover all parameters, with the errors that are to be expected; a failure is told."""
+    monkeypatch.setattr(sketch_peers, "WARM", 1)
+    names = [name for name in sketch_peers.IMPLEMENTATIONS if "gramjd" in name or "dataset" in name]
+    records = [sketch_peers.measure(model, name, 400, 0.01, **SIZES[model]) for name in names]
+    for r in records:
+        bound = gramjd.Projection(400, kind="factored").error
+        assert r["covered"] == 1 and r["left_out"] == [] and r["bytes"] == 4 * r["numbers"] == 1600
+        assert 0 < r["error_of_all"] == r["error_of_covered"] < bound
+    monkeypatch.setitem(sketch_peers.IMPLEMENTATIONS, names[0], lambda problem, dim, seed: 1 / 0)
+    failed = sketch_peers.measure(model, names[0], 400, 0.01, **SIZES[model])
+    assert failed["error"] == "ZeroDivisionError: division by zero"
+    page = sketch_peers.page([*records, failed])
+    assert page.count("| 100 % |") == len(names) and page.count("division by zero") == 1
+
+
+def test_error_of_sketches() -> None:
+    """The root of its mean is one of pairs of different rows, relative to their norms."""
+    rows = torch.tensor([[1.0, 0.0], [0.0, 2.0]]).double()
+    gramian = torch.tensor([[4.0, 3.0], [3.0, 9.0]]).double()
+    assert sketch_peers.error(rows, gramian) == pytest.approx((3 / (2 * 3)) ** 2)
