@@ -111,7 +111,7 @@ def equality(run: Run) -> list[Record]:
         for title, (case, context, tolerance) in settings.items()
         for name in OURS
     ]
-    for name in OURS[1:]:  # torch.func has no vmap for the functional step's layouts
+    for name in OURS:
         found.append(run.entry(f"channels_last, case F, {name}", partial(_channels_last, run, name)))
     for dtype in (torch.bfloat16, torch.float16):
         found.append(run.entry(f"autocast, {dtype}, GradScaler", partial(_autocast, run, dtype)))

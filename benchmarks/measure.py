@@ -6,6 +6,7 @@ import gc
 import json
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from benchmarks import memory, timing
 from benchmarks.cases import make
 from benchmarks.implementations import IMPLEMENTATIONS
 from benchmarks.oracle import Oracle
-from benchmarks.problem import NotApplicable, sgd
+from benchmarks.problem import NotApplicable, Problem, sgd
 from benchmarks.setting import setting
 
 OUTSIDE = ("neural-tangents",)  # whose memory torch's allocator does not see
@@ -32,6 +33,7 @@ def measure(case: str, implementation: str, device: str = "cpu", budget: float =
     try:
         step = IMPLEMENTATIONS[implementation](problem)
         record |= oracle.errors(step())
+        record |= coverage(problem, getattr(step, "covered", None))
     except NotApplicable as reason:
         return {**record, "not_applicable": str(reason)}
     except Exception as error:  # a peer never stops the run
@@ -47,6 +49,18 @@ def measure(case: str, implementation: str, device: str = "cpu", budget: float =
             continue
         record |= {f"{name}{key}_bytes": size for key, size in asdict(memory.measure(run, on)).items()}
     return record
+
+
+def coverage(problem: Problem, covered: Sequence[str] | None) -> dict[str, Any]:
+    """The share of the entries of these parameters, and the names of the others; nothing if it is unknown."""
+    if covered is None:
+        return {}
+    named = {name: p for name, p in problem.model.named_parameters() if p.requires_grad}
+    entries = sum(p.numel() for name, p in named.items() if name in covered)
+    return {
+        "covered": entries / sum(p.numel() for p in named.values()),
+        "left_out": [name for name in named if name not in covered],
+    }
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.problem import Outcome, Problem
+
+ROWS = 2**28  # entries of rows that are held at once: 2 GiB
 
 
 @dataclass(frozen=True)
@@ -22,16 +24,19 @@ class Oracle:
 
     @staticmethod
     def of(problem: Problem) -> Oracle:
-        """One backward pass for each objective, and one of the weighted sum."""
+        """A backward pass for each objective, and one of the weighted sum; more, if the rows are too many."""
         exact = problem.moved(torch.device("cpu")).moved(torch.float64)
         objectives, parameters = exact.objectives(), exact.parameters
         weights = exact.weights_like(objectives)
         gradient = torch.autograd.grad(objectives, parameters, weights, retain_graph=True)
-        rows = torch.empty(objectives.numel(), sum(p.numel() for p in parameters), dtype=torch.float64)
-        for row, entry in zip(rows, objectives.flatten(), strict=True):
-            found = torch.autograd.grad(entry, parameters, retain_graph=True, materialize_grads=True)
-            torch.cat([g.flatten() for g in found], out=row)
-        return Oracle(objectives.detach(), rows @ rows.T, gradient)
+        gramian = torch.zeros(objectives.numel(), objectives.numel(), dtype=torch.float64)
+        for some in _groups(parameters, max(1, ROWS // objectives.numel())):
+            rows = torch.empty(objectives.numel(), sum(p.numel() for p in some), dtype=torch.float64)
+            for row, entry in zip(rows, objectives.flatten(), strict=True):
+                found = torch.autograd.grad(entry, some, retain_graph=True, materialize_grads=True)
+                torch.cat([g.flatten() for g in found], out=row)
+            gramian += rows @ rows.T
+        return Oracle(objectives.detach(), gramian, gradient)
 
     @staticmethod
     def kept(problem: Problem, path: Path) -> Oracle:
@@ -58,6 +63,18 @@ class Oracle:
                     for each in (outcome.gradient, self.gradient)]  # fmt: skip
             errors["gradient_error"] = _relative(*flat)
         return errors
+
+
+def _groups(parameters: Sequence[Tensor], entries: int) -> Iterator[list[Tensor]]:
+    """Parameters in order, as many at a time as have these entries; one at least."""
+    some: list[Tensor] = []
+    for p in parameters:
+        if some and sum(q.numel() for q in some) + p.numel() > entries:
+            yield some
+            some = []
+        some.append(p)
+    if some:
+        yield some
 
 
 def matrix(gramian: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ STYLES = {
     "layer-vjp": ("#009e73", "v"),
     "opacus": ("#cc79a7", "p"),
     "backpack": ("#e69f00", "h"),
+    "dattri-llm": ("#999999", "d"),
     "neural-tangents": ("#56b4e9", "*"),
     "floor": ("black", "|"),
 }

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from statistics import median
 
@@ -25,6 +26,7 @@ SHORT = {
     "layer-vjp": "per layer",
     "opacus": "Opacus",
     "backpack": "BackPACK",
+    "dattri-llm": "dattri-llm",
     "neural-tangents": "neural-tangents",
 }  # of peers, in cells
 # The README's rows: of several implementations, the fastest that is right on each case.
@@ -32,7 +34,12 @@ HEADLINE = {
     "**gramjd**, `J.backward(w)`": ("engine-backward",),
     "TorchJD, the faster of two": ("torchjd-autogram", "torchjd-autojac"),
     "`torch.func`, the fastest of four recipes": ("recipe-kept", "recipe-dropped", "vmap-grad", "layer-vjp"),
-    "Opacus, BackPACK or neural-tangents": ("opacus", "backpack", "neural-tangents"),
+    "Opacus, BackPACK, dattri-llm or neural-tangents": (
+        "opacus",
+        "backpack",
+        "dattri-llm",
+        "neural-tangents",
+    ),
 }
 COUNTED = """\
 A ratio is the median over rounds of the time of a step, forward pass included, to that of a plain SGD step
@@ -173,7 +180,13 @@ def _steps_page(steps: Sequence[Record], title: str = "Steps", flag: str = "") -
     command = f"python -m benchmarks {flag}".strip()
     names = [name for name in IMPLEMENTATIONS if any(r["implementation"] == name for r in steps)]
     lines = [f"# {title}", "", f"`{command}`, {_minutes(steps)}.", "", COUNTED, "", _setting(steps), ""]
-    lines += [*_table(steps, {TITLES[name]: (name,) for name in names}), "", _cases(steps), ""]
+    lines += [
+        *_table(steps, {TITLES[name]: (name,) for name in names}),
+        "",
+        _cases(steps),
+        "",
+        *_coverage(steps),
+    ]
     lines.append(_row(titles))
     lines.append("|---" * len(titles) + "|")
     for r in steps:
@@ -189,6 +202,22 @@ def _steps_page(steps: Sequence[Record], title: str = "Steps", flag: str = "") -
         errors = [f"{r[key]:.0e}" if key in r else "–" for key in ("gramian_error", "gradient_error")]
         lines.append(_row([*head, _short(r["ratio"]), quartiles, *times, *sizes, *errors]))
     return "\n".join([*lines, "", *_frugal(steps)])
+
+
+def _coverage(steps: Sequence[Record]) -> list[str]:
+    """Of an implementation whose Gramian is of some parameters alone: of which, on each case."""
+    lines = []
+    for name in IMPLEMENTATIONS:
+        known = {r["case"]: r for r in steps if r["implementation"] == name and "covered" in r}
+        cells = []
+        for case, r in known.items():
+            left_out = dict.fromkeys(re.sub(r"\d+", "*", each) for each in r["left_out"])
+            cells.append(
+                f"{case} {100 * r['covered']:.3g} %" + "".join(f", not `{each}`" for each in left_out)
+            )
+        if cells:
+            lines += [f"Of the entries of the parameters, {TITLES[name]} cover: {'; '.join(cells)}.", ""]
+    return lines
 
 
 def _frugal(steps: Sequence[Record]) -> list[str]:

@@ -75,9 +75,13 @@ def load(name: str) -> list[Record]:
 
 def _keep(name: str, key: Record, records: list[Record]) -> None:
     """Replace the records that have this key."""
-    others = [r for r in load(name) if any(r[k] != value for k, value in key.items())]
+    keep_all(name, [*(r for r in load(name) if any(r[k] != value for k, value in key.items())), *records])
+
+
+def keep_all(name: str, records: list[Record]) -> None:
+    """Write the results of a file."""
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / name).write_text(json.dumps([*others, *records], indent=1) + "\n")
+    (RESULTS / name).write_text(json.dumps(records, indent=1) + "\n")
 
 
 def shown(record: Record) -> str:

@@ -14,12 +14,15 @@ from oracle import assert_close, dense_gramian, dense_jacobian
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import gramjd
+
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # of the benchmarks, which are not installed
 
-from benchmarks import gpu, host_work, memory, report, runner  # noqa: E402
+from benchmarks import gpu, host_work, memory, report, runner, sketch_peers  # noqa: E402
 from benchmarks.cases import CASES, REAL, SMALL, make  # noqa: E402
 from benchmarks.implementations import IMPLEMENTATIONS, OURS, PEERS, TITLES, USUAL, floor  # noqa: E402
+from benchmarks.measure import coverage  # noqa: E402
 from benchmarks.oracle import Oracle, matrix  # noqa: E402
 from benchmarks.problem import Outcome, Problem, sgd  # noqa: E402
 
@@ -89,6 +92,14 @@ def test_oracle(case: str) -> None:
     wrong = oracle.gramian.clone()
     wrong[0, 0] *= 1.5
     assert oracle.errors(Outcome(wrong, None))["gramian_error"] > 1e-3
+
+
+def test_oracle_of_some_parameters_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all rows at once would be too many."""
+    problem = small("C")
+    whole = Oracle.of(problem)
+    monkeypatch.setattr("benchmarks.oracle.ROWS", 600)
+    assert_close(Oracle.of(problem).gramian, whole.gramian, 1e-12)
 
 
 def test_plain_step_and_floor() -> None:
@@ -230,7 +241,7 @@ def test_a_dry_run_of_what_a_gpu_decides(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     assert gpu.main(["--device", "cpu", "--out", str(out)]) == 0
     kept = json.loads(out.read_text())
-    assert kept["dry_run"] and len(kept["equality"]) == 22
+    assert kept["dry_run"] and len(kept["equality"]) == 23
     assert all(r["equal"] and 0 < r["gramian_error"] <= r["tolerance"] for r in kept["equality"])
     missing = [r["name"] for r in kept["steps"] if "error" in r and "No module named" not in r["error"]]
     assert missing == [] and len(kept["steps"]) == len(CASES) * len(gpu.COMPARED)
@@ -289,3 +300,49 @@ def test_nothing_is_made_on_the_cpu_for_inputs_elsewhere(case: str) -> None:
     assert found.gramian is not None and found.gramian.device.type == "meta"
     assert found.gradient is not None and {g.device.type for g in found.gradient} == {"meta"}
     assert factories.made == []
+
+
+def test_coverage() -> None:
+    """Of a peer that covers some parameters: their share, and the names of the others."""
+    problem = small("A")
+    named = dict(problem.model.named_parameters())
+    found = coverage(problem, ["0.weight", "2.bias"])
+    share = (named["0.weight"].numel() + named["2.bias"].numel()) / sum(p.numel() for p in named.values())
+    assert found["covered"] == pytest.approx(share)
+    assert found["left_out"] == [name for name in named if name not in ("0.weight", "2.bias")]
+    assert coverage(problem, None) == {}
+    timed = {"ratio": 1.0, "low": 1.0, "high": 1.0, "seconds": 1.0, "sgd_seconds": 1.0, "sgd_own_bytes": 1}
+    record: runner.Record = {"case": "A", "implementation": "dattri-llm", **timed, **found}
+    page = report._steps_page([record])
+    assert f"cover: A {100 * share:.3g} %, not `*.bias`, not `*.weight`." in page
+    assert "cover:" not in report._steps_page([{"case": "A", "implementation": "opacus", **timed}])
+
+
+SIZES = {
+    "transformer": {"batch": 4, "width": 8, "depth": 1, "length": 3, "vocabulary": 11},
+    "CNN": {"batch": 3, "width": 4, "size": 8},
+}
+
+
+@pytest.mark.parametrize("model", SIZES)
+def test_sketch_peers(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours cover all parameters, with the errors that are to be expected; a failure is told."""
+    monkeypatch.setattr(sketch_peers, "WARM", 1)
+    names = [name for name in sketch_peers.IMPLEMENTATIONS if "gramjd" in name or "dataset" in name]
+    records = [sketch_peers.measure(model, name, 400, 0.01, **SIZES[model]) for name in names]
+    for r in records:
+        bound = gramjd.Projection(400, kind="factored").error
+        assert r["covered"] == 1 and r["left_out"] == [] and r["bytes"] == 4 * r["numbers"] == 1600
+        assert 0 < r["error_of_all"] == r["error_of_covered"] < bound
+    monkeypatch.setitem(sketch_peers.IMPLEMENTATIONS, names[0], lambda problem, dim, seed: 1 / 0)
+    failed = sketch_peers.measure(model, names[0], 400, 0.01, **SIZES[model])
+    assert failed["error"] == "ZeroDivisionError: division by zero"
+    page = sketch_peers.page([*records, failed])
+    assert page.count("| 100 % |") == len(names) and page.count("division by zero") == 1
+
+
+def test_error_of_sketches() -> None:
+    """The root of its mean is one of pairs of different rows, relative to their norms."""
+    rows = torch.tensor([[1.0, 0.0], [0.0, 2.0]]).double()
+    gramian = torch.tensor([[4.0, 3.0], [3.0, 9.0]]).double()
+    assert sketch_peers.error(rows, gramian) == pytest.approx((3 / (2 * 3)) ** 2)

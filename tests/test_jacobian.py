@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import gramjd
 from gramjd import Engine, Jacobian
+from gramjd.blocks import Conv
 
 
 class Model(nn.Module):
@@ -448,3 +449,24 @@ def test_tied_entries_stay_apart() -> None:
     assert not torch.allclose(first, second)
     part = J.select(["1"])
     assert_close(part.vjp(torch.ones(4).double())["1"], second)
+
+
+def test_norms_of_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows are unfolded once for each sample, where whole rows of some samples fit."""
+    monkeypatch.setattr("gramjd.contraction.diagonals.CACHED", 2**14)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, bias=False), nn.Flatten(1)).double()
+    func, params = gramjd.functional_loss(model, lambda out: out.sin().sum(1))
+    J = gramjd.jacobian(func)(params, torch.randn(40, 4, 6, 6, dtype=torch.float64))
+    parts: list[int] = []
+    plain = Conv.part
+
+    def counted(self: Conv, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
+        parts.append(self.rows[1] * (stop - start))
+        assert (start, stop) == (0, 8 * 4 * 9)
+        return plain(self, start, stop, dtype)
+
+    monkeypatch.setattr(Conv, "part", counted)
+    norms = J.norms()
+    assert len(parts) > 1 and sum(parts) == 40 * 8 * 4 * 9
+    assert_close(norms, J.dense()["0.weight"].flatten(1).norm(dim=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -664,3 +665,24 @@ def test_other_errors_are_the_functions_own() -> None:
         gramjd.gramian(function)(draw(D), draw(B, D))
     with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied|size mismatch"):
         gramjd.gramian(lambda p, x: p @ x)(draw(2, 2), draw(B, D))
+
+
+@pytest.mark.parametrize(
+    ("channels", "shape"), [(6, (2, 3, 3, 3)), (1, (2, 3, 8, 8)), (6, (2, 3, 8, 8)), (6, (2, 3, 3, 3, 3))]
+)
+def test_group_norm_of_channels_last(channels: int, shape: tuple[int, ...]) -> None:
+    """Also where one position or channel is left, so that strides alone tell the memory format."""
+    flat = len(shape) == 4
+    last = torch.channels_last if flat else torch.channels_last_3d
+    conv = (nn.Conv2d if flat else nn.Conv3d)(3, channels, 3)
+    norm = nn.GroupNorm(1, channels)
+    with torch.no_grad():
+        features = norm(conv(torch.randn(shape))).flatten(1).shape[1]
+    model = nn.Sequential(conv, norm, nn.Flatten(), nn.Linear(features, 3))
+    model.to(memory_format=last)  # type: ignore[call-overload]
+    func, params = gramjd.functional_loss(model)
+    twin = copy.deepcopy(model).double()
+    for x in (torch.randn(shape), torch.randn(shape).to(memory_format=last)):
+        J = gramjd.jacobian(func)(params, x)
+        want = dense_gramian(twin(x.double()), [dict(twin.named_parameters())[name] for name in J.names])
+        assert_close(J.gramian().double(), want, 1e-4)

@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.implementations import compiled, floor, ours, per_sample, recipe, rows, tangents, torchjd
+from benchmarks.implementations import (
+    compiled,
+    dattri,
+    floor,
+    ours,
+    per_sample,
+    recipe,
+    rows,
+    tangents,
+    torchjd,
+)
 from benchmarks.problem import Problem, Step
 
 OURS: dict[str, Callable[[Problem], Step]] = {
@@ -29,6 +39,7 @@ PEERS: dict[str, Callable[[Problem], Step]] = {
     "layer-vjp": per_sample.layer_vjp,
     "opacus": rows.opacus,
     "backpack": rows.backpack,
+    "dattri-llm": dattri.dattri_llm,
     "neural-tangents": tangents.neural_tangents,
 }
 COMPILED: dict[str, Callable[[Problem], Step]] = {
@@ -57,6 +68,7 @@ TITLES = {
     "layer-vjp": "`vmap(vjp)` per layer",
     "opacus": "Opacus rows",
     "backpack": "BackPACK rows",
+    "dattri-llm": "dattri-llm inner products",
     "neural-tangents": "neural-tangents, its best (JAX)",
     "functional-compiled": "gramjd functional, compiled",
     "sgd-compiled": "SGD step, compiled",

@@ -38,7 +38,7 @@ def taken(p: Tensor, name: str) -> Tensor:
 
 def opacus(problem: Problem) -> Step:
     """``GradSampleModule``."""
-    _on_path()
+    on_path()
     from opacus.grad_sample import GradSampleModule
 
     model = GradSampleModule(problem.model, strict=False, loss_reduction="sum")
@@ -54,7 +54,7 @@ def opacus(problem: Problem) -> Step:
 
 def backpack(problem: Problem) -> Step:
     """``BatchGrad``."""
-    _on_path()
+    on_path()
     from backpack import backpack as extensions
     from backpack import extend
     from backpack.extensions import BatchGrad
@@ -90,7 +90,7 @@ def _by_backward(problem: Problem, model: Callable[..., Tensor],
     return step
 
 
-def _on_path() -> None:
+def on_path() -> None:
     if not FOLDER.exists():
         raise NotApplicable("not installed: make bench-peers")
     sys.path.append(str(FOLDER))

@@ -39,6 +39,8 @@ def rows(u: Block, v: Block, limits: Limits) -> Tensor:
     (K, B), P, grain = u.rows, prod(u.shape), lcm(u.grain, v.grain)
     need = max(block.workspace(limits.dtype) for block in (u, v))
     samples = max(1, limits.elements // (need + 3 * K * grain))
+    if need:  # what a part copies, it copies for each slab again: whole rows of fewer samples
+        samples = max(1, min(samples, limits.cached(CACHED) // (3 * K * P)))
 
     def some(start: int, stop: int) -> Tensor:
         x = u.samples(start, stop)

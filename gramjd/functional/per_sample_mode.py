@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramjd import pytree
+from gramjd.functional.strides import with_usual_strides
 from gramjd.internals import (
     below_transform,
     innermost_level,
@@ -84,6 +85,9 @@ class PerSampleMode(Tracker):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in _ONE_LEVEL:
             self._refuse_nesting(func.__name__)
+        if func is F.group_norm:
+            with self:  # a copy of what is tracked is tracked in turn
+                args, kwargs = with_usual_strides(args, kwargs or {})
         if func is F.scaled_dot_product_attention and args and args[0].device.type == "cpu":
             with unfused_attention():  # the fused kernel has no batching rule there
                 return super().__torch_function__(func, types, args, kwargs)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import isqrt
 
 import torch
@@ -70,6 +72,14 @@ class Projection:
         short = next(n for n in range(isqrt(self.dim), 0, -1) if self.dim % n == 0)
         return short, self.dim // short
 
+    def span(self, name: str, start: int, stop: int, like: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
+        """Rows of ``Ω`` for the entries from ``start`` to ``stop``; ``keep`` them for later calls."""
+
+        def make() -> Tensor:
+            return self.rows(name, torch.arange(start, stop, device=like.device), dtype)
+
+        return _kept_of(self).get((name, start, stop, dtype, like.device), make) if keep else make()
+
     def rows(self, name: str, entries: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of ``Ω`` for these entries of a parameter, ``[len(entries), dim]``."""
         return _KINDS[self.kind](entries, self.dim, key_of(self.seed, name), dtype)
@@ -78,13 +88,50 @@ class Projection:
         """Numbers of this dtype whose memory making an entry of ``Ω`` takes, itself included."""
         return (72 if self.kind == "gaussian" else 16) // dtype.itemsize
 
-    def factors(self, name: str, sizes: tuple[int, int], like: Tensor, dtype: torch.dtype
+    def factors(self, name: str, sizes: tuple[int, int], like: Tensor, dtype: torch.dtype, keep: bool
                 ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """``L [sizes[0], l]`` and ``R [sizes[1], r]``: of a matrix ``X``, the sketch is ``LᵀXR``."""
-        left, right = (
-            _KINDS[self.kind](
-                torch.arange(size, device=like.device), columns, key_of(self.seed, name, side), dtype
-            )
-            for side, (size, columns) in enumerate(zip(sizes, self.sides, strict=True))
-        )
-        return left, right
+
+        def make(side: int) -> Tensor:
+            entries = torch.arange(sizes[side], device=like.device)
+            return _KINDS[self.kind](entries, self.sides[side], key_of(self.seed, name, side), dtype)
+
+        if not keep:
+            return make(0), make(1)
+        kept, key = _kept_of(self), (name, sizes, dtype, like.device)
+        return kept.get((0, *key), partial(make, 0)), kept.get((1, *key), partial(make, 1))
+
+
+class _Kept:
+    """Parts of the random matrix of one projection, as many as fit.
+
+    They are asked for in turn, so that dropping the oldest for a new one would leave none that is used again.
+    """
+
+    most = 2**25  # bytes
+
+    def __init__(self, projection: Projection) -> None:
+        self.projection, self.held = projection, 0
+        self.parts: dict[tuple[object, ...], Tensor] = {}
+
+    def get(self, key: tuple[object, ...], make: Callable[[], Tensor]) -> Tensor:
+        """A part, made if it is not there."""
+        found = self.parts.get(key)
+        if found is None:
+            found = make()
+            if self.held + found.nbytes <= self.most:
+                self.parts[key] = found
+                self.held += found.nbytes
+        return found
+
+
+_kept: _Kept | None = None  # of the projection that was used last
+
+
+def _kept_of(projection: Projection) -> _Kept:
+    """Those of this projection."""
+    global _kept
+    kept = _kept  # read once: other threads may take another projection
+    if kept is None or kept.projection != projection:
+        kept = _kept = _Kept(projection)
+    return kept

@@ -24,13 +24,14 @@ from gramjd.contraction import Options, ranges, sum_of
 from gramjd.contraction.options import Limits
 from gramjd.contraction.products import Part
 from gramjd.contraction.rows import matrix
-from gramjd.internals import is_ours
+from gramjd.internals import is_ours, runs_plainly
 from gramjd.jacobian.projection import Projection
 from gramjd.rounding import own_precision
 
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _COPIES = 3  # of rows, that making them may take
 _CACHED = 2**20  # elements of Ω that are made at once
+_SPARSE = 4  # entries of a table in use, for each that one sample looks up, from which on rows are not built
 
 Sides = tuple[int, int]  # of a parameter as a matrix: its first dimension, and all others
 
@@ -48,11 +49,14 @@ def sketch(parts: Sequence[Part], names: Sequence[str], parameters: Sequence[Ten
         raise ValueError(f"A sketch knows parameters by name, and two are named {twice!r}: rename one.")
     dtype = options.accumulated(like.dtype)
     limits = Limits(max(1, options.budget(like.device) // dtype.itemsize), dtype)
+    # For few samples, making the factors of Ω takes as long as their products. A budget has no room for them.
+    keep = projection.kind == "factored" and options.memory_budget is None
+    keep = keep and runs_plainly([like]) and not torch.is_inference_mode_enabled()
     found = [torch.zeros(K, part.samples, projection.dim, dtype=dtype, device=like.device) for part in parts]
     for number, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
         live = [(n, block) for n, part in enumerate(parts) for block in merge(part.live(number))]
         if live:
-            for n, share in _shares(live, name, tuple(parameter.shape), projection, limits):
+            for n, share in _shares(live, name, tuple(parameter.shape), projection, limits, keep):
                 found[n] = found[n] + share
     return torch.cat(found, 1) / projection.dim**0.5
 
@@ -61,11 +65,12 @@ Live = Sequence[tuple[int, Block]]  # blocks, and of which part they are
 Shares = Iterator[tuple[int, Tensor]]  # [K, B, dim], to be added to that of this part
 
 
-def _shares(live: Live, name: str, shape: tuple[int, ...], projection: Projection, limits: Limits) -> Shares:
+def _shares(live: Live, name: str, shape: tuple[int, ...], projection: Projection, limits: Limits,
+            keep: bool) -> Shares:  # fmt: skip
     """The shares of one parameter in the sketch."""
     sides = (shape[0], prod(shape[1:])) if shape else (1, 1)
     if projection.kind == "factored" and min(sides) > 1:  # as the shape says, whatever the blocks are
-        left, right = projection.factors(name, sides, _factor(live[0][1]), limits.dtype)
+        left, right = projection.factors(name, sides, _factor(live[0][1]), limits.dtype, keep)
         for n, block in live:
             for start, stop in ranges(block.rows[1], _samples(block, projection, limits)):
                 share = _factored(block.samples(start, stop), sides, left, right, limits).flatten(2)
@@ -74,30 +79,38 @@ def _shares(live: Live, name: str, shape: tuple[int, ...], projection: Projectio
     looked_up = [(n, b) for n, b in live if isinstance(b, Lookup) and is_ours(b.ids)]
     for n, block in looked_up:  # of a table, rows of Ω for the entries that are used
         used, ids = block.ids.unique(return_inverse=True)
+        if ids.device.type == "cpu" and len(used) > _SPARSE * ids.shape[1]:
+            yield n, _by_entry(block, ids, used, name, projection, limits)
+            continue
         few = replace(block, ids=ids, shape=(len(used), block.grain))
-        yield from _products([(n, few)], name, projection, limits, used)
+        yield from _products([(n, few)], name, projection, limits, keep, used)
     done = {id(b) for _, b in looked_up}
     rest = [(n, b) for n, b in live if id(b) not in done]
     if rest:
-        yield from _products(rest, name, projection, limits)
+        yield from _products(rest, name, projection, limits, keep)
 
 
-def _products(live: Live, name: str, projection: Projection, limits: Limits, used: Tensor | None = None
-              ) -> Shares:  # fmt: skip
+def _products(live: Live, name: str, projection: Projection, limits: Limits, keep: bool,
+              used: Tensor | None = None) -> Shares:  # fmt: skip
     """Rows by ``Ω``, some entries at a time; ``used``: which pieces of ``grain`` entries theirs are."""
-    device, entries = _factor(live[0][1]).device, prod(live[0][1].shape)
+    like, entries = _factor(live[0][1]), prod(live[0][1].shape)
     grain = lcm(*(block.grain for _, block in live))
     most, half = max(prod(block.rows) for _, block in live), max(1, limits.elements // 2)
     most_of_omega = max(1, half // (projection.dim * projection.working(limits.dtype)))  # entries
     step = min(half // (most * _COPIES), most_of_omega, max(1, _CACHED // projection.dim)) // grain
     few = Limits(max(1, limits.elements // 4), limits.dtype)
+
+    def omega_of(start: int, stop: int) -> Tensor:
+        """Rows of Ω for some of the entries."""
+        if used is None:
+            return projection.span(name, start, stop, like, limits.dtype, keep)
+        which = torch.arange(start, stop, device=like.device)
+        return projection.rows(name, used[which // grain] * grain + which % grain, limits.dtype)
+
     for begin, end in ranges(entries // grain, step):
         start, stop = begin * grain, end * grain
-        which = torch.arange(start, stop, device=device)
-        if used is not None:
-            which = used[which // grain] * grain + which % grain
         slabs = ranges(stop - start, most_of_omega)  # several, if one grain is too much
-        omega = projection.rows(name, which, limits.dtype) if len(slabs) == 1 else None
+        omega = omega_of(start, stop) if len(slabs) == 1 else None
         build = _part(start, stop, limits.dtype)
         for n, block in live:
             K, B = block.rows
@@ -105,9 +118,35 @@ def _products(live: Live, name: str, projection: Projection, limits: Limits, use
                 piece = block.samples(*some)
                 rows = matrix(piece, few, piece.workspace(limits.dtype), build)  # [b K, stop - start]
                 for a, b in slabs:
-                    mine = projection.rows(name, which[a:b], limits.dtype) if omega is None else omega
+                    mine = omega_of(start + a, start + b) if omega is None else omega
                     share = (rows[:, a:b] @ mine).unflatten(0, (some[1] - some[0], K)).transpose(0, 1)
                     yield n, F.pad(share, (0, 0, some[0], B - some[1]))
+
+
+def _by_entry(block: Lookup, ids: Tensor, used: Tensor, name: str, projection: Projection, limits: Limits
+              ) -> Tensor:  # fmt: skip
+    """``[K, B, dim]`` of a table, from what each entry in use was looked up for.
+
+    Most of a sample's row is zero, as it looks up few of the entries that the batch uses: multiply-adds are
+    ``T`` of ``len(used)`` of those of rows. ``index_add_`` is deterministic on a CPU.
+    """
+    (K, B), T, grain, dim = block.rows, ids.shape[1], block.grain, projection.dim
+    c, order = block.c.flatten(1, 2), ids.flatten().argsort(stable=True)
+    samples, ends = order // T, ids.flatten().bincount(minlength=len(used)).cumsum(0).tolist()
+    half = max(1, limits.elements // 2)
+    most = max(1, min(half // (dim * projection.working(limits.dtype)), _CACHED // dim))  # entries of Ω
+    total = block.c.new_zeros(K, B, dim, dtype=limits.dtype)
+    for first, last in ranges(len(used), most // grain):
+        for a, b in ranges(grain, most):  # several, if one entry of the table is too much
+            which = (used[first:last, None] * grain + torch.arange(a, b, device=ids.device)).flatten()
+            omega = projection.rows(name, which, limits.dtype).unflatten(0, (last - first, b - a))
+            for entry in range(first, last):
+                start, stop = ends[entry - 1] if entry else 0, ends[entry]
+                for x, y in ranges(stop - start, half // (K * (dim + grain))):
+                    some = slice(start + x, start + y)
+                    mine = c[:, order[some], a:b].to(limits.dtype) @ omega[entry - first]
+                    total.index_add_(1, samples[some], mine)
+    return total
 
 
 def _part(start: int, stop: int, dtype: torch.dtype) -> Callable[[Block], Tensor]:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from gramjd.complexes import as_real
 from gramjd.functional.arguments import Arguments
 from gramjd.functional.capture import Captured
+from gramjd.functional.strides import with_usual_strides
 from gramjd.internals import innermost_level, unfused_attention
 from gramjd.rounding import own_precision
 from gramjd.rules import decomposition_of
@@ -140,6 +141,8 @@ class _Batchable(TorchFunctionMode):
         if func in _NORMS and innermost_level() > self.level:
             body = _NORMS[func]
         if body is None:
+            if func is F.group_norm:
+                args, kwargs = with_usual_strides(args, kwargs or {})
             return func(*args, **(kwargs or {}))
         with self:
             return body(*args, **(kwargs or {}))
