@@ -18,7 +18,7 @@ from gramjd.engine.analysis.graph import walk
 from gramjd.engine.analysis.reach import reach
 from gramjd.engine.recording.compiled import StandIns
 from gramjd.engine.recording.nodes import forget
-from gramjd.engine.recording.recorder import AfterHook, BeforeHook, Watcher
+from gramjd.engine.recording.watcher import AfterHook, BeforeHook, Watcher
 from gramjd.engine.registry import Registry
 from gramjd.engine.sharded import Lockstep, refuse_flat, refuse_parallel
 from gramjd.engine.solving import finite

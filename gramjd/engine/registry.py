@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,21 +55,25 @@ class Registry:
             if self.stand_ins is not None and compiled_call(module) is not None:
                 self.stand_ins.note(module)
             parameters, buffers, children = held_by(module)
-            for name, p in parameters.items():
-                if p is not None and unit is not None:
-                    self.shards.note(module, name, p, unit)
-                if p is not None and (
-                    unit is None or not distributed.is_sharded(p)
-                ):  # shards take no part in a forward
+            if unit is not None:
+                parameters = self._whole(module, parameters, unit)
+            for p in parameters.values():
+                if p is not None:
                     (trainable if p.requires_grad else batch_independent)[id(p)] = p
-            for b in buffers.values():
-                if b is not None:
-                    batch_independent[id(b)] = b
+            batch_independent.update([(id(b), b) for b in buffers.values() if b is not None])
             for child in children.values() if self.recurse else ():
                 if child is not None and id(child) not in seen:
                     seen.add(id(child))
                     stack.append((child, unit))
         return list(trainable.values()), list(batch_independent.values())
+
+    def _whole(self, module: nn.Module, parameters: Mapping[str, Tensor | None], unit: nn.Module
+               ) -> dict[str, Tensor | None]:  # fmt: skip
+        """The parameters of a module that are not sharded at the time: shards take no part in a forward."""
+        for name, p in parameters.items():
+            if p is not None:
+                self.shards.note(module, name, p, unit)
+        return {name: p for name, p in parameters.items() if p is not None and not distributed.is_sharded(p)}
 
     def lockstep(self) -> Lockstep | None:
         """For a sharded model; it shows its sharded parameters from then on."""

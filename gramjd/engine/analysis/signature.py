@@ -27,11 +27,12 @@ from math import prod
 from operator import mul
 from typing import Any
 
-from gramjd.engine.analysis.node_types import Sizes, dims_of, facts_of, first_spatial
+from gramjd.engine.analysis.node_types import NodeType, Sizes, dims_of, facts_of, first_spatial
 from gramjd.engine.recording.nodes import NODE_TYPE
 from gramjd.internals import LEAF_TYPE, name_of_type, saved_value, shapes_of
 
 Shape = tuple[int, ...]
+_NESTED = (list, tuple)  # attributes of nodes that may contain lists
 
 
 class Unlisted(Exception):
@@ -68,34 +69,41 @@ def separation_key(order: Sequence[Any], numbers: dict[Any, int], output: Shape,
             continue
         facts = facts_of(kind)
         if facts is None:
-            # nothing is behind a leaf, so that a node over leaves alone lets no sample reach another
-            if all(child is None or type(child) is LEAF_TYPE for child, _ in node.next_functions):
+            if _is_over_leaves(node):
                 continue
             raise Unlisted(name_of_type(kind))
         for name in facts.attributes:
             value = getattr(node, name)
-            if isinstance(value, list) or (isinstance(value, tuple) and value and isinstance(value[0], list)):
-                value = _hashable(value)
-            parts.append(value)
-        if facts.sizes is not Sizes.ANY:
-            edges = node.next_functions
-            if facts.sizes is Sizes.RESHAPE:
-                child, number = edges[0]
-                token, those = _reshape(found[numbers[child]][number], mine[0], samples)
-                for size, form in those:
-                    forms.setdefault(size, set()).add(form)
-            else:
-                inputs: tuple[Shape, ...] = ()
-                for child, number in edges:
-                    if child is not None:
-                        inputs += (found[numbers[child]][number],)
-                named = _hashable(getattr(node, facts.dims)) if facts.dims else None
-                grouped = facts.sizes is Sizes.WINDOW and (saved_value(node, "groups") or 1) > 1
-                unknown = len(edges) - len(inputs)
-                token = _sizes_token(kind, facts.sizes, named, grouped, inputs, tuple(mine), samples, unknown)
+            parts.append(_hashable(value) if type(value) in _NESTED else value)
+        if facts.sizes is Sizes.RESHAPE:
+            child, number = node.next_functions[0]
+            token, those = _reshape(found[numbers[child]][number], mine[0], samples)
+            for size, form in those:
+                forms.setdefault(size, set()).add(form)
             parts.append(token)
+        elif facts.sizes is not Sizes.ANY:
+            inputs: tuple[Shape, ...] = ()
+            for child, number in node.next_functions:
+                if child is not None:
+                    inputs += (found[numbers[child]][number],)
+            parts.append(_sizes_of(node, facts, inputs, tuple(mine), samples))
     exact = any({"first", "last", "several"} <= form for form in forms.values())
     return tuple(parts), tuple(shapes) if exact else _canonical(tuple(shapes), samples)
+
+
+def _is_over_leaves(node: Any) -> bool:
+    """Whether only leaves are behind a node, which then lets no sample reach another."""
+    return all(child is None or type(child) is LEAF_TYPE for child, _ in node.next_functions)
+
+
+def _sizes_of(node: Any, facts: NodeType, inputs: tuple[Shape, ...], outputs: tuple[Shape, ...],
+              samples: int) -> Hashable:  # fmt: skip
+    """What of the sizes at a node belongs to the key."""
+    kind: Any = type(node)
+    named = _hashable(getattr(node, facts.dims)) if facts.dims else None
+    grouped = facts.sizes is Sizes.WINDOW and (saved_value(node, "groups") or 1) > 1
+    unknown = len(node.next_functions) - len(inputs)
+    return _sizes_token(kind, facts.sizes, named, grouped, inputs, outputs, samples, unknown)
 
 
 @functools.lru_cache(maxsize=4096)  # every step asks for every node

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -17,29 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gramjd.engine.recording.aliases import Aliases, may_write, replaced, written
-from gramjd.engine.recording.compiled import is_compiled
 from gramjd.engine.recording.known_calls import KnownCalls
 from gramjd.engine.recording.recorded import (
     HOOK,
     computed_by,
     is_markable,
-    is_marked,
     lose,
-    mark_call,
     mark_fused,
     mark_op,
 )
-from gramjd.engine.sharded import is_unit
 from gramjd.internals import (
     below_transforms,
     has_plain_layout,
-    held_by,
     hooks_of,
-    in_backward,
     innermost_mode,
     innermost_transform,
-    inside_transform,
-    is_compiled_wrapper,
     is_compiling,
     is_elsewhere,
     is_view,
@@ -84,26 +76,46 @@ class Recorder(Tracker):
         innermost = innermost_transform()  # every op comes by here: no call that can be spared
         if (innermost is not None or self.level) and is_elsewhere(self.level):
             return self._stand_aside(func, args, kwargs or {})  # a node would be differentiated, or escape
-        if self.aliases.stale and self.active:
-            args, kwargs = replaced(args, self.aliases.stale), replaced(kwargs or {}, self.aliases.stale)
-        if self.aliases.groups and self.active and not self.writing and (may_write(func) or kwargs):
-            target = written(func, args, kwargs)
-            group = self.aliases.of(target) if target is not None and has_plain_layout(target) else []
-            if target is not None and group:
+        if self.aliases.groups or self.aliases.stale:
+            args, kwargs, target, group = self._through_aliases(func, args, kwargs)
+            if target is not None:
                 return self._write(func, types, args, kwargs or {}, target, group)
+        if func in _DROPOUTS and self.active:
+            func, args, kwargs = self._as_product(func, args, kwargs)
         if func is Tensor.register_hook and args[0].grad_fn is not None:
             self.hooks.append(HOOK)
-        if func in _DROPOUTS and self.active and args and not _writes(args, kwargs):
-            tracked, batch_independent = self._classify(args)
-            if tracked and batch_independent:  # as a product with its mask, it is derived like any other
-                with torch.no_grad():
-                    mask = func(torch.ones_like(args[0]), *args[1:], **(kwargs or {}))
-                self._remember(mask)
-                func, args, kwargs = torch.mul, (args[0], mask), None
         out = super().__torch_function__(func, types, args, kwargs)
         if self.outer is not None and self.active and self._are_batch_independent((args, kwargs)):
             self.shared.update((id(t), t) for t in tensors_of(out))
         return out
+
+    def _through_aliases(self, func: Any, args: Any, kwargs: Any
+                         ) -> tuple[Any, Any, Tensor | None, list[Any]]:  # fmt: skip
+        """The arguments as they are now, what the op writes into, and the tensors with nodes of that memory.
+
+        Where there are none of these, it is no matter what the op writes into: ``None``.
+        """
+        if not self.active:
+            return args, kwargs, None, []
+        if self.aliases.stale:
+            args, kwargs = replaced(args, self.aliases.stale), replaced(kwargs or {}, self.aliases.stale)
+        if self.writing or not (may_write(func) or kwargs):
+            return args, kwargs, None, []
+        target = written(func, args, kwargs)
+        group = self.aliases.of(target) if target is not None and has_plain_layout(target) else []
+        return args, kwargs, target if group else None, group
+
+    def _as_product(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+        """A dropout of what is derived, as a product with its mask, which is derived like any other."""
+        if not args or _writes(args, kwargs):
+            return func, args, kwargs
+        tracked, batch_independent = self._classify(args)
+        if not tracked or not batch_independent:
+            return func, args, kwargs
+        with torch.no_grad():
+            mask = func(torch.ones_like(args[0]), *args[1:], **(kwargs or {}))
+        self._remember(mask)
+        return torch.mul, (args[0], mask), None
 
     def _write(self, func: Any, types: Any, args: Any, kwargs: dict[str, Any], target: Tensor,
                group: list[tuple[Tensor, Tensor]]) -> Any:  # fmt: skip
@@ -188,35 +200,35 @@ class Recorder(Tracker):
     def record(self, op: Any, args: Any, kwargs: dict[str, Any], derived: bool) -> tuple[Any, Record | None]:
         inplace = is_inplace(op)
         if (inplace or op is Tensor.__setitem__) and self._cannot_mark(op, args, kwargs):
-            others = [self._lost(arg, _WRITTEN) for arg in args[1:]]
-            named = {name: self._lost(arg, _WRITTEN) for name, arg in kwargs.items()}
-            return op(args[0], *others, **named), None
+            return self._without_node(op, args, kwargs), None
         before = torch.get_rng_state()
-        arguments = computed_by((*args, *kwargs.values()) if kwargs else args)
-        for arg in args:
-            if isinstance(arg, Tensor) and hooks_of(arg) and arg.grad_fn is not None:
-                self.hooks.append(HOOK)
+        arguments = computed_by((*args, *kwargs.values()))
+        if _have_hooks(args):
+            self.hooks.append(HOOK)
         out = op(*args, **kwargs)
-        live = out.requires_grad if isinstance(out, Tensor) else any(t.requires_grad for t in tensors_of(out))
-        if not live or saved_tensors_hook() != self.hook or (inplace and out is not args[0]):
+        if not _is_live(out) or saved_tensors_hook() != self.hook or (inplace and out is not args[0]):
             return out, None
         # after the call: if the op refuses its arguments, the error is the op's own
         record, leaves = self.known_calls.describe(op, args, kwargs, self.sources, derived)
         if (type(out) is not Tensor or out.layout is not _STRIDED or out.is_nested) and not is_markable(out):
             self.hide(leaves[slot.index] for slot in record.slots)
             return out, None
-        for slot in record.slots:
-            self.seen.add(id(slot.source))
+        self.seen.update([id(slot.source) for slot in record.slots])
         if not derived and is_fused(op):
             return mark_fused(record, leaves, out, before, arguments), record
         batch_independent = derived or self._are_batch_independent(leaves)
         # an op that has a rule draws no random numbers
-        drew = None in record.entries and not torch.equal(before, torch.get_rng_state())
-        lost = "drew random numbers when it used it" if drew else ""
+        lost = _drew(before) if None in record.entries else ""
         marked = mark_op(record, leaves, out, arguments, inplace, batch_independent, lost, self.hooks)
         if not inplace:
-            self._note_aliases(record, leaves, out, marked, None if drew else (op, args, kwargs))
+            self._note_aliases(record, leaves, out, marked, None if lost else (op, args, kwargs))
         return marked, record
+
+    def _without_node(self, op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Call an op that writes where no node can be; what it wrote says that this use is not known."""
+        others = [self._lost(arg, _WRITTEN) for arg in args[1:]]
+        named = {name: self._lost(arg, _WRITTEN) for name, arg in kwargs.items()}
+        return op(args[0], *others, **named)
 
     def _note_aliases(
         self,
@@ -263,6 +275,20 @@ class Recorder(Tracker):
         record, leaves = describe(torch.clone, (arg,), {}, self.sources, True)
         return mark_op(record, leaves, arg, computed_by([arg]), False, True, cause)
 
+    def watch(self, watcher: int, known_calls: KnownCalls, parameters: Sequence[Tensor]) -> None:
+        """Record for one more watcher; alone, it may share records with its earlier forwards."""
+        self.watchers.add(watcher)
+        self.known_calls = known_calls.of(parameters, alone=len(self.watchers) == 1)
+
+    def end(self, hidden: set[int], outermost: bool) -> None:
+        """A call has ended, and hides uses of some parameters from the call around it."""
+        if hidden and self.calls:
+            self.calls[-1][1].update(hidden)
+        if outermost:
+            self.switch_off()
+        elif self.opaque is not None:
+            self.resume()
+
     def pause(self, frame: FrameType) -> None:
         """Let the ops of an opaque call alone: what compiles it would trace the recording, too."""
         self.opaque, self.active = frame, innermost_mode() is not self
@@ -285,6 +311,14 @@ class Recorder(Tracker):
         self.frame, self.active = None, False  # an interrupted one may stay behind, below another mode
         if innermost_mode() is self:
             self.__exit__(None, None, None)
+
+
+def start_recorder(recorder: Recorder) -> Recorder:
+    """Make it the recorder of this thread; the one around it waits."""
+    if recorder.outer is not None:
+        recorder.outer.active = False
+    _THREAD.recorder = recorder
+    return recorder
 
 
 def active_recorder() -> Recorder | None:
@@ -313,141 +347,17 @@ def _writes(args: Any, kwargs: Any) -> bool:
 _WRITTEN = "wrote it into a part of another tensor"
 
 
-class Watcher:
-    """The hooks of one engine: what happens before and after each call of a registered module."""
-
-    def __init__(
-        self, held: Callable[..., tuple[list[Tensor], list[Tensor]]], strategies: Sequence[str]
-    ) -> None:
-        self.held, self.strategies = (
-            held,
-            strategies,
-        )  # trainable parameters and batch-independent tensors, at the time
-        self.outermost = threading.local()  # .frame, .rng_state: of a call that is marked as a whole
-        self.known_calls = KnownCalls()
-
-    def before(self, module: nn.Module, frame: FrameType) -> None:
-        """Start recording, or remember the state that the call starts from."""
-        if not torch.is_grad_enabled() or (inside_transform() and not in_backward()):
-            return
-        if "ops" in self.strategies:
-            recorder = active_recorder()
-            outermost = recorder is None or (
-                recorder.opaque is None and recorder.hook != saved_tensors_hook()
-            )
-            if recorder is None or outermost:
-                if recorder is not None:
-                    recorder.active = False
-                recorder = _THREAD.recorder = Recorder(frame, self.known_calls, recorder)
-            if id(self) not in recorder.watchers:
-                recorder.watchers.add(id(self))
-                held = self.held()
-                recorder.add(*held)
-                recorder.known_calls = self.known_calls.of(held[0], alone=len(recorder.watchers) == 1)
-            elif is_unit(module):  # its parameters have just been gathered
-                recorder.add(*self.held(module))
-            recorder.enter(module)
-            if recorder.opaque is not None:
-                return
-            if _is_opaque(module):
-                recorder.pause(frame)
-            elif outermost:  # last: it would see all that is asked of the parameters above
-                recorder.__enter__()
-        elif (
-            "functional" in self.strategies
-            and saved_tensors_hook() is None
-            and getattr(self.outermost, "frame", None) is None
-        ):
-            self.outermost.frame, self.outermost.rng_state = frame, torch.get_rng_state()
-
-    def after(self, module: nn.Module, args: Any, kwargs: Any, out: Any, frame: FrameType) -> Any:
-        """Mark calls whose inside was not seen; stop recording with the call that started it."""
-        if "ops" not in self.strategies:
-            return self._after_unrecorded(module, args, kwargs, out, frame)
-        recorder = active_recorder()
-        if recorder is None or recorder.opaque not in (None, frame, frame.f_back):
-            return None
-        if recorder.hook != saved_tensors_hook():
-            return None
-        if is_elsewhere(recorder.level):
-            return None
-        ours = recorder.frame in (frame, frame.f_back)  # the latter where the forward raised
-        hidden = recorder.leave(module)
-        unseen = {}
-        for name, p in _own_parameters(module):
-            if p is not None and id(p) in recorder.sources and id(p) not in recorder.seen:
-                unseen[name] = p
-        if unseen and not ours and recorder.opaque is None:  # one that is returned as it is may be seen later
-            returned = {id(t) for t in tensors_of(out)}
-            unseen = {name: p for name, p in unseen.items() if id(p) not in returned}
-        markable = bool(unseen or hidden) and out is not None and is_markable(out)
-        if hidden and markable:
-            found = {name: p for name, p in module.named_parameters() if id(p) in hidden}
-            unseen.update(found)
-            hidden = hidden.difference(map(id, found.values()))
-        if hidden and recorder.calls:
-            recorder.calls[-1][1].update(hidden)
-        if ours:
-            recorder.switch_off()
-        elif recorder.opaque is not None:
-            recorder.resume()
-        if not unseen or not markable or is_marked(module, out):  # another engine's hook was first
-            return None
-        return mark_call(module, args, kwargs, out, unseen)
-
-    def _after_unrecorded(self, module: nn.Module, args: Any, kwargs: Any, out: Any, frame: FrameType) -> Any:
-        if getattr(self.outermost, "frame", None) not in (frame, frame.f_back) or out is None:
-            return None
-        self.outermost.frame = None
-        if not is_markable(out):
-            return None
-        ids = {id(p) for p in self.held()[0]}
-        named = {name: p for name, p in module.named_parameters() if id(p) in ids}
-        return mark_call(module, args, kwargs, out, named, self.outermost.rng_state)
+def _drew(before: Tensor) -> str:
+    """Why an op is lost that drew random numbers since the generator was in this state."""
+    drew = not torch.equal(before, torch.get_rng_state())
+    return "drew random numbers when it used it" if drew else ""
 
 
-def _is_opaque(module: nn.Module) -> bool:
-    """Whether a module hides its ops: it is scripted or compiled."""
-    return isinstance(module, torch.jit.ScriptModule) or is_compiled_wrapper(module) or is_compiled(module)
+def _have_hooks(args: Any) -> bool:
+    """Whether there is a hook on a tensor that the forward computed."""
+    return bool([a for a in args if isinstance(a, Tensor) and hooks_of(a) and a.grad_fn is not None])
 
 
-def _own_parameters(module: nn.Module) -> Iterable[tuple[str, Tensor | None]]:
-    """The parameters that no call inside a call of the module answers for, by name."""
-    if _is_opaque(module):
-        return module.named_parameters()
-    parameters, _, children = held_by(module)
-    own: list[tuple[str, Tensor | None]] = []
-    for name, child in children.items():
-        if isinstance(child, torch.jit.ScriptModule):  # takes no hooks
-            own += [(f"{name}.{inner}", p) for inner, p in child.named_parameters()]
-    return [*parameters.items(), *own] if own else parameters.items()
-
-
-class BeforeHook:
-    """A forward pre-hook. It does not keep its engine alive, and copies of it do nothing."""
-
-    def __init__(self, target: Callable[[], Any] | None = None) -> None:
-        self.target = target
-
-    def __reduce__(self) -> Any:
-        return type(self), ()
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if is_compiling():  # first: the rest cannot be traced
-            return
-        target = self.target and self.target()
-        if target is not None:
-            target(module, sys._getframe(1))
-
-
-class AfterHook(BeforeHook):
-    """A forward hook, likewise; called without ``kwargs`` and output if the forward raised."""
-
-    def __call__(self, module: nn.Module, args: Any, *rest: Any) -> Any:
-        if is_compiling():
-            return None
-        target = self.target and self.target()
-        if target is None:
-            return None
-        kwargs = rest[0] if len(rest) == 2 else {}
-        return target(module, args, kwargs, rest[-1], sys._getframe(1))
+def _is_live(out: Any) -> bool:
+    """Whether something of an op's output requires gradients."""
+    return out.requires_grad if isinstance(out, Tensor) else any(t.requires_grad for t in tensors_of(out))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +46,6 @@ def call_blocks(
     n, outs = len(mark.names), len(cs)
     arguments, used = saved[: -n - outs], [i for i, c in enumerate(cs) if c is not None]
     recorded = [saved[i - outs] for i in used]
-    parameters = saved[-n - outs : -outs]
     batched = [layout is None or _has_samples(t, layout, recorded[0]) for t in arguments]
     mapped = [t if layout is None else layout.split(t, layout.dim, samples)
               for t, b in zip(arguments, batched, strict=True) if b]  # fmt: skip
@@ -55,45 +53,48 @@ def call_blocks(
 
     def function(params: Sequence[Tensor], batch: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         mine, others = iter(batch), iter(shared)
-        tensors = iter([next(mine) if b else next(others) for b in batched])
-        leaves = [next(tensors) if leaf is pytree.PLACEHOLDER else leaf for leaf in mark.leaves]
-        args, kwargs = pytree.unflatten(mark.spec, leaves)
-        named = dict(zip(mark.names, params, strict=True))
-        module = original_of(mark.module)
-        with ExitStack() as stack:
-            for device, dtype in mark.autocasts.items():
-                stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
-            out = torch.func.functional_call(module, _without_prefix(named), args, kwargs)
-        live = [t for t, is_live in zip(tensors_of(out), mark.live, strict=True) if is_live]
-        return [live[i] for i in used], []
+        out = _call(mark, params, [next(mine) if b else next(others) for b in batched])
+        return [out[i] for i in used], []
 
     with torch.random.fork_rng(devices=[]), uncompiled():
         if mark.rng_state is not None:
             torch.set_rng_state(mark.rng_state)
         found = capture(
             function,
-            parameters,
+            saved[-n - outs : -outs],
             mapped,
             [c for c in cs if c is not None],
             batch_independent=shared,
             randomness="different",
             shared=layout is None,
         )
-    precision = max([0.0, *map(tolerance, mark.autocasts.values())])  # other orders of adding up
-    for got, want in zip(found.outputs, recorded, strict=True):
-        want = want.unsqueeze(0) if layout is None else layout.split(want, layout.dim, samples)
-        if got.shape != want.shape or (
-            (got - want).norm() > max(precision, tolerance(got.dtype)) * want.norm()
-        ):
-            raise ValueError("a second call of the module, sample by sample, gave other outputs")
+    wanted = [t.unsqueeze(0) if layout is None else layout.split(t, layout.dim, samples) for t in recorded]
+    _refuse_others(found.outputs, wanted, mark)
     return found.blocks
+
+
+def _call(mark: CallMark, parameters: Sequence[Tensor], arguments: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs of a call that require gradients, with other parameters and tensor arguments."""
+    tensors = iter(arguments)
+    leaves = [next(tensors) if leaf is pytree.PLACEHOLDER else leaf for leaf in mark.leaves]
+    args, kwargs = pytree.unflatten(mark.spec, leaves)
+    named = {name_in_original(name): p for name, p in zip(mark.names, parameters, strict=True)}
+    with ExitStack() as stack:
+        for device, dtype in mark.autocasts.items():
+            stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
+        out = torch.func.functional_call(original_of(mark.module), named, args, kwargs)
+    return [t for t, is_live in zip(tensors_of(out), mark.live, strict=True) if is_live]
+
+
+def _refuse_others(outputs: Sequence[Tensor], wanted: Sequence[Tensor], mark: CallMark) -> None:
+    """Raise where the outputs of a replay are not those recorded, but for the order of adding up."""
+    rounding = max([0.0, *map(tolerance, mark.autocasts.values())])
+    for got, want in zip(outputs, wanted, strict=True):
+        most = max(rounding, tolerance(got.dtype))
+        if got.shape != want.shape or (got - want).norm() > most * want.norm():
+            raise ValueError("a second call of the module, sample by sample, gave other outputs")
 
 
 def _has_samples(argument: Tensor, layout: Layout, output: Tensor) -> bool:
     """Whether the argument is batched along the dimension of the outputs."""
     return argument.ndim > layout.dim and argument.shape[layout.dim] == output.shape[layout.dim]
-
-
-def _without_prefix(named: dict[str, Any]) -> dict[str, Any]:
-    """Names of a compiled module's parameters as its original module knows them."""
-    return {name_in_original(name): value for name, value in named.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from math import inf, prod
 
 import torch
@@ -69,9 +70,7 @@ class Laid:
 def lay_out(part: Part, passes: Passes, known: Sequence[Layouts] | None) -> Laid:
     """The layouts of a region's nodes: those that are proven, or what the weighted passes show."""
     if part.problem.batch_dim is None:
-        given = passes.first.of(part.region) if passes.checking else []
-        seen = all(c is None or bool(c.values.any()) for cs in given for c in cs)
-        return Laid([[Layout(0)] * len(cs) for cs in part.cotangents], Finding(), seen)
+        return _without_samples(part, passes)
     if known is not None:
         return Laid(known, Finding(_met(part, known)))
     found = [
@@ -79,14 +78,25 @@ def lay_out(part: Part, passes: Passes, known: Sequence[Layouts] | None) -> Laid
         for index, cs in enumerate(part.cotangents)
     ]
     layouts = [[layout for layout, _ in mine] for mine in found]
-    pairs = [(layout, c) for mine, cs in zip(layouts, part.cotangents, strict=True)
-             for layout, c in zip(mine, cs, strict=True)]  # fmt: skip
     finding = Finding.of([Finding(_met(part, layouts)), *(each for mine in found for _, each in mine)])
-    scattered = any(isinstance(layout, Scattered) for layout, _ in pairs)
-    seen = not any(layout is ZERO and c is not None for layout, c in pairs)
+    return Laid(layouts, finding, *_use_beyond(part, layouts))
+
+
+def _without_samples(part: Part, passes: Passes) -> Laid:
+    """The layouts where there is no batch dimension: one sample."""
+    given = passes.first.of(part.region) if passes.checking else []
+    seen = all(c is None or bool(c.values.any()) for cs in given for c in cs)
+    return Laid([[Layout(0)] * len(cs) for cs in part.cotangents], Finding(), seen)
+
+
+def _use_beyond(part: Part, layouts: Sequence[Layouts]) -> tuple[bool, bool, bool]:
+    """What measured layouts are good for: ``seen``, ``lasts`` and ``scattered`` of :class:`Laid`."""
+    found, given = list(chain(*layouts)), chain(*part.cotangents)
+    scattered = any(isinstance(layout, Scattered) for layout in found)
+    seen = not any(layout is ZERO and c is not None for layout, c in zip(found, given, strict=True))
     # a single sample fits everywhere; the next batch may be scattered otherwise, and a replay succeed
     lasts = part.problem.samples > 1 and not scattered and not any(map(is_fused, part.nodes))
-    return Laid(layouts, finding, seen, seen and lasts, scattered)
+    return seen, seen and lasts, scattered
 
 
 def _met(part: Part, layouts: Sequence[Layouts]) -> frozenset[Layout | None]:

@@ -1,0 +1,172 @@
+"""The hooks of an engine: what happens before and after each call of a registered module."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramjd.engine.recording.compiled import is_compiled
+from gramjd.engine.recording.known_calls import KnownCalls
+from gramjd.engine.recording.recorded import is_markable, is_marked, mark_call
+from gramjd.engine.recording.recorder import Recorder, active_recorder, start_recorder
+from gramjd.engine.sharded import is_unit
+from gramjd.internals import (
+    held_by,
+    in_backward,
+    inside_transform,
+    is_compiled_wrapper,
+    is_compiling,
+    is_elsewhere,
+    saved_tensors_hook,
+)
+from gramjd.rules import tensors_of
+
+
+class Watcher:
+    """The hooks of one engine: what happens before and after each call of a registered module."""
+
+    def __init__(
+        self, held: Callable[..., tuple[list[Tensor], list[Tensor]]], strategies: Sequence[str]
+    ) -> None:
+        self.held, self.strategies = (
+            held,
+            strategies,
+        )  # trainable parameters and batch-independent tensors, at the time
+        self.outermost = threading.local()  # .frame, .rng_state: of a call that is marked as a whole
+        self.known_calls = KnownCalls()
+
+    def before(self, module: nn.Module, frame: FrameType) -> None:
+        """Start recording, or remember the state that the call starts from."""
+        if not torch.is_grad_enabled() or (inside_transform() and not in_backward()):
+            return
+        if "ops" in self.strategies:
+            self._record(module, frame)
+        elif (
+            "functional" in self.strategies
+            and saved_tensors_hook() is None
+            and getattr(self.outermost, "frame", None) is None
+        ):
+            self.outermost.frame, self.outermost.rng_state = frame, torch.get_rng_state()
+
+    def _record(self, module: nn.Module, frame: FrameType) -> None:
+        """Switch a recorder on, if this call is the outermost one; let it know of the call."""
+        recorder = active_recorder()
+        outermost = recorder is None or (recorder.opaque is None and recorder.hook != saved_tensors_hook())
+        if recorder is None or outermost:
+            recorder = start_recorder(Recorder(frame, self.known_calls, recorder))
+        self._introduce(recorder, module)
+        recorder.enter(module)
+        if recorder.opaque is not None:
+            return
+        if _is_opaque(module):
+            recorder.pause(frame)
+        elif outermost:  # last: it would see all that is asked of the parameters above
+            recorder.__enter__()
+
+    def _introduce(self, recorder: Recorder, module: nn.Module) -> None:
+        """Tell a recorder which tensors to follow."""
+        if id(self) not in recorder.watchers:
+            held = self.held()
+            recorder.add(*held)
+            recorder.watch(id(self), self.known_calls, held[0])
+        elif is_unit(module):  # its parameters have just been gathered
+            recorder.add(*self.held(module))
+
+    def after(self, module: nn.Module, args: Any, kwargs: Any, out: Any, frame: FrameType) -> Any:
+        """Mark calls whose inside was not seen; stop recording with the call that started it."""
+        if "ops" not in self.strategies:
+            return self._after_unrecorded(module, args, kwargs, out, frame)
+        recorder = active_recorder()
+        if recorder is None or recorder.opaque not in (None, frame, frame.f_back):
+            return None
+        if recorder.hook != saved_tensors_hook() or is_elsewhere(recorder.level):
+            return None
+        ours = recorder.frame in (frame, frame.f_back)  # the latter where the forward raised
+        unseen, hidden = _unseen(recorder, module, out, ours), recorder.leave(module)
+        markable = bool(unseen or hidden) and out is not None and is_markable(out)
+        if hidden and markable:
+            found = {name: p for name, p in module.named_parameters() if id(p) in hidden}
+            unseen.update(found)
+            hidden = hidden.difference(map(id, found.values()))
+        recorder.end(hidden, ours)
+        if not unseen or not markable or is_marked(module, out):  # another engine's hook was first
+            return None
+        return mark_call(module, args, kwargs, out, unseen)
+
+    def _after_unrecorded(self, module: nn.Module, args: Any, kwargs: Any, out: Any, frame: FrameType) -> Any:
+        if getattr(self.outermost, "frame", None) not in (frame, frame.f_back) or out is None:
+            return None
+        self.outermost.frame = None
+        if not is_markable(out):
+            return None
+        ids = {id(p) for p in self.held()[0]}
+        named = {name: p for name, p in module.named_parameters() if id(p) in ids}
+        return mark_call(module, args, kwargs, out, named, self.outermost.rng_state)
+
+
+def _unseen(recorder: Recorder, module: nn.Module, out: Any, ours: bool) -> dict[str, Tensor]:
+    """The parameters of a call, by name, that no op has shown.
+
+    One that is returned as it is may be seen later, but for the outermost call.
+    """
+    unseen = {}
+    for name, p in _own_parameters(module):
+        if p is not None and id(p) in recorder.sources and id(p) not in recorder.seen:
+            unseen[name] = p
+    if not unseen or ours or recorder.opaque is not None:
+        return unseen
+    returned = {id(t) for t in tensors_of(out)}
+    return {name: p for name, p in unseen.items() if id(p) not in returned}
+
+
+def _is_opaque(module: nn.Module) -> bool:
+    """Whether a module hides its ops: it is scripted or compiled."""
+    return isinstance(module, torch.jit.ScriptModule) or is_compiled_wrapper(module) or is_compiled(module)
+
+
+def _own_parameters(module: nn.Module) -> Iterable[tuple[str, Tensor | None]]:
+    """The parameters that no call inside a call of the module answers for, by name."""
+    if _is_opaque(module):
+        return module.named_parameters()
+    parameters, _, children = held_by(module)
+    own: list[tuple[str, Tensor | None]] = []
+    for name, child in children.items():
+        if isinstance(child, torch.jit.ScriptModule):  # takes no hooks
+            own += [(f"{name}.{inner}", p) for inner, p in child.named_parameters()]
+    return [*parameters.items(), *own] if own else parameters.items()
+
+
+class BeforeHook:
+    """A forward pre-hook. It does not keep its engine alive, and copies of it do nothing."""
+
+    def __init__(self, target: Callable[[], Any] | None = None) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if is_compiling():  # first: the rest cannot be traced
+            return
+        target = self.target and self.target()
+        if target is not None:
+            target(module, sys._getframe(1))
+
+
+class AfterHook(BeforeHook):
+    """A forward hook, likewise; called without ``kwargs`` and output if the forward raised."""
+
+    def __call__(self, module: nn.Module, args: Any, *rest: Any) -> Any:
+        if is_compiling():
+            return None
+        target = self.target and self.target()
+        if target is None:
+            return None
+        kwargs = rest[0] if len(rest) == 2 else {}
+        return target(module, args, kwargs, rest[-1], sys._getframe(1))
