@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
 
 import torch
@@ -28,9 +28,9 @@ class GramianSum:
         self.waiting: list[Sequence[Block]] = []  # of parameters with short rows
         self.elements = 0  # of these rows
 
-    def add(self, blocks: Mapping[Tensor, Sequence[Block]]) -> None:
-        """Add the share of some parameters, given the blocks of each."""
-        used = [(p, found) for p, mine in blocks.items() if (found := _real(mine))]
+    def add(self, blocks: Iterable[tuple[Tensor, Sequence[Block]]]) -> None:
+        """Add the share of some parameters, given each with its blocks."""
+        used = [(p, found) for p, mine in blocks if (found := _real(mine))]
         if not used:
             return
         self.like = as_real(used[0][0])

@@ -152,7 +152,9 @@ def taking_gradients(leaves: Sequence[Tensor], take: Callable[[int, Tensor], Non
     without hooks, as in :func:`without_hooks`.
     """
 
-    def hook(place: int, gradient: Tensor) -> Tensor | None:
+    def hook(place: int, gradient: Tensor | None) -> Tensor | None:
+        if gradient is None:  # as of views of a nested tensor
+            return None
         take(place, gradient)
         return None if gradient.is_sparse else gradient.new_zeros(()).expand(gradient.shape)
 

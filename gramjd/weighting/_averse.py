@@ -16,6 +16,7 @@ class Gradients(Protocol):
 
     diagonal: Tensor  # |g_i|² [B, m]
     slope: Tensor  # g_0'g_i [B, m]
+    finest: float  # the shortest |J'w| that rounding leaves its digits, of gradients of trace 1
 
     def image(self, w: Tensor) -> Tensor:
         """``Gw`` for ``w [B, m]``."""
@@ -29,6 +30,8 @@ class Gradients(Protocol):
 
 class Dense:
     """The problem for Gramians ``[B, m, m]``."""
+
+    finest = 1e-7  # squares are rounded
 
     def __init__(self, gramian: Tensor) -> None:
         self.gramian = gramian
@@ -48,6 +51,8 @@ class Dense:
 
 class Factored:
     """The problem for rows ``[m, n]``; ``B = 1``."""
+
+    finest = 1e-10
 
     def __init__(self, rows: Tensor) -> None:
         self.rows, self.mean = rows, rows.mean(0)
@@ -74,7 +79,7 @@ def averse_search(gradients: Gradients, c: float, norm_eps: float) -> tuple[Tens
     radius = c * gradients.slope.mean(-1, keepdim=True).clamp(min=0).sqrt()
     safe = torch.where(radius > 0, radius, 1)
     longest = gradients.diagonal.amax(-1, keepdim=True).sqrt()
-    low, high = max(norm_eps, 1e-10) / safe, (longest / safe).clamp(min=norm_eps) * 1.01
+    low, high = max(norm_eps, gradients.finest) / safe, (longest / safe).clamp(min=norm_eps) * 1.01
     at_low, at_high = (gradients.nearest(r, None) for r in (low, high))
     stationary = (gradients.norm(at_low) <= (1 + 1e-9) * radius * low) | (radius == 0)
     best, smallest = at_low, torch.full_like(low, torch.inf)

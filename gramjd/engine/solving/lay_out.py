@@ -67,12 +67,15 @@ class Laid:
     scattered: bool = False  # did a sample's entries show by its weight alone?
 
 
+_NOTHING = Finding()
+
+
 def lay_out(part: Part, passes: Passes, known: Sequence[Layouts] | None) -> Laid:
     """The layouts of a region's nodes: those that are proven, or what the weighted passes show."""
     if part.problem.batch_dim is None:
         return _without_samples(part, passes)
-    if known is not None:
-        return Laid(known, Finding(_met(part, known)))
+    if known is not None:  # what was found of them did not make the call fail that proved them
+        return Laid(known, _NOTHING)
     found = [
         [_layout(part, passes, index, which) for which in range(len(cs))]
         for index, cs in enumerate(part.cotangents)
@@ -86,7 +89,7 @@ def _without_samples(part: Part, passes: Passes) -> Laid:
     """The layouts where there is no batch dimension: one sample."""
     given = passes.first.of(part.region) if passes.checking else []
     seen = all(c is None or bool(c.values.any()) for cs in given for c in cs)
-    return Laid([[Layout(0)] * len(cs) for cs in part.cotangents], Finding(), seen)
+    return Laid([[Layout(0)] * len(cs) for cs in part.cotangents], _NOTHING, seen)
 
 
 def _use_beyond(part: Part, layouts: Sequence[Layouts]) -> tuple[bool, bool, bool]:
@@ -117,7 +120,7 @@ def _layout(part: Part, passes: Passes, index: int, which: int) -> tuple[Layout 
     shape = c.shape[1:]
     found = _regular(first.alike(c), first, shape, part, passes, index, which)
     if found is None and first.features:  # samples may lie in the dimension of the products
-        first = passes.whole.first.of(part.region)[part.places[index].index][which]
+        first = passes.whole.first.of(part.region)[part.places[index]][which]
         assert first is not None
         found = _regular(c, first, shape, part, passes, index, which)
     layout, finding = found or _irregular(c, first.values, part, passes, index, which)
@@ -146,7 +149,7 @@ def _fits(off: float, c: Tensor, part: Part, passes: Passes, index: int, which: 
     """Whether a relative difference is no larger than the rounding of a right layout."""
     # in a mixed-precision subgraph, a weak dependence would hide behind the tolerance of few digits
     finest = min(c.dtype, part.problem.output.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    precision = part.places[index].precision or finest
+    precision = part.precision(index) or finest
     return off <= tolerance(precision) or _is_rounding(off, _CLOSE, part, passes, index, which)
 
 

@@ -24,14 +24,6 @@ NOISE = 0.2  # relative differences above it are no rounding
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a node is in the user's forward."""
-
-    index: int  # in the region; of a replay's node that of the op
-    precision: torch.dtype | None = None  # of the op that was replayed, which autocast may have rounded for
-
-
-@dataclass(frozen=True)
 class Part:
     """The nodes of one region, in the order of the forward."""
 
@@ -39,16 +31,21 @@ class Part:
     region: Sequence[int]  # indices of its nodes in the graph
     parameters: Mapping[str, Tensor]  # by name
     nodes: Sequence[Any]
-    places: Sequence[Place]
+    places: Sequence[int]  # of each node among those of the region; of a replay's node that of the op
     cotangents: Sequence[Cotangents]  # of each node
     probed: Sequence[Sequence[Probed | None]] = ()  # by the first weighted pass, where layouts are measured
+    precisions: Sequence[torch.dtype | None] = ()  # of ops replayed, which autocast may have rounded for
     causes: Mapping[int, str] = field(default_factory=dict)  # why ops could not be replayed, by parameter id
     replays: Sequence[Tensor] = ()  # kept alive
 
     @property
     def is_replayed(self) -> bool:
         """Whether some nodes are those of replays."""
-        return any(place.precision is not None for place in self.places)
+        return any(precision is not None for precision in self.precisions)
+
+    def precision(self, node: int) -> torch.dtype | None:
+        """That of the op whose replay a node is of; ``None`` for a node of the user's forward."""
+        return self.precisions[node] if self.precisions else None
 
     def is_batch_independent(self, node: int) -> bool:
         """Whether all arguments of a use are batch-independent."""
@@ -57,15 +54,14 @@ class Part:
 
     def is_among(self, node: int, opened: frozenset[int]) -> bool:
         """Whether a node is one of some of the graph's."""
-        place = self.places[node]
-        return place.precision is None and self.region[place.index] in opened
+        return self.precision(node) is None and self.region[self.places[node]] in opened
 
     def pattern(self, layouts: Sequence[Layouts]) -> Pattern:
         """What blocks depend on besides the recorded uses: which outputs have samples, and in what layout."""
         kinds = [tuple([_kind(layout) for layout in mine]) for mine in layouts]
         marks = [node.record for node in self.nodes]
         ops = [mark.record.call.op if isinstance(mark, OpMark) else mark.names for mark in marks]
-        return frozenset(zip([place.index for place in self.places], ops, kinds, strict=True))
+        return frozenset(zip(self.places, ops, kinds, strict=True))
 
     def canonical(self, node: int, layouts: Layouts) -> Cotangents:
         """Cotangents of the outputs of a node as ``[K, B, ...]``, where they have a layout."""
@@ -88,6 +84,7 @@ def part_of(
     cotangents: Sequence[Cotangents],
     passes: Passes,
     measuring: bool,
+    replayed: bool,
 ) -> Part:
     """The part of a region.
 
@@ -98,13 +95,13 @@ def part_of(
         cotangents: at its nodes.
         passes: weighted backward passes.
         measuring: whether the layouts of the nodes are not known.
+        replayed: whether some nodes are of ops that only a replay shows the inside of.
     """
     nodes = [problem.graph.nodes[index] for index in region]
     mine = {name: p for name, p in problem.parameters.items() if id(p) in ids}
-    places = [Place(index) for index in range(len(nodes))]
     probed = passes.first.of(region) if measuring else ()
-    part = Part(problem, region, mine, nodes, places, cotangents, probed)
-    return _replayed(part, passes) if any(map(is_fused, nodes)) else part
+    part = Part(problem, region, mine, nodes, range(len(nodes)), cotangents, probed)
+    return _replayed(part, passes) if replayed else part
 
 
 def _replayed(part: Part, passes: Passes) -> Part:
@@ -112,7 +109,8 @@ def _replayed(part: Part, passes: Passes) -> Part:
     nodes: list[Any] = []
     cotangents: list[Cotangents] = []
     probed: list[Sequence[Probed | None]] = []
-    places: list[Place] = []
+    places: list[int] = []
+    precisions: list[torch.dtype | None] = []
     replays: list[Tensor] = []
     causes: dict[int, str] = {}
     for index, (node, cs) in enumerate(zip(part.nodes, part.cotangents, strict=True)):
@@ -129,14 +127,15 @@ def _replayed(part: Part, passes: Passes) -> Part:
         nodes += found.nodes
         cotangents += found.cotangents
         probed += found.probed
-        place = Place(index)
+        precision = None
         if found.graph is not None:
             # under autocast the op computed with fewer digits than its replay does
-            place = Place(index, next(c.dtype for c in cs if c is not None))
+            precision = next(c.dtype for c in cs if c is not None)
             replays.append(found.graph)
-        places += [place] * len(found.nodes)
+        places += [index] * len(found.nodes)
+        precisions += [precision] * len(found.nodes)
     return Part(part.problem, part.region, part.parameters, nodes, places, cotangents,
-                probed if part.probed else (), causes, replays)  # fmt: skip
+                probed if part.probed else (), precisions, causes, replays)  # fmt: skip
 
 
 def _is_noise(part: Part, passes: Passes, index: int) -> bool:
@@ -156,9 +155,9 @@ def _is_noise(part: Part, passes: Passes, index: int) -> bool:
 def rounding_at(part: Part, passes: Passes, index: int, which: int) -> float:
     """The rounding of a cotangent, relative to it; inside a replay, that of what the op replayed got."""
     place = part.places[index]
-    again = passes.again.of(part.region)[place.index]
-    if place.precision is not None:
-        first = passes.first.of(part.region)[place.index]
+    again = passes.again.of(part.region)[place]
+    if part.precision(index) is not None:
+        first = passes.first.of(part.region)[place]
         return rounding_of(*(_joined(cs) for cs in (first, again)))
     one, other = part.probed[index][which], again[which]
     return 0.0 if one is None or other is None else rounding_of(one.values, other.values)

@@ -27,17 +27,17 @@ class Problem:
     parameters: Mapping[str, Tensor]  # by name
     lockstep: Lockstep | None = None  # where parameters are sharded over ranks
 
-    @property
+    @cached_property
     def samples(self) -> int:
         """``B``, 1 without a batch dimension."""
         return 1 if self.batch_dim is None else self.output.shape[self.batch_dim]
 
-    @property
+    @cached_property
     def objectives(self) -> int:
         """``K``, per sample."""
         return gramians.rows_first(self.output, self.batch_dim).shape[0]
 
-    @property
+    @cached_property
     def is_opaque(self) -> bool:
         """Whether the graph has calls of modules that are replayed as a whole."""
         return any(isinstance(node.record, CallMark) for node in self.graph.nodes)

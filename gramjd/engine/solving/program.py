@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from gramjd.engine.analysis.coverage import uncovered
 from gramjd.engine.analysis.layouts import Layout
 from gramjd.engine.analysis.regions import Region, regions_of
-from gramjd.engine.solving.problem import Problem
+from gramjd.engine.recording.recorded import CallMark
+from gramjd.engine.solving.problem import Problem, is_fused
 
 # Of the nodes of a region: the place of each in the user's forward, its op, and the kind of its layouts.
 Pattern = frozenset[tuple[int, Hashable, tuple[str, ...]]]
@@ -24,6 +26,7 @@ class Program:
     """
 
     regions: Sequence[Region] = ()
+    waiting: frozenset[int] = frozenset()  # regions with nodes that are replayed, after the backward pass
     outside: frozenset[int] = frozenset()  # ids of leaves that are used outside of recorded ops
     opened: frozenset[int] = frozenset()  # nodes of derived tensors that are, too
     strategies: Mapping[int, str] = field(default_factory=dict)  # of each parameter, by id
@@ -35,10 +38,13 @@ class Program:
     @staticmethod
     def of(problem: Problem) -> Program:
         """What the graph alone decides."""
-        nodes = problem.graph.nodes
+        nodes, regions = problem.graph.nodes, tuple(regions_of(problem.graph.nodes))
         outside, opened = uncovered(problem.output)
         places = frozenset(index for index, node in enumerate(nodes) if node in opened)
-        return Program(tuple(regions_of(nodes)), frozenset(outside), places)
+        waits = [isinstance(node.record, CallMark) or is_fused(node) for node in nodes]
+        waiting = frozenset(n for n, region in enumerate(regions) if any(waits[i] for i in region.nodes))
+        causes = dict.fromkeys(outside, "it was used outside of the calls of registered modules")
+        return Program(regions, waiting, frozenset(outside), places, causes=causes)
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class Known:
     audit: str = ""  # is this call an audit of what is trusted? What its error says, then
     unlisted: str = ""  # why the graph has no separation key
 
-    @property
+    @cached_property
     def layouts(self) -> Mapping[int, Sequence[Layouts]] | None:
         """The layouts of the nodes of each region, if it is proven that no data could change them."""
         return self.separation.layouts if self.separation is not None and self.separation.is_whole else None

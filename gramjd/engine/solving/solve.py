@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +17,7 @@ from gramjd.engine.solving import backward, finite, refusals
 from gramjd.engine.solving.lay_out import Finding, Laid, lay_out
 from gramjd.engine.solving.part import Part, part_of
 from gramjd.engine.solving.passes import Passes
-from gramjd.engine.solving.problem import Problem, is_fused
+from gramjd.engine.solving.problem import Problem
 from gramjd.engine.solving.program import Known, Layouts, Pattern, Program, Separation, Solution
 from gramjd.engine.solving.separation import Masks, patterns, patterns_for, spread, stays_within
 from gramjd.engine.solving.strategies import FROM_USES, STRATEGIES, Found, Material, are_few
@@ -26,9 +26,9 @@ from gramjd.engine.solving.verify import agrees
 from gramjd.errors import CheckFailedError
 
 _PATTERNS_A_CALL = 2  # backward passes of the proof of separation; until it is whole, layouts are measured
-_RANKS = tuple(STRATEGIES)
+_RANKS = {strategy: rank for rank, strategy in enumerate(STRATEGIES)}
 
-Emit = Callable[[Found], None]
+Emit = Callable[[Sequence[tuple[Tensor, list[Block]]]], None]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Solved:
 
     number: int
     laid: Laid
-    pattern: Pattern
+    pattern: Pattern | None  # None: one that was verified before
     strategies: Mapping[int, str] = field(default_factory=dict)  # of each parameter that has blocks, by id
     causes: Mapping[int, str] = field(default_factory=dict)  # why others have none
 
@@ -80,7 +80,8 @@ def _whole(request: Request, program: Program, strategy: str, parameters: Mappin
            ) -> Program:  # fmt: skip
     """Blocks by a strategy that differentiates the whole output; what it adds to the program."""
     material = Material(request.problem, program, program.causes)
-    emit(STRATEGIES[strategy](material, parameters).blocks)
+    blocks = STRATEGIES[strategy](material, parameters).blocks
+    emit([(parameters[name], mine) for name, mine in blocks.items()])
     chosen = dict.fromkeys(map(id, parameters.values()), strategy)
     return replace(program, strategies={**program.strategies, **chosen})
 
@@ -110,6 +111,7 @@ class _Run:
         self.checking = checking or (request.check and self.probing and problem.lockstep is not None)
         # ranks in step cannot ask for all entries later
         self.passes = Passes(problem, known.calls, self.checking, projected=problem.lockstep is None)
+        self.from_uses = [each for each in request.strategies if each in FROM_USES]
         self.solved: list[Solved] = []
         self.late: set[int] = set()
 
@@ -135,13 +137,11 @@ class _Run:
             stream.finish()
         return self._finish(masks)
 
-    def _early(self) -> set[int]:
+    def _early(self) -> frozenset[int]:
         """The regions that are solved while the backward pass is in progress."""
         if self.problem.lockstep is not None:
-            return set()
-        waits = [isinstance(node.record, CallMark) or is_fused(node) for node in self.problem.graph.nodes]
-        return {number for number, region in enumerate(self.program.regions)
-                if number not in self.program.late and not any(waits[i] for i in region.nodes)}  # fmt: skip
+            return frozenset()
+        return frozenset(range(len(self.program.regions))) - self.program.waiting - self.program.late
 
     def _weighted(self) -> list[Any]:
         return [node for node in self.problem.graph.nodes if needs_weights(node)]
@@ -167,54 +167,55 @@ class _Run:
 
     def _solve_region(self, number: int, cotangents: list[Cotangents]) -> None:
         """Lay out, build and verify a region, and emit its blocks."""
-        region = self.program.regions[number]
-        layouts = None if self.known.layouts is None else self.known.layouts[number]
-        measuring = self.problem.batch_dim is not None and layouts is None
+        problem, program, passes = self.problem, self.program, self.passes
+        region, known = program.regions[number], self.known.layouts
+        layouts = None if known is None else known[number]
+        measuring, waits = problem.batch_dim is not None and layouts is None, number in program.waiting
         try:
-            part = part_of(self.problem, region.nodes, region.parameters, cotangents, self.passes, measuring)
-            laid = lay_out(part, self.passes, layouts)
-            blocks, solved = self._build(number, part, laid)
+            part = part_of(
+                problem, region.nodes, region.parameters, cotangents, passes, measuring, replayed=waits
+            )
+            laid = lay_out(part, passes, layouts)
+            # that of proven layouts was verified when they were proven
+            pattern = part.pattern(laid.layouts) if measuring or waits or not program.complete else None
+            blocks, solved = self._build(number, part, laid, pattern)
         except Later:
             self.late.add(number)  # also the next time: the order of the sum decides on its rounding
             raise
         self.solved.append(solved)
-        self.emit(blocks)
+        self.emit([(part.parameters[name], mine) for name, mine in blocks.items()])
         forget(part.nodes)
-        self.passes.forget(region.nodes)
+        if self.probing:
+            passes.forget(region.nodes)
 
-    def _build(self, number: int, part: Part, laid: Laid) -> tuple[Found, Solved]:
+    def _build(self, number: int, part: Part, laid: Laid, pattern: Pattern | None) -> tuple[Found, Solved]:
         """Blocks of a region's parameters by the ops or by replays of calls, where these are exact."""
-        program, pattern = self.program, part.pattern(laid.layouts)
-        outside = program.outside & set(map(id, part.parameters.values()))
-        known = dict.fromkeys(outside, "it was used outside of the calls of registered modules")
-        causes: dict[int, str] = {**part.causes, **program.causes, **known}
-        verified = pattern in program.patterns.get(number, ())
+        program = self.program
+        verified = pattern is None or pattern in program.patterns.get(number, ())
         verifies = self.checking or (self.request.check and not verified)
         verify = self._verifier(part, laid, verified) if verifies else None
+        causes = dict(part.causes)
         blocks: Found = {}
         strategies: dict[int, str] = {}
-        for strategy in [each for each in self.request.strategies if each in FROM_USES]:
+        for strategy in self.from_uses:
             planned = {name: p for name, p in part.parameters.items()
-                       if id(p) not in outside and p not in blocks and self._may(strategy, p)}  # fmt: skip
+                       if name not in blocks and id(p) not in program.outside
+                       and _RANKS[program.strategies.get(id(p), strategy)] <= _RANKS[strategy]}  # fmt: skip
             if not planned:
                 continue
             material = Material(self.problem, program, causes, part, laid.layouts, laid.finding.mixed)
             candidate = STRATEGIES[strategy](material, planned)
-            causes = {**candidate.causes, **causes}
-            for name, p in planned.items():
-                mine = candidate.blocks.get(p)
-                if mine is None:
-                    continue
+            if candidate.causes:
+                causes = {**candidate.causes, **causes}
+            for name, mine in candidate.blocks.items():
+                p = planned[name]
                 if verify is not None and not verify(name, mine):
                     causes[id(p)] = "its uses that were seen do not add up to autograd's gradient"
                     continue
-                blocks[p], strategies[id(p)] = mine, strategy
+                blocks[name], strategies[id(p)] = mine, strategy
+            if len(blocks) == len(part.parameters):
+                break
         return blocks, Solved(number, laid, pattern, strategies, causes)
-
-    def _may(self, strategy: str, p: Tensor) -> bool:
-        """Whether no earlier graph has shown that a parameter needs a slower strategy."""
-        known = self.program.strategies.get(id(p))
-        return known is None or _RANKS.index(known) <= _RANKS.index(strategy)
 
     def _verifier(self, part: Part, laid: Laid, verified: bool) -> Callable[[str, Sequence[Block]], bool]:
         """The comparison of blocks with autograd's gradient.
@@ -238,12 +239,13 @@ class _Run:
     def _finish(self, masks: list[Masks] | None) -> Solution:
         """Rows for what is left, and what the call has proven."""
         request, problem, program = self.request, self.problem, self.program
-        done = {p for solved in self.solved for p in solved.strategies}
         finding = Finding.of([solved.laid.finding for solved in self.solved])
+        strategies = {p: each for solved in self.solved for p, each in solved.strategies.items()}
+        causes = {p: cause for solved in self.solved for p, cause in solved.causes.items()}
         found = replace(program, late=program.late | self.late, patterns=self._patterns(),
-                        strategies=_merged([program.strategies, *(each.strategies for each in self.solved)]),
-                        causes=_merged([program.causes, *(each.causes for each in self.solved)]))  # fmt: skip
-        left = {name: p for name, p in problem.parameters.items() if id(p) not in done}
+                        strategies={**program.strategies, **strategies},
+                        causes={**causes, **program.causes})  # fmt: skip
+        left = {name: p for name, p in problem.parameters.items() if id(p) not in strategies}
         if left:
             found = _rest(request, found, left, finding, self.emit)
         seen = all(solved.laid.seen for solved in self.solved)
@@ -255,15 +257,12 @@ class _Run:
         layouts = {solved.number: solved.laid.layouts for solved in self.solved}
         return Solution(found, _separation(request, found, layouts, masks) if lasts else None)
 
-    def _patterns(self) -> dict[int, frozenset[Pattern]]:
+    def _patterns(self) -> Mapping[int, frozenset[Pattern]]:
         """The patterns that are verified of each region, with those of this call."""
-        known = dict(self.program.patterns)
-        return known | {solved.number: known.get(solved.number, frozenset()) | {solved.pattern}
-                        for solved in self.solved}  # fmt: skip
-
-
-def _merged(mappings: Collection[Mapping[int, str]]) -> dict[int, str]:
-    return {key: value for mapping in mappings for key, value in mapping.items()}
+        known = self.program.patterns
+        new = {solved.number: known.get(solved.number, frozenset()) | {solved.pattern}
+               for solved in self.solved if solved.pattern is not None}  # fmt: skip
+        return {**known, **new} if new else known
 
 
 def _separation(request: Request, program: Program, layouts: Mapping[int, Sequence[Layouts]],

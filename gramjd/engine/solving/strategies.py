@@ -21,7 +21,7 @@ from gramjd.engine.solving.program import Layouts, Program
 from gramjd.uses.accumulation import blocks_of
 from gramjd.uses.use import Derived, Record, Source, Use, roots
 
-Found = dict[Tensor, list[Block]]  # of each parameter; those not covered are missing
+Found = dict[str, list[Block]]  # by name of the parameter; those not covered are missing
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def by_ops(material: Material, parameters: Mapping[str, Tensor]) -> Candidate:
     seen = _received(part)
     blocks = blocks_of(uses, list(parameters.values()), fail)
     found = {
-        p: of_p
-        for p, of_p in zip(parameters.values(), blocks, strict=True)
+        name: mine
+        for (name, p), mine in zip(parameters.items(), blocks, strict=True)
         if id(p) in seen and id(p) not in failed
     }
     return Candidate(found, causes)
@@ -122,7 +122,7 @@ def by_calls(material: Material, parameters: Mapping[str, Tensor]) -> Candidate:
         for each, mine in zip(ids, blocks, strict=True):
             found.setdefault(each, []).extend(mine)
     covered = found.keys() - failed
-    return Candidate({p: found[id(p)] for p in parameters.values() if id(p) in covered}, causes)
+    return Candidate({name: found[id(p)] for name, p in parameters.items() if id(p) in covered}, causes)
 
 
 def _of_call(part: Part, index: int, layouts: Layouts) -> list[list[Block]]:
@@ -182,8 +182,8 @@ def by_rows(material: Material, parameters: Mapping[str, Tensor]) -> Candidate:
 def _dense(parameters: Mapping[str, Tensor], rows: Sequence[Tensor | None], origins: Sequence[str]) -> Found:
     """Rows as blocks."""
     return {
-        p: [] if row is None else [Dense(row, origin=origin)]
-        for p, row, origin in zip(parameters.values(), rows, origins, strict=True)
+        name: [] if row is None else [Dense(row, origin=origin)]
+        for name, row, origin in zip(parameters, rows, origins, strict=True)
     }
 
 

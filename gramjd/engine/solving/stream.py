@@ -34,6 +34,7 @@ class Stream:
                  hand_on: Callable[[int, list[Cotangents]], None]) -> None:  # fmt: skip
         self.early, self.hand_on = early, hand_on
         self.nodes = {n: [nodes[i] for i in region.nodes] for n, region in enumerate(regions)}  # yet to do
+        self.left = {n: set(mine) for n, mine in self.nodes.items()}  # those that nothing has come for
         self.region = {node: n for n, mine in self.nodes.items() for node in mine}
         self.cotangents: dict[Any, Cotangents] = {}
         self.error: Exception | None = None
@@ -46,7 +47,9 @@ class Stream:
             if self.error is not None or number not in self.nodes:
                 return
             self.cotangents[node] = cotangents
-            if number in self.early and all(mine in self.cotangents for mine in self.nodes[number]):
+            left = self.left[number]
+            left.discard(node)
+            if not left and number in self.early:
                 try:
                     self._done(number)
                 except Later:
