@@ -43,7 +43,7 @@ bench: .venv/installed  ## a step beside SGD and every peer: table, pictures, RE
 	$(BIN)/python -m benchmarks
 
 bench-parts: .venv/installed  ## what hooks, checks, the host's work, plans, weightings and ranks cost, in turn
-	set -e; for name in hook_overhead check_cost host_work few_losses plans weighting distributed; do $(BIN)/python -m benchmarks.$$name; done
+	set -e; for name in hook_overhead check_cost first_step host_work few_losses plans weighting distributed; do $(BIN)/python -m benchmarks.$$name; done
 
 bench-peers: out/bench/peers out/bench/jax  ## the peers that cannot share .venv, apart from it (3 GB)
 

@@ -76,7 +76,7 @@ class Recorder(Tracker):
         innermost = innermost_transform()  # every op comes by here: no call that can be spared
         if (innermost is not None or self.level) and is_elsewhere(self.level):
             return self._stand_aside(func, args, kwargs or {})  # a node would be differentiated, or escape
-        if self.aliases.groups or self.aliases.stale:
+        if self.aliases.stale or ((kwargs or may_write(func)) and self.aliases.groups):
             args, kwargs, target, group = self._through_aliases(func, args, kwargs)
             if target is not None:
                 return self._write(func, types, args, kwargs or {}, target, group)
@@ -99,7 +99,7 @@ class Recorder(Tracker):
             return args, kwargs, None, []
         if self.aliases.stale:
             args, kwargs = replaced(args, self.aliases.stale), replaced(kwargs or {}, self.aliases.stale)
-        if self.writing or not (may_write(func) or kwargs):
+        if self.writing:
             return args, kwargs, None, []
         target = written(func, args, kwargs)
         group = self.aliases.of(target) if target is not None and has_plain_layout(target) else []
