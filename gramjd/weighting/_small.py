@@ -216,13 +216,16 @@ def averse(matrix: Any, c: float, norm_eps: float) -> Any:
         offset, ray = np.linalg.solve(face, np.stack([-slope * free, free * 1.0], 1)).T
         a, b = float(ray @ (free * 1.0)), float(offset @ (free * 1.0))
         determinant = b * b - a * (float(-slope @ offset) - radius**2)
-        if not (a > 0 and determinant >= 0):
+        if not a > 0:
             return None
-        level = (-b + sqrt(determinant)) / a
+        # where the ball has no point that is as good for all of the face, its nearest one says what to drop
+        level = (-b + sqrt(max(determinant, 0.0))) / a
         s = offset + level * ray
         slack = slope + matrix @ s - level
         wrong = np.where(free, s, slack) < -1e-13 * max(1.0, float(s.max()))
         if not wrong.any():
+            if determinant < 0:
+                return None
             return _certified_averse(matrix, slope, radius, np.maximum(s, 0), norm_eps)
         free = free ^ wrong
         if not free.any():
