@@ -43,9 +43,8 @@ class Setting:
         self.labels = torch.randint(0, 2, (BATCH,))
 
     def losses(self) -> Tensor:
-        found = F.cross_entropy(self.model(input_ids=self.ids).logits, self.labels, reduction="none")
-        self.model.zero_grad()
-        return found
+        self.model.zero_grad()  # first: gradients of the step before are not held during the forward
+        return F.cross_entropy(self.model(input_ids=self.ids).logits, self.labels, reduction="none")
 
     def step(self, kind: str) -> Callable[[], object]:
         """A step, with a new engine if it has one."""
