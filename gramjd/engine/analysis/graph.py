@@ -34,10 +34,6 @@ class Graph:
     hooked: bool  # is there a hook on the output, or on a tensor that a recorded op received or came before?
     batched: bool  # can its backward pass take several cotangents at once?
 
-    def of_nodes(self, nodes: list[Any]) -> Graph:
-        """The same with other nodes."""
-        return Graph(nodes, self.leaves, self.structure, self.order, self.numbers, self.hooked, self.batched)
-
 
 _REENTRANT = (
     "The output was computed through a reentrant checkpoint, which hides its parameters from "

@@ -120,13 +120,13 @@ def _layout(part: Part, passes: Passes, index: int, which: int) -> tuple[Layout 
     shape = c.shape[1:]
     found = _regular(first.alike(c), first, shape, part, passes, index, which)
     if found is None and first.features:  # samples may lie in the dimension of the products
-        first = passes.whole.first.of(part.region)[part.places[index]][which]
+        first = passes.unprojected.first.of(part.region)[part.places[index]][which]
         assert first is not None
         found = _regular(c, first, shape, part, passes, index, which)
     layout, finding = found or _irregular(c, first.values, part, passes, index, which)
     if not isinstance(layout, Scattered) or passes.checking or part.is_replayed:
         return layout, finding
-    other = passes.whole.independent.of(part.region)[index][which]
+    other = passes.unprojected.independent.of(part.region)[index][which]
     if other is None:
         return None, finding
     off = layout.misfit(c, other.values, passes.others)

@@ -71,19 +71,19 @@ class Passes:
         return _random_weights(problem.objectives, problem.samples, problem.output, seed)
 
     @cached_property
-    def full(self) -> Passes:
+    def with_gradients(self) -> Passes:
         """The same with the gradients of parameters."""
         if self.busy:
             raise Later
         return Passes(self.problem, self.calls, True, self.projected)
 
     @property
-    def whole(self) -> Passes:
+    def unprojected(self) -> Passes:
         """The same with all entries of every cotangent."""
-        return self._unprojected if self.projected else self
+        return self._whole if self.projected else self
 
     @cached_property
-    def _unprojected(self) -> Passes:
+    def _whole(self) -> Passes:
         if self.busy:
             raise Later
         return Passes(self.problem, self.calls, False, projected=False)
@@ -123,6 +123,8 @@ class Passes:
 
     def forget(self, nodes: Sequence[int]) -> None:
         """Free what was found at some nodes."""
+        if "_whole" in vars(self):
+            self._whole.forget(nodes)
         for name in {"first", "again", "independent"} & vars(self).keys():
             for n in nodes:
                 getattr(self, name).cotangents[n] = []
@@ -160,10 +162,8 @@ def _may_be_projected(node: Any) -> bool:
     return isinstance(node.record, OpMark) and not node.record.batch_independent and not is_fused(node)
 
 
-def rounding_of(first: Tensor | None, again: Tensor | None) -> float:
+def rounding_of(first: Tensor, again: Tensor) -> float:
     """The relative difference of two passes that differ by rounding alone."""
-    if first is None or again is None:
-        return 0.0
     return float((_double(again) / _SCALE - _double(first)).norm() / _double(first).norm())
 
 

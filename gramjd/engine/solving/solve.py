@@ -222,7 +222,7 @@ class _Run:
 
         Where the same was ``verified`` before, a difference in an audit is an error, but for replayed calls.
         """
-        passes = self.passes if self.passes.checking else self.passes.full
+        passes = self.passes if self.passes.checking else self.passes.with_gradients
         opaque = any(isinstance(node.record, CallMark) for node in part.nodes)
         message = self.known.audit if verified and not opaque else ""
         precision = self.problem.fewest_digits if message else None
