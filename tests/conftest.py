@@ -3,9 +3,17 @@
 import pytest
 import torch
 
+from gramjd.verification.schedule import forget
+
 torch.set_num_threads(1)  # tiny tensors: threads only get into each other's way
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_verified() -> None:
+    """What one test verifies of a function counts in no other."""
+    forget()

@@ -137,6 +137,72 @@ def test_steps_of_models_by_the_default_backend(
         torch.set_default_dtype(torch.float32)
 
 
+class Sizes:
+    """A backend that counts graphs."""
+
+    graphs = 0
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        self.graphs += 1
+        return graph
+
+
+def two_layers(p: Params, x: Tensor, y: Tensor) -> Tensor:
+    """Objectives per sample of ops whose batching rules leave sizes as symbols."""
+    return (torch.tanh(x @ p["w1"] + p["b1"]) @ p["w2"] - y).square()
+
+
+def whole_step(params: Params, x: Tensor, y: Tensor) -> Any:
+    J, values = gramjd.jacobian_and_value(two_layers)(params, x, y)
+    return values, J.gramian(), J.norms(), J.vjp(values)
+
+
+def test_sizes_as_symbols() -> None:
+    """One graph of symbols serves other batch sizes, widths and numbers of objectives."""
+    sizes = Sizes()
+    compiled = torch.compile(whole_step, fullgraph=True, backend=sizes)
+    met = []
+    for batch, width, outputs in (
+        (4, 5, 3),
+        (6, 5, 3),
+        (7, 5, 3),
+        (7, 6, 3),
+        (9, 8, 3),
+        (9, 8, 4),
+        (5, 9, 6),
+    ):
+        x, y = torch.randn(batch, 3).double(), torch.randn(batch, outputs).double()
+        shapes = {"w1": (3, width), "b1": (width,), "w2": (width, outputs)}
+        params = {name: torch.randn(shape).double() for name, shape in shapes.items()}
+        found, wanted = compiled(params, x, y), whole_step(params, x, y)
+        for got, want in zip(pytree.leaves(found), pytree.leaves(wanted), strict=True):
+            assert_close(got, want)
+        met.append(sizes.graphs)
+    assert met[2] == met[1] == 2
+    assert met[4] == met[3] == 3
+    assert met[6] == met[5]
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+def test_dynamic_from_the_start(dims: int) -> None:
+    """Convolutions, embeddings and sequences, compiled with symbols wherever the compiler can."""
+    convolved, table = torch.randn(4, 2, 3, 3).double(), torch.randn(7, 3).double()
+
+    def images(p: Params, x: Tensor) -> Tensor:
+        return F.conv2d(x[None], p["w"]).tanh().mean((-1, -2))[0, : dims + 1]
+
+    def tokens(p: Params, ids: Tensor) -> Tensor:
+        return (F.embedding(ids, p["w"]).cumsum(0) @ p["w"].T).tanh().mean(1)[:dims]
+
+    for func, w, batches in (
+        (images, convolved, [torch.randn(b, 2, 6, 6).double() for b in (2, 3)]),
+        (tokens, table, [torch.randint(0, 7, (b, n)) for b, n in ((2, 4), (3, 5))]),
+    ):
+        compiled = torch.compile(gramjd.gramian(func), fullgraph=True, backend="eager", dynamic=True)
+        for x in batches:
+            assert_close(compiled({"w": w}, x), dense(func)({"w": w}, x))
+
+
 def hidden(p: Params, x: Tensor) -> Tensor:
     """Ways to a parameter that tracing does not show as calls: a property, a method of Python's."""
     return torch.tanh(x @ p["w1"].T).sum() + (2 - p["s"]).sin().sum() + (x[0] / (1 + p["t"] ** 2)).sum()

@@ -22,7 +22,7 @@ from gramjd.blocks.conv import Conv
 from gramjd.blocks.dense import Dense
 from gramjd.blocks.lookup import Lookup
 from gramjd.blocks.outer import Outer
-from gramjd.blocks.sums import Block, fits, is_zero, merge, spread, transpose, with_origin
+from gramjd.blocks.sums import Block, common_grain, fits, is_zero, merge, spread, transpose, with_origin
 
 __all__ = [
     "Block",
@@ -30,6 +30,7 @@ __all__ = [
     "Dense",
     "Lookup",
     "Outer",
+    "common_grain",
     "fits",
     "is_zero",
     "merge",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
-from math import prod
+from math import lcm, prod
 from typing import Any
 
 from torch import Tensor
@@ -47,6 +47,8 @@ def spread(block: Block, samples: int) -> Block:
 
 def merge(blocks: Sequence[Block]) -> list[Block]:
     """The same sum in fewer blocks: several uses of a weight are one use at more positions."""
+    if len(blocks) < 2:
+        return [*blocks]
     alike: dict[Hashable, list[Any]] = {}
     for block in blocks:
         alike.setdefault((type(block), block.kind), []).append(block)
@@ -54,6 +56,12 @@ def merge(blocks: Sequence[Block]) -> list[Block]:
         replace(same[0].join(same), origin=_origins(same)) if len(same) > 1 else same[0]
         for same in alike.values()
     ]
+
+
+def common_grain(u: Block, v: Block) -> int:
+    """The least number of entries that is a multiple of both blocks' ``grain``."""
+    first, second = u.grain, v.grain
+    return first if first == second else lcm(first, second)  # torch.compile knows no lcm of symbols
 
 
 def _origins(blocks: Iterable[Block]) -> str:

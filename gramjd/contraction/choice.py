@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 from gramjd.blocks import Block, Conv, Dense, Lookup, Outer
 from gramjd.blocks.outer import shared
 from gramjd.contraction import conv, joint, lookup, pairwise
-from gramjd.contraction.cost import Cost, Plan
+from gramjd.contraction.cost import Cost, Plan, ascending
 from gramjd.contraction.rows import dense_rows, rows, rows_cost
 from gramjd.internals import is_compiling
 
@@ -57,7 +57,7 @@ def plans(u: Block, v: Block) -> list[tuple[Plan, Cost]]:
 def _sorted(u: Block, v: Block) -> list[tuple[Plan, Cost]]:
     known = _PLANS.get((type(u), type(v)), (_ROWS,))
     costs = [(plan, plan.cost(u, v)) for plan in known]
-    return sorted(((p, cost) for p, cost in costs if cost is not None), key=lambda found: found[1].time)
+    return ascending([(p, cost) for p, cost in costs if cost is not None], lambda found: found[1].time)
 
 
 def _sizes(block: Block) -> Hashable:

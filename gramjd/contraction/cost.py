@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -15,6 +15,9 @@ from gramjd.contraction.tiles import HALVES, LEAF
 MOVE = 40  # multiply-adds that take as long as writing and reading an element
 CALL = 400_000  # multiply-adds that take as long as a call of an op
 SMALL = 15_000  # multiply-adds that take as long as starting on one more matrix of a batch
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,15 @@ class Plan:
     name: str
     cost: Callable[[Any, Any], Cost | None]  # None: it does not apply
     run: Callable[[Any, Any, Limits], Tensor]  # [K₁, B₁, K₂, B₂], exactly symmetric if u is v
+
+
+def ascending(items: Iterable[T], size: Callable[[T], int]) -> list[T]:
+    """As ``sorted`` does, by comparisons alone: ``torch.compile`` does not sort by sizes that are symbols."""
+    found: list[tuple[int, T]] = []
+    for item in items:
+        mine = size(item)
+        found.insert(sum(1 for other, _ in found if other <= mine), (mine, item))
+    return [item for _, item in found]
 
 
 def half(same: bool, products: int, rows: int) -> int:

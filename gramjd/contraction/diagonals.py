@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from math import isqrt, lcm, prod
+from math import prod
 
 import torch
 from torch import Tensor
 
-from gramjd.blocks import Block, Lookup, Outer
+from gramjd.blocks import Block, Lookup, Outer, common_grain
 from gramjd.contraction.cost import MOVE
 from gramjd.contraction.options import Limits
 from gramjd.contraction.pairwise import CACHED, Sizes
 from gramjd.contraction.rows import building_cost
-from gramjd.contraction.tiles import added, over_positions, ranges
+from gramjd.contraction.tiles import added, over_positions, ranges, root
 
 
 def diagonal(u: Block, v: Block, limits: Limits) -> Tensor:
@@ -36,7 +36,7 @@ def _fewer_pairs(u: Outer, v: Outer) -> bool:
 
 def rows(u: Block, v: Block, limits: Limits) -> Tensor:
     """Rows of both blocks for some entries of the parameter at a time."""
-    (K, B), P, grain = u.rows, prod(u.shape), lcm(u.grain, v.grain)
+    (K, B), P, grain = u.rows, prod(u.shape), common_grain(u, v)
     need = max(block.workspace(limits.dtype) for block in (u, v))
     samples = max(1, limits.elements // (need + 3 * K * grain))
     if need:  # what a part copies, it copies for each slab again: whole rows of fewer samples
@@ -60,7 +60,7 @@ def pairwise(u: Outer | Lookup, v: Outer | Lookup, limits: Limits) -> Tensor:
     """Inner products of all positions of the same row, of each factor by itself, multiplied."""
     (K, B, T1), T2, G = u.c.shape[:3], v.c.shape[2], u.c.shape[3] if isinstance(u, Outer) else 1
     pairs = limits.cached(CACHED) // (2 * K * G + G)
-    side = isqrt(pairs)
+    side = root(pairs)
 
     def some(start: int, stop: int) -> Tensor:
         x = u.samples(start, stop)

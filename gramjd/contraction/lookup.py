@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from math import isqrt
-
 import torch
 from torch import Tensor
 
@@ -12,7 +10,7 @@ from gramjd.blocks.lookup import scattered
 from gramjd.blocks.outer import shared
 from gramjd.contraction.cost import Cost, half
 from gramjd.contraction.options import Limits
-from gramjd.contraction.tiles import added, canonical, over_positions, over_samples, product, ranges
+from gramjd.contraction.tiles import added, canonical, over_positions, over_samples, product, ranges, root
 
 CACHED = 2**20  # elements of a tile
 SLAB = 2**21  # elements of the rows over distinct entries that are built at once,
@@ -29,7 +27,7 @@ def pairwise_cost(u: Lookup, v: Lookup) -> Cost:
 def pairwise(u: Lookup, v: Lookup, limits: Limits) -> Tensor:
     """``Σ_{t,s} [id_t = id_s] (c_t · c_s)``."""
     (K1, _, T1), (K2, _, T2) = u.c.shape[:3], v.c.shape[:3]
-    side = isqrt(limits.cached(CACHED) // (3 * K1 * K2))
+    side = root(limits.cached(CACHED) // (3 * K1 * K2))
 
     def tile(x: Lookup, y: Lookup) -> Tensor:
         return _pairs(x, y, limits.dtype)
@@ -110,7 +108,7 @@ def picked_cost(u: Lookup, v: Outer) -> Cost | None:
 def picked(u: Lookup, v: Outer, limits: Limits) -> Tensor:
     """``Σ_{t,s} left_s[id_t] (c_t · right_s)``: a weight looked up here and multiplied by there."""
     (K1, _, T1), (K2, _, T2) = u.c.shape[:3], v.c.shape[:3]
-    side = isqrt(limits.cached(CACHED) // (3 * K1 * K2 + K1 + K2))
+    side = root(limits.cached(CACHED) // (3 * K1 * K2 + K1 + K2))
 
     def tile(x: Lookup, y: Outer) -> Tensor:
         return _picked(x, y, limits.dtype)

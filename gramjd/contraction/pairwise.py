@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isqrt
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from gramjd.blocks import Conv, Outer
 from gramjd.blocks.outer import shared
 from gramjd.contraction.cost import Cost, half
 from gramjd.contraction.options import Limits
-from gramjd.contraction.tiles import HALVES, LEAF, over_positions, over_samples, product
+from gramjd.contraction.tiles import HALVES, LEAF, over_positions, over_samples, product, root
 
 CACHED = 2**20  # elements of a tile
 
@@ -61,7 +60,7 @@ def pairwise(u: Outer, v: Outer, limits: Limits) -> Tensor:
     if T == G == 1 and _fits(u, v, limits):
         return _one_position(u, v, limits.dtype)
     pairs = G * (K1 * K2 + sum(len(x) * len(y) for x, y in zip(u.factors, v.factors, strict=True)))
-    side = max(1, isqrt(limits.cached(CACHED) // pairs))  # positions of a tile, along each side
+    side = max(1, root(limits.cached(CACHED) // pairs))  # positions of a tile, along each side
 
     step = _step(u.rows, T, side, u is v)
 
@@ -103,7 +102,7 @@ def _one_position(u: Outer, v: Outer, dtype: torch.dtype, bias: bool = False) ->
 def unfolded_pairwise(u: Conv, v: Conv, limits: Limits) -> Tensor:
     """The same for convolutions, unfolded tile by tile."""
     G, T = u.points.shape[3], max(u.T, v.T)
-    side = max(1, isqrt(limits.cached(CACHED) // (3 * G * u.rows[0] * v.rows[0])))
+    side = max(1, root(limits.cached(CACHED) // (3 * G * u.rows[0] * v.rows[0])))
     unfolded = max(x.lefts * x.p + x.rights * x.q for x in map(Sizes.of, (u, v))) * G * T
     step = min(_step(u.rows, T, side, u is v), max(1, limits.elements * u.rows[1] // (2 * unfolded)))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from math import isqrt
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from gramjd import contraction
 from gramjd.blocks import Block, Dense, is_zero
 from gramjd.contraction import Options
+from gramjd.contraction.tiles import root
 from gramjd.gramians import symmetric
 from gramjd.internals import is_ours, versions_of
 from gramjd.rounding import own_precision
@@ -130,7 +130,7 @@ def _pieces(parts: Sequence[Part], K: int, options: Options, like: Tensor) -> Se
     if options.memory_budget is None:
         return parts
     entries = options.budget(like.device) // options.accumulated(like.dtype).itemsize
-    most = max(1, isqrt(entries // 3) // K)
+    most = max(1, root(entries // 3) // K)
     return [piece for part in parts for piece in part.split(most)]
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import lcm, prod
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gramjd.blocks import Block, Conv, Dense, Lookup, Outer, transpose
+from gramjd.blocks import Block, Conv, Dense, Lookup, Outer, common_grain, transpose
 from gramjd.contraction.cost import Cost, half
 from gramjd.contraction.options import Limits
 from gramjd.contraction.pairwise import Sizes
@@ -46,7 +46,7 @@ def building_cost(block: Block) -> tuple[int, int]:
 def rows(u: Block, v: Block, limits: Limits) -> Tensor:
     """Rows of both blocks for some entries of the parameter at a time, multiplied and added up."""
     u, v = _narrow_first(u, v, limits)
-    P, grain = prod(u.shape), lcm(u.grain, v.grain)
+    P, grain = prod(u.shape), common_grain(u, v)
     n = u.rows[0] * u.rows[1] + (0 if u is v else v.rows[0] * v.rows[1])
     step = limits.cached(CACHED) // max(1, n * grain)
     most = max(u.rows[1], v.rows[1])

@@ -10,6 +10,7 @@ from torch import Tensor
 from gramjd.blocks import Block, Conv, Dense, Lookup, Outer
 from gramjd.contraction.choice import plans
 from gramjd.contraction.conv import METHODS
+from gramjd.contraction.cost import ascending
 from gramjd.contraction.options import Limits, Options, limits
 from gramjd.contraction.rows import matrix
 from gramjd.contraction.tiles import canonical, product
@@ -32,7 +33,7 @@ def kept_rows(each: Mapping[int, Sequence[Block]], options: Options, known: Mapp
     """
     taken = sum(rows.nbytes for n, rows in known.items() if n not in each)
     found = {n: mine for n, mine in each.items() if _builds_rows(mine)}
-    for n, blocks in sorted(found.items(), key=lambda item: -max(map(positions, item[1]))):
+    for n, blocks in ascending(found.items(), lambda item: -max(map(positions, item[1]))):
         factors = [x for block in blocks for x in _factors(block)]
         most = limits(options, factors[0], *[x.dtype for x in factors])
         count, entries = prod(blocks[0].rows), prod(blocks[0].shape)

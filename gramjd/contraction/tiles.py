@@ -21,6 +21,11 @@ def ranges(total: int, step: int) -> list[tuple[int, int]]:
     return [(total * i // count, total * (i + 1) // count) for i in range(count)]
 
 
+def root(count: int) -> int:
+    """The integer square root of a count, which may be a symbol of a compiler's."""
+    return int(count**0.5)
+
+
 def over_samples(u: Any, v: Any, step: int, kernel: Callable[[Any, Any], Tensor]) -> Tensor:
     """``[K, B, K, B]`` from tiles of at most ``step`` samples; half of them, if ``u is v``."""
     left = [u.samples(*r) for r in ranges(u.rows[1], step)]

@@ -39,8 +39,12 @@ class Arguments:
         numbers = tuple(n % len(args) for n in argnums)
         if len(set(numbers)) < len(numbers):
             raise ValueError(f"argnums {argnums} name an argument twice.")
+        if is_compiling():  # positions may be symbols: as such they are in no text and in no tuple
+            numbers = tuple(next(i for i in range(len(args)) if i == n) for n in numbers)
+            what = "The argument"
+        else:
+            what = f"Argument {argnums[0] if single else argnums}"
         chosen = args[numbers[0]] if single else tuple(args[n] for n in numbers)
-        what = f"Argument {argnums[0] if single else argnums}"
         parameters, parameters_spec = pytree.tensor_leaves(chosen, what)
         _check_parameters(parameters, what)
         others = [() if n in numbers else arg for n, arg in enumerate(args)]
@@ -122,7 +126,7 @@ def _batch_dims(others: Sequence[PyTree], kwargs: Mapping[str, Any], numbers: Se
 
 def _check_batch_size(leaves: Sequence[Any], dims: Sequence[int | None]) -> None:
     """Raise unless all batched tensors have one and the same, positive number of samples."""
-    sizes = set()
+    sizes: list[int] = []  # compared, not hashed: a size that is hashed is a constant of a compiled graph
     for tensor, dim in zip(leaves, dims, strict=True):
         if dim is None:
             continue
@@ -131,12 +135,12 @@ def _check_batch_size(leaves: Sequence[Any], dims: Sequence[int | None]) -> None
                 f"An argument of shape {list(tensor.shape)} has no batch dimension {dim}. Put None in "
                 "in_dims for arguments that all samples share."
             )
-        sizes.add(tensor.shape[dim])
+        sizes.append(tensor.shape[dim])
     if not sizes:
         raise ValueError("No argument is batched. Pass in_dims=None if there is no batch.")
-    if len(sizes) > 1:
-        raise ValueError(f"The batched arguments disagree on the number of samples: {sorted(sizes)}.")
-    if 0 in sizes:
+    if any(size != sizes[0] for size in sizes[1:]):
+        raise ValueError(f"The batched arguments disagree on the number of samples: {sorted({*sizes})}.")
+    if sizes[0] == 0:
         raise ValueError("The batch is empty: a Gramian needs at least one sample.")
 
 

@@ -63,7 +63,8 @@ def jacobian(
     further by the transforms of ``torch.func``. ``torch.compile(fullgraph=True)`` makes one graph of it all,
     as of torch 2.13.
 
-    The function that is returned remembers what it has checked: make it once, outside of the loop.
+    What a call verifies is remembered for ``func``. A transform that is made anew in each step, of the same
+    function or of a lambda of the same code over the same objects, does not verify it again.
 
     Args:
         func: a pure function of one sample, ``func(params, *sample) -> output``; the arguments to
@@ -156,7 +157,8 @@ def jacobian_and_value(
         values are ``[B, *S]``.
     """
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-    verifier = Verifier(check, audit)
+    options = numbers, repr(in_dims), has_aux, randomness, chunk_size
+    verifier = Verifier(func, options, check, audit)
     shared = in_dims is None
 
     def transformed(*args: Any, **kwargs: Any) -> tuple[Jacobian[Any], Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from gramjd.functional.arguments import Arguments
 from gramjd.functional.capture import Captured
 from gramjd.internals import autocasts
-from gramjd.rules.registry import op_name
+from gramjd.rules.registry import op_name, version
 from gramjd.uses.use import Derived, Record
 
 
@@ -23,15 +23,16 @@ def structure(given: Arguments, found: Captured) -> Hashable:
         record = use.record
         numbers[id(record)] = len(numbers)
         op = op_name(record.call.op), record.derived
-        uses.append((*op, *_slots(record, numbers), *map(_kind, record.leaves)))
+        uses.append((*op, *_slots(record, numbers), *map(kind, record.leaves)))
     return (
         tuple([(p.dtype, p.shape, p.device.type) for p in given.parameters]),
-        tuple([_kind(leaf) for leaf in given.leaves]),
+        tuple([kind(leaf) for leaf in given.leaves]),
         str(given.spec),
-        tuple([_kind(out) for out in found.outputs]),
+        tuple([kind(out) for out in found.outputs]),
         tuple([tuple([block.origin for block in mine]) for mine in found.blocks]),
         tuple(uses),
         tuple(autocasts().items()),
+        version(),
     )
 
 
@@ -47,7 +48,7 @@ def ops_of(found: Captured) -> list[str]:
     return [op_name(use.record.call.op) for use in found.uses]
 
 
-def _kind(leaf: Any) -> Hashable:
+def kind(leaf: Any) -> Hashable:
     """What decides on rules: dtypes and dimensions of tensors, whether these are one; flags, integers."""
     if isinstance(leaf, Tensor):
         return leaf.dtype, *[min(size, 2) for size in leaf.shape]
