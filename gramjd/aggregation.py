@@ -16,7 +16,7 @@ from gramjd import pytree
 from gramjd.complexes import as_given, as_real
 from gramjd.contraction import products
 from gramjd.jacobian import Jacobian
-from gramjd.pytree import PyTree
+from gramjd.jacobian.generic import In
 from gramjd.weighting._options import count, source, vector
 from gramjd.weighting._small import own_array
 
@@ -35,12 +35,12 @@ def parameter_rows(jacobian: Jacobian[Any]) -> Iterator[Tensor]:
 
 
 def graddrop(
-    jacobian: Jacobian[Any],
+    jacobian: Jacobian[Any, In],
     f: Callable[[Tensor], Tensor] | None = None,
     leak: Tensor | None = None,
     *,
     generator: torch.Generator | None = None,
-) -> PyTree:
+) -> In:
     """GradDrop: of each entry of the gradient, either the positive or the negative ones are kept.
 
     Chen et al. (2020), "Just Pick a Sign", arXiv 2010.06808, Algorithm 1, lines 10 to 15. With the
@@ -84,7 +84,7 @@ def graddrop(
     return _of_each(jacobian, parameter_rows(jacobian), combine)
 
 
-def trimmed_mean(jacobian: Jacobian[Any], trim_number: int) -> PyTree:
+def trimmed_mean(jacobian: Jacobian[Any, In], trim_number: int) -> In:
     """The mean of each entry over the rows, without its ``trim_number`` largest and smallest values.
 
     Yin et al. (2018), "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", arXiv
@@ -124,10 +124,10 @@ def _sorted(rows: Tensor) -> Tensor:
     return rows
 
 
-def _of_each(jacobian: Jacobian[Any], each: Iterable[Tensor], combine: Callable[[Tensor], Tensor]) -> PyTree:
+def _of_each(jacobian: Jacobian[Any, In], each: Iterable[Tensor], combine: Callable[[Tensor], Tensor]) -> In:
     """Apply a function to the rows of each parameter, one parameter at a time, in its dtype."""
     found = [combine(rows) for rows in each]
     pairs = zip(found, jacobian.parameters, strict=True)
-    return pytree.unflatten(
-        jacobian.parameters_spec, [as_given(each.to(as_real(p).dtype), p) for each, p in pairs]
-    )
+    combined = [as_given(each.to(as_real(p).dtype), p) for each, p in pairs]
+    gradients: In = pytree.unflatten(jacobian.parameters_spec, combined)
+    return gradients

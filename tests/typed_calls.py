@@ -1,7 +1,7 @@
 """What type checkers say of calls, which is also what the calls return; mypy reads it, a test runs it."""
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Concatenate, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,14 @@ if TYPE_CHECKING:
 else:
 
     def assert_type(value: Any, kind: Any) -> Any:
-        """The same at run time; of a dictionary, its values too."""
-        assert isinstance(value, get_origin(kind) or kind), f"{type(value)} is no {kind}"
-        if get_origin(kind) is dict:
-            assert all(isinstance(each, get_args(kind)[1]) for each in value.values())
+        """The same at run time, also of what containers hold."""
+        outer, inner = get_origin(kind) or kind, get_args(kind)
+        assert isinstance(value, outer), f"{type(value)} is no {kind}"
+        if outer in (dict, list) or inner[1:] == (...,):
+            for each in value.values() if outer is dict else value:
+                assert_type(each, inner[outer is dict])
+        elif outer is tuple:
+            assert all(assert_type(*pair) is pair[0] for pair in zip(value, inner, strict=True))
         return value
 
 
@@ -110,7 +114,10 @@ def of_steps() -> None:
     assert_type(gramjd.backward(losses(), weighting, model, per="parameter"), Named)
     assert_type(gramjd.jac(losses(), model).vjp(torch.ones(2)), Named)
     assert_type(gramjd.jac(losses(), model.weight).vjp(torch.ones(2)), Tensor)
-    assert_type(gramjd.jac(losses(), [model.weight, model.bias]).gramian(), Tensor)
+    jac = gramjd.jac(losses(), [model.weight, model.bias])
+    assert_type(jac.gramian(), Tensor)
+    assert_type(jac.vjp(torch.ones(2)), tuple[Tensor, ...])
+    assert_type(gramjd.jac(losses(), model.parameters()).vjp(torch.ones(2)), tuple[Tensor, ...])
 
 
 def of_datasets() -> None:
@@ -144,6 +151,12 @@ def of_transforms() -> None:
     def several(params: Named, x: Tensor) -> Named:
         return {"a": loss(params, x), "b": loss(params, 2 * x)}
 
+    def two(params: Named, x: Tensor) -> tuple[Tensor, Tensor]:
+        return loss(params, x), loss(params, 2 * x)
+
+    def listed(params: Named, x: Tensor) -> list[Tensor]:
+        return [loss(params, x), loss(params, 2 * x)]
+
     assert_type(gramjd.jacobian(loss)(params, x).gramian(), Tensor)
     assert_type(gramjd.jacobian(both, has_aux=True)(params, x)[0].gramian(), Tensor)
     jac, values = gramjd.jacobian_and_value(loss)(params, x)
@@ -157,12 +170,62 @@ def of_transforms() -> None:
     assert_type(values, Tensor)
     tree = gramjd.jacobian(several)(params, x)
     assert_type(tree.norms(), Named)
-    tree.gramian()["a"]["b"].sum()  # of a PyTree of outputs, anything
-    gramjd.gramian(several)(params, x)["a"]["b"].sum()
+    assert_type(tree.gramian(), dict[str, Named])
+    assert_type(tree.gramian("parameter"), dict[str, dict[str, Named]])
+    assert_type(tree.cross(tree), dict[str, Named])
+    assert_type(tree.dense(), dict[str, Named])
+    assert_type(gramjd.gramian(several)(params, x), dict[str, Named])
+    assert_type(gramjd.gramian_and_value(several)(params, x), tuple[dict[str, Named], Named])
+    pair = gramjd.jacobian(two)(params, x)
+    assert_type(pair.gramian(), tuple[tuple[Tensor, ...], ...])
+    assert_type(pair.cross(pair), tuple[tuple[Tensor, ...], ...])
+    assert_type(pair.dense(), tuple[Named, ...])
+    assert_type(gramjd.gramian(two)(params, x), tuple[tuple[Tensor, ...], ...])
+    assert_type(gramjd.jacobian(listed)(params, x).gramian(), list[list[Tensor]])
+    assert_type(gramjd.gramian(listed)(params, x), list[list[Tensor]])
     function, found = gramjd.functional_loss(model, nn.MSELoss())
-    assert_type(function, Callable[..., Tensor])
+    if TYPE_CHECKING:
+        assert_type(function, Callable[Concatenate[Named, ...], Tensor])
     assert_type(gramjd.gramian(function)(found, x, torch.ones(4, 1)), Tensor)
+    assert_type(gramjd.jacobian(function)(found, x, torch.ones(4, 1)).vjp(torch.ones(4)), Named)
+
+
+def of_gradients() -> None:
+    model = nn.Linear(3, 1)
+    weighting, x = weightings.UPGradWeighting(), torch.randn(4, 3)
+    params = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(params: Named, x: Tensor) -> Tensor:
+        output: Tensor = functional_call(model, params, (x,))
+        return output.square().sum()
+
+    def both(params: Named, x: Tensor) -> tuple[Tensor, float]:
+        return loss(params, x), 1.0
+
+    def of_two(left: Tensor, right: Tensor, x: Tensor) -> Tensor:
+        return (x @ left * right).sum()
+
+    assert_type(gramjd.jacobian(loss)(params, x).vjp(torch.ones(4)), Named)
+    assert_type(gramjd.jacobian(loss)(params, x).dense(), Named)
+    assert_type(gramjd.grad(loss, weighting)(params, x), Named)
+    assert_type(gramjd.grad(both, weighting, has_aux=True)(params, x)[0], Named)
+    gradient, losses = gramjd.grad_and_value(loss, weighting)(params, x)
+    assert_type(gradient, Named)
+    assert_type(losses, Tensor)
+    gradient, (losses, _) = gramjd.grad_and_value(both, weighting, has_aux=True)(params, x)
+    assert_type(gradient, Named)
+    assert_type(losses, Tensor)
+    left, right = torch.ones(3, 2), torch.ones(2)
+    assert_type(gramjd.grad(of_two, weighting, in_dims=(None, None, 0))(left, right, x), Tensor)
+    gramjd.grad(of_two, weighting, argnums=(0, 1))(left, right, x)  # several arguments: anything
+    _, losses = gramjd.grad_and_value(of_two, weighting, 1, (None, None, 0))(left, right, x)
+    assert_type(losses, Tensor)
+    lambdas = gramjd.grad(lambda params, x: (params["weight"] * x).sum(), weighting)
+    lambdas({"weight": right}, torch.ones(4, 2))["weight"].sum()  # of a lambda, anything
+    jac = gramjd.jacobian(loss)(params, x)
+    assert_type(gramjd.aggregation.graddrop(jac), Named)
+    assert_type(gramjd.aggregation.trimmed_mean(jac, 1), Named)
 
 
 def all_of_them() -> Iterator[Callable[[], None]]:
-    yield from (of_weightings, of_engines, of_steps, of_datasets, of_transforms)
+    yield from (of_weightings, of_engines, of_steps, of_datasets, of_transforms, of_gradients)

@@ -3,18 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Concatenate, Literal, overload
 
 import torch
 from torch import Tensor
 
 from gramjd import pytree
 from gramjd.functional.arguments import InDims
-from gramjd.functional.transforms import Argnums, jacobian_and_value
+from gramjd.functional.transforms import Argnums, In, Out, Rest, jacobian_and_value
 from gramjd.internals import value_of
 from gramjd.jacobian import Jacobian
 from gramjd.objectives import Weights, not_finite
 from gramjd.pytree import PyTree
+
+
+# fmt: off
+@overload
+def grad(
+    func: Callable[Concatenate[In, Rest], Out], weighting: Weights, argnums: Literal[0] = 0,
+    in_dims: InDims = ..., *, has_aux: Literal[False] = False, randomness: str = ...,
+    chunk_size: int | None = ..., flat: bool = ...,
+) -> Callable[..., In]: ...
+@overload
+def grad(
+    func: Callable[Concatenate[In, Rest], tuple[Out, Any]], weighting: Weights, argnums: Literal[0] = 0,
+    in_dims: InDims = ..., *, has_aux: Literal[True], randomness: str = ...,
+    chunk_size: int | None = ..., flat: bool = ...,
+) -> Callable[..., tuple[In, Any]]: ...
+@overload
+def grad(
+    func: Callable[..., Out], weighting: Weights, argnums: Argnums, in_dims: InDims = ..., *,
+    has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ..., flat: bool = ...,
+) -> Callable[..., Any]: ...
+@overload
+def grad(
+    func: Callable[..., tuple[Out, Any]], weighting: Weights, argnums: Argnums, in_dims: InDims = ..., *,
+    has_aux: Literal[True], randomness: str = ..., chunk_size: int | None = ..., flat: bool = ...,
+) -> Callable[..., tuple[Any, Any]]: ...
+@overload
+def grad(
+    func: Callable[..., Any], weighting: Weights, argnums: Argnums = ..., in_dims: InDims = ..., *,
+    has_aux: bool, randomness: str = ..., chunk_size: int | None = ..., flat: bool = ...,
+) -> Callable[..., Any]: ...
+# fmt: on
 
 
 def grad(
@@ -63,6 +94,37 @@ def grad(
         return (found, value[1]) if has_aux else found
 
     return transformed
+
+
+# fmt: off
+@overload
+def grad_and_value(
+    func: Callable[Concatenate[In, Rest], Out], weighting: Weights, argnums: Literal[0] = 0,
+    in_dims: InDims = ..., *, has_aux: Literal[False] = False, randomness: str = ...,
+    chunk_size: int | None = ..., flat: bool = ...,
+) -> Callable[..., tuple[In, Out]]: ...
+@overload
+def grad_and_value(
+    func: Callable[Concatenate[In, Rest], tuple[Out, Any]], weighting: Weights, argnums: Literal[0] = 0,
+    in_dims: InDims = ..., *, has_aux: Literal[True], randomness: str = ...,
+    chunk_size: int | None = ..., flat: bool = ...,
+) -> Callable[..., tuple[In, tuple[Out, Any]]]: ...
+@overload
+def grad_and_value(
+    func: Callable[..., Out], weighting: Weights, argnums: Argnums, in_dims: InDims = ..., *,
+    has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ..., flat: bool = ...,
+) -> Callable[..., tuple[Any, Out]]: ...
+@overload
+def grad_and_value(
+    func: Callable[..., tuple[Out, Any]], weighting: Weights, argnums: Argnums, in_dims: InDims = ..., *,
+    has_aux: Literal[True], randomness: str = ..., chunk_size: int | None = ..., flat: bool = ...,
+) -> Callable[..., tuple[Any, tuple[Out, Any]]]: ...
+@overload
+def grad_and_value(
+    func: Callable[..., Any], weighting: Weights, argnums: Argnums = ..., in_dims: InDims = ..., *,
+    has_aux: bool, randomness: str = ..., chunk_size: int | None = ..., flat: bool = ...,
+) -> Callable[..., tuple[Any, Any]]: ...
+# fmt: on
 
 
 def grad_and_value(

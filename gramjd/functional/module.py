@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, overload
+from typing import Any, Concatenate, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,19 @@ from gramjd import pytree
 from gramjd.functional.guard import Guard, refuse_batch_statistics
 from gramjd.internals import is_compiling, named_tensors
 
+Out = TypeVar("Out")
+
 
 # fmt: off
 @overload
 def functional_loss(model: nn.Module, loss: Callable[..., Tensor]
-                    ) -> tuple[Callable[..., Tensor], dict[str, Tensor]]: ...
+                    ) -> tuple[Callable[Concatenate[dict[str, Tensor], ...], Tensor], dict[str, Tensor]]: ...
 @overload
-def functional_loss(model: nn.Module, loss: Callable[..., Any] | None = None
-                    ) -> tuple[Callable[..., Any], dict[str, Tensor]]: ...
+def functional_loss(model: nn.Module, loss: Callable[..., Out]
+                    ) -> tuple[Callable[Concatenate[dict[str, Tensor], ...], Out], dict[str, Tensor]]: ...
+@overload
+def functional_loss(model: nn.Module, loss: None = None
+                    ) -> tuple[Callable[Concatenate[dict[str, Tensor], ...], Any], dict[str, Tensor]]: ...
 # fmt: on
 
 

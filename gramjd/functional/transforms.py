@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
 from torch import Tensor
 
@@ -22,19 +22,34 @@ from gramjd.verification.schedule import Check
 
 Argnums = int | tuple[int, ...]
 Out = TypeVar("Out")  # of a function: a tensor, or a PyTree of them
+In = TypeVar("In", bound=Any)  # its first argument; the bound lets type checkers infer those of a lambda
+Rest = ParamSpec("Rest")  # its other arguments
+Key = TypeVar("Key")
 Several = Mapping[Any, Any] | Sequence[Any]  # a PyTree that is no tensor, for type checkers
 
 
 # fmt: off
 @overload
 def jacobian(
-    func: Callable[..., Out], argnums: Argnums = ..., in_dims: InDims = ..., *,
+    func: Callable[Concatenate[In, Rest], Out], argnums: Literal[0] = 0, in_dims: InDims = ..., *,
+    has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ...,
+    check: Check = ..., audit: int | None = ...,
+) -> Callable[..., Jacobian[Out, In]]: ...
+@overload
+def jacobian(
+    func: Callable[Concatenate[In, Rest], tuple[Out, Any]], argnums: Literal[0] = 0, in_dims: InDims = ...,
+    *, has_aux: Literal[True], randomness: str = ..., chunk_size: int | None = ..., check: Check = ...,
+    audit: int | None = ...,
+) -> Callable[..., tuple[Jacobian[Out, In], Any]]: ...
+@overload
+def jacobian(
+    func: Callable[..., Out], argnums: Argnums, in_dims: InDims = ..., *,
     has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ...,
     check: Check = ..., audit: int | None = ...,
 ) -> Callable[..., Jacobian[Out]]: ...
 @overload
 def jacobian(
-    func: Callable[..., tuple[Out, Any]], argnums: Argnums = ..., in_dims: InDims = ..., *,
+    func: Callable[..., tuple[Out, Any]], argnums: Argnums, in_dims: InDims = ..., *,
     has_aux: Literal[True], randomness: str = ..., chunk_size: int | None = ..., check: Check = ...,
     audit: int | None = ...,
 ) -> Callable[..., tuple[Jacobian[Out], Any]]: ...
@@ -121,13 +136,25 @@ def jacobian(
 # fmt: off
 @overload
 def jacobian_and_value(
-    func: Callable[..., Out], argnums: Argnums = ..., in_dims: InDims = ..., *,
+    func: Callable[Concatenate[In, Rest], Out], argnums: Literal[0] = 0, in_dims: InDims = ..., *,
+    has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ...,
+    check: Check = ..., audit: int | None = ...,
+) -> Callable[..., tuple[Jacobian[Out, In], Out]]: ...
+@overload
+def jacobian_and_value(
+    func: Callable[Concatenate[In, Rest], tuple[Out, Any]], argnums: Literal[0] = 0, in_dims: InDims = ...,
+    *, has_aux: Literal[True], randomness: str = ..., chunk_size: int | None = ..., check: Check = ...,
+    audit: int | None = ...,
+) -> Callable[..., tuple[Jacobian[Out, In], tuple[Out, Any]]]: ...
+@overload
+def jacobian_and_value(
+    func: Callable[..., Out], argnums: Argnums, in_dims: InDims = ..., *,
     has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ...,
     check: Check = ..., audit: int | None = ...,
 ) -> Callable[..., tuple[Jacobian[Out], Out]]: ...
 @overload
 def jacobian_and_value(
-    func: Callable[..., tuple[Out, Any]], argnums: Argnums = ..., in_dims: InDims = ..., *,
+    func: Callable[..., tuple[Out, Any]], argnums: Argnums, in_dims: InDims = ..., *,
     has_aux: Literal[True], randomness: str = ..., chunk_size: int | None = ..., check: Check = ...,
     audit: int | None = ...,
 ) -> Callable[..., tuple[Jacobian[Out], tuple[Out, Any]]]: ...
@@ -225,6 +252,30 @@ def gramian(
 ) -> Callable[..., tuple[Tensor, Any]]: ...
 @overload
 def gramian(
+    func: Callable[..., tuple[Tensor, Any]], argnums: Argnums = ..., in_dims: InDims = ..., *,
+    has_aux: Literal[True], randomness: str = ..., chunk_size: int | None = ..., check: Check = ...,
+    audit: int | None = ..., sketch: int | Projection,
+) -> Callable[..., tuple[SketchedGramian, Any]]: ...
+@overload
+def gramian(
+    func: Callable[..., dict[Key, Tensor]], argnums: Argnums = ..., in_dims: InDims = ..., *,
+    has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ...,
+    check: Check = ..., audit: int | None = ..., sketch: None = None,
+) -> Callable[..., dict[Key, dict[Key, Tensor]]]: ...
+@overload
+def gramian(
+    func: Callable[..., list[Tensor]], argnums: Argnums = ..., in_dims: InDims = ..., *,
+    has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ...,
+    check: Check = ..., audit: int | None = ..., sketch: None = None,
+) -> Callable[..., list[list[Tensor]]]: ...
+@overload
+def gramian(
+    func: Callable[..., tuple[Tensor, ...]], argnums: Argnums = ..., in_dims: InDims = ..., *,
+    has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ...,
+    check: Check = ..., audit: int | None = ..., sketch: None = None,
+) -> Callable[..., tuple[tuple[Tensor, ...], ...]]: ...
+@overload
+def gramian(
     func: Callable[..., Several], argnums: Argnums = ..., in_dims: InDims = ..., *, has_aux: bool = ...,
     randomness: str = ..., chunk_size: int | None = ..., check: Check = ..., audit: int | None = ...,
     sketch: int | Projection | None = ...,
@@ -290,6 +341,30 @@ def gramian_and_value(
     has_aux: Literal[True], randomness: str = ..., chunk_size: int | None = ..., check: Check = ...,
     audit: int | None = ..., sketch: None = None,
 ) -> Callable[..., tuple[Tensor, tuple[Tensor, Any]]]: ...
+@overload
+def gramian_and_value(
+    func: Callable[..., tuple[Tensor, Any]], argnums: Argnums = ..., in_dims: InDims = ..., *,
+    has_aux: Literal[True], randomness: str = ..., chunk_size: int | None = ..., check: Check = ...,
+    audit: int | None = ..., sketch: int | Projection,
+) -> Callable[..., tuple[SketchedGramian, tuple[Tensor, Any]]]: ...
+@overload
+def gramian_and_value(
+    func: Callable[..., dict[Key, Tensor]], argnums: Argnums = ..., in_dims: InDims = ..., *,
+    has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ...,
+    check: Check = ..., audit: int | None = ..., sketch: None = None,
+) -> Callable[..., tuple[dict[Key, dict[Key, Tensor]], dict[Key, Tensor]]]: ...
+@overload
+def gramian_and_value(
+    func: Callable[..., list[Tensor]], argnums: Argnums = ..., in_dims: InDims = ..., *,
+    has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ...,
+    check: Check = ..., audit: int | None = ..., sketch: None = None,
+) -> Callable[..., tuple[list[list[Tensor]], list[Tensor]]]: ...
+@overload
+def gramian_and_value(
+    func: Callable[..., tuple[Tensor, ...]], argnums: Argnums = ..., in_dims: InDims = ..., *,
+    has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ...,
+    check: Check = ..., audit: int | None = ..., sketch: None = None,
+) -> Callable[..., tuple[tuple[tuple[Tensor, ...], ...], tuple[Tensor, ...]]]: ...
 @overload
 def gramian_and_value(
     func: Callable[..., Several], argnums: Argnums = ..., in_dims: InDims = ..., *, has_aux: bool = ...,

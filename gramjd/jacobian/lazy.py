@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -24,8 +24,15 @@ from gramjd.jacobian.sketch import sketch
 from gramjd.pytree import PyTree, PyTreeSpec
 from gramjd.sketched import SketchedGramian
 
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
 Groups = str | Mapping[str, Sequence[str]] | Callable[[str], str]
 Per = Groups | None
+Key = TypeVar("Key")  # of a dictionary of outputs
+OtherKey = TypeVar("OtherKey")
+Tuple = TypeVar("Tuple", bound=tuple[Tensor, ...])  # of outputs
+OtherTuple = TypeVar("OtherTuple", bound=tuple[Tensor, ...])
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,6 +172,30 @@ class Jacobian(Typed[Out, In]):
                 group: None = None, rows: str = ..., sketch: int | Projection
                 ) -> dict[str, SketchedGramian]: ...
     @overload
+    def gramian(self: Jacobian[dict[Key, Tensor], In], per: None = None, *, memory_budget: int | None = ...,
+                accumulate_dtype: torch.dtype | None = ..., group: Any = ..., rows: str = ...,
+                sketch: None = None) -> dict[Key, dict[Key, Tensor]]: ...
+    @overload
+    def gramian(self: Jacobian[dict[Key, Tensor], In], per: Groups, *, memory_budget: int | None = ...,
+                accumulate_dtype: torch.dtype | None = ..., group: Any = ..., rows: str = ...,
+                sketch: None = None) -> dict[str, dict[Key, dict[Key, Tensor]]]: ...
+    @overload
+    def gramian(self: Jacobian[list[Tensor], In], per: None = None, *, memory_budget: int | None = ...,
+                accumulate_dtype: torch.dtype | None = ..., group: Any = ..., rows: str = ...,
+                sketch: None = None) -> list[list[Tensor]]: ...
+    @overload
+    def gramian(self: Jacobian[list[Tensor], In], per: Groups, *, memory_budget: int | None = ...,
+                accumulate_dtype: torch.dtype | None = ..., group: Any = ..., rows: str = ...,
+                sketch: None = None) -> dict[str, list[list[Tensor]]]: ...
+    @overload
+    def gramian(self: Jacobian[Tuple, In], per: None = None, *, memory_budget: int | None = ...,
+                accumulate_dtype: torch.dtype | None = ..., group: Any = ..., rows: str = ...,
+                sketch: None = None) -> tuple[tuple[Tensor, ...], ...]: ...
+    @overload
+    def gramian(self: Jacobian[Tuple, In], per: Groups, *, memory_budget: int | None = ...,
+                accumulate_dtype: torch.dtype | None = ..., group: Any = ..., rows: str = ...,
+                sketch: None = None) -> dict[str, tuple[tuple[Tensor, ...], ...]]: ...
+    @overload
     def gramian(self, per: Per = None, *, memory_budget: int | None = ...,
                 accumulate_dtype: torch.dtype | None = ..., group: Any = ..., rows: str = ...,
                 sketch: int | Projection | None = ...) -> Any: ...
@@ -238,6 +269,17 @@ class Jacobian(Typed[Out, In]):
     @overload
     def cross(self: Jacobian[Tensor, In], other: Jacobian[Tensor, In], *, memory_budget: int | None = ...,
               accumulate_dtype: torch.dtype | None = ...) -> Tensor: ...
+    @overload
+    def cross(self: Jacobian[dict[Key, Tensor], In], other: Jacobian[dict[OtherKey, Tensor], In], *,
+              memory_budget: int | None = ..., accumulate_dtype: torch.dtype | None = ...
+              ) -> dict[Key, dict[OtherKey, Tensor]]: ...
+    @overload
+    def cross(self: Jacobian[list[Tensor], In], other: Jacobian[list[Tensor], In], *,
+              memory_budget: int | None = ..., accumulate_dtype: torch.dtype | None = ...
+              ) -> list[list[Tensor]]: ...
+    @overload
+    def cross(self: Jacobian[Tuple, In], other: Jacobian[OtherTuple, In], *, memory_budget: int | None = ...,
+              accumulate_dtype: torch.dtype | None = ...) -> tuple[tuple[Tensor, ...], ...]: ...
     @overload
     def cross(self, other: Jacobian[Any, In], *, memory_budget: int | None = ...,
               accumulate_dtype: torch.dtype | None = ...) -> Any: ...
@@ -385,6 +427,12 @@ class Jacobian(Typed[Out, In]):
     @overload
     def dense(self: Jacobian[Tensor, In]) -> In: ...
     @overload
+    def dense(self: Jacobian[dict[Key, Tensor], In]) -> dict[Key, In]: ...
+    @overload
+    def dense(self: Jacobian[list[Tensor], In]) -> list[In]: ...
+    @overload
+    def dense(self: Jacobian[Tuple, In]) -> tuple[In, ...]: ...
+    @overload
     def dense(self) -> Any: ...
 
     def dense(self) -> Any:
@@ -490,7 +538,7 @@ class Jacobian(Typed[Out, In]):
         """``Jᵀ``: ``J.T @ w`` for flat weights ``[rows]`` or ``[rows, n]``."""
         return operator.Transposed(self)
 
-    def as_linear_operator(self) -> Any:
+    def as_linear_operator(self) -> LinearOperator:
         """``J`` as a ``scipy.sparse.linalg.LinearOperator``; needs scipy.
 
         ``A @ A.H`` is the Gramian as an operator, for instance for the eigenvalues of a kernel too
