@@ -99,7 +99,7 @@ class Explanation:
         return "\n".join([*lines, self.proof] if self.proof else lines)
 
     def _repr_html_(self) -> str:
-        """The same table for notebooks."""
+        """The table of ``str()`` for notebooks."""
         head, *rows = self._table()
         lines = [f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>"]
         lines += [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows]

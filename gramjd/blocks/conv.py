@@ -50,7 +50,7 @@ class Conv:
 
     @property
     def T(self) -> int:
-        """``T``."""
+        """The number of positions ``T``."""
         return self.points.shape[2] * prod(self.points.shape[5:])
 
     @property
@@ -64,7 +64,7 @@ class Conv:
 
     @property
     def kind(self) -> Hashable:
-        """What blocks must have in common to be joined."""
+        """A key that is equal for blocks that can be joined."""
         x, y = self.points, self.windows
         sizes = x.shape[:2], x.shape[3:], y.shape[:2], y.shape[3:]
         return self.stride, self.dilation, sizes, x.dtype, y.dtype
@@ -131,11 +131,11 @@ class Conv:
         return self.T * G * (points * p + windows * self.grain)
 
     def part(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
-        """``[B, K, stop - start]``."""
+        """The entries from ``start`` to ``stop`` of all rows, ``[B, K, stop - start]``."""
         return self.outer().part(start, stop, dtype)
 
     def dense(self) -> Tensor:
-        """``[K, B, *shape]``."""
+        """All rows, ``[K, B, *shape]``."""
         return self.outer().dense()
 
     def vjp(self, w: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ def weight_gradient(block: Conv, points: Tensor, windows: Tensor, groups: int) -
 
 
 def covered(block: Conv, windows: Tensor) -> Tensor:
-    """No more of ``windows [B, m, q, *padded]`` than the kernel covers."""
+    """Cut ``windows [B, m, q, *padded]`` to the entries that the kernel covers."""
     for d, size in enumerate(block.kernel):
         cover = (block.points.shape[5 + d] - 1) * block.stride[d] + (size - 1) * block.dilation[d] + 1
         windows = windows.narrow(3 + d, 0, cover)

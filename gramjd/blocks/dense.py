@@ -36,7 +36,7 @@ class Dense:
 
     @property
     def kind(self) -> Hashable:
-        """What blocks must have in common to be joined."""
+        """A key that is equal for blocks that can be joined."""
         return self.values.dtype
 
     def samples(self, start: int, stop: int) -> Dense:
@@ -56,12 +56,12 @@ class Dense:
         return 0
 
     def part(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
-        """``[B, K, stop - start]``."""
+        """The entries from ``start`` to ``stop`` of all rows, ``[B, K, stop - start]``."""
         some = self.values.reshape(*self.rows, -1)[:, :, start:stop]
         return some.transpose(0, 1).to(dtype or some.dtype)
 
     def dense(self) -> Tensor:
-        """``[K, B, *shape]``."""
+        """All rows, ``[K, B, *shape]``."""
         return self.values
 
     def matrix(self) -> Tensor:
@@ -69,7 +69,7 @@ class Dense:
         return self.values.reshape(prod(self.rows), prod(self.shape))
 
     def vjp(self, w: Tensor) -> Tensor:
-        """``Jᵀ w`` for ``w [K, B]``."""
+        """The weighted gradient ``Jᵀ w`` for ``w [K, B]``."""
         return (w.reshape(-1) @ self.matrix()).view(self.shape)
 
     def sketch(self, w: Tensor, y: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from gramjd.internals import is_ours
 
 @dataclass(frozen=True)
 class Lookup:
-    """Row ``Σ_t onehot(id_t) ⊗ c_t``: embedding.
+    """The block of a table lookup, such as an embedding. Its rows are ``Σ_t onehot(id_t) ⊗ c_t``.
 
     Attributes:
         c: cotangents, ``[K, B, T, d]``.
@@ -34,7 +34,7 @@ class Lookup:
 
     @property
     def entries(self) -> int:
-        """``V``."""
+        """The number of entries ``V`` of the table."""
         return prod(self.shape) // self.grain
 
     @property
@@ -43,7 +43,7 @@ class Lookup:
 
     @property
     def kind(self) -> Hashable:
-        """What blocks must have in common to be joined."""
+        """A key that is equal for blocks that can be joined."""
         return self.c.dtype
 
     def samples(self, start: int, stop: int) -> Lookup:
@@ -68,7 +68,7 @@ class Lookup:
         return self.c.shape[0] * self.c.shape[2] * self.grain
 
     def part(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
-        """``[B, K, stop - start]``."""
+        """The entries from ``start`` to ``stop`` of all rows, ``[B, K, stop - start]``."""
         c = self.c.to(dtype or self.c.dtype)
         first, size = start // self.grain, (stop - start) // self.grain
         if (start, stop) == (0, prod(self.shape)):
@@ -83,11 +83,11 @@ class Lookup:
         rows.view(-1, self.grain).index_add_(0, index, values)
 
     def dense(self) -> Tensor:
-        """``[K, B, *shape]``."""
+        """All rows, ``[K, B, *shape]``."""
         return scattered(self.c, self.ids, self.entries).transpose(0, 1).reshape(*self.rows, *self.shape)
 
     def vjp(self, w: Tensor) -> Tensor:
-        """``Jᵀ w`` for ``w [K, B]``."""
+        """The weighted gradient ``Jᵀ w`` for ``w [K, B]``."""
         c = (self.c * w[:, :, None, None]).sum(0).flatten(0, 1)
         return _summed(c, self.ids.flatten(), self.entries).view(self.shape)
 

@@ -49,7 +49,7 @@ class Outer:
 
     @property
     def kind(self) -> Hashable:
-        """What blocks must have in common to be joined."""
+        """A key that is equal for blocks that can be joined."""
         return self.transposed, self.c.shape[3:], self.a.shape[2:], self.c.dtype, self.a.dtype
 
     def samples(self, start: int, stop: int) -> Outer:
@@ -81,7 +81,7 @@ class Outer:
         return T * G * (K * o + i) if copied else 0
 
     def part(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
-        """``[B, K, stop - start]``."""
+        """The entries from ``start`` to ``stop`` of all rows, ``[B, K, stop - start]``."""
         if self.c.shape[0] == self.c.shape[3] == 1:  # one objective, no groups: fewer ops
             return self._part_of_one(start // self.grain, stop // self.grain, dtype or self.c.dtype)
         left, right = (shared(x, 1) for x in self.factors)
@@ -105,7 +105,7 @@ class Outer:
         return left.mT.bmm(right).flatten(1).unsqueeze(1)
 
     def dense(self) -> Tensor:
-        """``[K, B, *shape]``."""
+        """All rows, ``[K, B, *shape]``."""
         entries = self.c.shape[3] * self.c.shape[4] * self.a.shape[3]
         return self.part(0, entries).transpose(0, 1).reshape(*self.rows, *self.shape)
 

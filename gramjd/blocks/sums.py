@@ -46,7 +46,7 @@ def spread(block: Block, samples: int) -> Block:
 
 
 def merge(blocks: Sequence[Block]) -> list[Block]:
-    """The same sum in fewer blocks: several uses of a weight are one use at more positions."""
+    """Join blocks of one parameter into fewer: several uses of a weight become one use at more positions."""
     if len(blocks) < 2:
         return [*blocks]
     alike: dict[Hashable, list[Any]] = {}
@@ -70,7 +70,7 @@ def _origins(blocks: Iterable[Block]) -> str:
 
 
 def with_origin(block: Block, origin: str) -> Block:
-    """The same block, with the name of the op that it comes from."""
+    """Name the op that a block comes from; return the block with this name."""
     if is_compiling():
         return replace(block, origin=origin)
     found: Block = object.__new__(type(block))  # the same with a tenth of the calls

@@ -60,7 +60,7 @@ class Problem:
 
     @property
     def device(self) -> torch.device:
-        """That of the parameters."""
+        """The device of the parameters."""
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
     def losses(self, batch: Any = _FIRST) -> Tensor:
@@ -83,7 +83,7 @@ class Problem:
         return found
 
     def moved_to(self, device: torch.device | None) -> Problem:
-        """The same problem on a device; ``None``: on the device where it is.
+        """Move the problem to a device; ``None`` leaves it where it is.
 
         Raises:
             CannotRunError: the model or a batch cannot be moved.
@@ -97,7 +97,7 @@ class Problem:
             raise CannotRunError(f"Moving the model to {str(device)!r} raised {_brief(error)}") from error
 
     def copied(self, *, double: bool = False) -> Problem:
-        """The same problem on a deep copy of the model; ``double``: in float64 and complex128.
+        """Return the problem on a deep copy of the model; ``double`` converts it to float64 and complex128.
 
         Raises:
             CannotRunError: the model cannot be copied.

@@ -36,7 +36,7 @@ class Need:
         return max(self.of_the_gramian(), self.of_rows(rows))
 
     def fitting(self, free: int) -> int:
-        """How many rows fit; 0 if nothing does."""
+        """The number of rows that fit into memory; 0 if none does."""
         if self.of_the_gramian() > free:
             return 0
         return max(0, int((free - self.of_rows(0)) / (MARGIN * self.gradient)))

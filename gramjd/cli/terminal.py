@@ -41,7 +41,7 @@ class Progress:
         self._stream.flush()
 
     def close(self) -> None:
-        """Clear the line."""
+        """Clear the line that shows the stage."""
         if self._stream is not None and self._stage and self._stream.isatty():
             self._stream.write("\r\x1b[K")
             self._stream.flush()

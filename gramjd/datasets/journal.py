@@ -140,7 +140,7 @@ def settings(journal: Path, what: str) -> dict[str, Any]:
 
 def resume(journal: Path, fingerprint: Mapping[str, Any], parse: Callable[[list[bytes]], T | None], what: str,
            other: str, path: Path) -> list[T]:  # fmt: skip
-    """What the lines say, as ``parse`` reads their words; what follows a torn one counts for nothing.
+    """Read the lines of a journal, each by ``parse``; ignore everything after a torn line.
 
     Raises:
         ValueError: this is no journal, or one of a computation with another fingerprint.

@@ -118,13 +118,13 @@ class Rows:
         return _HEADER + self.count * prod(self.shape) * self.dtype.itemsize
 
     def open(self) -> None:
-        """Take away what is not of its rows."""
+        """Open the file, and cut off bytes after the last row of the journal."""
         self.file = self.path.open("r+b" if self.count else "w+b", buffering=0)
         self.file.truncate(self._end)
         self._write_header()
 
     def append(self, values: Tensor) -> None:
-        """``[n, *shape]``."""
+        """Append rows ``[n, *shape]``."""
         given = values.detach().cpu().numpy()
         if given.dtype.kind == "i" and self.dtype.kind == "u":
             given = given.view(self.dtype)
@@ -136,7 +136,7 @@ class Rows:
         self.count += len(array)
 
     def sync(self) -> None:
-        """Bytes to disk, and only then their number to the header."""
+        """Write the bytes to disk, and then their number into the header."""
         os.fsync(self.file.fileno())
         self._write_header()
         os.fsync(self.file.fileno())
@@ -194,7 +194,7 @@ class Writer:
         return self.arrays["ids"].count
 
     def add(self, digest: str, ids: Tensor, norms: Tensor, sketches: Tensor) -> None:
-        """A batch of ``[n]``, ``[n, *S]`` and ``[n, *S, dim]``."""
+        """Append a batch: ids ``[n]``, norms ``[n, *S]`` and sketches ``[n, *S, dim]``."""
         if "scales" in self.arrays:
             scales = _powers_of_two(sketches)
             self.arrays["scales"].append(scales)

@@ -72,7 +72,7 @@ def mtl_backward(losses: Losses, features: Losses, weighting: Weights, *, shared
     """
 
     def own() -> Part:
-        """What this process computes by itself."""
+        """Compute the share of this process."""
         if wrt not in ("shared", "features"):
             raise ValueError(f"wrt must be 'shared' or 'features', not {wrt!r}.")
         apart = losses.unbind() if isinstance(losses, Tensor) and losses.ndim else losses

@@ -63,11 +63,11 @@ class Arguments:
         return Arguments(parameters, parameters_spec, batch, leaves, spec, keywords, where, numbers, single)
 
     def with_parameters(self, parameters: list[Tensor]) -> Arguments:
-        """The same arguments with other parameters."""
+        """Replace the parameters."""
         return replace(self, parameters=parameters)
 
     def as_double(self) -> Arguments:
-        """The same arguments with all numbers in double precision."""
+        """Convert all numbers to double precision."""
 
         def double(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):

@@ -1,4 +1,4 @@
-"""What a module must not do when it is made a function of its parameters and of one sample."""
+"""Refuses modules that cannot be a pure function of their parameters and one sample."""
 
 from __future__ import annotations
 

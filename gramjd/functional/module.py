@@ -1,4 +1,4 @@
-"""From an ``nn.Module`` to the pure per-sample function that the transforms take."""
+"""Makes the pure per-sample function that the transforms take from an ``nn.Module``."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def functional_loss(
 
 
 def _held(model: nn.Module, parameters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What a model is to hold in place of its own tensors, and its own parameters that are replaced, by name.
+    """The tensors that replace those of a model, and the model's own parameters that are replaced, by name.
 
     Tied parameters are there by all their names, so that ``functional_call`` need not look for them.
     """

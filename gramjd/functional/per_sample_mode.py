@@ -36,7 +36,7 @@ _ONE_LEVEL = {"cdist", "pdist", "prelu", "rrelu"}
 
 @dataclass
 class Trace:
-    """What one run of the function leaves behind besides values of single samples."""
+    """The record of one run of the function, besides the values of single samples."""
 
     records: list[Record] = field(default_factory=list)
     tracked: list[list[Tensor]] = field(default_factory=list)  # tensors of the slots of each record
@@ -48,7 +48,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run of the function for one sample gives."""
+    """The result of a run of the function for one sample."""
 
     trace: Trace
     cs: list[Tensor]  # [K, ...], of the uses and parameters that were reached
@@ -79,7 +79,7 @@ class PerSampleMode(Tracker):
 
     def bare_outputs(self, op: Any, args: Any, kwargs: dict[str, Any], outs: Sequence[Tensor]
                      ) -> list[Tensor] | None:  # fmt: skip
-        """What an op returned for tracked and batch-independent arguments, bare; ``None``: untracked."""
+        """The bare outputs of an op for tracked and batch-independent arguments; ``None``: not tracked."""
         raise NotImplementedError
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""What functions may not do under the transforms of ``torch.func``, in our words and with a remedy."""
+"""Replaces errors of ``torch.func`` about functions that it cannot transform by errors with a remedy."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ _CHECKPOINTS = torch.utils.checkpoint.__file__
 
 
 def edge_behind(tensor: Tensor) -> tuple[Any, Tensor]:
-    """What ``torch.autograd.grad`` takes for the tensor as it is now, and the tensor to go on with.
+    """The edge that ``torch.autograd.grad`` takes for the tensor as it is now, and the tensor to go on with.
 
     Later writes into the latter do not change what the former means.
     """

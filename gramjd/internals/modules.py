@@ -65,7 +65,7 @@ def undispatched(func: Any) -> FunctionType:
 
 
 def named_parameters(module: nn.Module, recurse: bool = True) -> Iterable[tuple[str, Tensor]]:
-    """Those of ``named_parameters``, in its order, each as often as a module holds it.
+    """Yield the parameters of ``named_parameters`` in its order, each as often as a module holds it.
 
     Without its generators: every step asks.
     """

@@ -55,7 +55,7 @@ def takes_one_cotangent(kind: Any) -> bool:
 
 
 def saved_value(node: Any, name: str) -> Any:
-    """What a node saved under a name; ``None`` if it saved nothing under it.
+    """The value that a node saved under a name; ``None`` if there is none.
 
     Raises:
         RuntimeError: it was freed.

@@ -98,7 +98,7 @@ def version_of(tensor: Tensor) -> int:
 
 
 def versions_of(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    """The same of several; nothing where a graph is traced."""
+    """The numbers of writes into several tensors; none where a graph is traced."""
     if is_compiling():
         return ()
     if True in map(Tensor.is_inference, tensors):
@@ -117,7 +117,7 @@ def version_kept(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 def value_of(flag: Tensor) -> bool | None:
-    """What a flag is, where programs may branch on it; ``None`` in transforms and where tracing goes on."""
+    """The value of a flag that programs may branch on; ``None`` in transforms and while tracing."""
     if is_compiling() or inside_transform() or flag.is_meta:
         return None
     try:

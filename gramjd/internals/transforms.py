@@ -96,7 +96,7 @@ def below_transform(tensor: Tensor, level: int) -> Tensor:
 
 
 def differentiable(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Inside ``grad`` or ``vjp``: the tensors as inputs of it, as it wraps its own arguments."""
+    """Wrap tensors as inputs of the ``grad`` or ``vjp`` in progress, as it wraps its own arguments."""
     level = innermost_level()
     before = _functorch.get_inplace_requires_grad_allowed()
     _functorch.set_inplace_requires_grad_allowed(True)
@@ -107,13 +107,13 @@ def differentiable(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def depends_on_innermost_transform(tensor: Tensor) -> bool:
-    """Inside ``grad`` or ``vjp``, whether ``tensor`` depends on what is differentiated."""
+    """Whether ``tensor`` depends on what the innermost ``grad`` or ``vjp`` differentiates."""
     level = _functorch.peek_interpreter_stack().level()
     return _functorch.maybe_get_level(tensor) == level and tensor.requires_grad
 
 
 def differentiated_outside(tensor: Tensor) -> bool:
-    """Inside ``grad`` or ``vjp``, whether ``tensor`` may also be differentiated outside of it."""
+    """Whether ``tensor`` may also be differentiated outside of the innermost ``grad`` or ``vjp``."""
     transforms = _transforms()
     if any(transform.key() == _functorch.TransformType.Jvp for transform in transforms):
         return True
@@ -167,5 +167,5 @@ def without_batch(gradient: Tensor, level: int, size: int) -> Tensor:
 
 
 def outside_vmap(tensors: Sequence[Tensor], level: int, size: int) -> list[Tensor]:
-    """Inside the ``vmap`` of this level: what it would return for these tensors, ``[size, ...]`` each."""
+    """Return tensors ``[size, ...]``, as the ``vmap`` of this level would return these tensors."""
     return [_functorch._remove_batch_dim(tensor, level, size, 0) for tensor in tensors]

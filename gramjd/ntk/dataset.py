@@ -198,7 +198,7 @@ class _Tiles:
 
     @property
     def samples(self) -> int:
-        """Whose rows this rank keeps."""
+        """The samples whose rows this rank keeps."""
         return sum(self.left.sizes[i] for i in self.kept[self.rank])
 
     def sizes(self, rows: int, columns: int) -> list[int]:

@@ -125,7 +125,7 @@ def output_shape(jac: Jacobian) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Axes:
-    """Which axes of the batched output ``[B, *S]`` are traced, and of which only the diagonal is kept."""
+    """The axes of the batched output ``[B, *S]`` that are traced, or of which only the diagonal is kept."""
 
     ndim: int
     trace: tuple[int, ...]
@@ -174,7 +174,7 @@ class Axes:
         return (found + self.mirrored(found)) / 2 if right is None and self.trace else found
 
     def mirrored(self, kernel: Tensor) -> Tensor:
-        """``K(x1, x2)`` → ``K(x2, x1)``."""
+        """Swap the inputs of a kernel: ``K(x1, x2)`` becomes ``K(x2, x1)``."""
         mirror = {a: a if a in self.diagonal else 2 * self.ndim - 1 - a for a in self.order}
         return kernel.permute([self.order.index(mirror[a]) for a in self.order])
 

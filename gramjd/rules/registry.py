@@ -184,7 +184,7 @@ class Call:
         return entry if covers else None
 
     def with_op(self, op: Op) -> Call:
-        """The same call of another op with the same arguments."""
+        """The call of another op with the same arguments."""
         return Call(op, self.names, self.values, self.positional)
 
     def __call__(self, values: Sequence[Any]) -> Any:

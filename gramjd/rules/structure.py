@@ -26,7 +26,7 @@ P = TypeVar("P", bound=Callable[..., Block | None])
 
 @dataclass(frozen=True)
 class At:
-    """Which output of the op the block is of, and which tracked argument it is wanted of."""
+    """The output of the op that a block belongs to, and the tracked argument that a block is wanted for."""
 
     output: int
     slot: int  # among the leaves of the arguments

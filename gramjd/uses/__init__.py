@@ -1,1 +1,1 @@
-"""Which ops receive a parameter, and the blocks that follow from each such use."""
+"""Finds the ops that receive a parameter, and makes the blocks of each such use."""

@@ -47,7 +47,7 @@ Source = Tensor | Derived
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """What is known of a tracked call while the forward runs; ``call`` holds no tensors."""
+    """The record of a tracked call while the forward runs; ``call`` holds no tensors."""
 
     call: Call
     leaves: tuple[Any, ...]  # of the arguments, in place of tensors their position in ``saved``

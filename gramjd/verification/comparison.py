@@ -92,7 +92,7 @@ class Call(Repeatable):
         return [] if self.exact else list(autocasts().values())
 
     def _precise(self) -> Iterator[Call]:
-        """The same call in a higher precision, if there is one: without autocast, or in float64."""
+        """Yield the call in a higher precision, if there is one: without autocast, or in float64."""
         if self._autocasts():
             yield replace(self, exact=True)
         elif any(torch.finfo(p.dtype).bits < 64 for p in self.given.parameters):

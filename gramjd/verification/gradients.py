@@ -80,7 +80,7 @@ class Repeatable:
         return found
 
     def moved(self: Same) -> Same:
-        """The same call with parameters that are nowhere zero."""
+        """Return the call with parameters that are nowhere zero."""
         generator = torch.Generator().manual_seed(self.seed)
         moved = []
         for p in self.given.parameters:
@@ -183,6 +183,6 @@ _NORMS: dict[Any, Callable[..., Tensor]] = {
 
 
 def noise_like(parameter: Tensor, generator: torch.Generator) -> Tensor:
-    """Normal random numbers."""
+    """Draw normal random numbers of the shape and dtype of a tensor."""
     noise = torch.randn(parameter.shape, generator=generator)
     return noise.to(parameter.device, parameter.dtype)

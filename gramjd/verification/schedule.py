@@ -96,7 +96,7 @@ class Verifier:
             del memory.seen[next(iter(memory.seen))]
 
     def _of_function(self) -> Memory:
-        """What is remembered of the function, from other transforms of it, too."""
+        """Look up what is verified of the function, by other transforms of it, too."""
         function = identity(self._function)
         if function is None:
             return Memory()

@@ -49,7 +49,7 @@ def ops_of(found: Captured) -> list[str]:
 
 
 def kind(leaf: Any) -> Hashable:
-    """What decides on rules: dtypes and dimensions of tensors, whether these are one; flags, integers."""
+    """The properties of arguments that decide on rules: dtypes, dimensions, sizes of one, flags, integers."""
     if isinstance(leaf, Tensor):
         return leaf.dtype, *[min(size, 2) for size in leaf.shape]
     if isinstance(leaf, slice):

@@ -19,10 +19,10 @@ class Gradients(Protocol):
     finest: float  # the shortest |J'w| that rounding leaves its digits, of gradients of trace 1
 
     def image(self, w: Tensor) -> Tensor:
-        """``Gw`` for ``w [B, m]``."""
+        """The product ``Gw`` for ``w [B, m]``."""
 
     def norm(self, w: Tensor) -> Tensor:
-        """``|J'w| [B, 1]``."""
+        """The norms ``|J'w| [B, 1]``."""
 
     def nearest(self, r: Tensor, guess: Tensor | None) -> Tensor:
         """``w`` on the simplex that minimizes ``|J'w + r g_0|``: the hull of the ``g_i + r g_0``."""

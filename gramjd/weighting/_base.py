@@ -65,7 +65,7 @@ class StatefulWeighting(Weighting):
         return {self._kind(): {name: getattr(self, name) for name in self._remembered}}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Go on from there.
+        """Load a saved state.
 
         Raises:
             ValueError: it is the state of another weighting, or none.
@@ -83,11 +83,11 @@ class StatefulWeighting(Weighting):
 
     @classmethod
     def _kind(cls) -> str:
-        """The class that says what is remembered: a subclass of it takes its states."""
+        """The class that defines the saved state; its subclasses accept the state, too."""
         return next(each.__name__ for each in cls.__mro__ if "_remembered" in vars(each))
 
     def reset(self) -> None:
-        """Forget them."""
+        """Forget all earlier calls."""
         raise NotImplementedError
 
 

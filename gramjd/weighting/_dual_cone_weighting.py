@@ -30,7 +30,7 @@ DUAL_CONE = {
 
 
 class DualConeWeighting(Weighting):
-    """Keeps them. The last one assigned counts: a projector, or one of its two numbers."""
+    """Keeps these options. The last assignment counts: a projector, or one of its two numbers."""
 
     if TYPE_CHECKING:
 
@@ -83,7 +83,7 @@ class DualConeWeighting(Weighting):
     _projector: Any = None
 
     def _forget_projector(self) -> None:
-        """Keep its numbers."""
+        """Forget the projector, but keep its numbers."""
         if self._projector is not None:
             self._norm_eps, self._reg_eps = self.norm_eps, self.reg_eps
             self._projector = None

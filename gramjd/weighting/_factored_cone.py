@@ -46,7 +46,7 @@ class Cone:
         return Cone(rows * scale.unsqueeze(-1), reg_eps * scale**2, scale)
 
     def image(self, x: Tensor) -> Tensor:
-        """``x R`` for ``x [k, m]``."""
+        """The product ``x R`` for ``x [k, m]``."""
         return torch.addcmul((x @ self.factor) @ self.factor.mT, x, self.ridge)
 
     def units(self, start: int, stop: int) -> Tensor:

@@ -81,7 +81,7 @@ def prepare(gramian: Tensor | SketchedGramian) -> tuple[Tensor, Callable[[Tensor
 
 
 def prepare_cross(cross: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The same for ``J₁J₂'`` of two batches, which needs to be finite alone.
+    """Check and convert ``J₁J₂'`` of two batches, as :func:`prepare`; it only needs to be finite.
 
     Raises:
         TypeError: it is not a floating-point tensor.

@@ -55,7 +55,7 @@ class _Basis:
                 self.add(columns, number)
 
     def keep(self, columns: Tensor, kept: list[bool]) -> None:
-        """Drop some columns."""
+        """Drop the columns that are not kept."""
         self.used = [n for n, stays in zip(self.used, kept, strict=True) if stays]
         self.q, self.r = torch.linalg.qr(columns[self.used].mT)
 

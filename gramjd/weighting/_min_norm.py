@@ -84,7 +84,7 @@ def _proximal_steps(
 
 
 def simplex_gap(gramian: Tensor, weights: Tensor) -> Tensor:
-    """How far ``w'Gw`` may be from its minimum on the simplex, relative to ``(sum_i w_i |g_i|)²``.
+    """A bound on ``w'Gw`` minus its minimum on the simplex, relative to ``(sum_i w_i |g_i|)²``.
 
     ``w'Gw - min_i (Gw)_i`` bounds it, by convexity; zero at the minimum and only there.
     """

@@ -69,14 +69,14 @@ def optional(kind: Check) -> Check:
 
 
 def real_tensor(name: str, value: Any) -> None:
-    """A tensor of real numbers; whether its shape is the objectives', the call tells."""
+    """A tensor of real numbers; the call compares its shape with the objectives'."""
     if not isinstance(value, Tensor) or value.is_complex() or value.dtype == torch.bool:
         got = value.dtype if isinstance(value, Tensor) else repr(value)
         raise TypeError(f"{name} must be a tensor of real numbers, of the objectives' shape; got {got}.")
 
 
 def vector(name: str, value: Any) -> None:
-    """Likewise, and finite."""
+    """A finite tensor of real numbers; the call compares its shape with the objectives'."""
     real_tensor(name, value)
     if not bool(value.isfinite().all()):
         raise ValueError(f"{name} has NaN or infinite entries.")
@@ -89,7 +89,7 @@ def source(name: str, value: Any) -> None:
 
 
 def function(name: str, value: Any) -> None:
-    """Something to call."""
+    """A callable object."""
     if not callable(value):
         raise TypeError(f"{name} must be a weighting or a function of the Gramian; got {value!r}.")
 

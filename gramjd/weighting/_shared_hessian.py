@@ -139,7 +139,7 @@ def conjugate_gradients(
 
 
 def guess_free(hessian: Tensor, linear: Tensor) -> Tensor:
-    """Which entries of the solutions are positive, nearly; ``hessian [B, m, m]``, ``linear [B, r, m]``."""
+    """Guess which entries of the solutions are positive; ``hessian [B, m, m]``, ``linear [B, r, m]``."""
     size = hessian.shape[-1]
     if size > TINY:
         return warm_start(hessian, linear, *extremes(hessian)) > 0

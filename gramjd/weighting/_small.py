@@ -183,7 +183,7 @@ def conflict_free(matrix: Any, preference: Any, eps: float) -> Any:
 
 
 def aligned(matrix: Any, preference: Any, scale_mode: str, eps: float) -> Any:
-    """Aligned-MTL's weights ``[m]``, likewise."""
+    """Aligned-MTL's weights ``[m]``, for the rounding ``eps`` of the Gramian's dtype."""
     values, vectors = np.linalg.eigh(matrix)
     kept = values > max(float(values[-1]) * len(matrix) * eps, 0.0)
     rank = int(kept.sum())

@@ -25,7 +25,7 @@ def modo_step(cross: Tensor, state: Tensor | None, gamma: float, rho: float) -> 
 
 def sdmgrad_steps(cross: Tensor, state: Tensor | None, lr: float, momentum: float, n_iter: int,
                   lambda_: float, pref_vector: Tensor | None) -> Any:  # fmt: skip
-    """SDMGrad's weights and its next ``w``, both ``[m]``; ``None`` likewise."""
+    """SDMGrad's weights and its next ``w``, both ``[m]``; ``None`` if the matrix or the state is not easy."""
     matrix = finite(cross)
     w = None if matrix is None or not is_fixed(pref_vector) else _start(state, len(matrix))
     if w is None:

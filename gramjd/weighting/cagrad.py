@@ -102,7 +102,7 @@ def _search(matrix: Tensor, c: float, norm_eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _as_function(matrix: Tensor, extra: Tensor, c: float) -> Tensor:
-    """The same by formula: ``s`` with ``Gs = t - Gu`` on its face and ``|J's| = c |g_0|``."""
+    """The weights as a formula: ``s`` with ``Gs = t - Gu`` on its face and ``|J's| = c |g_0|``."""
     free = (extra > 0).unsqueeze(-2)
     slope = matrix.mean(-1)
     one = torch.ones_like(slope)

@@ -105,7 +105,7 @@ class ExcessMTLWeighting(StatefulWeighting):
         self.calls = 0
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Go on from there; the sums are not shared with who saved them."""
+        """Load a saved state; its sums are copied."""
         super().set_extra_state(state)
         self.sums = _copied(self.sums)
 

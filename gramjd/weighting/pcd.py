@@ -193,5 +193,5 @@ class PCDWeighting(StatefulWeighting):
         return weights
 
     def reset(self) -> None:
-        """Forget the averages."""
+        """Forget the averages of earlier calls."""
         self.state = None
