@@ -63,7 +63,7 @@ class Step:
 
 
 def steps(blocks: Sequence[Block], options: Options = DEFAULT) -> list[Step]:
-    """What :func:`gramian` will do with the blocks of one parameter."""
+    """The steps by which :func:`gramian` contracts the blocks of one parameter."""
     found, blocks = [], merge([block for block in blocks if not is_zero(block)])
     for index, u in enumerate(blocks):
         for v in blocks[index:]:
@@ -76,7 +76,7 @@ def steps(blocks: Sequence[Block], options: Options = DEFAULT) -> list[Step]:
 
 
 def steps_of_all(each: Sequence[Sequence[Block]], options: Options = DEFAULT) -> list[list[Step]]:
-    """What :func:`gramians` will do with the blocks of each of several parameters."""
+    """The steps by which :func:`gramians` contracts the blocks of each of several parameters."""
     found = [steps(blocks, options) for blocks in each]
     for n in groups_of(each, options).joined.values():
         found[n] = [replace(step, plan=WITH_WEIGHT, multiply_adds=0, bytes=0) for step in found[n]]
@@ -98,7 +98,7 @@ def _shares(blocks: Sequence[Block], options: Options) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class Groups:
-    """Which of several parameters are contracted together."""
+    """A division of parameters into groups that are contracted together."""
 
     joined: Mapping[int, int]  # positions of weights, and of the biases that cost no product of their own
     short: Sequence[int]  # positions of those whose rows are so short that many are multiplied at once
@@ -112,7 +112,7 @@ class Groups:
 
 
 def groups_of(each: Sequence[Sequence[Block]], options: Options = DEFAULT) -> Groups:
-    """What :func:`gramians` contracts together."""
+    """The parameters that :func:`gramians` contracts together."""
     joined = {
         n: bias
         for n, bias in biased(each).items()

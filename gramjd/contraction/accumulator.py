@@ -78,7 +78,7 @@ class GramianSum:
             self.total[:, others, :, mine].add_(tile.permute(2, 3, 0, 1))
 
     def gramian(self, output: Output, like: Tensor) -> Tensor:
-        """What they add up to, ``[*shape, *reversed(shape)]``; without any, zeros ``like`` a parameter."""
+        """The sum of all shares, ``[*shape, *reversed(shape)]``; without any, zeros ``like`` a parameter."""
         self._add_waiting()
         outputs = Outputs([output], pytree.LEAF, output.samples)
         if self.total is not None:

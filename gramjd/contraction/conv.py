@@ -117,7 +117,7 @@ def _products(block: Conv, points: Tensor, windows: Tensor) -> Tensor:
 
 
 def _points(block: Conv) -> Tensor:
-    """``[K or 1, B, G, p, T]``."""
+    """The points with their positions flattened, ``[K or 1, B, G, p, T]``."""
     points = block.points.transpose(2, 3).transpose(3, 4)
     return points.reshape(*points.shape[:4], -1)
 

@@ -1,4 +1,4 @@
-"""What a plan costs, in units of one multiply-add of a large matrix product."""
+"""The cost of a plan, in units of one multiply-add of a large matrix product."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parameters contracted together.
+"""Contracts several parameters together.
 
 A weight and a bias whose rows are made of the same cotangents; and all parameters of short rows.
 """
@@ -38,7 +38,7 @@ def biased(each: Sequence[Sequence[Block]]) -> dict[int, int]:
 
 
 def _memory(c: Tensor) -> tuple[object, ...] | None:
-    """What two tensors of the same entries in the same order have in common, if that can be told."""
+    """A key that is equal for tensors with the same entries in the same order; ``None`` if unknown."""
     if not is_plain(c):
         return None
     layout = [(size, step) for size, step in zip(c.shape, c.stride(), strict=True) if size > 1]

@@ -12,7 +12,7 @@ from gramjd.contraction.tiles import added, ranges
 
 
 def joint_cost(u: Outer, v: Outer) -> Cost | None:
-    """``T₁T₂·i + T₁T₂·n₂·o + n₁·n₂·T₁·o``."""
+    """The cost of :func:`joint`: ``T₁T₂·i + T₁T₂·n₂·o + n₁·n₂·T₁·o`` multiply-adds."""
     a, b = shared(u.a, 0), shared(v.a, 0)
     if u.transposed != v.transposed or len(a) > 1 or len(b) > 1 or u.c.shape[3:] != v.c.shape[3:]:
         return None

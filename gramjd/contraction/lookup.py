@@ -18,14 +18,14 @@ FEATURES = 16  # though no fewer features of them than these
 
 
 def pairwise_cost(u: Lookup, v: Lookup) -> Cost:
-    """``(n T)²·d``."""
+    """The cost of :func:`pairwise`: ``(n T)²·d`` multiply-adds."""
     (K1, B1, T1, d), (K2, B2, T2) = u.c.shape, v.c.shape[:3]
     pairs = half(u is v, K1 * B1 * T1 * K2 * B2 * T2, K1 * B1 * T1)
     return Cost(pairs * (d + 1), 5 * pairs, 8 * (1 + 2 * pairs // CACHED), 3 * pairs)
 
 
 def pairwise(u: Lookup, v: Lookup, limits: Limits) -> Tensor:
-    """``Σ_{t,s} [id_t = id_s] (c_t · c_s)``."""
+    """Compare all pairs of positions: ``Σ_{t,s} [id_t = id_s] (c_t · c_s)``."""
     (K1, _, T1), (K2, _, T2) = u.c.shape[:3], v.c.shape[:3]
     side = root(limits.cached(CACHED) // (3 * K1 * K2))
 
@@ -97,7 +97,7 @@ def _ranks(u: Lookup, v: Lookup, entries: int) -> tuple[Tensor, Tensor]:
 
 
 def picked_cost(u: Lookup, v: Outer) -> Cost | None:
-    """``n₁ T₁ · n₂ T₂ · d`` or less."""
+    """The cost of :func:`picked`: at most ``n₁ T₁ · n₂ T₂ · d`` multiply-adds."""
     if v.c.shape[3] > 1:
         return None
     (K1, B1, T1, d), (K2, B2, T2) = u.c.shape, v.c.shape[:3]
@@ -127,7 +127,7 @@ def _picked(x: Lookup, y: Outer, dtype: torch.dtype) -> Tensor:
 
 
 def gathered_cost(u: Lookup, v: Dense) -> Cost:
-    """``n₁ T₁ · n₂ · d``."""
+    """The cost of :func:`gathered`: ``n₁ T₁ · n₂ · d`` multiply-adds."""
     (K1, B1, T1, d), n2 = u.c.shape, v.rows[0] * v.rows[1]
     return Cost(K1 * B1 * T1 * n2 * d, 2 * B1 * T1 * n2 * d, 3 * B1, T1 * n2 * d)
 

@@ -1,4 +1,4 @@
-"""What a caller may ask of a contraction, and what that leaves a plan to work with."""
+"""The options of a contraction, and the limits that follow from them for a plan."""
 
 from __future__ import annotations
 
@@ -70,13 +70,13 @@ class Options:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a plan has to work with."""
+    """The memory and the dtype that a plan may use."""
 
     elements: int  # of working memory
     dtype: torch.dtype
 
     def cached(self, elements: int) -> int:
-        """No more than the limit, and no more than these, which stay in a cache."""
+        """The limit, or these elements if they are fewer, such as those that a cache holds."""
         return max(1, min(self.elements, elements))
 
 

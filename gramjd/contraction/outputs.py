@@ -23,7 +23,7 @@ class Output:
 
     @property
     def objectives(self) -> int:
-        """Objectives per sample."""
+        """The number of objectives per sample."""
         return prod([n for d, n in enumerate(self.shape) if d != self.batch_dim])
 
     @property
@@ -36,7 +36,7 @@ class Output:
         return self.start + self.objectives
 
     def with_samples(self, samples: int) -> Output:
-        """The same output of another number of samples."""
+        """Return the output with another number of samples."""
         assert self.batch_dim is not None
         shape = list(self.shape)
         shape[self.batch_dim] = samples

@@ -100,7 +100,7 @@ def _one_position(u: Outer, v: Outer, dtype: torch.dtype, bias: bool = False) ->
 
 
 def unfolded_pairwise(u: Conv, v: Conv, limits: Limits) -> Tensor:
-    """The same for convolutions, unfolded tile by tile."""
+    """Compute :func:`pairwise` for convolutions, which it unfolds tile by tile."""
     G, T = u.points.shape[3], max(u.T, v.T)
     side = max(1, root(limits.cached(CACHED) // (3 * G * u.rows[0] * v.rows[0])))
     unfolded = max(x.lefts * x.p + x.rights * x.q for x in map(Sizes.of, (u, v))) * G * T

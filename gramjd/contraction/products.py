@@ -51,7 +51,7 @@ class Part:
         return {**vars(self), "versions": ()}  # those of copied tensors are others
 
     def of_parameters(self, which: Sequence[int]) -> Part:
-        """Of some of the parameters."""
+        """Return the part with some of its parameters."""
         kept = {n: self.kept[p] for n, p in enumerate(which) if p in self.kept}
         rest = iter(self.versions)
         each = [[next(rest) for _ in _factors([mine])] for mine in self.blocks] if self.versions else []
@@ -72,12 +72,12 @@ class Part:
         return [block for block in self.blocks[number] if not is_zero(block)]
 
     def moved(self, device: torch.device | str | None, dtype: torch.dtype | None) -> Part:
-        """On another device, and with floating-point numbers of another dtype."""
+        """Move the part to another device, and its floating-point numbers to another dtype."""
         blocks = [[_moved(block, device, dtype) for block in mine] for mine in self.blocks]
         return Part.watched(blocks, self.samples)
 
     def objectives(self, which: Tensor) -> Part:
-        """Of some of the objectives of each sample."""
+        """Return the part with some objectives of each sample."""
         return Part([[block.objectives(which) for block in mine] for mine in self.blocks], self.samples)
 
     def memory(self) -> int:
@@ -94,7 +94,7 @@ def gramian(parts: Sequence[Part], which: Sequence[int], K: int, options: Option
 
 
 def _gramian(parts: Sequence[Part], which: Sequence[int], K: int, options: Options, like: Tensor) -> Tensor:
-    """The same, symmetric but for rounding."""
+    """The Gramian of :func:`gramian`, symmetric up to rounding."""
     pieces = _pieces(parts, K, options, like)
     tiles: list[list[Tensor]] = []
     for i, piece in enumerate(pieces):
@@ -104,7 +104,7 @@ def _gramian(parts: Sequence[Part], which: Sequence[int], K: int, options: Optio
 
 
 def tiles(part: Part, K: int, options: Options, like: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """The same over all parameters: tiles ``[K, b, K, b']`` and their samples, none below the diagonal.
+    """Yield the whole Gramian in tiles ``[K, b, K, b']`` with their samples, none below the diagonal.
 
     Those on the diagonal are symmetric but for rounding.
     """
@@ -136,7 +136,7 @@ def _pieces(parts: Sequence[Part], K: int, options: Options, like: Tensor) -> Se
 
 @own_precision
 def keeping(part: Part, which: Sequence[int], K: int, options: Options, like: Tensor) -> Tensor:
-    """The same of one part, which keeps some of the rows that are built for it."""
+    """Compute the Gramian of one part, and keep some of the rows that are built for it."""
     shares, used = [], {}
     for p, rows in contraction.kept_rows({p: part.live(p) for p in which}, options, part.kept):
         part.kept[p] = used[p] = rows

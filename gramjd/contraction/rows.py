@@ -67,7 +67,7 @@ def rows(u: Block, v: Block, limits: Limits) -> Tensor:
 
 
 def _narrow_first(u: Block, v: Block, limits: Limits) -> tuple[Block, Block]:
-    """The same rows with their entries in another order, that of the product which is built faster."""
+    """Reorder the entries of the rows, so that the product that builds them is faster."""
     if not (isinstance(u, Outer) and isinstance(v, Outer)) or u.transposed != v.transposed:
         return u, v
     if any(block.c.shape[3] > 1 or block.sides[0] <= block.grain for block in (u, v)):

@@ -54,14 +54,14 @@ def of_rows(rows: Tensor, K: int) -> Tensor:
 
 
 def positions(block: Block) -> int:
-    """``T``."""
+    """The number of positions ``T``."""
     if isinstance(block, Conv):
         return block.T
     return 0 if isinstance(block, Dense) else block.c.shape[2]
 
 
 def _factors(block: Block) -> Sequence[Tensor]:
-    """What is multiplied."""
+    """The factors that a plan multiplies."""
     if isinstance(block, Dense):
         return (block.values,)
     if isinstance(block, Conv):

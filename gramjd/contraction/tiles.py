@@ -53,7 +53,7 @@ def added(terms: Iterable[Tensor]) -> Tensor:
 
 
 def sum_of(terms: Iterable[Tensor]) -> Tensor | None:
-    """The same; ``None`` if there is none."""
+    """The sum of some tensors, as of :func:`added`; ``None`` if there is none."""
     total = None
     for number, term in enumerate(terms):
         if total is None:
@@ -112,6 +112,6 @@ def _inner(left: Tensor, right: Tensor) -> Tensor:
 
 
 def canonical(square: Tensor, rows1: tuple[int, int], rows2: tuple[int, int]) -> Tensor:
-    """``[B₁ K₁, B₂ K₂]`` → ``[K₁, B₁, K₂, B₂]``."""
+    """Reorder ``[B₁ K₁, B₂ K₂]`` to ``[K₁, B₁, K₂, B₂]``."""
     (K1, B1), (K2, B2) = rows1, rows2
     return square.view(B1, K1, B2, K2).permute(1, 0, 3, 2)

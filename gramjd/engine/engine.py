@@ -307,7 +307,7 @@ class Engine:
         return finite.of_gramian(gramian, output, None if dim is None else dim % output.ndim)
 
     def _jacobian_of_ranks(self, output: Tensor, group: Any) -> Jacobian:
-        """That of this rank's output, of all registered parameters: ranks may use some each."""
+        """The Jacobian of this rank's output by all registered parameters; ranks may use different ones."""
         with distributed.taking_part(group, getattr(output, "device", torch.device("cpu"))):
             jac = self.jacobian(output)
             parameters, spec = pytree.flatten(self._registry.named())

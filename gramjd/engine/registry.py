@@ -76,7 +76,7 @@ class Registry:
         return {name: p for name, p in parameters.items() if p is not None and not distributed.is_sharded(p)}
 
     def lockstep(self) -> Lockstep | None:
-        """For a sharded model; it shows its sharded parameters from then on."""
+        """The lockstep of a sharded model, which shows its sharded parameters from now on."""
         if not self.shards.units:
             return None
         if not self.shards.sharded:  # the engine has seen no other than gathered ones

@@ -63,14 +63,14 @@ def refuse_flat(modules: Iterable[nn.Module]) -> None:
 
 @dataclass
 class Shards:
-    """What an engine has seen of sharded parameters, by module and name."""
+    """The sharded parameters that an engine has seen, by module and name."""
 
     whole: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     sharded: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     units: dict[int, nn.Module] = field(default_factory=dict)  # by id of the whole parameter
 
     def note(self, module: nn.Module, name: str, p: Tensor, unit: nn.Module | None) -> None:
-        """What a module holds at the time."""
+        """Note a parameter that a module holds at this time."""
         if is_sharded(p):
             self.sharded[id(module), name] = p
         elif unit is not None:
@@ -104,7 +104,7 @@ def refuse_parallel(named: dict[str, Tensor], leaves: dict[int, Tensor]) -> None
 
 @dataclass
 class Lockstep:
-    """What the ranks of a sharded model do together, for one output."""
+    """The steps that the ranks of a sharded model take together, for one output."""
 
     mesh: Any  # DeviceMesh
     device: torch.device

@@ -46,7 +46,7 @@ class Scaled:
     def attempt(
         self, step: Callable[[], Any], leaves: Callable[[], Iterable[Tensor]], per: Per = None
     ) -> Any:
-        """What ``step`` returns; or, where the scale may be to blame for an overflow, infinite gradients.
+        """Run ``step``; on an overflow that the scale may cause, set infinite gradients and raise nothing.
 
         By these ``scaler.step`` knows that it must skip the step, and ``scaler.update`` lowers the scale. The
         weights are NaN then; of groups there are none.
@@ -63,7 +63,7 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Step:
-    """What a user asked of one step."""
+    """The request of a user for one step."""
 
     weighting: Weightings
     per: Per = None  # groups of parameters that get weights of their own

@@ -1,4 +1,4 @@
-"""What type checkers know of a Jacobian: of which type its outputs are, and its parameters.
+"""The types of a Jacobian's outputs and parameters, for type checkers.
 
 At run time there is nothing: a base class whose subscripts mean nothing. The defaults of the type
 variables need ``typing_extensions``, which is thus read by type checkers alone.
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     In = TypeVar("In", default=Any)  # the PyTree of parameters
 
     class Typed(Generic[Out, In]):
-        """Of outputs of type ``Out`` and parameters of type ``In``."""
+        """A Jacobian of outputs of type ``Out`` with respect to parameters of type ``In``."""
 
 else:
     Out = In = Any
 
     class Typed:
-        """``Jacobian[Out, In]``, for annotations."""
+        """The base class that makes ``Jacobian[Out, In]`` valid in annotations."""
 
         __class_getitem__ = classmethod(GenericAlias)

@@ -1,4 +1,4 @@
-"""Which parameters are meant: groups and choices by name."""
+"""Selects parameters by name: groups and choices."""
 
 from __future__ import annotations
 

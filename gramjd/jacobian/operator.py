@@ -69,7 +69,7 @@ def _rows(crossed: Any, jac: Jacobian[Any]) -> list[Any]:
 
 
 def _matrix(generalized: Tensor, left: int) -> Tensor:
-    """``[*left, *reversed(right)]`` → ``[prod(left), prod(right)]``."""
+    """Reshape ``[*left, *reversed(right)]`` to ``[prod(left), prod(right)]``."""
     order = [*range(left), *reversed(range(left, generalized.ndim))]
     straight = generalized.permute(order)
     return straight.reshape(straight.shape[:left].numel(), -1)

@@ -1,1 +1,1 @@
-"""What an engine reads from the graph of an output: structure, layouts, signatures."""
+"""Reads the graph of an output: its structure, layouts and signatures."""

@@ -30,7 +30,7 @@ def uncovered(output: Tensor) -> tuple[set[int], set[Any]]:
 
 @dataclass
 class _Search:
-    """What was found of a graph."""
+    """A search of a graph, with its findings."""
 
     leaves: set[int] = field(default_factory=set)  # ids
     opened: set[Any] = field(default_factory=set)  # nodes of derived tensors
@@ -108,6 +108,6 @@ def _through(node: Any, arguments: set[Any]) -> tuple[set[Any], set[int]]:
 
 
 def _children(node: Any, taps: bool = True) -> set[Any]:
-    """What a node passes gradients to; half of that of a recorded use are its taps."""
+    """The nodes that receive gradients of a node; of a recorded use, half of them are its taps."""
     edges = node.next_functions
     return {child for child, _ in (edges if taps else edges[: len(edges) // 2]) if child is not None}

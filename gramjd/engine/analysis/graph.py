@@ -24,7 +24,7 @@ from gramjd.internals import (
 
 @dataclass(frozen=True)
 class Graph:
-    """What an output's graph tells."""
+    """The facts that an engine reads from the graph of an output."""
 
     nodes: list[Any]  # of uses and module calls, in the order of the forward
     leaves: dict[int, Tensor]  # the tensors whose gradients the graph leads to, by id

@@ -52,7 +52,7 @@ class Scattered(Layout):
 
     @cached_property
     def _places(self) -> tuple[Tensor, Tensor]:
-        """Which entry is in each place of each sample, and is there any: ``[B, n]``."""
+        """The entry in each place of each sample, and whether there is one, both ``[B, n]``."""
         counts = self.sample_of.bincount(minlength=self.samples)
         n = int(counts[: self.samples].max())
         order, at = self.sample_of.argsort(stable=True), torch.arange(n, device=self.sample_of.device)

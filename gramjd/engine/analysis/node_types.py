@@ -29,7 +29,7 @@ from gramjd import internals
 
 
 class Sizes(Enum):
-    """What of the shapes of a node's inputs and outputs decides on where entries come from."""
+    """The sizes of a node's inputs and outputs that decide from where its entries come."""
 
     ANY = auto()  # their ranks and equalities: the same picture in every size
     RESHAPE = auto()  # which dimensions are merged or split
@@ -39,7 +39,7 @@ class Sizes(Enum):
 
 
 class Nan(Enum):
-    """What becomes of NaN in the backward pass of a node."""
+    """The effect of NaN in the backward pass of a node."""
 
     MULTIPLIED = auto()  # it reaches all that the output could depend on
     SELECTED = auto()  # entry by entry it is dropped where the data say so
@@ -52,7 +52,7 @@ class Nan(Enum):
 
 @dataclass(frozen=True)
 class NodeType:
-    """What is known of a type of node; the attributes of the numbers it saves that belong to a signature."""
+    """The known facts about a type of node, and the saved numbers that belong to a signature."""
 
     sizes: Sizes
     nan: Nan
@@ -172,7 +172,7 @@ _DIMS = ("dim", "dims", "dimension")
 
 @functools.lru_cache(maxsize=1024)
 def facts_of(kind: Any) -> NodeType | None:
-    """What is known of a type of node; ``None`` for one that is not listed."""
+    """Look up the facts about a type of node; ``None`` for one that is not listed."""
     name = internals.name_of_type(kind)
     if name in _IDENTITIES and internals.is_torchs_own(kind):
         return NodeType(Sizes.ANY, Nan.MULTIPLIED)

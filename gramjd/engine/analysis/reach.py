@@ -1,4 +1,4 @@
-"""What the graph of some tensors leads to: leaves, and which of their uses were recorded."""
+"""The leaves behind some tensors, and which of their uses were recorded."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def _is_over_leaves(node: Any) -> bool:
 
 def _sizes_of(node: Any, facts: NodeType, inputs: tuple[Shape, ...], outputs: tuple[Shape, ...],
               samples: int) -> Hashable:  # fmt: skip
-    """What of the sizes at a node belongs to the key."""
+    """The sizes at a node that belong to the key."""
     kind: Any = type(node)
     named = _hashable(getattr(node, facts.dims)) if facts.dims else None
     grouped = facts.sizes is Sizes.WINDOW and (saved_value(node, "groups") or 1) > 1
@@ -109,7 +109,7 @@ def _sizes_of(node: Any, facts: NodeType, inputs: tuple[Shape, ...], outputs: tu
 @functools.lru_cache(maxsize=4096)  # every step asks for every node
 def _sizes_token(kind: Any, sizes: Sizes, named: Hashable, grouped: bool, inputs: tuple[Shape, ...],
                  outputs: tuple[Shape, ...], samples: int, unknown: int) -> Hashable:  # fmt: skip
-    """What of the sizes at a node belongs to the key.
+    """The sizes at a node that belong to the key.
 
     Args:
         kind: its type.
@@ -145,7 +145,7 @@ def _if_there(sizes: Sequence[Shape], samples: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _reshape(before: Shape, after: Shape, samples: int) -> tuple[Hashable, tuple[tuple[int, str], ...]]:
-    """What a reshape has in the key, and where ``B`` is among the factors of dimensions of samples."""
+    """The part of a reshape in the key, and the place of ``B`` among the factors of sample dimensions."""
     groups = _groups(before, after)
     if groups is None:
         return (before, after, samples), ()

@@ -1,1 +1,1 @@
-"""What an engine records of the forward that the user runs."""
+"""Records the forward pass that the user runs."""

@@ -40,7 +40,7 @@ class _Renewed(torch.autograd.Function):
 
 
 class Aliases:
-    """Which tensors with nodes share which memory; keeps them alive, as the recorder that it is of does."""
+    """The tensors with nodes, by the memory that they share; keeps them alive, as its recorder does."""
 
     def __init__(self) -> None:
         self.groups: dict[int, list[tuple[Tensor, Tensor]]] = {}  # with a node, as the op returned it
@@ -54,7 +54,7 @@ class Aliases:
             self.originals[id(marked)] = original
 
     def call(self, op: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> Any:
-        """What an op that returns views gives for the tensors without nodes, whose views autograd knows."""
+        """Call an op that returns views on the tensors without nodes, because autograd knows their views."""
         mine, named = replaced(args, self.originals), replaced(kwargs, self.originals)
         return out if mine is args and named is kwargs else op(*mine, **named)
 

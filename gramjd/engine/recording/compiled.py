@@ -76,7 +76,7 @@ class StandIns:
         self.modules: list[weakref.ref[nn.Module]] | None = []
 
     def note(self, module: nn.Module) -> None:
-        """See to it that the hooks are called around the compiled calls of a module."""
+        """Have the hooks called around the compiled calls of a module."""
         call: Any = compiled_call(module)
         if self.modules is None or (isinstance(call, StandIn) and self.hooks in call.hooks):
             return

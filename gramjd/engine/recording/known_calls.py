@@ -25,7 +25,7 @@ class KnownCalls:
         self.state: tuple[int, ...] = ()  # of the rules and the parameters of the last forward
 
     def of(self, parameters: Sequence[Tensor], alone: bool) -> KnownCalls:
-        """What is known for these parameters: nothing of others, which it would keep alive.
+        """The known calls of these parameters; drop those of others, which would keep them alive.
 
         Only if the engine is ``alone`` in watching a forward: else records could hold parameters of others.
         """

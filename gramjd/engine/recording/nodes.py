@@ -77,7 +77,7 @@ def attach(
 
 
 def values_of(node: Any) -> list[Tensor]:
-    """What a node saved, detached."""
+    """The values that a node saved, detached."""
     return [t.detach() for t in (node.saved_tensors if node.values is None else node.values)]
 
 

@@ -1,4 +1,4 @@
-"""What a node of the graph holds: an op that received a parameter, or a call of a whole module."""
+"""The data of a node in the graph: an op that received a parameter, or a call of a whole module."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NUMBERS = itertools.count()  # of marks, in the order of the forward
 
 @dataclass(frozen=True)
 class Replay:
-    """What the replay of a fused op needs besides its arguments."""
+    """The data that the replay of a fused op needs besides its arguments."""
 
     rng_state: Tensor | None  # of the CPU before the op, if it drew random numbers
     sizes: tuple[tuple[int, ...], ...]  # of its arguments, which tell how many steps there are
@@ -59,7 +59,7 @@ class OpMark:
 
     @property
     def signature(self) -> Hashable:
-        """The same for the same op with the same settings, and parameters in the same places."""
+        """A key that is equal for the same op with the same settings and parameters in the same places."""
         record = self.record
         slots = tuple([(slot.index, id(s) if isinstance(s := slot.source, Tensor) else s.output)
                        for slot in record.slots])  # fmt: skip
@@ -89,12 +89,12 @@ class CallMark:
 
     @property
     def signature(self) -> Hashable:
-        """The same for calls of the same module."""
+        """A key that is equal for calls of the same module."""
         return ("call", id(self.module), self.names, tuple(self.autocasts.items()))
 
 
 def _settings(leaves: Sequence[Any]) -> Hashable:
-    """What a call received besides tensors, but for numbers that only scale: they may change by the step."""
+    """The arguments of a call that are no tensors, without numbers that only scale: steps may change them."""
     return tuple([leaf if isinstance(leaf, (bool, int, str, NoneType)) else type(leaf) for leaf in leaves])
 
 
@@ -149,7 +149,7 @@ def lose(tensor: Tensor, cause: str) -> None:
 
 
 def _follow(node: Any, mark: OpMark) -> bool:
-    """See to it that there is a node behind the gradient of a use in which the parameter is used again."""
+    """Put a node behind the gradient of a use, if this gradient uses the parameter again."""
     found, count = gradient_op(mark.record), len(mark.record.saved)
     slots = _saved(node)[count:]
     edge = None if found is None else edge_to_input(node, set(mark.arguments), slots)
@@ -180,7 +180,7 @@ def _follow(node: Any, mark: OpMark) -> bool:
 
 
 def _saved(node: Any) -> list[Tensor]:
-    """What a node saved; nothing, if some of it was written in place since."""
+    """The tensors that a node saved; none, if one of them was written in place since."""
     try:
         return list(node.saved_tensors)
     except RuntimeError:

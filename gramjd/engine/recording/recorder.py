@@ -303,7 +303,7 @@ class Recorder(Tracker):
             self.__enter__()
 
     def switch_off(self) -> None:
-        """End the recording."""
+        """Switch this recorder off."""
         self.calls.clear()
         _THREAD.recorder = self.outer
         if self.outer is not None:
@@ -348,7 +348,7 @@ _WRITTEN = "wrote it into a part of another tensor"
 
 
 def _drew(before: Tensor) -> str:
-    """Why an op is lost that drew random numbers since the generator was in this state."""
+    """The reason not to record an op, if it drew random numbers since the generator had this state."""
     drew = not torch.equal(before, torch.get_rng_state())
     return "drew random numbers when it used it" if drew else ""
 

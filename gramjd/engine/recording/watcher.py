@@ -160,7 +160,7 @@ class BeforeHook:
 
 
 class AfterHook(BeforeHook):
-    """A forward hook, likewise; called without ``kwargs`` and output if the forward raised."""
+    """A forward hook, like :class:`BeforeHook`; it gets no ``kwargs`` and output if the forward raised."""
 
     def __call__(self, module: nn.Module, args: Any, *rest: Any) -> Any:
         if is_compiling():

@@ -18,7 +18,7 @@ from gramjd.uses.use import Derived, Record, Use, names_of_leaves, roots
 
 
 class Unusable(Exception):
-    """Why the blocks of a use cannot follow from what was recorded of it."""
+    """Raised with the reason why the record of a use does not determine its blocks."""
 
 
 def use_of(part: Part, index: int, layouts: Layouts, split: Mapping[Record, Layout],
@@ -67,7 +67,7 @@ def _of_all_outputs(mark: OpMark, cs: Cotangents) -> Cotangents:
 
 def _by_sample(part: Part, index: int, layout: Layout, values: Sequence[Tensor], slots: Sequence[Tensor]
                ) -> list[Tensor]:  # fmt: skip
-    """What a node saved for rules, samples first."""
+    """The values that a node saved for rules, samples first."""
     if not values:
         return []
     record: Record = part.nodes[index].record.record
@@ -103,7 +103,7 @@ def _saved(part: Part, index: int) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def no_layout(record: Record, mixed: frozenset[int]) -> str:
-    """Why the output of an op has no layout of samples."""
+    """The reason why the output of an op has no layout of samples."""
     name = op_name(record.call.op)
     if record.derived:
         return f"an op that was not recorded used the result of {name}"

@@ -1,4 +1,4 @@
-"""What to say of NaN and infinity: of which samples they are, and which op they come from."""
+"""Errors about NaN and infinity: they name the samples and the op that they come from."""
 
 from __future__ import annotations
 

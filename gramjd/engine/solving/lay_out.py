@@ -1,4 +1,4 @@
-"""Which entries of the cotangents of a region belong to which sample, measured or proven.
+"""Assigns the entries of a region's cotangents to samples, by measurement or by a proof.
 
 What is equal in exact arithmetic differs by rounding, and by how much depends on what computed it (a
 float32 normalisation inside a float64 model, autocast). So where a difference is small but not
@@ -34,7 +34,7 @@ Sizes = Mapping[int, frozenset[int]]  # by id of a parameter
 
 @dataclass(frozen=True)
 class Finding:
-    """What is found of the layouts of one or more outputs of uses."""
+    """The findings about the layouts of one or more outputs of uses."""
 
     met: frozenset[Layout | None] = frozenset()  # layouts; None for one that samples depend on each other in
     mixed: frozenset[int] = frozenset()  # ids of parameters whose uses have cross-sample dependence
@@ -43,7 +43,7 @@ class Finding:
 
     @staticmethod
     def of(all_of: Sequence[Finding]) -> Finding:
-        """All of them together."""
+        """Combine several findings."""
         flattened: dict[int, frozenset[int]] = {}
         for each in all_of:
             for root, sizes in each.flattened.items():
@@ -93,7 +93,7 @@ def _without_samples(part: Part, passes: Passes) -> Laid:
 
 
 def _use_beyond(part: Part, layouts: Sequence[Layouts]) -> tuple[bool, bool, bool]:
-    """What measured layouts are good for: ``seen``, ``lasts`` and ``scattered`` of :class:`Laid`."""
+    """The validity of measured layouts: ``seen``, ``lasts`` and ``scattered`` of :class:`Laid`."""
     found, given = list(chain(*layouts)), chain(*part.cotangents)
     scattered = any(isinstance(layout, Scattered) for layout in found)
     seen = not any(layout is ZERO and c is not None for layout, c in zip(found, given, strict=True))
@@ -203,7 +203,7 @@ def _dependence(part: Part, index: int, shape: Sequence[int]) -> Finding:
 
 
 def _sizes_of(layout: Layout, shape: Sequence[int]) -> Finding:
-    """How many entries the samples have in one dimension, and with another flattened into it."""
+    """The numbers of entries of the samples in one dimension, and with another one flattened into it."""
     if layout.dim < 0 or isinstance(layout, Scattered):
         return Finding()
     size, dims = shape[layout.dim], shape[:-1] or shape

@@ -1,4 +1,4 @@
-"""What one region has of a problem: its nodes with their cotangents, fused ops as the nodes of a replay."""
+"""The part of a problem in one region: nodes with their cotangents, fused ops as the nodes of a replay."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Part:
         return any(precision is not None for precision in self.precisions)
 
     def precision(self, node: int) -> torch.dtype | None:
-        """That of the op whose replay a node is of; ``None`` for a node of the user's forward."""
+        """The precision of the replayed op of a node; ``None`` for a node of the user's forward."""
         return self.precisions[node] if self.precisions else None
 
     def is_batch_independent(self, node: int) -> bool:
@@ -57,7 +57,7 @@ class Part:
         return self.precision(node) is None and self.region[self.places[node]] in opened
 
     def pattern(self, layouts: Sequence[Layouts]) -> Pattern:
-        """What blocks depend on besides the recorded uses: which outputs have samples, and in what layout."""
+        """The layouts of all outputs with samples; besides the recorded uses, blocks depend only on these."""
         kinds = [tuple([_kind(layout) for layout in mine]) for mine in layouts]
         marks = [node.record for node in self.nodes]
         ops = [mark.record.call.op if isinstance(mark, OpMark) else mark.names for mark in marks]

@@ -57,12 +57,12 @@ class Passes:
 
     @cached_property
     def v(self) -> Tensor:
-        """Weights ``[K, B]``."""
+        """Random weights ``[K, B]``."""
         return self._weights(0)
 
     @cached_property
     def others(self) -> Tensor:
-        """Others like them."""
+        """Other random weights ``[K, B]``."""
         return self._weights(1)
 
     def _weights(self, number: int) -> Tensor:
@@ -72,14 +72,14 @@ class Passes:
 
     @cached_property
     def with_gradients(self) -> Passes:
-        """The same with the gradients of parameters."""
+        """These passes, with the gradients of parameters."""
         if self.busy:
             raise Later
         return Passes(self.problem, self.calls, True, self.projected)
 
     @property
     def unprojected(self) -> Passes:
-        """The same with all entries of every cotangent."""
+        """These passes, with all entries of every cotangent."""
         return self._whole if self.projected else self
 
     @cached_property
@@ -94,7 +94,7 @@ class Passes:
 
     @cached_property
     def again(self) -> Pass:
-        """The same but for rounding."""
+        """A pass with the same weights, which differs by rounding."""
         return self._run(_SCALE * self.v)
 
     @cached_property

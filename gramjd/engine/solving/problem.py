@@ -1,4 +1,4 @@
-"""What is solved: one output to differentiate, with respect to parameters."""
+"""The problem that an engine solves: one output to differentiate with respect to parameters."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Problem:
 
     @cached_property
     def objectives(self) -> int:
-        """``K``, per sample."""
+        """The number ``K`` of objectives per sample."""
         return gramians.rows_first(self.output, self.batch_dim).shape[0]
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What is decided for the graphs of one structure, and what is proven of them. All of it is frozen."""
+"""The decisions for the graphs of one structure, and what is proven of them. All of it is frozen."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Layouts = Sequence[Layout | None]  # of the outputs of a node; None: cross-sampl
 
 @dataclass(frozen=True)
 class Program:
-    """What each later graph of one structure is solved by.
+    """The decisions by which each later graph of one structure is solved.
 
     Nothing in it depends on data: ``complete`` says that blocks of these strategies, in right layouts, add
     up to autograd's gradients.
@@ -37,7 +37,7 @@ class Program:
 
     @staticmethod
     def of(problem: Problem) -> Program:
-        """What the graph alone decides."""
+        """Make the decisions that follow from the graph alone."""
         nodes, regions = problem.graph.nodes, tuple(regions_of(problem.graph.nodes))
         outside, opened = uncovered(problem.output)
         places = frozenset(index for index, node in enumerate(nodes) if node in opened)
@@ -49,7 +49,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Separation:
-    """How far it is proven that samples are apart in graphs of one separation key, in these layouts."""
+    """How far the independence of samples is proven, for one separation key and its layouts."""
 
     layouts: Mapping[int, Sequence[Layouts]]  # of the nodes of each region, but for fused ops
     samples: int
@@ -64,7 +64,7 @@ class Separation:
 
 @dataclass(frozen=True)
 class Known:
-    """What earlier graphs have proven of this one, and the keys under which that is remembered."""
+    """The proofs of earlier graphs that hold for this one, and the keys under which they are kept."""
 
     structure: Hashable = None
     key: Hashable = None  # of the separation
@@ -91,7 +91,7 @@ class Known:
 
 @dataclass(frozen=True)
 class Solution:
-    """What a call has found out, for the next one of its like."""
+    """The findings of a call, for later calls with the same structure."""
 
     program: Program
     separation: Separation | None = None

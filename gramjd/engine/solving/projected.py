@@ -1,4 +1,4 @@
-"""What is kept of the gradients and cotangents of a weighted pass: of large ones, random projections.
+"""The gradients and cotangents of a weighted pass; of large ones, only random projections are kept.
 
 All gradients of a model, or all cotangents of a forward, take as much memory as the model or the forward; the
 products take a fraction of it. Sums and comparisons of two tensors are those of their products. By these, a
@@ -35,7 +35,7 @@ class Gradient:
 
     @staticmethod
     def of(gradient: Tensor) -> Gradient:
-        """What to keep of a gradient."""
+        """Keep a gradient, projected if it is large."""
         if gradient.is_sparse:  # of Embedding(sparse=True)
             gradient = gradient.to_dense()
         wide = torch.float32 if gradient.dtype in (torch.float16, torch.bfloat16) else None
@@ -47,7 +47,7 @@ class Gradient:
         return Gradient(gradient.reshape(-1, columns) @ _vectors(columns, gradient), columns, size, finite)
 
     def less(self, blocks: Sequence[Block], weights: Tensor) -> Tensor:
-        """What is left of the values without those of ``Jᵀ w`` from the blocks."""
+        """Return the values minus those of ``Jᵀ w``, computed from the blocks."""
         left = self.values
         if not self.columns:
             for block in blocks:
@@ -73,7 +73,7 @@ class Probed:
 
     @staticmethod
     def of(cotangent: Tensor) -> Probed:
-        """What to keep of a cotangent."""
+        """Keep a cotangent, projected if it is large."""
         large = cotangent.ndim > 1 and cotangent.numel() > _SMALL_COTANGENT
         if not large or cotangent.shape[-1] < _FEATURES:
             return Probed(cotangent)

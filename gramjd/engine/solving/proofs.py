@@ -1,4 +1,4 @@
-"""What an engine has proven, and how far it trusts it.
+"""Remembers the proofs of an engine, and decides which graphs they cover.
 
 Two things are proven of the graph of an output, each with a key of its own:
 
@@ -35,7 +35,7 @@ _FAILED = (
 
 @dataclass(frozen=True)
 class Proof:
-    """What is proven of graphs of one structure."""
+    """The proof for graphs of one structure."""
 
     program: Program
     separations: Mapping[Hashable, Separation] = field(default_factory=dict)  # by separation key
@@ -44,7 +44,7 @@ class Proof:
 
 
 class Proofs:
-    """What an engine has proven.
+    """All proofs of an engine.
 
     Args:
         audit: the most calls between two audits of a structure; ``None`` for no audits.
@@ -57,7 +57,7 @@ class Proofs:
     def recall(
         self, graph: Graph, held: tuple[int, ...], shape: tuple[int, ...], samples: int | None
     ) -> Known:
-        """What is known of a graph; ``samples`` is ``None`` without a batch dimension."""
+        """Look up what is known of a graph; ``samples`` is ``None`` without a batch dimension."""
         structure = graph.structure, held
         key, unlisted = _separation_key(graph, shape, samples)
         proof = self.known.get(structure)
@@ -106,7 +106,7 @@ def _forget_first(known: dict[Hashable, Any], most: int) -> None:
 
 
 def describe(request: Request, solution: Solution, always: bool) -> str:
-    """What the result of a call rests on; ``always``: whether each call is verified."""
+    """Describe the evidence for the result of a call; ``always``: whether each call is verified."""
     problem, known, program = request.problem, request.known, solution.program
     if "losses" in program.strategies.values():
         return "The rows are those of ordinary backward passes, one for each loss."
@@ -127,7 +127,7 @@ def describe(request: Request, solution: Solution, always: bool) -> str:
 
 
 def _of_separation(known: Known, separation: Separation | None) -> str:
-    """What the layouts rest on."""
+    """Describe the evidence for the layouts."""
     if known.unlisted:
         return f"every call measures where the samples are: nothing is proven of {known.unlisted}"
     if separation is None:

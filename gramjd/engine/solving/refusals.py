@@ -1,4 +1,4 @@
-"""What to say where a parameter has no exact strategy, or samples depend on each other."""
+"""Errors for parameters without an exact strategy, and for samples that depend on each other."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ _BATCH_NORM = (
 
 
 def _normalises_by_batch(problem: Problem) -> bool:
-    """Is there a batch normalisation by statistics of the batch in the graph?"""
+    """Whether the graph contains a batch normalisation by statistics of the batch."""
     order = problem.graph.order
     return any(
         "BatchNorm" in name_of_type(type(node)) and saved_value(node, "training") is not False

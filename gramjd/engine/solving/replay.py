@@ -93,7 +93,7 @@ def replay(node: Any, cotangents: Cotangents, probed: Sequence[Probed | None] | 
 
 
 def _flat(cotangents: Cotangents, outputs: Sequence[Tensor]) -> Tensor:
-    """``[K, entries of all outputs]``."""
+    """The cotangents of all outputs side by side, ``[K, entries of all outputs]``."""
     K = next(len(c) for c in cotangents if c is not None)
     parts = [
         t.new_zeros(K, t.numel()) if c is None else c.flatten(1)

@@ -34,20 +34,20 @@ _PRODUCTS = ("Addmm", "Bmm", "Mm", "Mv")
 
 @dataclass(frozen=True)
 class Reached:
-    """Where NaN is in a cotangent: for each dimension that samples may lie in, at which of its entries."""
+    """The entries of a cotangent that NaN reaches, for each dimension that samples may lie in."""
 
     shape: tuple[int, ...]
     along: Mapping[int, Tensor]  # by dimension, bool
 
     @staticmethod
     def of(cotangent: Tensor, samples: int) -> Reached:
-        """What is needed of a mask that takes as much memory as the cotangents of the whole forward."""
+        """Reduce a mask to its lines: the masks of a whole forward take as much memory as its cotangents."""
         mask, shape = cotangent.isnan(), tuple(cotangent.shape)
         dims = [dim for dim, size in enumerate(shape) if samples and size % samples == 0]
         return Reached(shape, {dim: mask.movedim(dim, 0).flatten(1).any(1) for dim in dims})
 
     def samples(self, layout: Layout, number: int) -> Tensor:
-        """Which samples it reaches in a layout."""
+        """The samples that NaN reaches in a layout."""
         return replace(layout, dim=0).split(self.along[layout.dim], 0, number).flatten(1).any(1)
 
 
@@ -56,7 +56,7 @@ Gradients = Sequence[Tensor | None]
 
 
 def patterns_for(samples: int) -> int:
-    """How many passes tell each sample from each other one (Sperner 1928): about ``log2(B) + 1``."""
+    """The number of passes that tell all samples apart (Sperner 1928): about ``log2(B) + 1``."""
     n = 2
     while math.comb(n, n // 2) < samples:
         n += 1
@@ -165,7 +165,7 @@ def _is_sparse(node: Any) -> bool:
 
 @contextmanager
 def _passed_on(nodes: Iterable[Any], watched: bool) -> Iterator[list[str]]:
-    """While the context lasts, NaN passes through nodes that choose, whatever the data are.
+    """A context in which NaN passes through nodes that choose by value, whatever the data are.
 
     The names of others that drop it all the same are collected, if they are watched.
     """

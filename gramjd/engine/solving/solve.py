@@ -33,7 +33,7 @@ Emit = Callable[[Sequence[tuple[Tensor, list[Block]]]], None]
 
 @dataclass(frozen=True)
 class Request:
-    """What a call of an engine asks for."""
+    """The request of one call of an engine."""
 
     problem: Problem
     known: Known
@@ -44,7 +44,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Solved:
-    """What one region has found out."""
+    """The findings of one region."""
 
     number: int
     laid: Laid
@@ -267,7 +267,7 @@ class _Run:
 
 def _separation(request: Request, program: Program, layouts: Mapping[int, Sequence[Layouts]],
                 masks: list[Masks] | None) -> Separation | None:  # fmt: skip
-    """What is proven of the layouts, a little more than before where they are the same.
+    """Extend the proof of the layouts by this call, if they are the same as before.
 
     With ranks in step, the masks are those of all patterns, if they were needed.
     """

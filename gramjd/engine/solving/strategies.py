@@ -26,7 +26,7 @@ Found = dict[str, list[Block]]  # by name of the parameter; those not covered ar
 
 @dataclass(frozen=True)
 class Material:
-    """What blocks are built from: of a region, or of the whole problem where no part of it is needed."""
+    """The input of a strategy: a region, or the whole problem where no part of it is needed."""
 
     problem: Problem
     program: Program
@@ -180,7 +180,7 @@ def by_rows(material: Material, parameters: Mapping[str, Tensor]) -> Candidate:
 
 
 def _dense(parameters: Mapping[str, Tensor], rows: Sequence[Tensor | None], origins: Sequence[str]) -> Found:
-    """Rows as blocks."""
+    """Wrap rows as ``Dense`` blocks."""
     return {
         name: [] if row is None else [Dense(row, origin=origin)]
         for name, row, origin in zip(parameters, rows, origins, strict=True)

@@ -16,7 +16,7 @@ from gramjd.engine.recording.nodes import Cotangents
 
 
 class Later(Exception):
-    """What a region needs cannot be done while a backward pass is in progress."""
+    """Raised if a region needs a step that cannot run while a backward pass is in progress."""
 
 
 class Stream:
