@@ -74,9 +74,13 @@ def conflict_rate(source: Source, threshold: float = 0.0) -> float:
 def outliers(source: Source, whisker: float = 1.5) -> Tensor:
     """The objectives whose gradients are far longer than most, the longest first.
 
-    Those beyond the upper fence of a box plot, the third quartile plus ``whisker`` interquartile
-    ranges (Tukey 1977): mislabelled samples, for instance. Norms of clean data have a long tail, too, of
-    which ``whisker=3`` takes less.
+    An objective counts if its norm is above the upper fence of a box plot: the third quartile plus
+    ``whisker`` interquartile ranges (Tukey 1977). Samples with a wrong label are often among them. So are
+    samples that are hard to learn, even if all labels are right.
+
+    Args:
+        source: a Gramian, or a Jacobian of one output.
+        whisker: a larger number returns fewer objectives.
 
     Returns:
         Their indices, int64.
