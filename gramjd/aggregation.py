@@ -41,7 +41,7 @@ def graddrop(
     *,
     generator: torch.Generator | None = None,
 ) -> In:
-    """GradDrop: of each entry of the gradient, either the positive or the negative ones are kept.
+    """GradDrop: keeps, for each entry of the gradient, either its positive or its negative terms.
 
     Chen et al. (2020), "Just Pick a Sign", arXiv 2010.06808, Algorithm 1, lines 10 to 15. With the
     purity ``P_k = (1 + Σ_i J_ik / Σ_i |J_ik|) / 2`` and a uniform number ``U_k``, the ``J_ik > 0`` count

@@ -19,14 +19,14 @@ def explain(target: Jacobian | nn.Module, *args: Any, batch_dim: int | None = 0,
 
     Args:
         target: a Jacobian, of :func:`gramjd.jacobian` or :meth:`gramjd.Engine.jacobian`; or a module.
-        args, kwargs: of the module, which is called once, under an engine of its own.
-        batch_dim: of the module's output (or of the loss), as for :class:`gramjd.Engine`.
-        loss: makes a tensor of objectives of the module's output, or a list of them; the output itself by
-            default.
+        args, kwargs: the arguments of the module, which is called once.
+        batch_dim: the batch dimension of the module's output, or of the loss, as for :class:`gramjd.Engine`.
+        loss: a function from the module's output to a tensor of objectives, or a list of them. By default,
+            the output itself is the objectives.
 
     Returns:
-        An :class:`Explanation` to iterate over or to print. A bias whose plan is ``with its weight``
-        shares the products of that and costs none of its own.
+        An :class:`Explanation` to iterate over or to print. A bias with the plan ``with its weight`` uses the
+        products of its weight, and needs none of its own.
 
     Raises:
         TypeError: ``target`` is something else, or a module's output is no tensor and ``loss`` is

@@ -19,17 +19,17 @@ from gramjd.jacobian import Jacobian
 
 @dataclass(frozen=True)
 class Row:
-    """A pair of blocks of one parameter (mostly a block and itself), as it will be contracted.
+    """The product of two blocks of one parameter, mostly of a block with itself.
 
     Attributes:
-        parameter: its name.
-        shape: of the parameter.
-        op: that used it.
-        block: type and sizes.
-        plan: how the blocks are contracted.
-        multiply_adds: that this takes.
-        bytes: of working memory.
-        reason: why a parameter of several dimensions has a ``Dense`` block; empty otherwise.
+        parameter: the name of the parameter.
+        shape: the shape of the parameter.
+        op: the op that uses it.
+        block: the type and the sizes of the block.
+        plan: the order of operations.
+        multiply_adds: the number of multiply-adds.
+        bytes: the working memory, in bytes.
+        reason: the reason for a ``Dense`` block of a parameter with several dimensions; empty otherwise.
     """
 
     parameter: str
@@ -61,8 +61,8 @@ class Explanation:
     ``h.{0-11}.weight``.
 
     Attributes:
-        rows: of each parameter, one for each pair of its blocks.
-        proof: what the blocks were verified by, of an :class:`gramjd.Engine`.
+        rows: one row for each pair of blocks of each parameter.
+        proof: the evidence for the blocks of an :class:`gramjd.Engine`; empty for other Jacobians.
     """
 
     rows: Sequence[Row]

@@ -39,26 +39,27 @@ def gradients_dataset(
 ) -> GradientStore:
     """Sketches and norms of the gradients of all samples of a dataset, in a folder of ``.npy`` files.
 
-    One pass over the loader; memory holds the factors of one batch. After an interruption, even ``kill -9``,
-    the same call goes on with the batch where it stopped, and the files are in the end those of a run that
-    was not interrupted, to the byte if the gradients are. A call with a loader that goes on after the same
-    batches appends those that are new. Batches that are there are read and compared, not computed.
+    It reads the loader once; memory holds the factors of one batch. After an interruption, even ``kill -9``,
+    the same call continues with the batch where it stopped. The files are then the same as without the
+    interruption. If the loader has more batches than before, the call appends the new ones. Batches that are
+    stored are read and compared, but not computed again.
 
     Args:
-        jacobian: from a batch as the loader gives it to its Jacobian, by either face, for instance
+        jacobian: a function from a batch of the loader to its Jacobian, such as
             ``lambda batch: jac(params, *batch)`` with ``jac = gramjd.jacobian(func)``, or
-            ``lambda batch: engine.jacobian(criterion(model(batch[0]), batch[1]))``. To move batches to a
-            device is its job. Its parameters must not change meanwhile.
+            ``lambda batch: engine.jacobian(criterion(model(batch[0]), batch[1]))``. It moves the batch to a
+            device, if needed. The parameters must not change between batches.
         loader: a ``DataLoader`` that does not shuffle, a list, or any other iterable of batches that gives
             the same ones in every pass.
-        path: of a folder, made if it is not there. For one process at a time, but for ``shard``.
-        dim, seed, kind: of the sketches, see :meth:`gramjd.Jacobian.sketch`.
-        dtype: in which sketches are stored: float32, float64, bfloat16, or float16 with a power of two for
-            each row.
-        ids: from a batch to an integer for each of its samples; the default is their position.
-        shard: ``(rank, ranks)``: for several processes at once, which call this with the same path and
-            their own part of the dataset each. :meth:`gramjd.GradientStore.open` of the path joins them in
-            order of ranks; parts that follow each other keep the order of the dataset.
+        path: a folder; it is created if it does not exist. Only one process may use it at a time, unless
+            ``shard`` is given.
+        dim, seed, kind: as in :meth:`gramjd.Jacobian.sketch`.
+        dtype: the dtype of the stored sketches: float32, float64, bfloat16, or float16 with a power of two
+            for each row.
+        ids: a function from a batch to an integer for each sample; by default its position in the dataset.
+        shard: ``(rank, ranks)``, for several processes at once. Each calls this function with the same path
+            and its own part of the dataset. :meth:`gramjd.GradientStore.open` joins the parts in order of
+            ranks.
         progress: show a bar, if tqdm is installed.
 
     Returns:

@@ -44,11 +44,12 @@ def influence(
 ) -> Tensor | TopK:
     """``(G + λI)⁻¹ v`` of the kernel ``G = J Jᵀ`` of a whole dataset, for ``v = J g`` of queries' gradients.
 
-    How much each training sample has to do with each query once what samples share is taken out: the dual
-    weights of kernel regression with ridge ``λ``, and, for losses, influence functions with the damped
-    empirical Fisher matrix (Koh and Liang, arXiv 1703.04730). As ``(G + λI)⁻¹ J = J (JᵀJ + λI)⁻¹``,
-    conjugate gradients run in the space of the parameters, for all queries at once. Each iteration is one
-    pass over the dataset; memory holds the factors of one batch and five gradients for each query.
+    It tells how much each training sample matters for each query, without what many samples have in common.
+    These are the dual weights of kernel regression with ridge ``λ``; for losses, they are influence functions
+    with the damped empirical Fisher matrix (Koh and Liang, arXiv 1703.04730). Because
+    ``(G + λI)⁻¹ J = J (JᵀJ + λI)⁻¹``, conjugate gradients run in the space of the parameters, for all queries
+    at once. Each iteration is one pass over the dataset. Memory holds the factors of one batch and five
+    gradients for each query.
 
     Args:
         queries: the Jacobian of one tensor of losses, of any shape ``Q``.
@@ -59,7 +60,7 @@ def influence(
         tol: norm of the residual ``g - (JᵀJ + λI) u`` of each query, relative to that of ``g``, that the
             result is proved to be within; by the products of the last pass, not by a recurrence.
         max_passes: over the dataset, at most.
-        topk: for each query, the so many largest entries alone.
+        topk: return only so many largest entries for each query.
 
     Returns:
         ``[*Q, N]`` on the CPU; with ``topk``, values and indices ``[*Q, topk]``.

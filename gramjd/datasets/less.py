@@ -55,7 +55,7 @@ def less(
             it is.
         parameters: by the names that they have in the Jacobians, the tensors that the optimizer steps:
             ``dict(model.named_parameters())``.
-        topk: for each query, the so many largest cosines alone.
+        topk: return only so many largest cosines for each query.
 
     Returns:
         ``[*Q, N]`` on the CPU; with ``topk``, values and indices ``[*Q, topk]``.

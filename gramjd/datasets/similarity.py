@@ -47,12 +47,12 @@ def similarity(
         left, right: stores of one output for each sample that share their projection, or arrays or tensors
             of rows, ``[m, dim]`` and ``[n, dim]``, such as a store's ``sketches``; half precision is
             multiplied in float32.
-        cosine: of the angle between the rows (of two sketches: between these). A row of zeros has cosine 0.
-        topk: for each row of ``left``, the so many largest entries alone: the others are not kept. Of equal
-            scores, any.
-        damping: ``λ > 0``, for ``L Rᵀ (R Rᵀ + λI)⁻¹`` in place of ``L Rᵀ``: the influence of samples by
-            their damped kernel, as of :func:`gramjd.influence`, of sketches (TRAK, Park et al., arXiv
-            2303.14186). By a factorization of ``RᵀR + λI``, ``[dim, dim]``, in float64.
+        cosine: return cosines of the angles between the rows. A row of zeros has cosine 0.
+        topk: return only so many largest scores for each row of ``left``. The order of equal scores is not
+            defined.
+        damping: ``λ > 0``: return ``L Rᵀ (R Rᵀ + λI)⁻¹`` in place of ``L Rᵀ``, the influence of samples as in
+            :func:`gramjd.influence`, from sketches (TRAK, Park et al., arXiv 2303.14186). It factorizes
+            ``RᵀR + λI``, ``[dim, dim]``, in float64.
 
     Returns:
         ``[m, n]`` on the CPU; with ``topk``, values and indices ``[m, topk]``.
@@ -119,8 +119,8 @@ def dataset_similarity(
         jacobian: from a batch to its Jacobian, of one loss for each sample, as in
             :func:`gramjd.gradients_dataset`.
         loader: an iterable of batches.
-        cosine: of the angle between gradients. A gradient of zero has cosine 0.
-        topk: for each query, the so many largest scores alone: the others are not kept.
+        cosine: return cosines of the angles between gradients. A zero gradient has cosine 0.
+        topk: return only so many largest scores for each query.
 
     Returns:
         ``[*Q, N]`` on the CPU; with ``topk``, values and indices ``[*Q, topk]``.
@@ -167,8 +167,13 @@ def tracin(
         rates: the learning rate at each checkpoint.
         topk: as in :func:`gramjd.dataset_similarity`.
 
-    Returns, raises:
-        As :func:`gramjd.dataset_similarity`; a ``ValueError`` also for no checkpoints, or unequal numbers.
+    Returns:
+        ``[*Q, N]`` on the CPU; with ``topk``, values and indices ``[*Q, topk]``.
+
+    Raises:
+        ValueError: as :func:`gramjd.dataset_similarity`; there is no checkpoint, or the numbers of queries,
+            functions and rates differ.
+        NotFiniteError: a score is NaN or infinite.
     """
     if not queries or not len(queries) == len(jacobians) == len(rates):
         raise ValueError(

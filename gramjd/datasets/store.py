@@ -33,15 +33,14 @@ class GradientStore:
     """Sketches and norms of the gradients of a dataset, as :func:`gramjd.gradients_dataset` writes them.
 
     Attributes:
-        path: of the folder.
-        sketches: of ``sketches.npy``, ``[N, *S, dim]`` for outputs ``S`` per sample: mapped into memory, or
-            of half precision a ``Decoded`` array, which gives float32 when it is
-            read: the file holds float16 that lacks the powers of two of ``scales.npy``, ``[N, *S]``, as
-            gradients are often too small for float16; or the bits of bfloat16. Of several shards, their
-            arrays as one, which is read in pieces.
-        norms: ``norms.npy``, of the gradients themselves, ``[N, *S]``.
+        path: the folder.
+        sketches: an array ``[N, *S, dim]``, for outputs of shape ``S`` per sample: ``sketches.npy``, mapped
+            into memory. In half precision, it is a ``Decoded`` array, which returns float32 when you index
+            it: the file has either float16 without the powers of two in ``scales.npy`` (``[N, *S]``), or the
+            bits of bfloat16. The arrays of several shards are joined.
+        norms: ``norms.npy``, the norms ``[N, *S]`` of the gradients themselves.
         ids: ``ids.npy``, ``[N]``.
-        settings: what they were computed from.
+        settings: the options and a description of the parameters.
     """
 
     path: Path

@@ -66,9 +66,9 @@ def grad(
 
     Args:
         func: a pure function of one sample, ``func(params, *sample) -> losses``, as in :func:`jacobian`.
-        weighting: from the Gramian, ``[B, *S, *reversed(S), B]`` for losses ``S`` of each sample, to weights
-            ``[B, *S]``. If the function returns a PyTree of several tensors, from the matrix of all losses
-            to a vector, both in the order of the flattened leaves.
+        weighting: a function from the Gramian, ``[B, *S, *reversed(S), B]`` for losses of shape ``S`` per
+            sample, to weights ``[B, *S]``. If ``func`` returns several tensors, it gets the Gramian of all
+            losses as a matrix and returns a vector, both in the order of the flattened leaves.
         argnums, in_dims, has_aux, randomness, chunk_size: as in :func:`jacobian`.
         flat: whether the weighting takes ``[m, m]`` and returns ``[m]`` also for one tensor of losses.
 
@@ -140,9 +140,14 @@ def grad_and_value(
 ) -> Callable[..., tuple[PyTree, Any]]:
     """Like :func:`grad`, but return the losses, too, from one run of the function.
 
+    The arguments are those of :func:`grad`.
+
     Returns:
         A function that returns ``(gradients, losses)``, or ``(gradients, (losses, aux))`` if ``has_aux``, as
         ``torch.func.grad_and_value``; losses are ``[B, *S]``.
+
+    Raises:
+        TypeError, ValueError: as :func:`grad`.
     """
     lazy = jacobian_and_value(
         func, argnums, in_dims, has_aux=has_aux, randomness=randomness, chunk_size=chunk_size

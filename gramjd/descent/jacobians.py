@@ -45,23 +45,23 @@ def jac(outputs: Losses, inputs: Inputs, *, jac_outputs: Losses | None = None, b
         chunk_size: int | None = None) -> Jacobian[Tensor, Any]:  # fmt: skip
     """The Jacobian of any tensors with respect to any tensors of their graph: leaves or intermediate ones.
 
-    Lazy for parameters of modules that were recorded in the forward pass, by an ``Engine`` or within
-    ``with gramjd.record(...)``: it stores factors alone. Of all other tensors it holds the rows, ``[m, n]``
-    numbers, which takes a backward pass for each of the ``m`` rows. ``J.gramian()``, ``J.vjp(w)`` and
-    ``J.dense()`` are the same for either, ``J.backward(w)`` for leaves.
+    For parameters of modules that the forward pass recorded (by an ``Engine``, or within
+    ``with gramjd.record(...)``), it stores only factors. For all other tensors it stores the rows, ``[m, n]``
+    numbers, and takes one backward pass for each of the ``m`` rows. ``J.gramian()``, ``J.vjp(w)`` and
+    ``J.dense()`` work for both. ``J.backward(w)`` needs leaves.
 
     Args:
         outputs: the tensor to differentiate, or a list or tuple, as in :meth:`gramjd.Engine.compute_gramian`.
             The graph is kept.
         inputs: what to differentiate with respect to: a tensor, a module (its trainable parameters, by name),
             or a mapping or an iterable of these, each tensor once. Complex ones count as pairs of real ones.
-        jac_outputs: ``[m, *output.shape]`` for each output, with the same ``m``: the Jacobian is then of
-            the ``m`` sums of their products with the outputs. With the dense Jacobian of a later part of a
-            graph they are the chain rule.
-        batch_dim: the dimension of the outputs along which there are independent samples, as of
-            ``Engine``. It is what makes a Jacobian of many recorded losses cheap.
-        chunk_size: how many rows one backward pass takes at once where there are no factors. By default one
-            up to 16 rows, else 64 (or one, where an op does not know better).
+        jac_outputs: cotangents ``[m, *output.shape]`` for each output, with the same ``m``. The rows of the
+            Jacobian are then their products with that of the outputs, summed over the outputs. With the
+            dense Jacobian of a later part of the graph, this is the chain rule.
+        batch_dim: the dimension of the outputs that counts independent samples, as of ``Engine``. Pass it
+            for many recorded losses: it saves a backward pass for each of them.
+        chunk_size: how many rows one backward pass computes at once, where there are no factors. The default
+            is one for up to 16 rows, and 64 for more, or one if an op has no batching rule.
 
     Returns:
         A :class:`gramjd.Jacobian` of the outputs, joined, whose parameters are structured like ``inputs``.

@@ -14,16 +14,15 @@ from gramjd.engine import Engine
 def record(*modules: nn.Module) -> Iterator[None]:
     """A context in which forward passes are recorded, for :func:`gramjd.backward` and the like.
 
-    The record lives in the graph of what the forward returns, as long as that does. What an ``Engine`` does
-    besides, to remember what it measured of a model, is done anew for every backward: in a training loop
-    that counts milliseconds, keep one.
+    The record is part of the graph, and is freed with it. Each backward pass proves its result anew. In a
+    training loop, an ``Engine`` is faster, because it remembers what it has proven.
 
     Args:
-        modules: whose calls are recorded, each with its whole subtree. They are as they were afterwards.
+        modules: the modules to record, each with its whole subtree. The context leaves them unchanged.
 
     Raises:
-        TypeError: an argument is no module.
-        ValueError: there is none.
+        TypeError: an argument is not a module.
+        ValueError: there is no module.
 
     Examples:
         >>> with gramjd.record(model):

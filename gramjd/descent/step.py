@@ -38,26 +38,26 @@ def backward(losses: Losses, weighting: Weightings, modules: Inputs = None, *, b
              ) -> Any:  # fmt: skip
     """A step of Jacobian descent: Gramian, weights, and the weighted gradient added to ``.grad``.
 
-    It takes the place of ``losses.mean().backward()``, and needs nothing before the forward pass. What
-    it costs depends on that: of a forward that ran as any other, one backward pass for each loss, and
-    memory for as many gradients, which is the cheapest there is for a few task losses. For one loss per
-    sample run the forward within ``with gramjd.record(model):`` and name the ``batch_dim``: the Gramian is
-    then made of factors, as by an :class:`gramjd.Engine`.
+    It replaces ``losses.mean().backward()``, and needs nothing before the forward pass. It then takes one
+    backward pass for each loss, and memory for as many gradients: this is cheapest for a few task losses.
+    For one loss per sample, run the forward pass within ``with gramjd.record(model):`` and pass
+    ``batch_dim``: the Gramian is then made of factors, as by an :class:`gramjd.Engine`.
 
     Args:
         losses: a tensor of losses of any shape, or a list or tuple of tensors: all their entries, one after
-            the other; with a ``batch_dim``, their stack along a new last dimension (a first one where
-            ``batch_dim`` is negative).
-        weighting: from their Gramian to one weight for each, such as those of ``gramjd.weighting``.
-        modules: what the Gramian is of: modules, or tensors, leaves or not, such as the output of an encoder
-            in place of its parameters (MGDA-UB: Sener and Koltun, arXiv 1810.04650). ``None`` for all leaves
-            of the losses' graph. Gradients go to all leaves in any case.
-        batch_dim: the dimension of the losses along which there are independent samples.
+            the other. With a ``batch_dim``, a list means the stack along a new last dimension (a new first
+            one, if ``batch_dim`` is negative).
+        weighting: a function from their Gramian to one weight for each, such as those of
+            ``gramjd.weighting``.
+        modules: the modules or tensors with respect to which the Gramian is computed. A tensor need not be a
+            leaf: the output of an encoder may replace its parameters (MGDA-UB: Sener and Koltun, arXiv
+            1810.04650). ``None``: all leaves of the losses' graph. All leaves get gradients in any case.
+        batch_dim: the dimension of the losses that counts independent samples.
         per: groups of parameters with weights of their own, as in :meth:`gramjd.Engine.backward`.
         flat: whether the weighting takes ``[m, m]`` and returns ``[m]``, as TorchJD's do.
         inputs: the leaves that get gradients; all of them by default.
-        retain_graph: whether a backward pass for the gradients keeps the graph, as in ``torch``. Where the
-            Gramian is of all leaves there is none: the graph is kept until nobody holds the losses.
+        retain_graph: whether the backward pass for the gradients keeps the graph, as in ``torch``. If the
+            Gramian is of all leaves, no such pass runs, and the graph stays until you delete the losses.
         scaler: a ``GradScaler``, as in :meth:`gramjd.Engine.backward`.
         chunk_size: as in :func:`gramjd.jac`.
 

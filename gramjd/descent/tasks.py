@@ -22,33 +22,33 @@ def mtl_backward(losses: Losses, features: Losses, weighting: Weights, *, shared
                  ) -> Tensor:  # fmt: skip
     """A step of several tasks that share an encoder: each head by its own loss, the encoder by all of them.
 
-    Adds to ``.grad`` of each task's own parameters the plain gradient of its loss, and to that of the shared
-    ones ``Jᵀ w``, where ``J`` has a row for each task, and ``w`` are weights computed from ``J Jᵀ``. Costs
-    a backward pass of each head, and of the encoder one for each task; with ``wrt="features"`` one
-    altogether. In a forward pass that was recorded
-    (:func:`gramjd.record`, an ``Engine``) the encoder's Jacobian is made of factors.
+    Each task's own parameters get the plain gradient of its loss. The shared parameters get ``Jᵀ w``, where
+    ``J`` has a row for each task, and the weights ``w`` are computed from ``J Jᵀ``. A step takes one backward
+    pass through each head, and one through the encoder for each task. With ``wrt="features"``, one pass
+    through the encoder is enough. If the forward pass was recorded (:func:`gramjd.record`, an ``Engine``),
+    the encoder's Jacobian is made of factors.
 
     Args:
-        losses: of the tasks, scalars, in a list or one tensor ``[tasks]``.
-        features: what the encoder gives the heads: a tensor, or several, of which a task may use some. All
-            that the losses have in common goes through them.
-        weighting: from the Gramian ``[tasks, tasks]`` to weights ``[tasks]``.
-        shared: the encoder: modules, or tensors; by default all leaves that the features depend on. Frozen
-            parameters of modules take no part.
-        tasks: of each task its head, modules or tensors likewise; by default all leaves that its loss
-            depends on by no feature. A parameter in several gets the sum of their gradients; one that neither
-            ``shared`` nor ``tasks`` name gets none.
-        wrt: what the Gramian is of: the ``"shared"`` parameters, or the ``"features"`` (MGDA-UB, an upper
-            bound of their norms: Sener and Koltun, arXiv 1810.04650, Section 3.2).
-        grad_tensors: for losses that are no scalars, their cotangents, as of ``torch.autograd.backward``.
-        retain_graph: whether the encoder's part of the graph stays with ``wrt="features"``, as in ``torch``.
-            The rest is kept until nobody holds the losses.
+        losses: one scalar loss for each task, in a list or in one tensor ``[tasks]``.
+        features: the outputs of the encoder that the heads use: a tensor, or several, of which a task may use
+            some. All paths from the losses to shared parameters must go through them.
+        weighting: a function from the Gramian ``[tasks, tasks]`` to weights ``[tasks]``.
+        shared: the modules or tensors of the encoder; by default all leaves that the features depend on.
+            Frozen parameters of modules take no part.
+        tasks: the modules or tensors of each task's head; by default all leaves that its loss depends on by a
+            path outside of the features. A parameter of several tasks gets the sum of their gradients. A
+            parameter that neither ``shared`` nor ``tasks`` names gets none.
+        wrt: compute the Gramian with respect to the ``"shared"`` parameters, or to the ``"features"``
+            (MGDA-UB, an upper bound: Sener and Koltun, arXiv 1810.04650, Section 3.2).
+        grad_tensors: cotangents of losses that are not scalars, as in ``torch.autograd.backward``.
+        retain_graph: with ``wrt="features"``, whether the encoder's part of the graph is kept, as in
+            ``torch``. The rest of the graph stays until you delete the losses.
         scaler: a ``GradScaler``, as in :meth:`gramjd.Engine.backward`.
         chunk_size: as in :func:`gramjd.jac`.
-        group: a ``torch.distributed`` process group, or a ``DeviceMesh`` of one dimension, each rank of which
-            calls this for its own samples. The loss of a task is the sum over ranks, of which each rank's
-            ``losses`` have a share: divide sums over samples by the number of all samples. The Gramian is
-            that of the sums, and the weights are the same on every rank.
+        group: a ``torch.distributed`` process group, or a ``DeviceMesh`` of one dimension. Each rank calls
+            this function for its own samples. The loss of a task is the sum of its ``losses`` over ranks, so
+            divide sums over samples by the number of all samples. The Gramian is that of the sums, and the
+            weights are the same on every rank.
         averaged: with a group, whether gradients are averaged over it, as by ``DistributedDataParallel``;
             ``False`` for a training loop that adds up the ranks' gradients by itself.
 
@@ -57,9 +57,9 @@ def mtl_backward(losses: Losses, features: Losses, weighting: Weights, *, shared
 
     Raises:
         NotCoveredError: features have no graph, or no loss depends on them.
-        ValueError: a loss reaches shared parameters by something else than the features; parameters are
-            shared and a task's, or of another task; a feature is computed from another; losses are no
-            scalars.
+        ValueError: a loss depends on shared parameters by a path outside of the features; a parameter is
+            both shared and a task's, or listed for a task whose loss does not depend on it; a feature is
+            computed from another; a loss is not a scalar.
         NotFiniteError: losses or their Gramian have NaN or infinite entries.
         TypeError: the arguments hold something else than tensors; a parameter is sharded over ranks.
         RanksDisagreeError: ranks have other tasks, parameters or options; all of them raise it.

@@ -31,20 +31,19 @@ class Monitor:
     Args:
         writer: a ``SummaryWriter`` or anything with its ``add_scalar`` and ``add_figure``; ``None``
             to keep the history alone.
-        scalars: at which steps numbers are taken: every so many, where a function of the step says
-            so, or never (``None``). At other steps a call costs nothing.
-        figures: at which steps figures are drawn; needs matplotlib.
-        prefix: of the tags.
-        per: how the layers of figures are grouped, as for :func:`gramjd.diagnostics.layers`: the model,
-            for instance.
+        scalars: the steps at which numbers are taken: every ``scalars``-th step; the steps for which a
+            function returns true; or none (``None``). At other steps a call costs nothing.
+        figures: the steps at which figures are drawn, likewise; needs matplotlib.
+        prefix: the beginning of each tag.
+        per: the layers in figures, as for :func:`gramjd.diagnostics.layers`, such as the model.
 
     Attributes:
-        steps: at which numbers were taken.
+        steps: the steps at which numbers were taken.
         history: these numbers by name: ``conflict_rate``, ``effective_rank``, ``mean_norm``,
             ``largest_norm``, ``outliers`` (how many) and, where weights were given,
             ``angle_to_mean`` (degrees), ``raised`` (the share of objectives that the step raises, to
             first order) and ``least_descent`` (the smallest cosine of a gradient and the step).
-        weights: at these steps, where they were given.
+        weights: the weights of these steps, if they were given.
 
     Raises:
         ValueError: a number of steps is not positive, or figures are asked for without a writer.
@@ -86,11 +85,11 @@ class Monitor:
         """Take the numbers and draw the figures that are due at a step.
 
         Args:
-            step: its number.
-            source: the Gramian of the step; or its Jacobian, whose Gramian is then computed anew.
-            weights: that the step uses, shaped like the objectives. Given always or never.
-            labels: of each objective, for the figures.
-            jacobian: of the step, with which layers are drawn, too; needless if the source is one.
+            step: the number of the step.
+            source: the Gramian of the step, or its Jacobian, of which the Gramian is then computed.
+            weights: the weights of the step, shaped like the objectives; pass them always or never.
+            labels: a label for each objective, for the figures.
+            jacobian: the Jacobian of the step, to draw its layers, if ``source`` is a Gramian.
 
         Raises:
             ValueError: the weights or labels do not fit the objectives; weights came or went.

@@ -1,9 +1,9 @@
 """Numbers of a Gramian: conflicts, norms, spectrum, descent; plain functions of tensors.
 
-A *source* is a Gramian, ``[m, m]`` or the generalized ``[*shape, *reversed(shape)]``, whose objectives
-are then numbered as in the flattened output; or a :class:`~gramjd.Jacobian` of one output. Results are
-float64 tensors on the CPU. A source that is neither raises ``TypeError``; a Gramian that cannot be one
-(its shape, NaN, asymmetry) raises ``ValueError``.
+A *source* is a Gramian or a :class:`~gramjd.Jacobian` of one output. A Gramian is ``[m, m]`` or generalized,
+``[*shape, *reversed(shape)]``; its objectives are numbered as in the flattened output. Results are float64
+tensors on the CPU. Other sources raise ``TypeError``. A tensor that cannot be a Gramian (by its shape, NaN or
+asymmetry) raises ``ValueError``.
 """
 
 from __future__ import annotations
@@ -169,9 +169,9 @@ def layers(
         jacobian: of one output.
         labels: of each objective; the mean gradients of the labels are then compared. Without labels,
             every pair of objectives.
-        per: groups of parameters, as for :meth:`gramjd.Jacobian.gramian`; or a model, for its modules
-            in its own order. By default the modules that the parameters' names tell of. A model and a
-            mapping keep their order, others are sorted by name.
+        per: groups of parameters, as for :meth:`gramjd.Jacobian.gramian`; or a model, for its modules in
+            order. By default, parameters are grouped by module, as their names show. A model and a mapping
+            keep their order; other groups are sorted by name.
 
     Returns:
         Cosine similarities ``[layers, pairs]``, NaN where a gradient is zero in the layer; the names of

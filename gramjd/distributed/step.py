@@ -14,19 +14,18 @@ def local_weights(weights: Tensor, output: Losses, group: Any, *, batch_dim: int
                   averaged: bool = True) -> Tensor:  # fmt: skip
     """This rank's share of the weights of all ranks' objectives, for its own backward pass.
 
-    With it, ``output.backward(share)`` and ``J.backward(share)`` give every rank of a model under
-    ``DistributedDataParallel`` or ``fully_shard`` the gradients that one process with all samples
-    would have. Those wrappers divide the sum of the ranks' gradients by the number of ranks, and so
-    the share is multiplied by it: here, and nowhere else.
+    Pass the share to ``output.backward(share)`` or ``J.backward(share)``. Under ``DistributedDataParallel``
+    or ``fully_shard``, every rank then gets the gradients that one process with all samples would get. These
+    wrappers divide the sum of the gradients by the number of ranks, so the share is multiplied by it.
 
     Args:
-        weights: of all ranks' objectives, in order of ranks, the same on every rank.
-        output: this rank's objectives, of which the shape counts; a list or tuple of them as in
+        weights: the weights of all ranks' objectives, in order of ranks; the same on every rank.
+        output: this rank's objectives, of which only the shape counts; or a list or tuple of them, as in
             :meth:`gramjd.Engine.compute_gramian`.
-        group: the process group over which gradients are averaged; each rank of it calls this.
-        batch_dim: the dimension of samples; ``None`` where the objectives are sums over ranks, so
-            that each rank's shares of them take all weights.
-        averaged: ``False`` for a training loop that adds up the ranks' gradients by itself.
+        group: the process group over which gradients are averaged; each of its ranks calls this function.
+        batch_dim: the dimension of the samples. ``None``: the objectives are sums over ranks, and each rank
+            uses all weights for its share of the sums.
+        averaged: ``False`` for a training loop that adds up the gradients of all ranks itself.
 
     Returns:
         Weights of the shape of ``output``, detached.

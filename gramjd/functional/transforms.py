@@ -74,9 +74,9 @@ def jacobian(
 ) -> Callable[..., Any]:
     """Transform a per-sample function into one that returns its lazy Jacobian over a batch.
 
-    ``func`` runs once, but for checks. All outputs, values and derivatives can be differentiated and mapped
-    further by the transforms of ``torch.func``. ``torch.compile(fullgraph=True)`` makes one graph of it all,
-    as of torch 2.13.
+    ``func`` runs once, and once more where results are verified. The transforms of ``torch.func`` can map
+    and differentiate all results. As of torch 2.13, ``torch.compile(fullgraph=True)`` makes one graph of a
+    call.
 
     What a call verifies is remembered for ``func``. A transform that is made anew in each step, of the same
     function or of a lambda of the same code over the same objects, does not verify it again.
@@ -87,20 +87,21 @@ def jacobian(
             of real tensors.
         argnums: position of the argument to differentiate with respect to, or a tuple of several,
             whose Jacobian is then with respect to the tuple. All samples share them.
-        in_dims: which dimension of each argument is the batch, as in ``torch.func.vmap``: one entry
-            for each positional argument (an ``int`` or a PyTree of them that is a prefix of it), ``None``
-            for what all samples share, such as those that ``argnums`` names. An ``int`` means all
-            arguments but these. ``None`` alone: there is no batch, and the function is called as it is.
-            Keyword arguments are batched along dimension 0 wherever there is a batch.
-        has_aux: ``func`` returns ``(output, aux)``; the result is then ``(jacobian, aux)``. Tensors
-            in ``aux`` come back as a batch; what else there is, as in the function's last call.
+        in_dims: which dimension of each argument is the batch, as in ``torch.func.vmap``: one entry for each
+            positional argument, an ``int``, ``None`` or a PyTree of them that is a prefix of the argument.
+            ``None`` means that all samples share the argument, such as those that ``argnums`` names. A single
+            ``int`` counts for all other arguments. A single ``None`` means that there is no batch: the
+            function gets the arguments as they are. Keyword arguments are batched along dimension 0, if there
+            is a batch.
+        has_aux: ``func`` returns ``(output, aux)``; the result is then ``(jacobian, aux)``. Tensors in
+            ``aux`` are returned as a batch. Other values are those of the last call of ``func``.
         randomness, chunk_size: as in ``torch.func.vmap``.
-        check: whether results are proved equal to ``torch.func``'s gradient with random weights, by one more
-            forward and backward pass: ``"first"``, the first of each structure (kinds of arguments, and ops
-            that received parameters), and at growing distances, see ``audit``; ``"always"``; ``"never"``.
-            Inside other transforms, and where something traces the call, it is left out.
-        audit: under ``"first"``, results of a structure are proved again at its second, fourth, eighth …
-            call, at last after every so many; ``None``: never again.
+        check: when results are proved equal to ``torch.func``'s gradient with random weights, by one more
+            forward and backward pass. ``"first"``: the first result of each structure (kinds of arguments,
+            and ops that received parameters), and later ones by ``audit``. ``"always"``: each result.
+            ``"never"``. Inside other transforms, and while the call is traced, nothing is proved.
+        audit: with ``check="first"``, the result is proved again in the second, fourth, eighth … call of a
+            structure, and in every ``audit``-th; ``None``: never again.
 
     Returns:
         A function of ``func``'s arguments, batched as ``in_dims`` says, that returns a
@@ -114,7 +115,8 @@ def jacobian(
             or ``audit`` is none of the above.
         NotImplementedError: the function writes into a parameter in place, or does what no transform of
             torch takes (``.item()``, checkpoints).
-        CheckFailedError: the result is not what ``torch.func`` says, or was not since an earlier call.
+        RuntimeError: the function writes into a tensor that an earlier op's gradient needs.
+        CheckFailedError: the result differs from that of ``torch.func``, now or since an earlier call.
 
     Examples:
         >>> J = gramjd.jacobian(per_sample_loss)(params, inputs, targets)
@@ -179,9 +181,14 @@ def jacobian_and_value(
 ) -> Callable[..., tuple[Jacobian[Any], Any]]:
     """Like :func:`jacobian`, but return the function's values, too, from one run of the function.
 
+    The arguments are those of :func:`jacobian`.
+
     Returns:
-        A function that returns ``(jacobian, value)``, or ``(jacobian, (value, aux))`` if ``has_aux``;
-        values are ``[B, *S]``.
+        A function that returns ``(jacobian, value)``, or ``(jacobian, (value, aux))`` if ``has_aux``. Values
+        are ``[B, *S]`` for an output of shape ``S`` per sample, in a PyTree like the output.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError, RuntimeError, CheckFailedError: as :func:`jacobian`.
     """
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     options = numbers, repr(in_dims), has_aux, randomness, chunk_size
@@ -297,16 +304,22 @@ def gramian(
 ) -> Callable[..., Any]:
     """Transform a per-sample function into one that returns the Gramian of its Jacobian.
 
-    The arguments are those of :func:`jacobian`, and one more:
+    The Jacobian is never stored (Quinton and Rey, arXiv 2406.16232, Section 6). The arguments are those of
+    :func:`jacobian`, and one more:
 
     Args:
-        sketch: for batches in the thousands, ``S Sᵀ`` of a sketch of the rows in place of ``J Jᵀ``, detached:
-            its columns, or a :class:`~gramjd.Projection`; see :meth:`gramjd.Jacobian.gramian`.
+        sketch: for thousands of samples: return ``S Sᵀ`` of a sketch ``S`` of the rows in place of
+            ``J Jᵀ``, detached. Pass the number of its columns, or a :class:`~gramjd.Projection`; see
+            :meth:`gramjd.Jacobian.gramian`.
 
     Returns:
-        A function that returns ``G = J Jᵀ`` of shape ``[B, *S, *reversed(S), B]`` for a per-sample
-        output of shape ``S``; for a PyTree of outputs, a PyTree of PyTrees as of
-        ``torch.func.hessian``; ``(G, aux)`` if ``has_aux``.
+        A function that returns ``G = J Jᵀ`` of shape ``[B, *S, *reversed(S), B]`` for an output of shape
+        ``S`` per sample, in the dtype of the parameters (float32 for half precision), exactly symmetric. For
+        a PyTree of outputs, a PyTree of PyTrees as of ``torch.func.hessian``. ``(G, aux)`` if ``has_aux``.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError, RuntimeError, CheckFailedError: as :func:`jacobian`;
+            ``ValueError`` also for a sketch of several outputs.
     """
     lazy = jacobian(
         func, argnums, in_dims, has_aux=has_aux, randomness=randomness, chunk_size=chunk_size, check=check,
@@ -388,8 +401,14 @@ def gramian_and_value(
 ) -> Callable[..., tuple[Any, Any]]:
     """Like :func:`gramian`, but return the function's values, too, from one run of the function.
 
+    The arguments are those of :func:`gramian`.
+
     Returns:
-        A function that returns ``(G, value)``, or ``(G, (value, aux))`` if ``has_aux``.
+        A function that returns ``(G, value)``, or ``(G, (value, aux))`` if ``has_aux``. For an output of
+        shape ``S`` per sample, ``G`` is ``[B, *S, *reversed(S), B]`` and the value ``[B, *S]``.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError, RuntimeError, CheckFailedError: as :func:`gramian`.
     """
     lazy = jacobian_and_value(
         func, argnums, in_dims, has_aux=has_aux, randomness=randomness, chunk_size=chunk_size, check=check,

@@ -47,38 +47,37 @@ def ntk_dataset(
 ) -> Tensor:
     """The empirical neural tangent kernel over whole datasets, one pair of batches (a *tile*) at a time.
 
-    Beside the result, memory holds the factors of one pair of batches, however large the datasets: the
-    Jacobians of ``loader2``'s batches are found again for every batch of ``loader1``. Larger batches take
-    more memory and less time.
+    Beside the result, memory holds only the factors of one pair of batches. The Jacobians of ``loader2``'s
+    batches are computed again for every batch of ``loader1``. Larger batches take more memory and less time.
 
-    With a ``group`` of processes, each of which calls this with the same arguments, the tiles are dealt
-    out: a rank computes its own alone, and sends them to those that keep them. No factors travel.
+    With a ``group``, each process calls this function with the same arguments, and computes some of the
+    tiles. It sends them to the rank that keeps them.
 
     Args:
         func: a pure function of one sample, ``func(params, x) -> output``, as in :func:`gramjd.ntk`.
         params: a PyTree of tensors. Batches are moved to its device.
-        loader1: a ``DataLoader`` that does not shuffle, a list, or any other iterable of batches of any
-            sizes that gives the same ones in every pass. They reach ``func`` in the structure that they
-            have; to leave out labels: ``lambda params, batch: func(params, batch[0])``.
-        loader2: of the second argument; without it the kernel is that of ``loader1`` with itself: exactly
-            symmetric, with each tile below the diagonal the mirror of one above it.
+        loader1: a ``DataLoader`` that does not shuffle, a list, or any other iterable that gives the same
+            batches in every pass. ``func`` gets samples in the structure of the batches. To leave out labels,
+            pass ``lambda params, batch: func(params, batch[0])``.
+        loader2: the batches of the second argument. Without it, the kernel is that of ``loader1`` with
+            itself, exactly symmetric.
         in_dims, chunk_size: as in :func:`gramjd.ntk`.
-        trace_axes, diagonal_axes: as in :func:`gramjd.ntk`, but not of the axis of the samples.
+        trace_axes, diagonal_axes: as in :func:`gramjd.ntk`, but without the axis of the samples.
         out: path of a ``.npy`` file for the result (needs numpy). After an interruption, the same call
-            computes the tiles that are missing. A small file beside it, ``out + ".journal"``, says which
-            tiles are on disk. For one process, or one group, at a time. With a group, rank 0 alone writes,
-            so that ranks need no common file system, and any number of ranks can go on.
-        progress: show a bar, if tqdm is installed; on rank 0.
+            computes the missing tiles. A small file beside it, ``out + ".journal"``, lists the tiles on disk.
+            Only one process, or one group, may use the path at a time. With a group, only rank 0 writes, so
+            ranks need no common file system, and another number of ranks can continue.
+        progress: show a bar on rank 0, if tqdm is installed.
         group: a ``torch.distributed`` process group, or a device mesh of one dimension.
         sharded: with a group, each rank keeps the rows of some consecutive batches of ``loader1``, the first
-            batches on rank 0, in place of all on rank 0. Of ``kernel.npy``, rank 1 of 4 writes
-            ``kernel-1-of-4.npy``; as many ranks can go on.
+            batches on rank 0. For ``out="kernel.npy"``, rank 1 of 4 writes ``kernel-1-of-4.npy``; the same
+            number of ranks can continue.
         check, audit: as in :func:`gramjd.jacobian`, over the batches.
 
     Returns:
-        A CPU tensor ``[B1, *S, *reversed(S), B2]`` less the axes that the options take away; with
-        ``out``, the file itself, mapped into memory. With a group, the rows that this rank keeps: unless
-        ``sharded``, no rows (a first dimension of size 0) on ranks but the first.
+        A CPU tensor ``[B1, *S, *reversed(S), B2]``, without the axes that the options remove; with ``out``,
+        the file, mapped into memory. With a group, the rows that this rank keeps. Unless ``sharded``, these
+        are all rows on rank 0, and none (a first dimension of size 0) on the others.
 
     Raises:
         ValueError: a loader is empty, shuffles, or gives other batches in another pass; an axis does

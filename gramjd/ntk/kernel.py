@@ -39,27 +39,27 @@ def ntk(
         func: a pure function of one sample, ``func(params, x) -> output``: ``params`` and ``x`` are
             any PyTrees of tensors, the output is a tensor of shape ``S``.
         in_dims: which dimension of ``x`` is the batch (a PyTree of them for a PyTree).
-        trace_axes: one axis or several axes of the batched output ``[B, *S]``, along which the *mean* of the
-            kernel's diagonal is taken; both of its axes vanish.
-        diagonal_axes: axes of ``[B, *S]`` along which only the kernel's diagonal is kept, in the place
-            of the first of its two axes; 0 compares each sample of ``x1`` with the same one of ``x2``.
+        trace_axes: one or several axes of the batched output ``[B, *S]``. The kernel has each of them twice;
+            the result has the *mean* of the diagonal in place of both.
+        diagonal_axes: one or several axes of ``[B, *S]`` of which only the diagonal is kept, in place of the
+            first of the two. Axis 0 compares each sample of ``x1`` with the same sample of ``x2``.
         randomness, chunk_size: as in ``torch.func.vmap``.
         check, audit: as in :func:`gramjd.jacobian`.
 
-    The two options are those of ``neural_tangents.empirical_ntk_fn``, whose results have their axes in
-    another order and divide traces by the size of the axis likewise.
+    ``trace_axes`` and ``diagonal_axes`` mean the same as in ``neural_tangents.empirical_ntk_fn``, but the
+    axes of the result are in another order.
 
     Returns:
-        A function ``kernel(params, x1, x2=None)`` whose result is ``[B1, *S, *reversed(S), B2]`` less the
-        axes that the options take away. Without ``x2`` it is that of ``x1`` with itself, exactly symmetric,
-        from one pass over the function in place of two.
+        A function ``kernel(params, x1, x2=None)``. Its result is ``[B1, *S, *reversed(S), B2]``, without the
+        axes that the two options remove. Without ``x2``, it is the kernel of ``x1`` with itself, exactly
+        symmetric, from one pass over the function.
 
     Raises:
         ValueError: an axis does not exist or is named twice, or the sizes of its two ends differ.
         TypeError: the output is not a tensor; the function fails on inputs and parameters of different
             dtypes.
-        NotFiniteError: the kernel has NaN or infinite entries. Not raised inside transforms and graphs,
-            where values are not known: there the kernel has them.
+        NotFiniteError: the kernel has NaN or infinite entries. Inside transforms and compiled graphs, values
+            are not known, and nothing is raised.
     """
     lazy = jacobian(
         func, 0, (None, in_dims), randomness=randomness, chunk_size=chunk_size, check=check, audit=audit

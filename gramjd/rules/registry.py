@@ -79,7 +79,8 @@ def register_rule(
         when: a function from a call's arguments, by name, to whether the rule covers the call. If it does
             not, the block is ``Dense``.
 
-    ``Engine`` checks what a rule returns against autograd: a wrong one is never used silently.
+    ``Engine`` compares the result of a rule with autograd. For a wrong rule, it warns and takes a slower
+    strategy.
 
     Raises:
         ValueError: ``wrt`` is not an argument of the rule, or the rules of one op disagree on the
