@@ -51,28 +51,28 @@ class Engine:
     Args:
         modules: modules, each of which means its whole subtree; or one iterable of modules,
             each of which means its direct parameters. Overlaps count once.
-        batch_dim: the dimension of the outputs along which the samples are, if there is one and the
-            computation treats samples independently; ``None`` for any other computation. Always
-            to be given, by name or after an iterable: the default means nothing.
-        check: whether the blocks are proved equal to autograd's gradients with random weights:
-            ``"first"``, once for each structure of the graph, and where the samples are as long as it
-            is not proven that this cannot change; ``"always"``; ``"never"``.
+        batch_dim: the dimension of the outputs that counts independent samples; ``None`` for any other
+            computation. You must pass it, by name or after an iterable of modules.
+        check: when the blocks are proved equal to autograd's gradients with random weights. ``"first"``:
+            once for each structure of the graph; the positions of the samples are measured until it is
+            proven that they cannot change. ``"always"``: in each call. ``"never"``.
         audit: with ``check="first"``, what was proven is verified again in the second, fourth, eighth …
             call of a structure and in each ``audit``-th one; ``None`` for no audits.
-        strategies: how blocks may be obtained, best first: by one ordinary backward pass for each of the
-            ``"losses"``, if these are up to sixteen, without a batch dimension, and all rows fit into the
-            memory; from the ``"ops"`` of the forward that ran; by ``"functional"`` replay of a module
-            call under ``vmap(vjp)``; by autograd's ``"rows"``.
-        memory_budget: bytes of working memory that the contractions of :meth:`compute_gramian` may
-            use beside the result; ``None`` for a default that follows what is free.
-        accumulate_dtype: dtype in which they add up products, and of the Gramian; ``None`` for
-            float32 where the parameters are half or bfloat16, else for the parameters' own.
+        strategies: the allowed strategies to obtain blocks, best first. ``"losses"``: one ordinary
+            backward pass for each loss, for up to sixteen losses without a batch dimension, if all rows
+            fit into memory. ``"ops"``: the ops that the forward pass ran. ``"functional"``: a replay of a
+            module call under ``vmap(vjp)``. ``"rows"``: one backward pass for each row of ``J``.
+        memory_budget: bytes of working memory that the products of :meth:`compute_gramian` may use beside
+            the result; ``None``: a share of the free memory.
+        accumulate_dtype: the dtype in which products are added up, and of the Gramian; ``None``: float32
+            for parameters in float16 or bfloat16, else the dtype of the parameters.
         ways: deprecated, the former name of ``strategies``.
 
     Raises:
         TypeError: an argument is not a module.
         ValueError: there is no module, an option is unknown, ``memory_budget`` is not a positive
             number of bytes, or ``accumulate_dtype`` is not a floating dtype.
+        NotImplementedError: a module is a ``FullyShardedDataParallel``; use ``fully_shard``.
 
     Examples:
         >>> engine = Engine(model, batch_dim=0)
@@ -142,28 +142,27 @@ class Engine:
         """The generalized Gramian ``G = J Jᵀ`` of an output with respect to the parameters.
 
         Args:
-            losses: the output to differentiate, a tensor of any shape, with a graph. Its graph is kept, so
-                that ``losses.backward(weights)`` can follow. A list or tuple of tensors means all
-                their entries, one after the other, or with a ``batch_dim`` for their stack along a new
-                last dimension (a first one where ``batch_dim`` is negative).
-            group: a ``torch.distributed`` process group, or a ``DeviceMesh`` of one dimension, each
-                rank of which calls this with the output of its own samples, perhaps of none: the
-                Gramian is that of all samples, in order of ranks. With ``batch_dim=None`` objectives
-                are sums over ranks (task losses), of which each rank's output is a share, and the
-                Gramian is that of the sums. For the step that follows see
-                :func:`gramjd.distributed.local_weights`.
-            rows: with a group, ``"all"``, or ``"local"`` for the rows of this rank's samples alone.
-            flat: whether to return a matrix, as of TorchJD 0.12 and newer: :func:`gramjd.gramians.flatten`.
-            sketch: for losses in the thousands, a :class:`~gramjd.SketchedGramian`, whose memory grows with
-                their number and not its square: its columns, or a :class:`~gramjd.Projection`; see
-                :meth:`gramjd.Jacobian.gramian`.
+            losses: the output to differentiate: a tensor of any shape with a graph. The graph is kept, so
+                that ``losses.backward(weights)`` can follow. A list or tuple of tensors means all their
+                entries, one after the other. With a ``batch_dim``, it means their stack along a new last
+                dimension (a new first one, if ``batch_dim`` is negative).
+            group: a ``torch.distributed`` process group, or a ``DeviceMesh`` of one dimension. Each rank
+                calls this method with the output of its own samples; a rank may have none. The Gramian is
+                that of all samples, in order of ranks. With ``batch_dim=None``, each objective is a sum
+                over ranks (a task loss), each rank's output is its share, and the Gramian is that of the
+                sums. :func:`gramjd.distributed.local_weights` helps with the step that follows.
+            rows: with a group, ``"all"``, or ``"local"`` for only the rows of this rank's samples.
+            flat: whether to return a matrix, as TorchJD 0.12 and newer: :func:`gramjd.gramians.flatten`.
+            sketch: for thousands of losses: return a :class:`~gramjd.SketchedGramian` with so many columns,
+                or by a :class:`~gramjd.Projection`. Its memory grows with the number of losses, not with
+                the square of it. See :meth:`gramjd.Jacobian.gramian`.
 
         Returns:
             ``[*losses.shape, *reversed(losses.shape)]``, exactly symmetric, detached, on the
             losses' device: ``[m, m]`` for losses ``[m]``, the squared norm of the gradient for a
-            scalar. With a group, the shape is that of the output of all samples, and with
-            ``rows="local"`` the first half of it that of this rank's. ``[m, m]`` with
-            ``m = losses.numel()`` if ``flat``.
+            scalar. With ``flat``, ``[m, m]`` for ``m = losses.numel()``. With a group, both halves of the
+            shape count the samples of all ranks; with ``rows="local"``, the first half counts those of
+            this rank.
 
         Raises:
             NoGraphError: the output has no graph, or it has been freed.
@@ -171,8 +170,8 @@ class Engine:
             NotSeparableError: ``batch_dim`` is not a dimension of independent samples.
             CheckFailedError: none of the allowed strategies gives a Gramian that agrees with autograd.
             NotFiniteError: the output has NaN or infinite entries, or its gradients have.
-            ValueError: the output is empty, or has no dimension ``batch_dim``; ``rows`` without a group,
-                or ``"local"`` ones that shall be ``flat``; a ``sketch`` with a group.
+            ValueError: the output is empty, or has no dimension ``batch_dim``; ``rows`` without a group;
+                ``rows="local"`` with ``flat``; a ``sketch`` with a group.
             TypeError: the output is complex.
             RanksDisagreeError: ranks have different models or settings; all of them raise it.
             RankFailedError: another rank could not take part; it raises what it failed by.
@@ -217,30 +216,30 @@ class Engine:
                  scaler: Any = None, group: Any = None, averaged: bool = True) -> Any:  # fmt: skip
         """A step of Jacobian descent: Gramian, weights, and the weighted gradient added to ``.grad``.
 
-        The same as ``weights = weighting(engine.compute_gramian(losses)); losses.backward(weights)``,
-        for all leaves, registered or not (*partial* Jacobian descent). No second backward pass runs where
-        all leaves are registered: gradients are products of the factors that the Gramian was made of, as
-        of :meth:`gramjd.Jacobian.backward`, which takes less time and more memory: nothing frees the graph
-        then before nobody holds the losses (``del losses``). Weights from the Gramian of a representation in
-        place of parameters (MGDA-UB) need nothing of an engine: :func:`gramjd.backward` takes its tensor.
+        It does the same as ``weights = weighting(engine.compute_gramian(losses));
+        losses.backward(weights)``, for all leaves, registered or not (*partial* Jacobian descent). If all
+        leaves are registered, no second backward pass runs: the gradients are products of the factors, as in
+        :meth:`gramjd.Jacobian.backward`. This takes less time and more memory, and the graph stays until
+        you delete the losses (``del losses``). For weights from the Gramian of a representation (MGDA-UB),
+        call :func:`gramjd.backward` with this tensor.
 
         Args:
             losses: as in :meth:`compute_gramian`: a tensor of any shape, or a list or tuple of tensors.
             weighting: from their Gramian to one weight for each, such as those of
                 ``gramjd.weighting`` and of ``torchjd.aggregation``.
-            per: groups of parameters that get weights of their own, from their own Gramians, as in
-                :meth:`gramjd.Jacobian.gramian`. Every leaf is in one. ``weighting`` may be a mapping from
-                groups to weightings; it must be, if these remember earlier calls.
+            per: groups of parameters, as in :meth:`gramjd.Jacobian.gramian`. Each group gets its own
+                weights, from its own Gramian, and every leaf must be in a group. ``weighting`` may be a
+                mapping from groups to weightings. It must be one if the weightings have a state.
             flat: whether the weighting takes ``[m, m]`` and returns ``[m]``, as TorchJD's do.
             inputs: the leaves that get gradients; all of them by default.
             retain_graph: whether a backward pass for the gradients keeps the graph, as in ``torch``.
-            scaler: a ``GradScaler``, for mixed precision: gradients are those of ``scaler.scale(losses)``,
-                for ``scaler.step(optimizer)`` to unscale; the weighting sees the Gramian of the losses. If
-                gradients overflow, they become infinite, so that ``scaler`` skips the step and lowers its
-                scale, and the weights are NaN (of groups there are none). With a process group an overflow
-                is an error.
-            group: a process group, as in :meth:`compute_gramian`: the weights are of the losses of all
-                ranks, the gradients this rank's share of them.
+            scaler: a ``GradScaler``, for mixed precision. ``.grad`` then has the gradients of
+                ``scaler.scale(losses)``, which ``scaler.step(optimizer)`` unscales. The weighting gets the
+                Gramian of the unscaled losses. If gradients overflow, ``.grad`` becomes infinite, and the
+                scaler skips the step and lowers its scale. The weights are then NaN; with ``per``, the
+                dictionary is empty. With a process group, an overflow is an error.
+            group: a process group, as in :meth:`compute_gramian`: the weights are those of the losses of
+                all ranks, and ``.grad`` gets this rank's share of the gradient.
             averaged: with a group, whether gradients are averaged over it, as by
                 ``DistributedDataParallel`` and ``fully_shard``; see :func:`gramjd.distributed.local_weights`.
 
@@ -335,8 +334,15 @@ class Engine:
     def jacobian(self, output: Losses, /) -> Jacobian[Tensor, dict[str, Tensor]]:
         """The lazy Jacobian of an output with respect to the parameters, by name.
 
-        The arguments and errors are those of :meth:`compute_gramian`, but for an output without
-        samples, whose Jacobian has no rows.
+        Args:
+            output: as ``losses`` of :meth:`compute_gramian`. An output without samples is allowed: its
+                Jacobian has no rows.
+
+        Returns:
+            A :class:`~gramjd.Jacobian` with as many rows as the output has entries.
+
+        Raises:
+            GramjdError, TypeError, ValueError: as :meth:`compute_gramian`.
         """
         return self._jacobian(joined(output, self._batch_dim))[0]
 
@@ -401,11 +407,11 @@ class Engine:
         return Request(problem, known, self._strategies, self._check != "never", budget)
 
     def explain(self, output: Losses, /) -> Explanation:
-        """What the Gramian of an output is made of: every use of every parameter, its op and its plan.
+        """Explain the Gramian of an output: every use of every parameter, with its op and its plan.
 
-        Parameters whose Jacobian is computed by per-row backward passes say why, and the last line what the
-        result rests on: a proof of this call or of an earlier one, measurements. The arguments and errors are
-        those of :meth:`compute_gramian`.
+        For a parameter that takes per-row backward passes, a column gives the reason. The last line gives the
+        evidence for the result: a proof of this call, an earlier proof, or a measurement. The arguments and
+        errors are those of :meth:`compute_gramian`.
         """
         jacobian, request, solution = self._jacobian(joined(output, self._batch_dim))
         return explanation(jacobian, self._options, describe(request, solution, self._check == "always"))

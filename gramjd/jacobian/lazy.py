@@ -39,18 +39,17 @@ OtherTuple = TypeVar("OtherTuple", bound=tuple[Tensor, ...])
 class Jacobian(Typed[Out, In]):
     """The Jacobian ``J`` of outputs with respect to parameters, in factors; ``J`` is never stored.
 
-    Made by :func:`gramjd.jacobian` and :meth:`gramjd.Engine.jacobian`. As an operator it maps flat
-    parameters to flat outputs (leaves one after the other): ``J @ v``, ``J.T @ w``, and ``J @ J.T``
-    is the Gramian as a matrix. Factors are not copied: products after a tensor that they are made of was
-    written in place raise a ``RuntimeError``.
+    :func:`gramjd.jacobian` and :meth:`gramjd.Engine.jacobian` return Jacobians. As an operator, a Jacobian
+    maps flat parameters to flat outputs (leaves one after the other): ``J @ v`` and ``J.T @ w`` are products
+    with vectors, and ``J @ J.T`` is the Gramian as a matrix. The factors are not copied. If a tensor that
+    they are made of is written in place, later products raise a ``RuntimeError``.
 
-    A complex parameter counts as its real and imaginary parts, so that the Gramian is ``Re(J Jᴴ)``: they
-    lie side by side in flat vectors, while :meth:`vjp`, :meth:`jvp`, :meth:`dense` and :meth:`backward` take
-    and give complex tensors, gradients in torch's convention.
+    A complex parameter counts as its real and imaginary parts, so that the Gramian is ``Re(J Jᴴ)``. In flat
+    vectors, both parts lie side by side. :meth:`vjp`, :meth:`jvp`, :meth:`dense` and :meth:`backward` take
+    and return complex tensors, with gradients in torch's convention.
 
-    For type checkers it is ``Jacobian[Out, In]``, of the types of the outputs and of the parameters: one
-    tensor and anything, where an annotation does not say. An engine's is a
-    ``Jacobian[Tensor, dict[str, Tensor]]``.
+    Type checkers see a ``Jacobian[Out, In]``, with the types of the outputs and of the parameters. The
+    defaults are ``Tensor`` and ``Any``. An engine's is a ``Jacobian[Tensor, dict[str, Tensor]]``.
 
     Attributes:
         parameters: what was differentiated with respect to, in a flat list.
@@ -210,21 +209,21 @@ class Jacobian(Typed[Out, In]):
             per: ``None`` for the whole; ``"parameter"`` for the share of each parameter; or groups
                 of parameters, as a function from a parameter's name to its group's, or a mapping
                 from groups to names. The shares add up to the whole.
-            memory_budget: bytes of working memory that contractions may use beside the result. Rows
-                that they build of weights used at many positions are kept with the Jacobian, in up to
-                half of it, or by default in an eighth of the free memory: they make :meth:`vjp` and
-                :meth:`backward` faster.
+            memory_budget: bytes of working memory beside the result. The Jacobian keeps rows that are built
+                for weights with many positions, because they make :meth:`vjp` and :meth:`backward`
+                faster. These rows take up to half of the budget; by default, up to an eighth of the free
+                memory.
             accumulate_dtype: dtype in which half-precision products are added up.
-            group: a ``torch.distributed`` process group, or a ``DeviceMesh`` of one dimension, each
-                rank of which calls this with the Jacobian of its own samples: the Gramian is that of
-                all samples, in order of ranks, detached. Ranks may have different numbers of samples,
-                or none (:meth:`without_samples`). Outputs without a batch dimension are sums over
-                ranks, of which each rank has a share: the Gramian is that of the sums.
-            rows: with a group, ``"all"``, or ``"local"`` for the rows of this rank's samples alone.
-            sketch: columns of a sketch ``S`` of the rows, or a :class:`~gramjd.Projection`: the result is
-                then ``S Sᵀ`` in place of ``J Jᵀ``, a :class:`~gramjd.SketchedGramian`, detached. It is never
-                formed, so that memory grows with the number of objectives and not its square; how far off
-                its entries are, its ``error`` tells. For objectives in the thousands, more than ``dim``.
+            group: a ``torch.distributed`` process group, or a ``DeviceMesh`` of one dimension. Each rank
+                calls this method with the Jacobian of its own samples. The Gramian is that of all samples,
+                in order of ranks, detached. Ranks may have different numbers of samples, or none
+                (:meth:`without_samples`). Outputs without a batch dimension are sums over ranks, of which
+                each rank has a share: the Gramian is that of the sums.
+            rows: with a group, ``"all"``, or ``"local"`` for only the rows of this rank's samples.
+            sketch: for thousands of objectives: the number of columns of a sketch ``S`` of the rows, or a
+                :class:`~gramjd.Projection`. The result is then ``S Sᵀ`` in place of ``J Jᵀ``: a detached
+                :class:`~gramjd.SketchedGramian`. It is never formed, so memory grows with the number of
+                objectives, not with the square of it. Its ``error`` says how precise its entries are.
 
         Returns:
             For a tensor output, ``[*shape, *reversed(shape)]``, exactly symmetric. For a PyTree of
@@ -232,9 +231,10 @@ class Jacobian(Typed[Out, In]):
             ``[*shape_i, *reversed(shape_j)]``. With ``per``, a dictionary of these by name.
 
         Raises:
-            ValueError: groups leave out a parameter, name one twice, or name one that there is not;
+            ValueError: groups leave out a parameter, name one twice, or name one that does not exist;
                 ``rows`` without a group; a sketch of several outputs, with a group or with an
                 ``accumulate_dtype``.
+            RuntimeError: a tensor that the Jacobian is made of was written in place.
             RanksDisagreeError: ranks have different models or settings; all of them raise it.
             RankFailedError: another rank could not take part; it raises what it failed by.
         """
@@ -289,11 +289,18 @@ class Jacobian(Typed[Out, In]):
               accumulate_dtype: torch.dtype | None = None) -> PyTree:  # fmt: skip
         """``J₁ J₂ᵀ``, the inner products of the rows of two Jacobians over the same parameters.
 
+        Args:
+            other: a Jacobian with parameters of the same structure and shapes, such as of another batch.
+            memory_budget: bytes of working memory beside the result.
+            accumulate_dtype: dtype in which half-precision products are added up.
+
         Returns:
-            ``[*shape₁, *reversed(shape₂)]``, a PyTree of PyTrees where outputs are.
+            ``[*shape₁, *reversed(shape₂)]`` for outputs of these shapes. For PyTrees of outputs, a PyTree of
+            PyTrees of such tensors.
 
         Raises:
             ValueError: the Jacobians are of different parameters.
+            RuntimeError: a tensor that a Jacobian is made of was written in place.
         """
         check_parameters(self, other)
         total = products.cross(
@@ -307,9 +314,16 @@ class Jacobian(Typed[Out, In]):
         return self.outputs.square(total, other.outputs)
 
     def squared_norms(self, *, memory_budget: int | None = None) -> Out:
-        """Squared norm of every row, shaped like the outputs, without the Gramian.
+        """Squared norm of every row: the diagonal of the Gramian, without the rest of it.
 
-        That is the Gramian's diagonal, for instance for per-sample clipping.
+        Args:
+            memory_budget: bytes of working memory beside the result.
+
+        Returns:
+            A tensor shaped like the output; for a PyTree of outputs, a PyTree of such tensors.
+
+        Raises:
+            RuntimeError: a tensor that the Jacobian is made of was written in place.
         """
         options = Options(memory_budget)
         found: Out = self.outputs.unpack(
@@ -318,11 +332,24 @@ class Jacobian(Typed[Out, In]):
         return found
 
     def norms(self, *, memory_budget: int | None = None) -> Out:
-        """Norm of every row, shaped like the outputs, without the Gramian."""
+        """Norm of every row, without the Gramian, for instance to clip the gradients of samples.
+
+        Args:
+            memory_budget: bytes of working memory beside the result.
+
+        Returns:
+            A tensor shaped like the output; for a PyTree of outputs, a PyTree of such tensors.
+
+        Raises:
+            RuntimeError: a tensor that the Jacobian is made of was written in place.
+        """
         return pytree.map(Tensor.sqrt, self.squared_norms(memory_budget=memory_budget))
 
     def diagonal(self, *, memory_budget: int | None = None) -> Tensor:
         """The Gramian of each sample by itself: the diagonal over samples of :meth:`gramian`.
+
+        Args:
+            memory_budget: bytes of working memory beside the result.
 
         Returns:
             ``[B, *S, *reversed(S)]`` for an output of shape ``S`` per sample.
@@ -436,7 +463,15 @@ class Jacobian(Typed[Out, In]):
     def dense(self) -> Any: ...
 
     def dense(self) -> Any:
-        """``J`` itself: for each output, a PyTree like the parameters of ``[*shape, *p.shape]``."""
+        """The rows of ``J``, formed.
+
+        Returns:
+            A PyTree like the parameters, with a tensor ``[*shape, *p.shape]`` for each parameter ``p``, for
+            an output of shape ``shape``. For a PyTree of outputs, a PyTree of these.
+
+        Raises:
+            RuntimeError: a tensor that the Jacobian is made of was written in place.
+        """
         given = self.intact
         columns = [
             self.outputs.unpack(as_given(products.dense(given, number, self.objectives, as_real(p)), p))
@@ -449,10 +484,10 @@ class Jacobian(Typed[Out, In]):
     def backward(self, w: Tensor | None = None) -> None:
         """Add ``Jᵀ w`` to ``.grad`` of the parameters, as ``losses.backward(w)`` would add it.
 
-        No second backward pass runs: the gradients are products of the factors. They go through
-        autograd's own accumulation, so that hooks of the parameters run as usual; of a parameter that
-        ``fully_shard`` spreads over ranks, each gets its shard of their average. Parameters that the
-        Jacobian is not of get nothing: for an engine's, those that are not registered with it.
+        No second backward pass runs: the gradients are products of the factors. Autograd accumulates them
+        into ``.grad``, so that hooks of the parameters run as usual. Other parameters get nothing, such as
+        those that are not registered with the engine. With ``fully_shard``, each rank gets its shard of the
+        gradient, averaged over ranks.
 
         Args:
             w: weights shaped like the output; may be left out for a scalar output.
@@ -507,10 +542,10 @@ class Jacobian(Typed[Out, In]):
         return chosen
 
     def without_samples(self) -> Jacobian[Out, In]:
-        """The Jacobian of no samples, of the same outputs and parameters.
+        """A Jacobian without samples, of the same outputs and parameters.
 
-        What a rank that has no samples brings to ``gramian(group=...)``, made from a sample that
-        stands in for them.
+        A rank that has no samples passes it to ``gramian(group=...)``. Make it from the Jacobian of any
+        sample.
 
         Raises:
             ValueError: an output has no batch dimension.
@@ -523,7 +558,14 @@ class Jacobian(Typed[Out, In]):
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
            ) -> Jacobian[Out, In]:  # fmt: skip
-        """The same Jacobian on another device or in another floating-point dtype."""
+        """Move the Jacobian to another device, or to another floating-point dtype.
+
+        Returns:
+            A Jacobian. Its parameters are detached copies.
+
+        Raises:
+            RuntimeError: a tensor that the Jacobian is made of was written in place.
+        """
         return replace(
             self,
             parts=[part.moved(device, dtype) for part in self.intact],
