@@ -1,6 +1,7 @@
-"""What mkdocstrings does not do by itself for the reference.
+"""Prepares docstrings and signatures for the reference, where mkdocstrings does not.
 
-The roles of our docstrings, ``:class:`~gramjd.Jacobian```, become links; aliases of types are spelled out.
+The roles of our docstrings, ``:class:`~gramjd.Jacobian```, become links. Aliases of types, and defaults that
+are names, are spelled out.
 """
 
 import re
@@ -9,15 +10,20 @@ from typing import Any
 
 import griffe
 
+DEFAULTS = {
+    "_NOT_GIVEN": "...",  # must be passed
+    "tuple(STRATEGIES)": "('losses', 'ops', 'functional', 'rows')",
+}
 ROLE = re.compile(r":(?:class|func|meth|mod|data|attr):`(~?)([\w.]+)`")
 
 
 class Roles(griffe.Extension):
-    """Run on every object after it was read."""
+    """Changes every object after griffe has read it."""
 
     def on_function(self, *, func: griffe.Function, **kwargs: Any) -> None:
         for parameter in func.parameters:
             parameter.annotation = _spelled_out(func.package, parameter.annotation)
+            parameter.default = DEFAULTS.get(str(parameter.default), parameter.default)
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring is not None:
@@ -38,7 +44,7 @@ def _exists(package: griffe.Module, path: str) -> bool:
 
 
 def _full(obj: griffe.Object, name: str) -> str:
-    """The path of a name as it is meant where the docstring stands; empty if nothing has it."""
+    """The path of a name in the scope of the docstring; empty if nothing has it."""
     holder = obj if obj.is_class else obj.parent
     if holder is not None and name in holder.members:
         found = holder.members[name]
@@ -50,7 +56,7 @@ def _full(obj: griffe.Object, name: str) -> str:
 
 
 def _canonical(package: griffe.Module, path: str) -> str:
-    """Where a public function is defined whose name is a submodule's as well, as ``gramjd.jacobian``."""
+    """The path of a public function whose name is also that of a submodule, such as ``gramjd.jacobian``."""
     holder, _, name = path.rpartition(".")
     module = package["weighting"] if holder == "gramjd.weighting" else package
     return module.imports.get(name, path) if holder == module.path else path

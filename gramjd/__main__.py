@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -52,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"gramjd: error: {error}", file=sys.stderr)
         return CANNOT_RUN
     progress.close()
-    print(*(in_color(line, sys.stdout) for line in report.lines), sep="\n")
+    try:
+        print(*(in_color(line, sys.stdout) for line in report.lines), sep="\n", flush=True)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return report.code
 
 

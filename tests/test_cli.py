@@ -536,3 +536,14 @@ def test_a_file_that_cannot_be_imported(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "broken.py").write_text("import nothing_of_the_kind\n")
     assert main(["explain", f"{tmp_path / 'broken.py'}:f"]) == 2
     assert "raised ModuleNotFoundError" in capsys.readouterr().err
+
+
+def test_a_reader_that_stops_early(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(FILE, encoding="utf-8")
+    (tmp_path / "beside.py").write_text("CLASSES = 3\n", encoding="utf-8")
+    call = [sys.executable, "-m", "gramjd", "explain", "mine.py:factory"]
+    with subprocess.Popen(call, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert b"BrokenPipe" not in process.stderr.read()
+        assert process.wait() == 0

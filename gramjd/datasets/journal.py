@@ -182,7 +182,7 @@ def _map(path: Path, shape: Sequence[int], dtype: torch.dtype, new: bool) -> Any
     try:
         from numpy.lib.format import open_memmap
     except ImportError as error:
-        raise ImportError("A kernel in a file needs numpy: pip install 'gramjd[ntk]'.") from error
+        raise ImportError("A kernel in a file needs numpy: pip install numpy.") from error
     kind = torch.empty((), dtype=dtype).numpy().dtype
     if not new:
         array = open_memmap(path, mode="r+")

@@ -259,5 +259,5 @@ def _numpy() -> Any:
     try:
         import numpy
     except ImportError as error:
-        raise ImportError("A store of gradients needs numpy: pip install 'gramjd[ntk]'.") from error
+        raise ImportError("A store of gradients needs numpy: pip install numpy.") from error
     return numpy
