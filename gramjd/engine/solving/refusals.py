@@ -57,18 +57,19 @@ def refuse_dependence(
     else:
         cause = program.causes.get(id(left[names[0]]), "there is cross-sample dependence")
         found = f"For {names[0]!r} {cause}: the graph of the output, of shape {shape}, does not treat"
+    first = _BATCH_NORM if _normalises_by_batch(problem) else ""
     raise NotSeparableError(
-        f"{found} the {problem.samples} entries of dimension {dim} as independent samples. Either batch_dim "
-        "is not the batch dimension, or the loss or a layer makes samples depend on each other (a mean over "
-        "the batch, batch normalisation in training mode), or an input of that size has no batch dimension "
-        "(give it one of size 1: [1, ...]). Correct it, or use Engine(..., batch_dim=None), which is exact "
-        f"for any computation.{_BATCH_NORM if _normalises_by_batch(problem) else ''}"
+        f"{first}{found} the {problem.samples} entries of dimension {dim} as independent samples. Either "
+        "batch_dim is not the batch dimension, or the loss or a layer makes samples depend on each other (a "
+        "mean over the batch, batch normalisation in training mode), or an input of that size has no batch "
+        "dimension (give it one of size 1: [1, ...]). Correct it, or use Engine(..., batch_dim=None), which "
+        "is exact for any computation."
     )
 
 
 _BATCH_NORM = (
-    " This graph does contain batch normalisation that uses statistics of the batch: call eval() on that "
-    "layer, or use another normalisation, such as GroupNorm."
+    "A batch normalisation uses statistics of the batch, so that samples depend on each other: call eval() "
+    "on that layer, or use another normalisation, such as GroupNorm. "
 )
 
 
