@@ -114,12 +114,12 @@ class Engine:
         refuse_flat(found)
         self._registry = registry = Registry(found, recurse)
         self._watcher = Watcher(registry.held, self._strategies)
-        refs = weakref.WeakMethod(self._watcher.before), weakref.WeakMethod(self._watcher.after)
-        registry.stand_ins = StandIns(*refs)
+        watcher = weakref.ref(self._watcher)
+        registry.stand_ins = StandIns(watcher)
         registry.held()  # sharded parameters are seen before a forward gathers them
         handles: list[Any] = [registry.stand_ins]
         for module in registry.hooked():
-            before, after = BeforeHook(refs[0]), AfterHook(refs[1])
+            before, after = BeforeHook(watcher), AfterHook(watcher)
             handles += [
                 module.register_forward_pre_hook(before, with_kwargs=True),
                 module.register_forward_hook(after, with_kwargs=True, always_call=True),
