@@ -6,7 +6,7 @@ differentiation of our own, and bare, as levels outside of it see it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
