@@ -408,7 +408,8 @@ class Engine:
         those of :meth:`compute_gramian`.
         """
         jacobian, request, solution = self._jacobian(joined(output, self._batch_dim))
-        return explanation(jacobian, self._options, describe(request, solution, self._check == "always"))
+        proof = describe(request, solution, self._check == "always")
+        return explanation(jacobian, self._options, proof, str(solution.program))
 
     def __enter__(self) -> Engine:
         return self
