@@ -1,4 +1,4 @@
-"""Draws the figures of the concept pages and of the README: ``python docs/figures.py``."""
+"""Draws the figures of the concept pages, of some guides and of the README: ``python docs/figures.py``."""
 
 import sys
 from pathlib import Path
@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle, Wedge
+from matplotlib.patches import FancyBboxPatch, Rectangle, Wedge
+from torch import nn
 from torch.nn.functional import cross_entropy
 
-from gramjd import Engine
+from gramjd import Engine, weighting
 from gramjd.diagnostics import Monitor, plot_similarity
 
 DOCS = Path(__file__).parent
@@ -110,8 +111,107 @@ def plans() -> Figure:
     return figure
 
 
+def weightings() -> Figure:
+    """Directions of the steps of several weightings, before and after one loss is multiplied."""
+    J = torch.tensor([[2.0, 0.3], [-1.0, 0.5]], dtype=torch.float64)
+    chosen = {
+        "mean": (weighting.mean, "#999999"),
+        "UPGrad": (weighting.upgrad, GREEN),
+        "MGDA": (weighting.mgda, "#cc79a7"),
+        "NashMTL": (weighting.nash_mtl, BLUE),
+    }
+    figure = Figure(figsize=(9, 2.9), layout="constrained")
+    for ax, scale in zip(figure.subplots(1, 2), (1.0, 10.0), strict=True):
+        scaled = J * torch.tensor([[scale], [1.0]], dtype=torch.float64)
+        first, second = (g / g.norm() for g in scaled)
+        angles = (
+            np.degrees(np.arctan2(second[1], second[0])) - 90,
+            np.degrees(np.arctan2(first[1], first[0])) + 90,
+        )
+        ax.add_patch(Wedge((0, 0), 1.5, *sorted(float(a) for a in angles), color=BLUE, alpha=0.12, lw=0))
+        for name, g in (("$g_1$", first), ("$g_2$", second)):
+            arrow(ax, 1.15 * g.numpy(), BLACK, name, (0.1 * float(g[0]), 0.12))
+        for name, (weigh, color) in chosen.items():
+            step = scaled.T @ weigh(scaled @ scaled.T)
+            direction = (step / step.norm()).numpy()
+            arrow(ax, direction, color, "", (0, 0))
+            ax.plot([], [], color=color, lw=2, label=name)
+        ax.set(xlim=(-1.3, 1.6), ylim=(-0.05, 1.4), aspect="equal")
+        ax.set_title("both losses in one unit" if scale == 1 else f"the first loss times {scale:.0f}")
+        ax.axis("off")
+    figure.axes[0].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.6))
+    return figure
+
+
+def proofs() -> Figure:
+    """The samples that NaN reaches from the loss of each sample, in two models."""
+    torch.manual_seed(0)
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    norms = {"layer normalisation": nn.LayerNorm(8), "batch normalisation": nn.BatchNorm1d(8)}
+    for ax, (name, norm) in zip(figure.subplots(1, 2), norms.items(), strict=True):
+        model = nn.Sequential(nn.Linear(4, 8), norm, nn.ReLU(), nn.Linear(8, 1))
+        x = torch.randn(6, 4, requires_grad=True)
+        losses = model(x).square().sum(1)
+        reached = np.zeros((6, 6))
+        for sample in range(6):
+            weights = torch.zeros(6).index_fill(0, torch.tensor(sample), torch.nan)
+            (found,) = torch.autograd.grad(losses, x, weights, retain_graph=True)
+            reached[sample] = found.isnan().any(1)
+        ax.imshow(reached, cmap="Blues", vmin=0, vmax=1.4)
+        ax.set(xlabel="NaN in the gradient of sample", xticks=range(6), yticks=range(6), title=name)
+        ax.set_xticks(np.arange(-0.5, 6), minor=True)
+        ax.set_yticks(np.arange(-0.5, 6), minor=True)
+        ax.grid(which="minor", color="white", lw=2)
+        ax.tick_params(which="both", length=0)
+    figure.axes[0].set_ylabel("NaN sent from the loss of sample")
+    return figure
+
+
+def remedies() -> Figure:
+    """The way from a refusal to a remedy."""
+    figure = Figure(figsize=(7.6, 3.3), layout="constrained")
+    ax = figure.add_subplot()
+
+    def box(x: float, y: float, text: str, color: str) -> None:
+        style = "round,pad=0.1"
+        ax.add_patch(
+            FancyBboxPatch((x, y), 4.2, 1, boxstyle=style, facecolor=color, alpha=0.2, edgecolor=color)
+        )
+        ax.text(x + 2.1, y + 0.5, text, ha="center", va="center", fontsize=9)
+
+    def to(start: tuple[float, float], end: tuple[float, float], text: str) -> None:
+        ax.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "#666666"})
+        x, y = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
+        down = start[0] == end[0]
+        x, y, side = (x + 0.1, y, "left") if down else (x, y + 0.15, "center")
+        ax.text(x, y, text, ha=side, va="center", fontsize=9, color="#666666")
+
+    questions = (
+        "Must samples depend\non each other?",
+        "Can you replace the layer\nthat the error names?",
+        "Do the losses contain\nderivatives of the model?",
+    )
+    answers = (
+        "1. Pass batch_dim=None.",
+        "2. Change the layer: GroupNorm,\nuse_reentrant=False, …",
+        "3. Use a function transform.",
+    )
+    for row, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+        y = 4.4 - 2 * row
+        box(0, y, question, BLUE)
+        box(6.4, y, answer, GREEN)
+        to((4.4, y + 0.5), (6.2, y + 0.5), "yes")
+        if row < 2:
+            to((2.1, y - 0.15), (2.1, y - 0.85), "no")
+    ax.set(xlim=(-0.3, 10.9), ylim=(0.1, 5.7))
+    ax.axis("off")
+    return figure
+
+
 if __name__ == "__main__":
     OUT.mkdir(parents=True, exist_ok=True)
+    for draw in (weightings, proofs, remedies):
+        draw().savefig(OUT.parent / f"{draw.__name__}.png", dpi=160, bbox_inches="tight")
     for draw in (conflict, blocks, plans):
         draw().savefig(OUT / f"{draw.__name__}.png", dpi=160, bbox_inches="tight")
     overview().savefig(OUT.parent / "overview.png", dpi=130)

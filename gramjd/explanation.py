@@ -62,11 +62,13 @@ class Explanation:
 
     Attributes:
         rows: one row for each pair of blocks of each parameter.
-        proof: the evidence for the blocks of an :class:`gramjd.Engine`; empty for other Jacobians.
+    proof: the evidence for the blocks of an :class:`gramjd.Engine`; empty for other Jacobians.
+    program: the strategies of the engine, and the parts of the graph that it solves one by one.
     """
 
     rows: Sequence[Row]
     proof: str = ""
+    program: str = ""
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -96,14 +98,18 @@ class Explanation:
         table = self._table()
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
-        return "\n".join([*lines, self.proof] if self.proof else lines)
+        return "\n".join([*lines, *self._told()])
 
     def _repr_html_(self) -> str:
         """The table of ``str()`` for notebooks."""
         head, *rows = self._table()
         lines = [f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>"]
         lines += [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows]
-        return f"<table>{''.join(lines)}</table><p>{html.escape(self.proof)}</p>"
+        told = [f"<p>{html.escape(line)}</p>" for line in self._told()]
+        return f"<table>{''.join(lines)}</table>{''.join(told)}"
+
+    def _told(self) -> list[str]:
+        return [line for line in (self.program, self.proof) if line]
 
     def _table(self) -> list[tuple[str, ...]]:
         total = ("total", "", "", "", "", _short(self.multiply_adds), f"max {_short(self.bytes)}", "")
@@ -143,7 +149,9 @@ def _range(numbers: Sequence[int]) -> str:
     return f"{{{numbers[0]}-{numbers[-1]}}}" if whole else f"{{{','.join(map(str, numbers))}}}"
 
 
-def explanation(jacobian: Jacobian[Any], options: Options | None = None, proof: str = "") -> Explanation:
+def explanation(
+    jacobian: Jacobian[Any], options: Options | None = None, proof: str = "", program: str = ""
+) -> Explanation:
     """Every pair of blocks that the Gramian of a Jacobian is made of."""
     rows: list[Row] = []
     for part in jacobian.parts:
@@ -151,7 +159,7 @@ def explanation(jacobian: Jacobian[Any], options: Options | None = None, proof: 
         steps = contraction.steps_of_all(live, options or Options())
         for name, parameter, mine in zip(jacobian.names, jacobian.parameters, steps, strict=True):
             rows += [_row(name, parameter, step) for step in mine]
-    return Explanation(rows, proof)
+    return Explanation(rows, proof, program)
 
 
 def _row(name: str, parameter: Tensor, step: contraction.Step) -> Row:

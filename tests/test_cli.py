@@ -193,7 +193,8 @@ def test_info_as_a_process() -> None:
 def test_explain(file: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", f"{file}:factory"]) == 0
     out = capsys.readouterr().out
-    assert "Outer(K=1, B=12, T=1, o=8, i=5)" in out and out.splitlines()[-2].startswith("total")
+    assert "Outer(K=1, B=12, T=1, o=8, i=5)" in out and out.splitlines()[-3].startswith("total")
+    assert out.splitlines()[-2].startswith("Strategies: ops for ")
     assert out.splitlines()[-1].startswith("Proven")
 
 

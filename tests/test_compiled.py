@@ -149,7 +149,7 @@ class Sizes:
 
 def two_layers(p: Params, x: Tensor, y: Tensor) -> Tensor:
     """Objectives per sample of ops whose batching rules leave sizes as symbols."""
-    return (torch.tanh(x @ p["w1"] + p["b1"]) @ p["w2"] - y).square()
+    return (torch.tanh(x @ p["w1"]) @ p["w2"] - y).square()
 
 
 def whole_step(params: Params, x: Tensor, y: Tensor) -> Any:
@@ -157,32 +157,28 @@ def whole_step(params: Params, x: Tensor, y: Tensor) -> Any:
     return values, J.gramian(), J.norms(), J.vjp(values)
 
 
-def test_sizes_as_symbols() -> None:
+SIZES = [(4, 5, 3), (6, 5, 3), (7, 5, 3), (7, 6, 3), (9, 8, 3)]  # batch, width, objectives
+
+
+@pytest.mark.parametrize(
+    "more", [[], pytest.param([(9, 8, 4), (5, 9, 6)], marks=pytest.mark.slow)], ids=["widths", "objectives"]
+)
+def test_sizes_as_symbols(more: list[tuple[int, int, int]]) -> None:
     """One graph of symbols serves other batch sizes, widths and numbers of objectives."""
-    sizes = Sizes()
-    compiled = torch.compile(whole_step, fullgraph=True, backend=sizes)
+    count = Sizes()
+    compiled = torch.compile(whole_step, fullgraph=True, backend=count)
     met = []
-    for batch, width, outputs in (
-        (4, 5, 3),
-        (6, 5, 3),
-        (7, 5, 3),
-        (7, 6, 3),
-        (9, 8, 3),
-        (9, 8, 4),
-        (5, 9, 6),
-    ):
+    for batch, width, outputs in [*SIZES, *more]:
         x, y = torch.randn(batch, 3).double(), torch.randn(batch, outputs).double()
-        shapes = {"w1": (3, width), "b1": (width,), "w2": (width, outputs)}
-        params = {name: torch.randn(shape).double() for name, shape in shapes.items()}
+        params = {"w1": torch.randn(3, width).double(), "w2": torch.randn(width, outputs).double()}
         found, wanted = compiled(params, x, y), whole_step(params, x, y)
         for got, want in zip(pytree.leaves(found), pytree.leaves(wanted), strict=True):
             assert_close(got, want)
-        met.append(sizes.graphs)
-    assert met[2] == met[1] == 2
-    assert met[4] == met[3] == 3
-    assert met[6] == met[5]
+        met.append(count.graphs)
+    assert met == [1, 2, 2, 3, 3, *[4] * len(more)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dims", [1, 2])
 def test_dynamic_from_the_start(dims: int) -> None:
     """Convolutions, embeddings and sequences, compiled with symbols wherever the compiler can."""

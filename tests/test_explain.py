@@ -118,6 +118,28 @@ def test_the_table() -> None:
     assert found.multiply_adds == sum(row.multiply_adds for row in found)
 
 
+def test_the_program() -> None:
+    """An engine tells its strategies, and what it replays after the backward pass."""
+
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.recurrent, self.last = nn.Linear(3, 4), nn.LSTM(4, 5), nn.Linear(5, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.recurrent(self.first(x).transpose(0, 1))[0]).mean(0)
+
+    model = Hidden()
+    engine = gramjd.Engine(model, batch_dim=0)
+    for _ in range(2):
+        found = engine.explain(model(torch.randn(6, 5, 3)).square().sum(1))
+        assert found.program == (
+            "Strategies: ops for 8 parameters; 3 regions of the graph, 1 of them after the backward pass."
+        )
+        assert str(found).splitlines()[-2:] == [found.program, found.proof]
+        assert f"<p>{found.program}</p><p>" in found._repr_html_()
+
+
 def test_similar_rows_are_one_line() -> None:
     """Three or more that differ in numbers of the name alone, in all combinations of them."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0, batch_first=True)

@@ -185,9 +185,9 @@ def batched_gradients() -> None:
 # Tracing, and contexts.
 
 
-@contract("is_compiling", "constant_in_graphs")
+@contract("is_compiling", "is_dynamo_tracing", "constant_in_graphs")
 def tracing() -> None:
-    assert not internals.is_compiling()
+    assert not internals.is_compiling() and not internals.is_dynamo_tracing()
 
     @internals.constant_in_graphs
     def answer() -> int:
@@ -196,7 +196,7 @@ def tracing() -> None:
     torch._dynamo.reset()
 
     def function(x: Tensor) -> Tensor:
-        return x * answer() if internals.is_compiling() else x * 0
+        return x * answer() if internals.is_compiling() and internals.is_dynamo_tracing() else x * 0
 
     compiled = torch.compile(function, backend="eager", fullgraph=True)
     assert compiled(torch.ones(2)).count_nonzero() == 2
@@ -678,14 +678,16 @@ def compiled_in_place() -> None:
     assert torch.equal(internals.plain_call(module, x), F.linear(x, module.weight, module.bias))
 
 
-@contract("is_compiled_wrapper", "original_of", "name_in_original")
+@contract("hides_ops", "original_of", "name_in_original")
 def compiled_modules() -> None:
     module = nn.Linear(2, 2)
     wrapper: Any = torch.compile(module, backend="eager")
-    assert internals.is_compiled_wrapper(wrapper) and internals.original_of(wrapper) is module
+    assert internals.hides_ops(wrapper) and internals.original_of(wrapper) is module
     names = [internals.name_in_original(name) for name, _ in wrapper.named_parameters()]
     assert names == [name for name, _ in module.named_parameters()] == ["weight", "bias"]
-    assert not internals.is_compiled_wrapper(module) and internals.original_of(module) is module
+    assert not internals.hides_ops(module) and internals.original_of(module) is module
+    module.compile(backend="eager")
+    assert internals.hides_ops(module)
 
 
 @contract("applied")

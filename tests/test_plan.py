@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import gramjd
 from gramjd import contraction
 from gramjd.blocks import Block, Conv, Dense, Lookup, Outer
-from gramjd.contraction import Options, tiles
+from gramjd.contraction import Options, options, tiles
 from gramjd.contraction.choice import plans, swapped
 from gramjd.contraction.conv import METHODS, Method
 from gramjd.contraction.options import Limits, limits
@@ -230,6 +230,29 @@ def test_options_refuse_nonsense() -> None:
     for dtype in (torch.int64, torch.complex64, "float32"):
         with pytest.raises(ValueError, match="accumulate_dtype"):
             Options(accumulate_dtype=dtype)  # type: ignore[arg-type]
+
+
+def test_free_memory_of_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch holds unused is free, too; the driver is asked once a second, not for each product."""
+    asked, now = [], [5.0]
+
+    def mem_get_info(device: torch.device) -> tuple[int, int]:
+        asked.append(device)
+        return 2**30, 2**34
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2**30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**29)
+    monkeypatch.setattr(options.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(options, "_FREE_ON_CARDS", {})
+    card = torch.device("cuda", 0)
+    for _ in range(3):
+        assert Options().budget(card) == Options().rows_budget(card) == (2**30 + 2**29) // 8
+    assert asked == [card]
+    now[0] += 1.0
+    Options().budget(card)
+    Options().budget(torch.device("cuda", 1))
+    assert asked == [card, card, torch.device("cuda", 1)]
 
 
 def test_what_the_plans_are_for() -> None:

@@ -13,7 +13,7 @@ from gramjd.blocks.conv import Conv
 from gramjd.blocks.dense import Dense
 from gramjd.blocks.lookup import Lookup
 from gramjd.blocks.outer import Outer
-from gramjd.internals import is_compiling
+from gramjd.internals import is_dynamo_tracing
 
 Block = Outer | Lookup | Dense | Conv
 
@@ -71,7 +71,7 @@ def _origins(blocks: Iterable[Block]) -> str:
 
 def with_origin(block: Block, origin: str) -> Block:
     """Name the op that a block comes from; return the block with this name."""
-    if is_compiling():
+    if is_dynamo_tracing():
         return replace(block, origin=origin)
     found: Block = object.__new__(type(block))  # the same with a tenth of the calls
     found.__dict__.update(block.__dict__, origin=origin)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from gramjd.cli.load import CannotRunError
+from gramjd.contraction.options import free_on_card
 
 CGROUP = Path("/sys/fs/cgroup")
 MARGIN = 1.15  # what allocators hold besides: a seventh of what GPT-2 takes
@@ -79,8 +80,7 @@ def _gib(size: int) -> str:
 def free_bytes(device: torch.device) -> int | None:
     """The free memory of a device; ``None`` if the system does not tell."""
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + unused
+        return free_on_card(device)
     known = [free for free in (_of_the_host(), _of_the_container()) if free is not None]
     return min(known, default=None)
 

@@ -181,7 +181,7 @@ def squared_norms(blocks: Sequence[Block], options: Options = DEFAULT) -> Tensor
 
 
 def _limits(u: Block, v: Block, options: Options) -> Limits:
-    tensors = [*_tensors(u), *_tensors(v)]
+    tensors = _tensors(u) if u is v else (*_tensors(u), *_tensors(v))
     return limits(options, tensors[0], *[x.dtype for x in tensors])
 
 

@@ -9,7 +9,7 @@ from gramjd.blocks.outer import shared
 from gramjd.contraction import conv, joint, lookup, pairwise
 from gramjd.contraction.cost import Cost, Plan, ascending
 from gramjd.contraction.rows import dense_rows, rows, rows_cost
-from gramjd.internals import is_compiling
+from gramjd.internals import is_dynamo_tracing
 
 _ROWS = Plan("rows", rows_cost, rows)  # for any pair
 
@@ -40,7 +40,7 @@ _MOST = 4096  # pairs remembered
 
 def plans(u: Block, v: Block) -> list[tuple[Plan, Cost]]:
     """The plans that apply to two blocks, the cheapest first."""
-    if is_compiling():
+    if is_dynamo_tracing():
         return _sorted(u, v)
     key = (type(u), _sizes(u), None if u is v else (type(v), _sizes(v)))
     try:

@@ -14,7 +14,7 @@ from torch import Tensor
 from gramjd.blocks import Block, Dense, Outer
 from gramjd.contraction.options import Options, limits
 from gramjd.contraction.tiles import added, product
-from gramjd.internals import is_compiling, is_plain
+from gramjd.internals import is_dynamo_tracing, is_plain
 
 SHORT = 2**16  # elements of all rows of a parameter, below which a call takes longer than a copy of them
 MANY = 2**20  # elements that are copied for one product
@@ -22,7 +22,7 @@ MANY = 2**20  # elements that are copied for one product
 
 def biased(each: Sequence[Sequence[Block]]) -> dict[int, int]:
     """Positions of weights, and of the biases of the same calls at one position a sample."""
-    if is_compiling():
+    if is_dynamo_tracing():
         return {}
     biases: dict[object, int] = {}
     for n, blocks in enumerate(each):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 
 import torch
@@ -102,8 +103,25 @@ def default_budget(device: torch.device) -> int:
     return max(MiB, min(enough, _free(device) // 8))
 
 
+_FREE_ON_CARDS: dict[torch.device, tuple[float, int]] = {}  # when it was read, in seconds, and the bytes
+_HOLDS = (
+    1.0  # seconds: the driver takes microseconds to milliseconds, and each product of a step would ask it
+)
+
+
 def _free(device: torch.device) -> int:
-    """Bytes, on the host as they were at the start."""
-    if device.type == "cuda" and not is_compiling():
-        return torch.cuda.mem_get_info(device)[0]
-    return _FREE_AT_START
+    """Bytes: on the host as they were at the start, on a card as they were less than a second ago."""
+    if device.type != "cuda" or is_compiling():
+        return _FREE_AT_START
+    now = time.monotonic()
+    read, found = _FREE_ON_CARDS.get(device, (-_HOLDS, 0))
+    if now - read >= _HOLDS:
+        found = free_on_card(device)
+        _FREE_ON_CARDS[device] = now, found
+    return found
+
+
+def free_on_card(device: torch.device) -> int:
+    """Bytes that torch could still allocate: those of the driver, and those that torch holds unused."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused

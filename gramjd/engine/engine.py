@@ -114,12 +114,12 @@ class Engine:
         refuse_flat(found)
         self._registry = registry = Registry(found, recurse)
         self._watcher = Watcher(registry.held, self._strategies)
-        refs = weakref.WeakMethod(self._watcher.before), weakref.WeakMethod(self._watcher.after)
-        registry.stand_ins = StandIns(*refs)
+        watcher = weakref.ref(self._watcher)
+        registry.stand_ins = StandIns(watcher)
         registry.held()  # sharded parameters are seen before a forward gathers them
         handles: list[Any] = [registry.stand_ins]
         for module in registry.hooked():
-            before, after = BeforeHook(refs[0]), AfterHook(refs[1])
+            before, after = BeforeHook(watcher), AfterHook(watcher)
             handles += [
                 module.register_forward_pre_hook(before, with_kwargs=True),
                 module.register_forward_hook(after, with_kwargs=True, always_call=True),
@@ -414,7 +414,8 @@ class Engine:
         errors are those of :meth:`compute_gramian`.
         """
         jacobian, request, solution = self._jacobian(joined(output, self._batch_dim))
-        return explanation(jacobian, self._options, describe(request, solution, self._check == "always"))
+        proof = describe(request, solution, self._check == "always")
+        return explanation(jacobian, self._options, proof, str(solution.program))
 
     def __enter__(self) -> Engine:
         return self

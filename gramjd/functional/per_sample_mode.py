@@ -6,7 +6,7 @@ differentiation of our own, and bare, as levels outside of it see it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,7 +109,7 @@ class PerSampleMode(Tracker):
             return self._derive(op, args, kwargs, record, leaves)
         out = None
         if None not in record.entries and torch.is_grad_enabled():
-            out = op(*self.bare(args), **self.bare(kwargs))
+            out = self.call_bare(op, args, kwargs)
         if not isinstance(out, Tensor):
             return op(*args, **kwargs), None
         self._keep(record, leaves, [self.held(leaves[i]) for i in record.saved], [], 1)
@@ -157,9 +157,18 @@ class PerSampleMode(Tracker):
                 "transform in a loop instead of inside torch.vmap."
             )
 
-    def bare(self, tree: Any) -> Any:
-        """Arguments with tracked tensors as levels outside see them, which need no gradients here."""
-        return pytree.map(lambda leaf: self.below.get(id(leaf), leaf), tree)
+    def call_bare(self, op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What an op returns for tracked tensors as levels outside see them, which need no gradients here."""
+        return op(*self._bare(args), **dict(zip(kwargs, self._bare(kwargs.values()), strict=True)))
+
+    def _bare(self, values: Iterable[Any]) -> list[Any]:
+        found = list(values)
+        for i, value in enumerate(found):  # a map over a tree calls a function for each leaf
+            if isinstance(value, Tensor):
+                found[i] = self.below.get(id(value), value)
+            elif isinstance(value, (list, tuple, dict)):
+                found[i] = pytree.map(lambda leaf: self.below.get(id(leaf), leaf), value)
+        return found
 
 
 _WRITTEN = (

@@ -66,7 +66,7 @@ class _PerturbationMode(PerSampleMode):
                      ) -> list[Tensor] | None:  # fmt: skip
         number = len(self.tracked)
         self.tracked.append(self.first.tracked[number] if self.first else any(t.requires_grad for t in outs))
-        return tensors_of(op(*self.bare(args), **self.bare(kwargs))) if self.tracked[number] else None
+        return tensors_of(self.call_bare(op, args, kwargs)) if self.tracked[number] else None
 
 
 def by_perturbations(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor],

@@ -37,9 +37,10 @@ def plain_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return module._call_impl(*args, **kwargs)
 
 
-def is_compiled_wrapper(module: nn.Module) -> bool:
-    """Whether a module was made by ``torch.compile(module)``."""
-    return "_orig_mod" in module._modules
+def hides_ops(module: nn.Module) -> bool:
+    """Whether a module is scripted or compiled."""
+    compiled = "_orig_mod" in module._modules or module._compiled_call_impl is not None
+    return compiled or isinstance(module, torch.jit.ScriptModule)
 
 
 def original_of(module: nn.Module) -> nn.Module:

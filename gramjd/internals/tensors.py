@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from gramjd.internals.tracing import is_compiling
+from gramjd.internals.tracing import is_compiling, is_dynamo_tracing
 from gramjd.internals.transforms import inside_transform, is_wrapped
 
 _TENSOR: Any = Tensor
@@ -71,9 +71,9 @@ def in_forward_mode() -> bool:
 
 def is_ours(tensor: Tensor) -> bool:
     """Whether results may be changed in place: nothing traces, transforms or differentiates them."""
-    if is_compiling() or in_forward_mode():
+    if is_dynamo_tracing() or torch.autograd.forward_ad._current_level >= 0:  # asked often: few calls
         return False
-    return is_plain(tensor) and not tensor.requires_grad
+    return type(tensor) is Tensor and not is_wrapped(tensor) and not tensor.requires_grad
 
 
 def is_watched() -> bool:
@@ -94,7 +94,7 @@ def runs_plainly(tensors: Sequence[Tensor]) -> bool:
 
 def version_of(tensor: Tensor) -> int:
     """The number of writes into a tensor or its base; 0 if torch does not count them."""
-    return 0 if is_compiling() or tensor.is_inference() else tensor._version
+    return 0 if is_dynamo_tracing() or tensor.is_inference() else tensor._version
 
 
 def versions_of(tensors: Sequence[Tensor]) -> tuple[int, ...]:

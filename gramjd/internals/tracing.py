@@ -13,6 +13,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 # Is ``torch.compile`` tracing this very code? The function itself: tracing knows what it returns.
 is_compiling: Callable[[], bool] = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling
 
+# Does Dynamo trace this very code? Where nothing else that compiles matters: half the calls.
+is_dynamo_tracing: Callable[[], bool] = getattr(torch.compiler, "is_dynamo_compiling", None) or is_compiling
+
 
 def constant_in_graphs(function: F) -> F:
     """Decorator, as ``torch.compiler.assume_constant_result``, but without the import that this costs."""

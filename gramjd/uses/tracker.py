@@ -38,6 +38,9 @@ class Tracker(TorchFunctionMode):
         self.active = True
         self.sources: dict[int, Source] = {}
         self.known: dict[int, Tensor] = {}  # tracked and batch-independent tensors
+        self.known_around: dict[
+            int, Tensor
+        ] = {}  # that follow from what a recorder around knows as batch-independent
         self.add(parameters, batch_independent)
 
     def add(self, parameters: Iterable[Tensor], batch_independent: Iterable[Tensor]) -> None:
@@ -69,8 +72,8 @@ class Tracker(TorchFunctionMode):
             out = func(*args, **kwargs)
             if batch_independent:
                 self._remember(out)
-            elif isinstance(out, Tensor) or func is Tensor.__setitem__:
-                self._forget(out, func, args)
+            elif id(out) in self.known or self.known_around or func is Tensor.__setitem__:
+                self._forget(args[0] if func is Tensor.__setitem__ else out)
             return out
         if func in _COMPOSITE:
             with self:
@@ -82,7 +85,8 @@ class Tracker(TorchFunctionMode):
                 self.sources[id(tensor)] = Derived(record, output)
                 self.known[id(tensor)] = tensor
         elif not batch_independent:
-            self._forget(out, func, args)
+            if id(out) in self.known or self.known_around or func is Tensor.__setitem__:
+                self._forget(args[0] if func is Tensor.__setitem__ else out)
         elif record is None and not any(t.requires_grad for t in tensors_of(out)):
             self._remember(out)  # a comparison, an index, detached
         return out
@@ -107,9 +111,9 @@ class Tracker(TorchFunctionMode):
             if isinstance(tensor, Tensor):
                 self.known[id(tensor)] = tensor
 
-    def _forget(self, out: Any, func: Any, args: Any) -> None:
+    def _forget(self, written: Any) -> None:
         """A tensor that the batch was written into is batch-independent no more."""
-        written = args[0] if func is Tensor.__setitem__ else out
+        self.known_around.pop(id(written), None)
         if id(written) in self.known and id(written) not in self.sources:
             del self.known[id(written)]
 

@@ -20,11 +20,6 @@ from gramjd.internals import compiled_call, is_compiling, plain_call, set_compil
 _REPLAY = threading.local()  # .on: are calls to run as they were before they were compiled?
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Whether ``module.compile()`` was called."""
-    return compiled_call(module) is not None
-
-
 @contextmanager
 def uncompiled() -> Iterator[None]:
     """A context in which compiled modules that an engine watches run the code that was compiled."""
@@ -41,7 +36,7 @@ class StandIn:
     def __init__(self, module: nn.Module) -> None:
         self.module = weakref.ref(module)
         self.call: Any = compiled_call(module)
-        self.hooks: list[tuple[Callable[[], Any], Callable[[], Any]]] = []
+        self.watchers: list[Callable[[], Any]] = []
         set_compiled_call(module, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -50,15 +45,14 @@ class StandIn:
             return self.call(*args, **kwargs)
         if getattr(_REPLAY, "on", False):
             return plain_call(module, *args, **kwargs)
-        hooks, out = [(before(), after()) for before, after in self.hooks], None
-        for before, _ in hooks:
-            if before is not None:
-                before(module, sys._getframe())  # in no variable: the frame would keep itself alive
+        watchers, out = [found for each in self.watchers if (found := each()) is not None], None
+        for watcher in watchers:
+            watcher.before(module, sys._getframe())  # in no variable: the frame would keep itself alive
         try:
             out = self.call(*args, **kwargs)
         finally:
-            for _, after in hooks:
-                marked = None if after is None else after(module, args, kwargs, out, sys._getframe())
+            for watcher in watchers:
+                marked = watcher.after(module, args, kwargs, out, sys._getframe())
                 out = out if marked is None else marked
         return out
 
@@ -67,21 +61,20 @@ class StandIns:
     """The compiled modules that one engine has met.
 
     Args:
-        before: a reference to what is to be called before a call, with the module and the frame.
-        after: to what is to be called afterwards, with the arguments and what they gave besides.
+        watcher: a reference to the engine's watcher, whose ``before`` and ``after`` are called around a call.
     """
 
-    def __init__(self, before: Callable[[], Any], after: Callable[[], Any]) -> None:
-        self.hooks = before, after
+    def __init__(self, watcher: Callable[[], Any]) -> None:
+        self.watcher = watcher
         self.modules: list[weakref.ref[nn.Module]] | None = []
 
     def note(self, module: nn.Module) -> None:
-        """Have the hooks called around the compiled calls of a module."""
+        """Have the watcher called around the compiled calls of a module."""
         call: Any = compiled_call(module)
-        if self.modules is None or (isinstance(call, StandIn) and self.hooks in call.hooks):
+        if self.modules is None or (isinstance(call, StandIn) and self.watcher in call.watchers):
             return
         call = call if isinstance(call, StandIn) else StandIn(module)
-        call.hooks.append(self.hooks)
+        call.watchers.append(self.watcher)
         self.modules.append(weakref.ref(module))
 
     def remove(self) -> None:
@@ -89,8 +82,8 @@ class StandIns:
         modules, self.modules = self.modules or [], None
         for module in [ref() for ref in modules]:
             call: Any = None if module is None else compiled_call(module)
-            if module is None or not isinstance(call, StandIn) or self.hooks not in call.hooks:
+            if module is None or not isinstance(call, StandIn) or self.watcher not in call.watchers:
                 continue
-            call.hooks.remove(self.hooks)
-            if not call.hooks:
+            call.watchers.remove(self.watcher)
+            if not call.watchers:
                 set_compiled_call(module, call.call)

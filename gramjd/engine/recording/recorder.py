@@ -32,7 +32,7 @@ from gramjd.internals import (
     hooks_of,
     innermost_mode,
     innermost_transform,
-    is_compiling,
+    is_dynamo_tracing,
     is_elsewhere,
     is_view,
     saved_tensors_hook,
@@ -59,7 +59,6 @@ class Recorder(Tracker):
         super().__init__(())
         self.known_calls = known_calls
         self.outer = outer  # that of the call around the checkpoint
-        self.shared: dict[int, Tensor] = {}  # computed from what that one knows to be batch-independent
         self.hook = saved_tensors_hook()  # of the innermost checkpoint around
         self.frame: FrameType | None = frame  # of the module call that switched it on
         self.opaque: FrameType | None = None  # of a call whose inside is out of sight
@@ -71,7 +70,7 @@ class Recorder(Tracker):
         self.calls: list[tuple[nn.Module, set[int]]] = []  # in progress, and what they hide: see `hide`
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if is_compiling():  # a compiled function inside a module: its graph is to be as without us
+        if is_dynamo_tracing():  # a compiled function inside a module: its graph is to be as without us
             return func(*args, **(kwargs or {}))
         innermost = innermost_transform()  # every op comes by here: no call that can be spared
         if (innermost is not None or self.level) and is_elsewhere(self.level):
@@ -86,7 +85,7 @@ class Recorder(Tracker):
             self.hooks.append(HOOK)
         out = super().__torch_function__(func, types, args, kwargs)
         if self.outer is not None and self.active and self._are_batch_independent((args, kwargs)):
-            self.shared.update((id(t), t) for t in tensors_of(out))
+            self.known_around.update((id(t), t) for t in tensors_of(out))
         return out
 
     def _through_aliases(self, func: Any, args: Any, kwargs: Any
@@ -183,18 +182,15 @@ class Recorder(Tracker):
 
         Nothing of what a checkpoint saves may follow from the answer.
         """
-        if self.outer is None and not self.shared and isinstance(arguments, list):  # leaves: no containers
+        if (
+            self.outer is None and not self.known_around and isinstance(arguments, list)
+        ):  # leaves: no containers
             known = self.known  # as a comprehension, which takes one call
             return not [leaf for leaf in arguments if isinstance(leaf, Tensor) and id(leaf) not in known]
         return all(map(self._is_batch_independent, tensors_of(arguments)))
 
-    def _forget(self, out: Any, func: Any, args: Any) -> None:
-        if self.shared:
-            self.shared.pop(id(args[0] if func is Tensor.__setitem__ else out), None)
-        super()._forget(out, func, args)
-
     def _is_batch_independent(self, tensor: Tensor) -> bool:
-        known = id(tensor) in self.known or id(tensor) in self.shared
+        known = id(tensor) in self.known or id(tensor) in self.known_around
         return known or (self.outer is not None and self.outer._is_batch_independent(tensor))
 
     def record(self, op: Any, args: Any, kwargs: dict[str, Any], derived: bool) -> tuple[Any, Record | None]:
@@ -324,19 +320,16 @@ def start_recorder(recorder: Recorder) -> Recorder:
 def active_recorder() -> Recorder | None:
     """The recorder that is switched on, unless an interrupt (Ctrl-C) skipped its switching off."""
     recorder: Recorder | None = getattr(_THREAD, "recorder", None)
-    if recorder is None or _is_running(recorder.frame):
-        return recorder
-    recorder.switch_off()
-    return active_recorder()
-
-
-def _is_running(frame: FrameType | None) -> bool:
-    """Whether a call is still in progress in this thread."""
-    # never the frame of this function itself: holding that would keep the callers' locals alive
-    caller: FrameType | None = sys._getframe(1)
-    while caller is not None and caller is not frame:
-        caller = caller.f_back
-    return caller is not None
+    while recorder is not None:
+        # never the frame of this function itself: holding that would keep the callers' locals alive
+        caller: FrameType | None = sys._getframe(1)
+        while caller is not None and caller is not recorder.frame:
+            caller = caller.f_back
+        if caller is not None:
+            return recorder
+        recorder.switch_off()
+        recorder = getattr(_THREAD, "recorder", None)
+    return None
 
 
 def _writes(args: Any, kwargs: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
 from typing import Any
@@ -11,17 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramjd.engine.recording.compiled import is_compiled
 from gramjd.engine.recording.known_calls import KnownCalls
 from gramjd.engine.recording.recorded import is_markable, is_marked, mark_call
 from gramjd.engine.recording.recorder import Recorder, active_recorder, start_recorder
 from gramjd.engine.sharded import is_unit
 from gramjd.internals import (
     held_by,
+    hides_ops,
     in_backward,
     inside_transform,
-    is_compiled_wrapper,
-    is_compiling,
+    is_dynamo_tracing,
     is_elsewhere,
     saved_tensors_hook,
 )
@@ -64,7 +64,7 @@ class Watcher:
         recorder.enter(module)
         if recorder.opaque is not None:
             return
-        if _is_opaque(module):
+        if hides_ops(module):
             recorder.pause(frame)
         elif outermost:  # last: it would see all that is asked of the parameters above
             recorder.__enter__()
@@ -125,14 +125,9 @@ def _unseen(recorder: Recorder, module: nn.Module, out: Any, ours: bool) -> dict
     return {name: p for name, p in unseen.items() if id(p) not in returned}
 
 
-def _is_opaque(module: nn.Module) -> bool:
-    """Whether a module hides its ops: it is scripted or compiled."""
-    return isinstance(module, torch.jit.ScriptModule) or is_compiled_wrapper(module) or is_compiled(module)
-
-
 def _own_parameters(module: nn.Module) -> Iterable[tuple[str, Tensor | None]]:
     """The parameters that no call inside a call of the module answers for, by name."""
-    if _is_opaque(module):
+    if hides_ops(module):
         return module.named_parameters()
     parameters, _, children = held_by(module)
     own: list[tuple[str, Tensor | None]] = []
@@ -145,28 +140,28 @@ def _own_parameters(module: nn.Module) -> Iterable[tuple[str, Tensor | None]]:
 class BeforeHook:
     """A forward pre-hook. It does not keep its engine alive, and copies of it do nothing."""
 
-    def __init__(self, target: Callable[[], Any] | None = None) -> None:
-        self.target = target
+    def __init__(self, watcher: weakref.ref[Watcher] | None = None) -> None:
+        self.watcher = watcher
 
     def __reduce__(self) -> Any:
         return type(self), ()
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if is_compiling():  # first: the rest cannot be traced
+        if is_dynamo_tracing():  # first: the rest cannot be traced
             return
-        target = self.target and self.target()
-        if target is not None:
-            target(module, sys._getframe(1))
+        watcher = None if self.watcher is None else self.watcher()
+        if watcher is not None:
+            watcher.before(module, sys._getframe(1))
 
 
 class AfterHook(BeforeHook):
     """A forward hook, like :class:`BeforeHook`; it gets no ``kwargs`` and output if the forward raised."""
 
     def __call__(self, module: nn.Module, args: Any, *rest: Any) -> Any:
-        if is_compiling():
+        if is_dynamo_tracing():
             return None
-        target = self.target and self.target()
-        if target is None:
+        watcher = None if self.watcher is None else self.watcher()
+        if watcher is None:
             return None
         kwargs = rest[0] if len(rest) == 2 else {}
-        return target(module, args, kwargs, rest[-1], sys._getframe(1))
+        return watcher.after(module, args, kwargs, rest[-1], sys._getframe(1))

@@ -131,11 +131,11 @@ def stream(
     K, level = len(cotangents), batched_gradients_level()
 
     def receive(node: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        with outside_batched_gradients():
-            sink.receive(
-                node,
-                [g if g is None else without_batch(g, level, K) if K > 1 else g.unsqueeze(0) for g in grads],
-            )
+        if K == 1:
+            sink.receive(node, [g if g is None else g.unsqueeze(0) for g in grads])
+        else:
+            with outside_batched_gradients():
+                sink.receive(node, [g if g is None else without_batch(g, level, K) for g in grads])
         return (None,) * len(grads)
 
     with tapped(nodes, receive) as taps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,6 +35,15 @@ class Program:
     late: frozenset[int] = frozenset()  # regions that wait for the end of the backward pass
     patterns: Mapping[int, frozenset[Pattern]] = field(default_factory=dict)  # verified, of each region
     complete: bool = False
+
+    def __str__(self) -> str:
+        """How the blocks of each parameter come about, and in how many independent parts of the graph."""
+        found = Counter(self.strategies.values())
+        each = [f"{name} for {count} parameter{'s' * (count > 1)}" for name, count in found.most_common()]
+        regions = f"{len(self.regions)} region{'s' * (len(self.regions) != 1)} of the graph"
+        end = len(self.waiting | self.late)
+        last = f", {end} of them after the backward pass" if end else ""
+        return f"Strategies: {', '.join(each) or 'none'}; {regions}{last}."
 
     @staticmethod
     def of(problem: Problem) -> Program:
