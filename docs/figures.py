@@ -111,7 +111,7 @@ def plans() -> Figure:
     return figure
 
 
-def weightings() -> Figure:
+def directions() -> Figure:
     """Directions of the steps of several weightings, before and after one loss is multiplied."""
     J = torch.tensor([[2.0, 0.3], [-1.0, 0.5]], dtype=torch.float64)
     chosen = {
@@ -123,14 +123,14 @@ def weightings() -> Figure:
     figure = Figure(figsize=(9, 2.9), layout="constrained")
     for ax, scale in zip(figure.subplots(1, 2), (1.0, 10.0), strict=True):
         scaled = J * torch.tensor([[scale], [1.0]], dtype=torch.float64)
-        first, second = (g / g.norm() for g in scaled)
+        first, second = ((g / g.norm()).numpy() for g in scaled)
         angles = (
             np.degrees(np.arctan2(second[1], second[0])) - 90,
             np.degrees(np.arctan2(first[1], first[0])) + 90,
         )
         ax.add_patch(Wedge((0, 0), 1.5, *sorted(float(a) for a in angles), color=BLUE, alpha=0.12, lw=0))
         for name, g in (("$g_1$", first), ("$g_2$", second)):
-            arrow(ax, 1.15 * g.numpy(), BLACK, name, (0.1 * float(g[0]), 0.12))
+            arrow(ax, 1.15 * g, BLACK, name, (0.1 * float(g[0]), 0.12))
         for name, (weigh, color) in chosen.items():
             step = scaled.T @ weigh(scaled @ scaled.T)
             direction = (step / step.norm()).numpy()
@@ -210,7 +210,7 @@ def remedies() -> Figure:
 
 if __name__ == "__main__":
     OUT.mkdir(parents=True, exist_ok=True)
-    for draw in (weightings, proofs, remedies):
+    for draw in (directions, proofs, remedies):
         draw().savefig(OUT.parent / f"{draw.__name__}.png", dpi=160, bbox_inches="tight")
     for draw in (conflict, blocks, plans):
         draw().savefig(OUT / f"{draw.__name__}.png", dpi=160, bbox_inches="tight")

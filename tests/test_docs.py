@@ -5,6 +5,8 @@ libraries' code and do not run.
 """
 
 import re
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +90,15 @@ def test_every_picture_is_shown_and_described() -> None:
     ]
     assert all(alt and path.exists() for alt, path in shown)
     assert {path for _, path in shown} >= set(DOCS.rglob("*.png"))
+
+
+def test_figures_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that take no training; each is on a page."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    figures = runpy.run_path(str(DOCS / "figures.py"))
+    pages = "\n".join((DOCS / page).read_text(encoding="utf-8") for page in PAGES)
+    for name in ("conflict", "blocks", "plans", "directions", "proofs", "remedies"):
+        assert figures[name]().axes
+        assert f"/{name}.png" in pages

@@ -119,11 +119,15 @@ def test_resume(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert "parameters are equal" in capsys.readouterr().out
 
 
-def test_compiled(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compiled(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 13):
         pytest.skip("Dynamo traces the transforms as of torch 2.13")
     torch._dynamo.reset()
-    run(monkeypatch, "compiled.py", "--backend", "aot_eager")
+    pytest.importorskip("matplotlib")
+    run(monkeypatch, "compiled.py", "--backend", "aot_eager", "--sizes", "16", "--out", str(tmp_path))
+    assert (tmp_path / "compiled.png").exists()
     out = capsys.readouterr().out
     assert float(re.findall(r"apart by (\S+)", out)[0]) < 1e-5
     assert float(re.findall(r"relative difference (\S+)", out)[0]) < 1e-5
@@ -260,11 +264,15 @@ def test_mislabelled_digits(
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # from peft
-def test_finetune_lora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finetune_lora(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     """Without a warning of ours: adapters take the fast strategy."""
     pytest.importorskip("peft")
     pytest.importorskip("transformers")
-    run(monkeypatch, "finetune_lora.py", "--steps", "150")
+    pytest.importorskip("matplotlib")
+    run(monkeypatch, "finetune_lora.py", "--steps", "150", "--out", str(tmp_path))
+    assert (tmp_path / "lora.png").exists()
     share, before, after = re.findall(r"([\d.]+)%", capsys.readouterr().out)
     assert float(share) < 20 and float(before) < 60 and float(after) > 80
 
