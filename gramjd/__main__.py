@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         problem = load(args.factory, getattr(args, "batches", 1), args.batch_dim).moved_to(args.device)
         if args.command == "explain":
-            report = explain(problem, args.batch_dim)
+            report = explain(problem, args.batch_dim, progress)
         else:
             report = check(
                 problem,

@@ -242,7 +242,7 @@ print(status, killed)
 def store_under_fire(
     folder: Path, samples: int, size: int, flush: float, pause: float, within: float, ranks: int = 1
 ) -> int:
-    """Write a store in processes that are killed at random moments, until all end: how many were?"""
+    """Write a store in processes that are killed at random; return the number of those that were killed."""
     options = map(str, (samples, size, flush, pause, within, ranks))
     given = [sys.executable, "-c", KILLED, str(folder), *options]
     found = subprocess.run(given, check=True, stdout=subprocess.PIPE, text=True).stdout.split()

@@ -199,7 +199,7 @@ def test_options_that_make_no_sense() -> None:
 def test_without_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     func, params = gramjd.functional_loss(fcn())
     monkeypatch.setitem(sys.modules, "numpy.lib.format", None)
-    with pytest.raises(ImportError, match=r"needs numpy: pip install 'gramjd\[ntk\]'"):
+    with pytest.raises(ImportError, match="needs numpy: pip install numpy"):
         ntk_dataset(func, params, X.split(2), out=tmp_path / "kernel.npy")
 
 

@@ -184,7 +184,7 @@ gramjd.ntk_dataset(func, params, Slow(saved["x"].split(int(sys.argv[3]))), out=f
 
 
 def kill_midway(folder: Path, model: nn.Module, x: Tensor, batch: int, pause: float, tiles: int) -> int:
-    """Compute a kernel in a process of its own, and kill it after some tiles; how many did it finish?"""
+    """Compute a kernel in a process of its own, kill it after some tiles, and return their number."""
     torch.save({"model": model.state_dict(), "x": x}, folder / "saved.pt")
     path = folder / "kernel.npy.journal"
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(folder), str(pause), str(batch)])

@@ -163,5 +163,5 @@ def test_backward_copies_no_gradient() -> None:
 
 
 def _makes(shapes: list[tuple[int, ...]], weights: list[nn.Parameter]) -> bool:
-    """Is the result as large as one of the weights?"""
+    """Whether the result is as large as one of the weights."""
     return any(prod(shape) in {p.numel() for p in weights} for shape in shapes)

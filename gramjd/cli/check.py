@@ -52,12 +52,15 @@ class Report:
         self.lines += [n for n in dict.fromkeys(f"note: {w.message}" for w in caught) if n not in self.lines]
 
 
-def explain(problem: Problem, batch_dim: int | None) -> Report:
+def explain(problem: Problem, batch_dim: int | None, progress: Progress | None = None) -> Report:
     """Report every block of the model, or the reason for a refusal."""
-    report = Report()
+    report, progress = Report(), progress or Progress(None)
+    progress("running the losses")
     problem.losses()  # without an engine yet: what fails here is not gramjd's
     engine = Engine(problem.model, batch_dim=batch_dim)
+    progress("running the losses once more")
     losses = problem.losses()
+    progress("explaining the Gramian")
     with report.refusals():
         report.lines.append(str(engine.explain(losses)))
     engine.close()

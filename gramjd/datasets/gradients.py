@@ -60,7 +60,7 @@ def gradients_dataset(
         shard: ``(rank, ranks)``, for several processes at once. Each calls this function with the same path
             and its own part of the dataset. :meth:`gramjd.GradientStore.open` joins the parts in order of
             ranks.
-        progress: show a bar, if tqdm is installed.
+        progress: show a bar after two seconds, if tqdm is installed.
 
     Returns:
         The store, open for reading; with ``shard``, the samples of this rank.

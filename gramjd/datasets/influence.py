@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from math import isfinite
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from gramjd.datasets.batches import check_loader
+from gramjd.datasets.progress import progress_bar
 from gramjd.datasets.similarity import TopK, collected, one_loss
 from gramjd.errors import NotFiniteError
 from gramjd.jacobian import Jacobian
@@ -22,12 +23,12 @@ from gramjd.weighting import NotConvergedError
 @overload
 def influence(
     queries: Jacobian, jacobian: Callable[[PyTree], Jacobian], loader: Iterable[PyTree], damping: float, *,
-    tol: float = ..., max_passes: int = ..., topk: None = None,
+    tol: float = ..., max_passes: int = ..., topk: None = None, progress: bool = ...,
 ) -> Tensor: ...
 @overload
 def influence(
     queries: Jacobian, jacobian: Callable[[PyTree], Jacobian], loader: Iterable[PyTree], damping: float, *,
-    tol: float = ..., max_passes: int = ..., topk: int,
+    tol: float = ..., max_passes: int = ..., topk: int, progress: bool = ...,
 ) -> TopK: ...
 # fmt: on
 
@@ -41,6 +42,7 @@ def influence(
     tol: float = 1e-5,
     max_passes: int = 100,
     topk: int | None = None,
+    progress: bool = True,
 ) -> Tensor | TopK:
     """``(G + λI)⁻¹ v`` of the kernel ``G = J Jᵀ`` of a whole dataset, for ``v = J g`` of queries' gradients.
 
@@ -61,6 +63,7 @@ def influence(
             result is proved to be within; by the products of the last pass, not by a recurrence.
         max_passes: over the dataset, at most.
         topk: return only so many largest entries for each query.
+        progress: show a bar that counts passes, after two seconds, if tqdm is installed.
 
     Returns:
         ``[*Q, N]`` on the CPU; with ``topk``, values and indices ``[*Q, topk]``.
@@ -80,11 +83,12 @@ def influence(
     if len(queries.outputs.each) > 1:
         raise ValueError(f"The queries must be one tensor of losses, got {queries!r}.")
     check_loader(loader, "loader")
-    kernel = _Kernel(queries, jacobian, loader, damping)
     units = torch.eye(queries.shape[0], dtype=queries.dtype, device=queries.parameters[0].device)
     with torch.no_grad():
         gradients = queries.T @ units
-    scores = _solved(kernel, gradients.detach(), tol, max_passes)  # [N, rows]
+    with progress_bar(progress, "influence", "pass", None) as bar:
+        kernel = _Kernel(queries, jacobian, loader, damping, bar)
+        scores = _solved(kernel, gradients.detach(), tol, max_passes)  # [N, rows]
     return collected([scores.mT.cpu().reshape(*queries.outputs.each[0].shape, -1)], topk)
 
 
@@ -92,8 +96,9 @@ class _Kernel:
     """Products with ``J`` and ``JᵀJ + λI`` of a dataset."""
 
     def __init__(self, queries: Jacobian, jacobian: Callable[[PyTree], Jacobian],
-                 loader: Iterable[PyTree], damping: float) -> None:  # fmt: skip
+                 loader: Iterable[PyTree], damping: float, bar: Any) -> None:  # fmt: skip
         self.queries, self.jacobian, self.loader, self.damping = queries, jacobian, loader, damping
+        self.bar = bar
         self.sizes: list[int] | None = None
         self.passes = 0
 
@@ -116,6 +121,7 @@ class _Kernel:
         if not bool(torch.isfinite(total).all()):
             raise NotFiniteError("A product with the gradients of the dataset is NaN or infinite.")
         self.passes += 1
+        self.bar.update(1)
         return total, torch.cat(outputs)
 
 

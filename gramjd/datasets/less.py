@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from gramjd import pytree
+from gramjd.datasets.progress import batches_of
 from gramjd.datasets.similarity import TopK, collected, divided, one_loss
 from gramjd.jacobian import Jacobian
 from gramjd.jacobian.lazy import check_parameters
@@ -21,12 +22,12 @@ from gramjd.pytree import PyTree
 @overload
 def less(
     queries: Jacobian, jacobian: Callable[[PyTree], Jacobian], loader: Iterable[PyTree],
-    optimizer: Optimizer, parameters: Mapping[str, Tensor], *, topk: None = None,
+    optimizer: Optimizer, parameters: Mapping[str, Tensor], *, topk: None = None, progress: bool = ...,
 ) -> Tensor: ...
 @overload
 def less(
     queries: Jacobian, jacobian: Callable[[PyTree], Jacobian], loader: Iterable[PyTree],
-    optimizer: Optimizer, parameters: Mapping[str, Tensor], *, topk: int,
+    optimizer: Optimizer, parameters: Mapping[str, Tensor], *, topk: int, progress: bool = ...,
 ) -> TopK: ...
 # fmt: on
 
@@ -39,6 +40,7 @@ def less(
     parameters: Mapping[str, Tensor],
     *,
     topk: int | None = None,
+    progress: bool = True,
 ) -> Tensor | TopK:
     """Cosines of the gradients of queries with the steps of Adam for the samples of a dataset, exactly.
 
@@ -56,6 +58,7 @@ def less(
         parameters: by the names that they have in the Jacobians, the tensors that the optimizer steps:
             ``dict(model.named_parameters())``.
         topk: return only so many largest cosines for each query.
+        progress: show a bar after two seconds, if tqdm is installed.
 
     Returns:
         ``[*Q, N]`` on the CPU; with ``topk``, values and indices ``[*Q, topk]``.
@@ -74,7 +77,7 @@ def less(
     def tiles() -> Iterator[Tensor]:
         with torch.no_grad():
             mine = {name: _rows(queries, name, len(queries.outputs.each[0].shape)) for name in queries.names}
-        for batch in loader:
+        for batch in batches_of(loader, progress, "LESS"):
             jac = one_loss(jacobian(batch))
             check_parameters(queries, jac)
             with torch.no_grad():

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+PATIENCE = 2  # seconds without a bar
 
 
 class NoBar:
@@ -19,11 +23,19 @@ class NoBar:
 
 
 def progress_bar(wanted: bool, what: str, unit: str, total: int | None, initial: int = 0) -> Any:
-    """A bar, if one is wanted and there is tqdm."""
+    """A bar that appears after two seconds, if one is wanted and tqdm is installed."""
     if wanted:
         try:
             from tqdm.auto import tqdm
         except ImportError:
             return NoBar()
-        return tqdm(total=total, initial=initial, desc=what, unit=unit)
+        return tqdm(total=total, initial=initial, desc=what, unit=unit, delay=PATIENCE)
     return NoBar()
+
+
+def batches_of(loader: Iterable[T], wanted: bool, what: str) -> Iterator[T]:
+    """The batches of a loader, with a bar."""
+    with progress_bar(wanted, what, "batch", len(loader) if isinstance(loader, Sized) else None) as bar:
+        for batch in loader:
+            yield batch
+            bar.update(1)

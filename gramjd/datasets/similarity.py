@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gramjd.contraction import ranges
+from gramjd.datasets.progress import batches_of
 from gramjd.datasets.store import GradientStore
 from gramjd.errors import NotFiniteError
 from gramjd.jacobian import Jacobian
@@ -92,12 +93,12 @@ def similarity(
 @overload
 def dataset_similarity(
     queries: Jacobian, jacobian: Callable[[PyTree], Jacobian], loader: Iterable[PyTree], *,
-    cosine: bool = ..., topk: None = None,
+    cosine: bool = ..., topk: None = None, progress: bool = ...,
 ) -> Tensor: ...
 @overload
 def dataset_similarity(
     queries: Jacobian, jacobian: Callable[[PyTree], Jacobian], loader: Iterable[PyTree], *,
-    cosine: bool = ..., topk: int,
+    cosine: bool = ..., topk: int, progress: bool = ...,
 ) -> TopK: ...
 # fmt: on
 
@@ -109,6 +110,7 @@ def dataset_similarity(
     *,
     cosine: bool = False,
     topk: int | None = None,
+    progress: bool = True,
 ) -> Tensor | TopK:
     """Exact inner products of the gradients of a few queries with those of a dataset, in one pass over it.
 
@@ -121,6 +123,7 @@ def dataset_similarity(
         loader: an iterable of batches.
         cosine: return cosines of the angles between gradients. A zero gradient has cosine 0.
         topk: return only so many largest scores for each query.
+        progress: show a bar after two seconds, if tqdm is installed.
 
     Returns:
         ``[*Q, N]`` on the CPU; with ``topk``, values and indices ``[*Q, topk]``.
@@ -130,19 +133,20 @@ def dataset_similarity(
             no samples, or fewer than ``topk``.
         NotFiniteError: a score is NaN or infinite.
     """
-    return collected(_crossed([queries], [jacobian], loader, [1.0], cosine), topk)
+    batches = batches_of(loader, progress, "similarity")
+    return collected(_crossed([queries], [jacobian], batches, [1.0], cosine), topk)
 
 
 # fmt: off
 @overload
 def tracin(
     queries: Sequence[Jacobian], jacobians: Sequence[Callable[[PyTree], Jacobian]],
-    loader: Iterable[PyTree], rates: Sequence[float], *, topk: None = None,
+    loader: Iterable[PyTree], rates: Sequence[float], *, topk: None = None, progress: bool = ...,
 ) -> Tensor: ...
 @overload
 def tracin(
     queries: Sequence[Jacobian], jacobians: Sequence[Callable[[PyTree], Jacobian]],
-    loader: Iterable[PyTree], rates: Sequence[float], *, topk: int,
+    loader: Iterable[PyTree], rates: Sequence[float], *, topk: int, progress: bool = ...,
 ) -> TopK: ...
 # fmt: on
 
@@ -154,6 +158,7 @@ def tracin(
     rates: Sequence[float],
     *,
     topk: int | None = None,
+    progress: bool = True,
 ) -> Tensor | TopK:
     """Influence of training samples by TracInCP (Pruthi et al., arXiv 2002.08484), in one pass over them.
 
@@ -165,7 +170,7 @@ def tracin(
             ``[lambda batch, p=p: jac(p, *batch) for p in checkpoints]``.
         loader: an iterable of batches.
         rates: the learning rate at each checkpoint.
-        topk: as in :func:`gramjd.dataset_similarity`.
+        topk, progress: as in :func:`gramjd.dataset_similarity`.
 
     Returns:
         ``[*Q, N]`` on the CPU; with ``topk``, values and indices ``[*Q, topk]``.
@@ -180,7 +185,8 @@ def tracin(
             f"tracin needs as many queries, jacobians and rates as checkpoints: got {len(queries)}, "
             f"{len(jacobians)} and {len(rates)}."
         )
-    return collected(_crossed(queries, jacobians, loader, rates, False), topk)
+    batches = batches_of(loader, progress, "TracIn")
+    return collected(_crossed(queries, jacobians, batches, rates, False), topk)
 
 
 def _crossed(queries: Sequence[Jacobian], jacobians: Sequence[Callable[[PyTree], Jacobian]],

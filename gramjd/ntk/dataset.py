@@ -67,7 +67,7 @@ def ntk_dataset(
             computes the missing tiles. A small file beside it, ``out + ".journal"``, lists the tiles on disk.
             Only one process, or one group, may use the path at a time. With a group, only rank 0 writes, so
             ranks need no common file system, and another number of ranks can continue.
-        progress: show a bar on rank 0, if tqdm is installed.
+        progress: show a bar on rank 0 after two seconds, if tqdm is installed.
         group: a ``torch.distributed`` process group, or a device mesh of one dimension.
         sharded: with a group, each rank keeps the rows of some consecutive batches of ``loader1``, the first
             batches on rank 0. For ``out="kernel.npy"``, rank 1 of 4 writes ``kernel-1-of-4.npy``; the same
