@@ -212,6 +212,7 @@ def test_progress(progress: bool, installed: bool, monkeypatch: pytest.MonkeyPat
     func, params = gramjd.functional_loss(fcn())
     if not installed:
         monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    monkeypatch.setattr("gramjd.datasets.progress.PATIENCE", 0)
     kernel = ntk_dataset(func, params, X.split(2), progress=progress)
     assert kernel.shape == (6, 3, 3, 6)
     shown = capsys.readouterr()

@@ -154,7 +154,10 @@ def test_no_journal(interrupted: Interrupted, content: bytes) -> None:
         interrupted.run()
 
 
-def test_progress_of_a_resumed_run(interrupted: Interrupted, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_of_a_resumed_run(
+    monkeypatch: pytest.MonkeyPatch, interrupted: Interrupted, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("gramjd.datasets.progress.PATIENCE", 0)
     capsys.readouterr()
     interrupted.run()
     shown = capsys.readouterr().err

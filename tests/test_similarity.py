@@ -252,3 +252,32 @@ def test_refused_stores(work: Work, stores: tuple[GradientStore, GradientStore],
         similarity(torch.randn(32), stores[0])
     with pytest.raises(gramjd.NotFiniteError, match="of sample 1 or"):
         similarity(torch.randn(2, 2), torch.tensor([[1.0, 2], [torch.inf, 1]]))
+
+
+def test_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A bar for each function that reads a dataset, only if it takes more than two seconds."""
+    pytest.importorskip("tqdm")
+    model = torch.nn.Linear(3, 2)
+    function, params = gramjd.functional_loss(model, torch.nn.CrossEntropyLoss(reduction="none"))
+    jac, x, y = gramjd.jacobian(function), torch.randn(6, 3), torch.randint(0, 2, (6,))
+    batches, named = list(zip(x.split(2), y.split(2), strict=True)), dict(model.named_parameters())
+    optimizer = torch.optim.Adam(model.parameters())
+    torch.nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+    def run(progress: bool) -> str:
+        def of(batch: Any) -> gramjd.Jacobian:
+            return jac(params, *batch)
+
+        queries = jac(params, x[:2], y[:2])
+        gramjd.dataset_similarity(queries, of, batches, progress=progress)
+        gramjd.tracin([queries], [of], batches, [0.1], progress=progress)
+        gramjd.less(queries, of, batches, optimizer, named, progress=progress)
+        gramjd.influence(queries, of, batches, 1.0, progress=progress)
+        return capsys.readouterr().err
+
+    assert run(True) == ""
+    monkeypatch.setattr("gramjd.datasets.progress.PATIENCE", 0)
+    shown = run(True)
+    assert all(f"{name}:" in shown for name in ("similarity", "TracIn", "LESS", "influence"))
+    assert "3/3" in shown and run(False) == ""
