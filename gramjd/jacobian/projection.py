@@ -6,13 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import isqrt
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gramjd.jacobian.philox import key_of, normals, signs
+from gramjd.jacobian.philox import SIGNS, key_of, normals, signs, words
 
 _KINDS = {"rademacher": signs, "gaussian": normals, "factored": signs}
+_RATIO = 16  # of the columns of a shorter side to those of a longer one
+_VERSIONS = {"factored": 2}  # of Ω, where it was another one before
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,7 @@ class Projection:
         kind: ``"rademacher"``, ``"gaussian"`` or ``"factored"``.
 
     Raises:
-        ValueError: an option is none of those that there are; a factored sketch has no two sides of about
-            the same length.
+        ValueError: an option is none of those that there are.
     """
 
     dim: int
@@ -42,12 +44,6 @@ class Projection:
             raise ValueError(f"dim must be a positive integer, not {self.dim!r}.")
         if type(self.seed) is not int:
             raise ValueError(f"seed must be an integer, not {self.seed!r}.")
-        short, long = self.sides
-        if self.kind == "factored" and 2 * short < long:
-            raise ValueError(
-                f"A factored sketch has two sides, here {short} and {long}, whose product is dim={self.dim}. "
-                f"Take a dim of similar factors, such as the square {max(1, isqrt(self.dim)) ** 2}."
-            )
 
     @staticmethod
     def of(given: int | Projection) -> Projection:
@@ -58,19 +54,31 @@ class Projection:
     def error(self) -> float:
         """A bound on the standard deviation of ``⟨xΩ, yΩ⟩`` over seeds, relative to ``‖x‖ ‖y‖``.
 
-        ``√(2 / dim)`` for random signs and normal numbers, ``√(4 / √dim + 4 / dim)`` for a factored sketch
-        with a square for its ``dim``: the bounds of :meth:`gramjd.Jacobian.sketch`, by Cauchy and Schwarz.
+        ``√(2 / dim)`` for random signs and normal numbers, ``√(v + (2 + 2 v) / dim)`` for a factored sketch,
+        with ``v = 2 / l + 2 / r + 4 / (l r)``, where ``r`` is half of ``√dim``, rounded up to a multiple of
+        eight, and ``l = 16 r``: the bounds of :meth:`gramjd.Jacobian.sketch`, by Cauchy and Schwarz.
         """
         if self.kind != "factored":
             return (2 / self.dim) ** 0.5
-        left, right = self.sides
-        return (2 / left + 2 / right + 4 / self.dim) ** 0.5
+        l, r = self.sides  # noqa: E741
+        v = 2 / l + 2 / r + 4 / (l * r)
+        return float((v + (2 + 2 * v) / self.dim) ** 0.5)
 
     @property
     def sides(self) -> tuple[int, int]:
-        """The two factors of ``dim`` that differ the least, the smaller one first."""
-        short = next(n for n in range(isqrt(self.dim), 0, -1) if self.dim % n == 0)
-        return short, self.dim // short
+        """To how many columns a factored sketch projects the shorter and the longer side of a matrix.
+
+        Half of ``√dim`` for the longer one, as a multiple of eight, which products are fast for, and so many
+        for the other that few have more.
+        """
+        long = 8 * -(-(isqrt(self.dim - 1) + 1) // 16)
+        return _RATIO * long, long
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What sketches that may be compared have in common."""
+        known: dict[str, Any] = {"dim": self.dim, "seed": self.seed, "kind": self.kind}
+        return {**known, "version": _VERSIONS[self.kind]} if self.kind in _VERSIONS else known
 
     def span(self, name: str, start: int, stop: int, like: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
         """Rows of ``Ω`` for the entries from ``start`` to ``stop``; ``keep`` them for later calls."""
@@ -88,18 +96,64 @@ class Projection:
         """Numbers of this dtype whose memory making an entry of ``Ω`` takes, itself included."""
         return (72 if self.kind == "gaussian" else 16) // dtype.itemsize
 
+    def places(self, name: str, start: int, stop: int, like: Tensor, dtype: torch.dtype, keep: bool
+               ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """To which columns the entries from ``start`` to ``stop`` of a vector go, and with which signs.
+
+        Runs of ``dim`` entries fill the columns in turn, each run from a random one on: entries of one run
+        share no column, and others do with a probability of ``1 / dim``.
+
+        Returns:
+            ``index`` and ``signs``, both ``[runs, dim]``: a vector ``x`` becomes the sum over the runs of
+            ``x[index] * signs``.
+        """
+
+        def entries() -> Tensor:
+            """Which entry each column gets from each run, ``[runs, dim]``, also of those out of the range."""
+            runs = torch.arange(start // self.dim, -(-stop // self.dim), device=like.device)
+            first = words(runs, key_of(self.seed, name, "places")) % self.dim
+            column = torch.arange(self.dim, device=like.device)
+            return runs[:, None] * self.dim + (column - first[:, None]) % self.dim
+
+        def index() -> Tensor:
+            return (entries() - start).clamp(0, stop - start - 1)
+
+        def drawn() -> Tensor:
+            which, begin = entries(), start // self.dim * self.dim // SIGNS
+            calls = torch.arange(begin, -(-(stop + self.dim) // SIGNS), device=like.device)
+            found = signs(calls, SIGNS, key_of(self.seed, name), dtype).flatten()[which - begin * SIGNS]
+            return found * ((which >= start) & (which < stop)) * self.dim**0.5
+
+        if not keep:
+            return index(), drawn()
+        kept, key = _kept_of(self), (name, start, stop, dtype, like.device)
+        return kept.get(("index", *key), index), kept.get(("signs", *key), drawn)
+
     def factors(self, name: str, sizes: tuple[int, int], like: Tensor, dtype: torch.dtype, keep: bool
-                ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """``L [sizes[0], l]`` and ``R [sizes[1], r]``: of a matrix ``X``, the sketch is ``LᵀXR``."""
+                ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        """``Lᵀ [l, sizes[0]]`` and ``Rᵀ [r, sizes[1]]`` of the ``columns``; None for a side that stays."""
+        columns = self.columns(sizes)
 
         def make(side: int) -> Tensor:
             entries = torch.arange(sizes[side], device=like.device)
-            return _KINDS[self.kind](entries, self.sides[side], key_of(self.seed, name, side), dtype)
+            drawn = signs(entries, columns[side], key_of(self.seed, name, side), dtype)
+            return drawn.mT.contiguous() / columns[side] ** 0.5
 
-        if not keep:
-            return make(0), make(1)
-        kept, key = _kept_of(self), (name, sizes, dtype, like.device)
-        return kept.get((0, *key), partial(make, 0)), kept.get((1, *key), partial(make, 1))
+        def get(side: int) -> Tensor | None:
+            if columns[side] == sizes[side]:
+                return None
+            if not keep:
+                return make(side)
+            return _kept_of(self).get((side, name, sizes, dtype, like.device), partial(make, side))
+
+        return get(0), get(1)
+
+    def columns(self, sizes: tuple[int, int]) -> tuple[int, int]:
+        """To how many columns a factored sketch projects each side of a matrix; its size, if it is not."""
+        if min(sizes) == 1:
+            return sizes
+        first, rest = self.sides if sizes[0] <= sizes[1] else self.sides[::-1]
+        return min(first, sizes[0]), min(rest, sizes[1])
 
 
 class _Kept:

@@ -4,8 +4,12 @@ For rows ``x`` and ``y`` of ``J``, ``E[⟨xΩ, yΩ⟩] = ⟨x, y⟩``. With ``n`
 
     rademacher  (‖x‖²‖y‖² + ⟨x, y⟩² - 2 Σ_i x_i² y_i²) / n
     gaussian    (‖x‖²‖y‖² + ⟨x, y⟩²) / n
-    factored    of a matrix, for rows X and Y, N = XᵀY, M = YXᵀ, t = tr(N²), n = l r, at most
-                (‖N‖² + t) / r + (‖M‖² + t) / l + (‖N‖² + ‖M‖² + ‖X‖²‖Y‖² + ⟨X, Y⟩²) / n
+    factored    of a matrix, for rows X and Y, N = XᵀY, M = YXᵀ, t = tr(N²), at most
+                v + ((1 + s²) ‖x‖²‖y‖² + ⟨x, y⟩² + v) / n, where
+                v = (‖N‖² + t) / r + (‖M‖² + t) / l + (‖N‖² + ‖M‖² + ‖X‖²‖Y‖² + ⟨X, Y⟩²) / (l r)
+                is the variance of LᵀXR, s² ‖x‖²‖y‖² the largest that it can be, and 1 / l or 1 / r are zero
+                for a side that is not projected. The entries of LᵀXR go to columns of the sketch, as do
+                those of a parameter with small sides or one, whose variance is at most that of rademacher.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from torch import Tensor
 
 from gramjd.blocks import Block, Conv, Lookup, Outer, merge
 from gramjd.blocks.conv import covered
+from gramjd.blocks.lookup import scattered
 from gramjd.contraction import Options, ranges, sum_of
 from gramjd.contraction.options import Limits
 from gramjd.contraction.products import Part
@@ -32,6 +37,8 @@ _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _COPIES = 3  # of rows, that making them may take
 _CACHED = 2**20  # elements of Ω that are made at once
 _SPARSE = 4  # entries of a table in use, for each that one sample looks up, from which on rows are not built
+
+_POSITIONS = 16  # of a sample, from which on products for each of them are the fastest
 
 Sides = tuple[int, int]  # of a parameter as a matrix: its first dimension, and all others
 
@@ -69,12 +76,9 @@ def _shares(live: Live, name: str, shape: tuple[int, ...], projection: Projectio
             keep: bool) -> Shares:  # fmt: skip
     """The shares of one parameter in the sketch."""
     sides = (shape[0], prod(shape[1:])) if shape else (1, 1)
-    if projection.kind == "factored" and min(sides) > 1:  # as the shape says, whatever the blocks are
-        left, right = projection.factors(name, sides, _factor(live[0][1]), limits.dtype, keep)
-        for n, block in live:
-            for start, stop in ranges(block.rows[1], _samples(block, projection, limits)):
-                share = _factored(block.samples(start, stop), sides, left, right, limits).flatten(2)
-                yield n, F.pad(share, (0, 0, start, block.rows[1] - stop))
+    if projection.kind == "factored":  # as the shape says, whatever the blocks are
+        whole = projection.columns(sides) == sides
+        yield from (_entries if whole else _grids)(live, name, sides, projection, limits, keep)
         return
     looked_up = [(n, b) for n, b in live if isinstance(b, Lookup) and is_ours(b.ids)]
     for n, block in looked_up:  # of a table, rows of Ω for the entries that are used
@@ -88,6 +92,54 @@ def _shares(live: Live, name: str, shape: tuple[int, ...], projection: Projectio
     rest = [(n, b) for n, b in live if id(b) not in done]
     if rest:
         yield from _products(rest, name, projection, limits, keep)
+
+
+def _grids(live: Live, name: str, sides: Sides, projection: Projection, limits: Limits, keep: bool
+           ) -> Shares:  # fmt: skip
+    """A factored sketch of matrices: projected from both sides, or one, before entries go to columns."""
+    like, columns = _factor(live[0][1]), projection.columns(sides)
+    left, right = projection.factors(name, sides, like, limits.dtype, keep)
+    index, signs = projection.places(name, 0, prod(columns), like, limits.dtype, keep)
+    for n, block in live:
+        for some in ranges(block.rows[1], _samples(block, columns, index.numel(), limits)):
+            grid = _factored(block.samples(*some), sides, left, right, limits)
+            grid = (grid if columns[0] <= columns[1] else grid.mT).flatten(2)
+            yield (
+                n,
+                _placed(_added(grid.flatten(0, 1), index, signs).unflatten(0, grid.shape[:2]), some, block),
+            )
+
+
+def _entries(live: Live, name: str, sides: Sides, projection: Projection, limits: Limits, keep: bool
+             ) -> Shares:  # fmt: skip
+    """A factored sketch of parameters with small sides: each of their entries goes to a column."""
+    like, few = _factor(live[0][1]), Limits(max(1, limits.elements // 4), limits.dtype)
+    grain = lcm(*(block.grain for _, block in live))
+    most, half = max(prod(block.rows) for _, block in live), max(1, limits.elements // 2)
+    for begin, end in ranges(prod(sides) // grain, half // (most * _COPIES) // grain):
+        start, stop = begin * grain, end * grain
+        index, signs = projection.places(name, start, stop, like, limits.dtype, keep)
+        build = _part(start, stop, limits.dtype)
+        for n, block in live:
+            K, B = block.rows
+            for some in ranges(B, half // (K * index.numel() * _COPIES)):
+                piece = block.samples(*some)
+                rows = matrix(piece, few, piece.workspace(limits.dtype), build)  # [b K, stop - start]
+                share = _added(rows, index, signs).unflatten(0, (some[1] - some[0], K))
+                yield n, _placed(share.transpose(0, 1), some, block)
+
+
+def _added(rows: Tensor, index: Tensor, signs: Tensor) -> Tensor:
+    """``[n, dim]``: entries of ``rows [n, P]`` added up in the columns that each goes to."""
+    found = rows.index_select(1, index.flatten()) * signs.flatten()
+    return found.unflatten(1, index.shape).sum(1) if len(index) > 1 else found
+
+
+def _placed(share: Tensor, some: tuple[int, int], block: Block) -> Tensor:
+    """Rows of some samples among those of all."""
+    start, stop = some
+    rest = block.rows[1] - stop
+    return F.pad(share, (0, 0, start, rest)) if start or rest else share
 
 
 def _products(live: Live, name: str, projection: Projection, limits: Limits, keep: bool,
@@ -120,7 +172,7 @@ def _products(live: Live, name: str, projection: Projection, limits: Limits, kee
                 for a, b in slabs:
                     mine = omega_of(start + a, start + b) if omega is None else omega
                     share = (rows[:, a:b] @ mine).unflatten(0, (some[1] - some[0], K)).transpose(0, 1)
-                    yield n, F.pad(share, (0, 0, some[0], B - some[1]))
+                    yield n, _placed(share, some, block)
 
 
 def _by_entry(block: Lookup, ids: Tensor, used: Tensor, name: str, projection: Projection, limits: Limits
@@ -160,7 +212,7 @@ def _factor(block: Block) -> Tensor:
     return block.c if isinstance(block, Lookup) else block.values
 
 
-def _samples(block: Block, projection: Projection, limits: Limits) -> int:
+def _samples(block: Block, columns: Sides, placed: int, limits: Limits) -> int:
     """How many at a time."""
     if isinstance(block, Conv):
         positions = block.T * block.points.shape[3]
@@ -168,46 +220,84 @@ def _samples(block: Block, projection: Projection, limits: Limits) -> int:
         positions = block.lines * block.c.shape[3]
     else:
         positions = block.ids.shape[1] if isinstance(block, Lookup) else 0
-    each = block.rows[0] * (positions * sum(projection.sides) + projection.dim)
+    each = block.rows[0] * (positions * sum(columns) + prod(columns) + 2 * placed)
     copied = _factor(block).numel() // max(1, block.rows[1])
     if isinstance(block, (Outer, Conv)):
         copied += block.factors[1].numel() // max(1, block.rows[1])
     return max(1, limits.elements // (2 * (each + copied)))
 
 
-def _factored(block: Block, sides: Sides, left: Tensor, right: Tensor, limits: Limits) -> Tensor:
+Side = Tensor | None  # of a random matrix, transposed: [columns, features]; None is the identity
+
+
+def _factored(block: Block, sides: Sides, left: Side, right: Side, limits: Limits) -> Tensor:
     """``Lᵀ X R [K, B, l, r]`` of rows that are matrices ``X`` of these sides."""
     dtype = limits.dtype
     if isinstance(block, Conv):
-        return _of_conv(block, left, right)
+        return _of_conv(block, left, right, dtype)
     if block.grain == sides[1]:
         if isinstance(block, Lookup):
-            return torch.einsum("btl,kbtr->kblr", left[block.ids], block.c.to(dtype) @ right)
+            c = _by(right, block.c.to(dtype))  # [K, B, r, T]
+            if left is None:
+                return scattered(c.mT, block.ids, block.entries).transpose(0, 1)
+            return torch.einsum("lbt,kbrt->kblr", left[:, block.ids], c)
         if isinstance(block, Outer):
             x, y = (factor.to(dtype) for factor in block.factors)  # [K or 1, B, T, G, p and q]
-            x = torch.einsum("kbtgp,gpl->kbtgl", x, left.unflatten(0, x.shape[3:]))
-            return torch.einsum("kbtgl,jbtgr->kjblr", x, y @ right).flatten(0, 1)
+            y = _by(right, y.flatten(2, 3)).unflatten(3, y.shape[2:4])  # [K or 1, B, r, T, G]
+            return _summed(x, left, y)
     grain = lcm(block.grain, sides[1])
     some = grain // sides[1]
     step = max(1, limits.elements // max(1, grain * prod(block.rows)))
     shares = []
     for begin, end in ranges(sides[0] // some, step):
         rows = block.part(begin * grain, end * grain, dtype).unflatten(2, (-1, sides[1]))  # [B, K, ., rest]
-        shares.append(torch.einsum("bkpr,pl->kblr", rows @ right, left[begin * some : end * some]))
+        found = _by(right, rows)  # [B, K, r, .]
+        if left is None:
+            shares.append(found.permute(1, 0, 3, 2))
+        else:
+            shares.append(torch.einsum("bkrp,lp->kblr", found, left[:, begin * some : end * some]))
+    if left is None:
+        return torch.cat(shares, 2)
     total = sum_of(shares)
     assert total is not None
     return total
 
 
-def _of_conv(block: Conv, left: Tensor, right: Tensor) -> Tensor:
+def _summed(x: Tensor, left: Side, y: Tensor) -> Tensor:
+    """``Σ_t (Lᵀ x_t) y_tᵀ [K, B, l, r]`` of ``x [K or 1, B, T, G, p]`` and ``y [K or 1, B, r, T, G]``."""
+    if x.shape[3] == 1:
+        x, y = _by(left, x.squeeze(3)), y.squeeze(4)  # [K or 1, B, l, T]
+        if x.shape[2] < y.shape[2]:
+            return torch.einsum("kblt,jbrt->kjblr", x, y).flatten(0, 1)
+        return torch.einsum("jbrt,kblt->kjbrl", y, x).flatten(0, 1).mT
+    if left is None:  # the features of each group have rows of their own
+        return torch.einsum("kbtgp,jbrtg->kjbgpr", x, y).flatten(0, 1).flatten(2, 3)
+    x = torch.einsum("kbtgp,lgp->kbtgl", x, left.unflatten(1, x.shape[3:]))
+    return torch.einsum("kbtgl,jbrtg->kjblr", x, y).flatten(0, 1)
+
+
+def _by(side: Side, x: Tensor) -> Tensor:
+    """``x [*, T, p]`` by a side of a projection: ``[*, columns, T]``.
+
+    On a CPU, products of few rows are up to twice as fast as those of few columns.
+    """
+    if side is None:
+        return x.mT
+    if x.shape[-2] >= _POSITIONS or not x.is_contiguous():
+        lead, x = x.shape[:-2], x.flatten(0, -3)
+        return torch.bmm(side.expand(len(x), *side.shape), x.mT).unflatten(0, lead)
+    return (side @ x.flatten(0, -2).mT).unflatten(1, x.shape[:-1]).movedim(0, -2)
+
+
+def _of_conv(block: Conv, left: Side, right: Side, dtype: torch.dtype) -> Tensor:
     """The windows by a convolution with ``R``, which unfolds nothing."""
-    points, windows = (factor.to(left.dtype) for factor in block.factors)
-    G, r = points.shape[3], right.shape[1]
-    points = torch.einsum("kbmgp...,gpl->kbmgl...", points, left.unflatten(0, points.shape[3:5])).flatten(5)
-    kernel = right.T.reshape(r, *block.shape[1:]).repeat(G, *[1] * (len(block.shape) - 1))
+    points, windows = (factor.to(dtype) for factor in block.factors)
+    if right is None:  # the longer side are the features of the points
+        right = torch.eye(block.grain, dtype=dtype, device=points.device)
+    G, r = points.shape[3], len(right)
+    kernel = right.reshape(r, *block.shape[1:]).repeat(G, *[1] * (len(block.shape) - 1))
     flat = covered(block, windows.flatten(0, 1).flatten(2, 3)).flatten(0, 1)
     out = _CONVOLUTIONS[len(block.kernel) - 1](flat, kernel, None, block.stride, 0, block.dilation, G)
-    out = (
-        out.flatten(2).unflatten(1, (G, r)).unflatten(0, windows.shape[:3])
-    )  # [K or 1, B, m, G, r, positions]
-    return torch.einsum("kbmglx,jbmgrx->kjblr", points, out).flatten(0, 1)
+    out = out.flatten(2).unflatten(1, (G, r)).unflatten(0, windows.shape[:3])  # [K or 1, B, m, G, r, .]
+    x = points.flatten(5).movedim(5, 3).flatten(2, 3)  # [K or 1, B, positions, G, p]
+    return _summed(x, left, out.permute(0, 1, 4, 2, 5, 3).flatten(3, 4))
