@@ -104,30 +104,25 @@ class Projection:
         share no column, and others do with a probability of ``1 / dim``.
 
         Returns:
-            ``index`` and ``signs``, both ``[runs, dim]``: a vector ``x`` becomes the sum over the runs of
-            ``x[index] * signs``.
+            The columns and the signs, both ``[stop - start]``; signs are of length ``√dim``.
         """
 
-        def entries() -> Tensor:
-            """Which entry each column gets from each run, ``[runs, dim]``, also of those out of the range."""
+        def columns() -> Tensor:
             runs = torch.arange(start // self.dim, -(-stop // self.dim), device=like.device)
-            first = words(runs, key_of(self.seed, name, "places")) % self.dim
-            column = torch.arange(self.dim, device=like.device)
-            return runs[:, None] * self.dim + (column - first[:, None]) % self.dim
-
-        def index() -> Tensor:
-            return (entries() - start).clamp(0, stop - start - 1)
+            first = words(runs, key_of(self.seed, name, "places"))
+            entries = torch.arange(start, stop, device=like.device)
+            return (first[entries // self.dim - start // self.dim] + entries) % self.dim
 
         def drawn() -> Tensor:
-            which, begin = entries(), start // self.dim * self.dim // SIGNS
-            calls = torch.arange(begin, -(-(stop + self.dim) // SIGNS), device=like.device)
-            found = signs(calls, SIGNS, key_of(self.seed, name), dtype).flatten()[which - begin * SIGNS]
-            return found * ((which >= start) & (which < stop)) * self.dim**0.5
+            begin = start // SIGNS
+            calls = torch.arange(begin, -(-stop // SIGNS), device=like.device)
+            found = signs(calls, SIGNS, key_of(self.seed, name), dtype).flatten()
+            return found[start - begin * SIGNS : stop - begin * SIGNS] * self.dim**0.5
 
         if not keep:
-            return index(), drawn()
+            return columns(), drawn()
         kept, key = _kept_of(self), (name, start, stop, dtype, like.device)
-        return kept.get(("index", *key), index), kept.get(("signs", *key), drawn)
+        return kept.get(("columns", *key), columns), kept.get(("signs", *key), drawn)
 
     def factors(self, name: str, sizes: tuple[int, int], like: Tensor, dtype: torch.dtype, keep: bool
                 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip

@@ -99,15 +99,13 @@ def _grids(live: Live, name: str, sides: Sides, projection: Projection, limits: 
     """A factored sketch of matrices: projected from both sides, or one, before entries go to columns."""
     like, columns = _factor(live[0][1]), projection.columns(sides)
     left, right = projection.factors(name, sides, like, limits.dtype, keep)
-    index, signs = projection.places(name, 0, prod(columns), like, limits.dtype, keep)
+    places = projection.places(name, 0, prod(columns), like, limits.dtype, keep)
     for n, block in live:
-        for some in ranges(block.rows[1], _samples(block, columns, index.numel(), limits)):
+        for some in ranges(block.rows[1], _samples(block, columns, projection.dim, limits)):
             grid = _factored(block.samples(*some), sides, left, right, limits)
             grid = (grid if columns[0] <= columns[1] else grid.mT).flatten(2)
-            yield (
-                n,
-                _placed(_added(grid.flatten(0, 1), index, signs).unflatten(0, grid.shape[:2]), some, block),
-            )
+            share = _added(grid.flatten(0, 1), *places, projection.dim).unflatten(0, grid.shape[:2])
+            yield n, _placed(share, some, block)
 
 
 def _entries(live: Live, name: str, sides: Sides, projection: Projection, limits: Limits, keep: bool
@@ -118,21 +116,23 @@ def _entries(live: Live, name: str, sides: Sides, projection: Projection, limits
     most, half = max(prod(block.rows) for _, block in live), max(1, limits.elements // 2)
     for begin, end in ranges(prod(sides) // grain, half // (most * _COPIES) // grain):
         start, stop = begin * grain, end * grain
-        index, signs = projection.places(name, start, stop, like, limits.dtype, keep)
+        places = projection.places(name, start, stop, like, limits.dtype, keep)
         build = _part(start, stop, limits.dtype)
         for n, block in live:
             K, B = block.rows
-            for some in ranges(B, half // (K * index.numel() * _COPIES)):
+            for some in ranges(B, half // (K * max(stop - start, projection.dim) * _COPIES)):
                 piece = block.samples(*some)
                 rows = matrix(piece, few, piece.workspace(limits.dtype), build)  # [b K, stop - start]
-                share = _added(rows, index, signs).unflatten(0, (some[1] - some[0], K))
+                share = _added(rows, *places, projection.dim).unflatten(0, (some[1] - some[0], K))
                 yield n, _placed(share.transpose(0, 1), some, block)
 
 
-def _added(rows: Tensor, index: Tensor, signs: Tensor) -> Tensor:
+def _added(rows: Tensor, columns: Tensor, signs: Tensor, dim: int) -> Tensor:
     """``[n, dim]``: entries of ``rows [n, P]`` added up in the columns that each goes to."""
-    found = rows.index_select(1, index.flatten()) * signs.flatten()
-    return found.unflatten(1, index.shape).sum(1) if len(index) > 1 else found
+    zeros, signed = rows.new_zeros(len(rows), dim), rows * signs
+    if rows.device.type == "cpu":
+        return zeros.index_add(1, columns, signed)
+    return zeros.mT.index_put((columns,), signed.mT, accumulate=True).mT  # in one order, unlike index_add
 
 
 def _placed(share: Tensor, some: tuple[int, int], block: Block) -> Tensor:
@@ -212,7 +212,7 @@ def _factor(block: Block) -> Tensor:
     return block.c if isinstance(block, Lookup) else block.values
 
 
-def _samples(block: Block, columns: Sides, placed: int, limits: Limits) -> int:
+def _samples(block: Block, columns: Sides, dim: int, limits: Limits) -> int:
     """How many at a time."""
     if isinstance(block, Conv):
         positions = block.T * block.points.shape[3]
@@ -220,7 +220,7 @@ def _samples(block: Block, columns: Sides, placed: int, limits: Limits) -> int:
         positions = block.lines * block.c.shape[3]
     else:
         positions = block.ids.shape[1] if isinstance(block, Lookup) else 0
-    each = block.rows[0] * (positions * sum(columns) + prod(columns) + 2 * placed)
+    each = block.rows[0] * (positions * sum(columns) + 2 * prod(columns) + 2 * dim)
     copied = _factor(block).numel() // max(1, block.rows[1])
     if isinstance(block, (Outer, Conv)):
         copied += block.factors[1].numel() // max(1, block.rows[1])
