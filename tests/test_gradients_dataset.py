@@ -82,7 +82,7 @@ class Countdown:
         raise OSError("the disk is gone")
 
 
-@pytest.mark.parametrize("kind", ["rademacher", "gaussian", "factored"])
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian", "countsketch", "factored"])
 def test_what_is_stored(work: Work, kind: str) -> None:
     store = work.run(dtype=torch.float64, seed=3, kind=kind)
     assert len(store) == 11 and store.sketches.dtype == "float64"

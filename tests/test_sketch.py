@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from typing import Any
 
@@ -21,8 +22,9 @@ from gramjd.blocks import Conv, Dense, Lookup, Outer
 from gramjd.jacobian.philox import key_of, normals, philox, signs, words
 from gramjd.jacobian.projection import Projection
 
-KINDS = ["rademacher", "gaussian", "factored"]
+KINDS = ["rademacher", "gaussian", "countsketch", "factored"]
 SEEDS = range(200)
+sketching = sys.modules["gramjd.jacobian.sketch"]
 RECENT = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
 
 # the generator
@@ -84,6 +86,13 @@ def omega(name: str, shape: tuple[int, ...], projection: Projection) -> Tensor:
     P = torch.Size(shape).numel()
     draw = normals if projection.kind == "gaussian" else signs
     seed, dim = projection.seed, projection.dim
+    if projection.kind == "countsketch":
+        q = P // shape[0] if shape else P
+        return (
+            placed(name, P, projection)
+            if q in (1, P) or 4 * dim >= P
+            else separate(name, (shape[0], q), projection)
+        )
     if projection.kind != "factored":
         return draw(torch.arange(P), dim, key_of(seed, name), torch.float64) / dim**0.5
     if len(shape) < 2 or shape[0] == 1 or shape[0] == P:
@@ -105,13 +114,23 @@ def omega(name: str, shape: tuple[int, ...], projection: Projection) -> Tensor:
     return grid.flatten(2).flatten(0, 1) @ placed(name, grid.shape[2:].numel(), projection)
 
 
-def placed(name: str, entries: int, projection: Projection) -> Tensor:
+def separate(name: str, sizes: tuple[int, int], projection: Projection) -> Tensor:
+    """The product of two signs for each entry, in a column that is the sum of two."""
+    seed, dim = projection.seed, projection.dim
+    rows = torch.arange(sizes[0])
+    first = words(rows, key_of(seed, name, 0, "places")) % dim
+    sign = signs(rows, 1, key_of(seed, name, 0), torch.float64)
+    rest = placed(name, sizes[1], projection, 1)  # [q, dim]
+    return torch.cat([sign[i] * rest.roll(int(first[i]), 1) for i in range(sizes[0])])
+
+
+def placed(name: str, entries: int, projection: Projection, *side: int) -> Tensor:
     """A sign for each entry, in a column of its run of ``dim`` entries."""
     seed, dim = projection.seed, projection.dim
     run, place = torch.arange(entries) // dim, torch.arange(entries) % dim
-    first = words(torch.arange(-(-entries // dim)), key_of(seed, name, "places"))
+    first = words(torch.arange(-(-entries // dim)), key_of(seed, name, *side, "places"))
     found = torch.zeros(entries, dim, dtype=torch.float64)
-    sign = signs(torch.arange(-(-entries // 128)), 128, key_of(seed, name), torch.float64).flatten()
+    sign = signs(torch.arange(-(-entries // 128)), 128, key_of(seed, name, *side), torch.float64).flatten()
     found[torch.arange(entries), (first[run] + place) % dim] = sign[:entries]
     return found
 
@@ -349,12 +368,15 @@ def variance_bound(rows: list[Tensor], kind: str, dim: int) -> Tensor:
     if kind == "rademacher":
         return (norms + G**2 - 2 * square @ square.T) / dim
     (X,) = rows
-    if 1 in X.shape[1:]:
+    by_sides = Projection(dim, 0, kind).by_sides((X.shape[1], X.shape[2]))
+    if 1 in X.shape[1:] or (kind == "countsketch" and not by_sides):
         return (norms + G**2 - 2 * square @ square.T) / dim
     l, r = (math.inf if a == b else a for a, b in zip(columns_of(X, dim), X.shape[1:], strict=True))  # noqa: E741
     N, M = torch.einsum("aij,bik->abjk", X, X), torch.einsum("bij,akj->abik", X, X)
     t = (N * N.mT).sum((2, 3))
     n2, m2 = N.square().sum((2, 3)), M.square().sum((2, 3))
+    if kind == "countsketch":
+        return (n2 + m2 + 2 * t + 2 * norms + 2 * G**2) / dim
     v = (n2 + t) / r + (m2 + t) / l + (n2 + m2 + norms + G**2) / (l * r)
     own = v.diag()  # of squared norms
     return v + (norms + (own[:, None] * own).sqrt() + G**2 + v) / dim
@@ -369,7 +391,10 @@ def columns_of(X: Tensor, dim: int) -> tuple[int, int]:
     [
         ("rademacher", (10, 12), 0.9),
         ("gaussian", (10, 12), 0.9),
-        ("factored", (10, 12), 0.5),  # few entries share a column, which the bound does not know
+        ("countsketch", (400, 1), 0.8),
+        ("countsketch", (10, 12), 0.5),  # few entries share a column, which the bound does not know
+        ("countsketch", (150, 140), 0.4),
+        ("factored", (10, 12), 0.5),
         ("factored", (12, 140), 0.5),
         ("factored", (140, 12), 0.5),
         ("factored", (150, 140), 0.7),  # projected from both sides
@@ -396,6 +421,22 @@ def test_inner_products(kind: str, sizes: tuple[int, int], least: float) -> None
     assert bool((variance <= bound**2 * (1 + 1e-9)).all())
 
 
+@pytest.mark.parametrize("budget", [None, 1])
+def test_count_sketch_by_rows_or_transforms(budget: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two plans, of one random matrix."""
+    monkeypatch.setattr(gramjd.contraction.options, "SMALLEST", 2**14)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 2), nn.Flatten(1), nn.Linear(125, 11)
+    ).double()
+    func, params = gramjd.functional_loss(model)
+    J = gramjd.jacobian(lambda p, x: func(p, x).flatten()[:2])(params, torch.randn(9, 3, 8, 8).double())
+    rows = torch.cat([J.dense()[name].flatten(2) for name in J.names], 2).flatten(0, 1)
+    want = dense_sketch(J, rows, Projection(30, 0, "countsketch"))
+    for cost in (0.0, 1e9):
+        monkeypatch.setattr(sketching, "_FOURIER", cost)
+        assert_close(J.sketch(30, kind="countsketch", memory_budget=budget).flatten(0, 1), want)
+
+
 def test_parameters_are_independent() -> None:
     """Inner products of the gradients of two parameters add up, and have no share in each other."""
     func = lambda p, x: (p["a"] * x).sum() - (p["b"] * x).sum()  # noqa: E731
@@ -419,7 +460,7 @@ def test_parameters_are_independent() -> None:
         ({"dim": 2.0}, "dim must be a positive integer, not 2.0"),
         (
             {"dim": 4, "kind": "sparse"},
-            "kind must be one of 'rademacher', 'gaussian', 'factored', not 'sparse'",
+            "kind must be one of 'rademacher', 'gaussian', 'factored', 'countsketch', not 'sparse'",
         ),
         ({"dim": 4, "seed": None}, "seed must be an integer, not None"),
         ({"dim": 4, "memory_budget": 0}, "memory_budget must be a positive"),

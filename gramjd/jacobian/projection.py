@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from math import isqrt
+from math import isqrt, prod
 from typing import Any
 
 import torch
@@ -13,9 +13,12 @@ from torch import Tensor
 
 from gramjd.jacobian.philox import SIGNS, key_of, normals, signs, words
 
-_KINDS = {"rademacher": signs, "gaussian": normals, "factored": signs}
+_KINDS = {"rademacher": signs, "gaussian": normals, "factored": signs, "countsketch": signs}
 _RATIO = 16  # of the columns of a shorter side to those of a longer one
+_FEW = 4  # entries for each column, up to which a count sketch draws one for each
 _VERSIONS = {"factored": 2}  # of Ω, where it was another one before
+
+Places = tuple[Tensor, Tensor]  # columns of entries, and signs
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Projection:
     Args:
         dim: its columns.
         seed: any integer.
-        kind: ``"rademacher"``, ``"gaussian"`` or ``"factored"``.
+        kind: ``"rademacher"``, ``"gaussian"``, ``"countsketch"`` or ``"factored"``.
 
     Raises:
         ValueError: an option is none of those that there are.
@@ -54,12 +57,13 @@ class Projection:
     def error(self) -> float:
         """A bound on the standard deviation of ``⟨xΩ, yΩ⟩`` over seeds, relative to ``‖x‖ ‖y‖``.
 
-        ``√(2 / dim)`` for random signs and normal numbers, ``√(v + (2 + 2 v) / dim)`` for a factored sketch,
-        with ``v = 2 / l + 2 / r + 4 / (l r)``, where ``r`` is half of ``√dim``, rounded up to a multiple of
-        eight, and ``l = 16 r``: the bounds of :meth:`gramjd.Jacobian.sketch`, by Cauchy and Schwarz.
+        ``√(2 / dim)`` for random signs and normal numbers, ``√(8 / dim)`` for a count sketch, and for a
+        factored one ``√(v + (2 + 2 v) / dim)`` with ``v = 2 / l + 2 / r + 4 / (l r)``, where ``r`` is half of
+        ``√dim``, rounded up to a multiple of eight, and ``l = 16 r``: the bounds of
+        :meth:`gramjd.Jacobian.sketch`, by Cauchy and Schwarz.
         """
         if self.kind != "factored":
-            return (2 / self.dim) ** 0.5
+            return ((8 if self.kind == "countsketch" else 2) / self.dim) ** 0.5
         l, r = self.sides  # noqa: E741
         v = 2 / l + 2 / r + 4 / (l * r)
         return float((v + (2 + 2 * v) / self.dim) ** 0.5)
@@ -96,8 +100,8 @@ class Projection:
         """Numbers of this dtype whose memory making an entry of ``Ω`` takes, itself included."""
         return (72 if self.kind == "gaussian" else 16) // dtype.itemsize
 
-    def places(self, name: str, start: int, stop: int, like: Tensor, dtype: torch.dtype, keep: bool
-               ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def places(self, name: str, start: int, stop: int, like: Tensor, dtype: torch.dtype, keep: bool,
+               side: int = -1) -> tuple[Tensor, Tensor]:  # fmt: skip
         """To which columns the entries from ``start`` to ``stop`` of a vector go, and with which signs.
 
         Runs of ``dim`` entries fill the columns in turn, each run from a random one on: entries of one run
@@ -107,22 +111,49 @@ class Projection:
             The columns and the signs, both ``[stop - start]``; signs are of length ``√dim``.
         """
 
+        of = (name, side) if side >= 0 else (name,)
+
         def columns() -> Tensor:
             runs = torch.arange(start // self.dim, -(-stop // self.dim), device=like.device)
-            first = words(runs, key_of(self.seed, name, "places"))
+            first = words(runs, key_of(self.seed, *of, "places"))
             entries = torch.arange(start, stop, device=like.device)
             return (first[entries // self.dim - start // self.dim] + entries) % self.dim
 
         def drawn() -> Tensor:
             begin = start // SIGNS
             calls = torch.arange(begin, -(-stop // SIGNS), device=like.device)
-            found = signs(calls, SIGNS, key_of(self.seed, name), dtype).flatten()
+            found = signs(calls, SIGNS, key_of(self.seed, *of), dtype).flatten()
             return found[start - begin * SIGNS : stop - begin * SIGNS] * self.dim**0.5
 
         if not keep:
             return columns(), drawn()
-        kept, key = _kept_of(self), (name, start, stop, dtype, like.device)
+        kept, key = _kept_of(self), (*of, start, stop, dtype, like.device)
         return kept.get(("columns", *key), columns), kept.get(("signs", *key), drawn)
+
+    def places_of_sides(self, name: str, sizes: tuple[int, int], like: Tensor, dtype: torch.dtype, keep: bool
+                        ) -> tuple[Places, Places]:  # fmt: skip
+        """Columns and signs of both sides of a matrix: an entry goes to the sum of its two columns.
+
+        Those of the first side are independent of each other.
+        """
+
+        def columns() -> Tensor:
+            entries = torch.arange(sizes[0], device=like.device)
+            return words(entries, key_of(self.seed, name, 0, "places")) % self.dim
+
+        def drawn() -> Tensor:
+            entries = torch.arange(sizes[0], device=like.device)
+            return signs(entries, 1, key_of(self.seed, name, 0), dtype).flatten()
+
+        rest = self.places(name, 0, sizes[1], like, dtype, keep, side=1)
+        if not keep:
+            return (columns(), drawn()), rest
+        kept, key = _kept_of(self), (name, sizes, dtype, like.device)
+        return (kept.get(("columns", *key), columns), kept.get(("signs", *key), drawn)), rest
+
+    def by_sides(self, sizes: tuple[int, int]) -> bool:
+        """Whether a count sketch has a column for each side of a matrix, and not for each entry."""
+        return min(sizes) > 1 and prod(sizes) > _FEW * self.dim
 
     def factors(self, name: str, sizes: tuple[int, int], like: Tensor, dtype: torch.dtype, keep: bool
                 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip

@@ -4,6 +4,8 @@ For rows ``x`` and ``y`` of ``J``, ``E[⟨xΩ, yΩ⟩] = ⟨x, y⟩``. With ``n`
 
     rademacher  (‖x‖²‖y‖² + ⟨x, y⟩² - 2 Σ_i x_i² y_i²) / n
     gaussian    (‖x‖²‖y‖² + ⟨x, y⟩²) / n
+    countsketch at most that of rademacher, or, of matrices with many entries, at most
+                (‖N‖² + ‖M‖² + 2 t + 2 ‖x‖²‖y‖² + 2 ⟨x, y⟩²) / n
     factored    of a matrix, for rows X and Y, N = XᵀY, M = YXᵀ, t = tr(N²), at most
                 v + ((1 + s²) ‖x‖²‖y‖² + ⟨x, y⟩² + v) / n, where
                 v = (‖N‖² + t) / r + (‖M‖² + t) / l + (‖N‖² + ‖M‖² + ‖X‖²‖Y‖² + ⟨X, Y⟩²) / (l r)
@@ -30,14 +32,16 @@ from gramjd.contraction.options import Limits
 from gramjd.contraction.products import Part
 from gramjd.contraction.rows import matrix
 from gramjd.internals import is_ours, runs_plainly
-from gramjd.jacobian.projection import Projection
+from gramjd.jacobian.projection import Places, Projection
 from gramjd.rounding import own_precision
 
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _COPIES = 3  # of rows, that making them may take
 _CACHED = 2**20  # elements of Ω that are made at once
+_ROWS = 64  # that are made at once, so that each may have many entries
 _SPARSE = 4  # entries of a table in use, for each that one sample looks up, from which on rows are not built
 
+_FOURIER = 5  # entries of a row that take as long as one column at one position
 _POSITIONS = 16  # of a sample, from which on products for each of them are the fastest
 
 Sides = tuple[int, int]  # of a parameter as a matrix: its first dimension, and all others
@@ -57,7 +61,7 @@ def sketch(parts: Sequence[Part], names: Sequence[str], parameters: Sequence[Ten
     dtype = options.accumulated(like.dtype)
     limits = Limits(max(1, options.budget(like.device) // dtype.itemsize), dtype)
     # For few samples, making the factors of Ω takes as long as their products. A budget has no room for them.
-    keep = projection.kind == "factored" and options.memory_budget is None
+    keep = projection.kind in ("factored", "countsketch") and options.memory_budget is None
     keep = keep and runs_plainly([like]) and not torch.is_inference_mode_enabled()
     found = [torch.zeros(K, part.samples, projection.dim, dtype=dtype, device=like.device) for part in parts]
     for number, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
@@ -76,9 +80,11 @@ def _shares(live: Live, name: str, shape: tuple[int, ...], projection: Projectio
             keep: bool) -> Shares:  # fmt: skip
     """The shares of one parameter in the sketch."""
     sides = (shape[0], prod(shape[1:])) if shape else (1, 1)
-    if projection.kind == "factored":  # as the shape says, whatever the blocks are
-        whole = projection.columns(sides) == sides
-        yield from (_entries if whole else _grids)(live, name, sides, projection, limits, keep)
+    if projection.kind == "factored" and projection.columns(sides) != sides:  # whatever the blocks are
+        yield from _grids(live, name, sides, projection, limits, keep)
+        return
+    if projection.kind in ("factored", "countsketch"):
+        yield from _hashed(live, name, sides, projection, limits, keep)
         return
     looked_up = [(n, b) for n, b in live if isinstance(b, Lookup) and is_ours(b.ids)]
     for n, block in looked_up:  # of a table, rows of Ω for the entries that are used
@@ -101,45 +107,111 @@ def _grids(live: Live, name: str, sides: Sides, projection: Projection, limits: 
     left, right = projection.factors(name, sides, like, limits.dtype, keep)
     places = projection.places(name, 0, prod(columns), like, limits.dtype, keep)
     for n, block in live:
+        shares = []
         for some in ranges(block.rows[1], _samples(block, columns, projection.dim, limits)):
             grid = _factored(block.samples(*some), sides, left, right, limits)
             grid = (grid if columns[0] <= columns[1] else grid.mT).flatten(2)
-            share = _added(grid.flatten(0, 1), *places, projection.dim).unflatten(0, grid.shape[:2])
-            yield n, _placed(share, some, block)
+            shares.append(_added(grid.flatten(0, 1), *places, projection.dim).unflatten(0, grid.shape[:2]))
+        yield n, torch.cat(shares, 1)
 
 
-def _entries(live: Live, name: str, sides: Sides, projection: Projection, limits: Limits, keep: bool
+def _hashed(live: Live, name: str, sides: Sides, projection: Projection, limits: Limits, keep: bool
+            ) -> Shares:  # fmt: skip
+    """Each entry goes to a column with a sign, of its own or of its two sides."""
+    like, dim = _factor(live[0][1]), projection.dim
+    if not projection.by_sides(sides) or projection.kind == "factored":
+
+        def places(start: int, stop: int) -> Places:
+            return projection.places(name, start, stop, like, limits.dtype, keep)
+
+        yield from _entries(live, prod(sides), places, dim, limits)
+        return
+    first, rest = projection.places_of_sides(name, sides, like, limits.dtype, keep)
+
+    def both(entries: Tensor) -> Places:
+        i, j = entries // sides[1], entries % sides[1]
+        return (first[0][i] + rest[0][j]) % dim, first[1][i] * rest[1][j]
+
+    others = []
+    for n, block in live:
+        K, B = block.rows
+        if isinstance(block, (Outer, Conv)) and _transformed(block, sides, dim):
+            each = _positions(block) * (dim * 4 + 2 * sum(sides)) * K
+            shares = []
+            for some in ranges(B, max(1, limits.elements // (2 * each))):
+                piece = block.samples(*some)
+                outer = piece.outer() if isinstance(piece, Conv) else piece
+                shares.append(_convolved(outer, first, rest, dim, limits.dtype))
+            yield n, torch.cat(shares, 1)
+        elif isinstance(block, Lookup):
+            each = _positions(block) * block.grain * (K + 4) + K * dim
+            pieces = ranges(B, max(1, limits.elements // (2 * each)))
+            shares = [_looked_up(block.samples(*some), both, dim, limits.dtype) for some in pieces]
+            yield n, torch.cat(shares, 1)
+        else:
+            others.append((n, block))
+    if others:
+        yield from _entries(
+            others, prod(sides), lambda a, b: both(torch.arange(a, b, device=like.device)), dim, limits
+        )
+
+
+def _transformed(block: Outer | Conv, sides: Sides, dim: int) -> bool:
+    """Whether Fourier transforms at each position take less time than rows."""
+    groups = block.points.shape[3] if isinstance(block, Conv) else block.c.shape[3]
+    return groups == 1 and block.grain == sides[1] and _FOURIER * _positions(block) * dim < prod(sides)
+
+
+def _convolved(block: Outer, first: Places, rest: Places, dim: int, dtype: torch.dtype) -> Tensor:
+    """``[K, B, dim]``: where columns add up, sketches of both sides are convolved, by Fourier transforms."""
+    spectra = [
+        torch.fft.rfft(_added(x.to(dtype).flatten(0, -2), *places, dim)).unflatten(0, x.shape[:-1])
+        for x, places in zip(block.factors, (first, rest), strict=True)
+    ]  # [K or 1, B, T, 1, frequencies]
+    return torch.fft.irfft((spectra[0] * spectra[1]).sum((2, 3)), dim)
+
+
+def _looked_up(block: Lookup, both: Callable[[Tensor], Places], dim: int, dtype: torch.dtype) -> Tensor:
+    """``[K, B, dim]`` of a table: the entries that each sample looks up."""
+    inside = torch.arange(block.grain, device=block.ids.device)
+    columns, signs = both(block.ids[..., None] * block.grain + inside)  # [B, T, d]
+    signed = (block.c.to(dtype) * signs).flatten(2)
+    which = torch.arange(len(columns), device=columns.device)[:, None] * dim + columns.flatten(1)
+    zeros = signed.new_zeros(len(signed), which.shape[0] * dim)
+    return _summed_up(zeros, which.flatten(), signed.flatten(1)).unflatten(1, (-1, dim))
+
+
+def _entries(live: Live, entries: int, places: Callable[[int, int], Places], dim: int, limits: Limits
              ) -> Shares:  # fmt: skip
-    """A factored sketch of parameters with small sides: each of their entries goes to a column."""
-    like, few = _factor(live[0][1]), Limits(max(1, limits.elements // 4), limits.dtype)
+    """Each entry goes to one column."""
+    few = Limits(max(1, limits.elements // 4), limits.dtype)
     grain = lcm(*(block.grain for _, block in live))
     most, half = max(prod(block.rows) for _, block in live), max(1, limits.elements // 2)
-    for begin, end in ranges(prod(sides) // grain, half // (most * _COPIES) // grain):
+    for begin, end in ranges(entries // grain, half // (min(most, _ROWS) * _COPIES) // grain):
         start, stop = begin * grain, end * grain
-        places = projection.places(name, start, stop, like, limits.dtype, keep)
+        found = places(start, stop)
         build = _part(start, stop, limits.dtype)
         for n, block in live:
             K, B = block.rows
-            for some in ranges(B, half // (K * max(stop - start, projection.dim) * _COPIES)):
+            shares = []
+            for some in ranges(B, min(half // (K * max(stop - start, dim) * _COPIES), max(1, _ROWS // K))):
                 piece = block.samples(*some)
                 rows = matrix(piece, few, piece.workspace(limits.dtype), build)  # [b K, stop - start]
-                share = _added(rows, *places, projection.dim).unflatten(0, (some[1] - some[0], K))
-                yield n, _placed(share.transpose(0, 1), some, block)
+                share = _added(rows, *found, dim).unflatten(0, (some[1] - some[0], K))
+                shares.append(share.transpose(0, 1))
+            yield n, torch.cat(shares, 1)
 
 
 def _added(rows: Tensor, columns: Tensor, signs: Tensor, dim: int) -> Tensor:
     """``[n, dim]``: entries of ``rows [n, P]`` added up in the columns that each goes to."""
-    zeros, signed = rows.new_zeros(len(rows), dim), rows * signs
-    if rows.device.type == "cpu":
-        return zeros.index_add(1, columns, signed)
-    return zeros.mT.index_put((columns,), signed.mT, accumulate=True).mT  # in one order, unlike index_add
+    return _summed_up(rows.new_zeros(len(rows), dim), columns, rows * signs)
 
 
-def _placed(share: Tensor, some: tuple[int, int], block: Block) -> Tensor:
-    """Rows of some samples among those of all."""
-    start, stop = some
-    rest = block.rows[1] - stop
-    return F.pad(share, (0, 0, start, rest)) if start or rest else share
+def _summed_up(zeros: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    """``values [n, P]`` added to the columns of ``zeros``, always in one order."""
+    if zeros.device.type == "cpu":
+        return zeros.index_add(1, columns, values)
+    return zeros.mT.index_put((columns,), values.mT, accumulate=True).mT
 
 
 def _products(live: Live, name: str, projection: Projection, limits: Limits, keep: bool,
@@ -172,7 +244,7 @@ def _products(live: Live, name: str, projection: Projection, limits: Limits, kee
                 for a, b in slabs:
                     mine = omega_of(start + a, start + b) if omega is None else omega
                     share = (rows[:, a:b] @ mine).unflatten(0, (some[1] - some[0], K)).transpose(0, 1)
-                    yield n, _placed(share, some, block)
+                    yield n, F.pad(share, (0, 0, some[0], B - some[1]))
 
 
 def _by_entry(block: Lookup, ids: Tensor, used: Tensor, name: str, projection: Projection, limits: Limits
@@ -212,14 +284,18 @@ def _factor(block: Block) -> Tensor:
     return block.c if isinstance(block, Lookup) else block.values
 
 
+def _positions(block: Block) -> int:
+    """Of one sample, those of several groups each."""
+    if isinstance(block, Conv):
+        return block.T * block.points.shape[3]
+    if isinstance(block, Outer):
+        return block.lines * block.c.shape[3]
+    return block.ids.shape[1] if isinstance(block, Lookup) else 0
+
+
 def _samples(block: Block, columns: Sides, dim: int, limits: Limits) -> int:
     """How many at a time."""
-    if isinstance(block, Conv):
-        positions = block.T * block.points.shape[3]
-    elif isinstance(block, Outer):
-        positions = block.lines * block.c.shape[3]
-    else:
-        positions = block.ids.shape[1] if isinstance(block, Lookup) else 0
+    positions = _positions(block)
     each = block.rows[0] * (positions * sum(columns) + 2 * prod(columns) + 2 * dim)
     copied = _factor(block).numel() // max(1, block.rows[1])
     if isinstance(block, (Outer, Conv)):
