@@ -30,7 +30,7 @@ def work() -> Work:
     return Work()
 
 
-@pytest.mark.parametrize("kind", ["rademacher", "gaussian", "factored"])
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian", "countsketch", "factored"])
 def test_faces(work: Work, kind: str) -> None:
     """All give the products of the same sketch, without a graph."""
     given = Projection(16, seed=3, kind=kind)
@@ -77,7 +77,8 @@ def test_groups(work: Work) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "dim"), [("rademacher", 32), ("gaussian", 32), ("factored", 36), ("factored", 24)]
+    ("kind", "dim"),
+    [("rademacher", 32), ("gaussian", 32), ("countsketch", 32), ("factored", 36), ("factored", 24)],
 )
 def test_error(work: Work, kind: str, dim: int) -> None:
     """The standard deviation of no entry is above what is stated, and of some not far below; no bias."""
