@@ -20,7 +20,7 @@ from gramjd.jacobian import groups, operator
 from gramjd.jacobian.accumulate import accumulate
 from gramjd.jacobian.generic import In, Out, Typed
 from gramjd.jacobian.projection import Projection
-from gramjd.jacobian.sketch import sketch
+from gramjd.jacobian.sketches import sketch
 from gramjd.pytree import PyTree, PyTreeSpec
 from gramjd.sketched import SketchedGramian
 
@@ -190,9 +190,9 @@ class Jacobian(Typed[Out, In]):
                 or none (:meth:`without_samples`). Outputs without a batch dimension are sums over
                 ranks, of which each rank has a share: the Gramian is that of the sums.
             rows: with a group, ``"all"``, or ``"local"`` for the rows of this rank's samples alone.
-            sketch: columns of a sketch ``S`` of the rows, or a :class:`~gramjd.Projection`: the result is
-                then ``S Sᵀ`` in place of ``J Jᵀ``, a :class:`~gramjd.SketchedGramian`, detached. It is never
-                formed, so that memory grows with the number of objectives and not its square; how far off
+            sketch: columns of a count sketch ``S`` of the rows, or a :class:`~gramjd.Projection`: the result
+                is then ``S Sᵀ`` in place of ``J Jᵀ``, a :class:`~gramjd.SketchedGramian`, detached. It is
+                never formed, so that memory grows with the number of objectives and not its square; how far off
                 its entries are, its ``error`` tells. For objectives in the thousands, more than ``dim``.
 
         Returns:

@@ -50,8 +50,8 @@ class Projection:
 
     @staticmethod
     def of(given: int | Projection) -> Projection:
-        """A projection, or one of so many columns."""
-        return given if isinstance(given, Projection) else Projection(given)
+        """A projection, or a count sketch of so many columns, which is cheap for thousands of rows."""
+        return given if isinstance(given, Projection) else Projection(given, kind="countsketch")
 
     @property
     def error(self) -> float:
