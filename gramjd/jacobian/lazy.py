@@ -192,8 +192,8 @@ class Jacobian(Typed[Out, In]):
             rows: with a group, ``"all"``, or ``"local"`` for the rows of this rank's samples alone.
             sketch: columns of a count sketch ``S`` of the rows, or a :class:`~gramjd.Projection`: the result
                 is then ``S Sᵀ`` in place of ``J Jᵀ``, a :class:`~gramjd.SketchedGramian`, detached. It is
-                never formed, so that memory grows with the number of objectives and not its square; how far off
-                its entries are, its ``error`` tells. For objectives in the thousands, more than ``dim``.
+                never formed, so that memory grows with the number of objectives and not its square. Its
+                ``error`` tells how far off its entries are. For objectives in the thousands, more than ``dim``.
 
         Returns:
             For a tensor output, ``[*shape, *reversed(shape)]``, exactly symmetric. For a PyTree of
