@@ -193,7 +193,7 @@ class Jacobian(Typed[Out, In]):
             sketch: columns of a count sketch ``S`` of the rows, or a :class:`~gramjd.Projection`: the result
                 is then ``S Sᵀ`` in place of ``J Jᵀ``, a :class:`~gramjd.SketchedGramian`, detached. It is
                 never formed, so that memory grows with the number of objectives and not its square. Its
-                ``error`` tells how far off its entries are. For objectives in the thousands, more than ``dim``.
+                ``error`` tells how far off its entries are. It suits more objectives than it has columns.
 
         Returns:
             For a tensor output, ``[*shape, *reversed(shape)]``, exactly symmetric. For a PyTree of
