@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import gramjd
 from gramjd import Engine, GradientStore, Jacobian, gradients_dataset
 from gramjd.datasets import journal
+from gramjd.jacobian import projection
 
 Batch = tuple[Tensor, Tensor]
 FILES = ["sketches.npy", "norms.npy", "ids.npy", "journal"]
@@ -58,6 +59,18 @@ def content(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+def test_projections_of_another_version(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Factored sketches of a store from before their ``Ω`` changed are not mixed with new ones."""
+    with monkeypatch.context() as patched:
+        patched.setattr(projection, "_VERSIONS", {})
+        old = work.run(kind="factored")
+    with pytest.raises(ValueError, match="projection"):
+        work.run(kind="factored")
+    new = work.run(kind="factored", path=work.path.with_name("new"))
+    with pytest.raises(ValueError, match="differ in projection: their sketches have nothing to do"):
+        gramjd.similarity(old, new)
+
+
 class Countdown:
     """Batches that end in an error."""
 
@@ -69,7 +82,7 @@ class Countdown:
         raise OSError("the disk is gone")
 
 
-@pytest.mark.parametrize("kind", ["rademacher", "gaussian", "factored"])
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian", "countsketch", "factored"])
 def test_what_is_stored(work: Work, kind: str) -> None:
     store = work.run(dtype=torch.float64, seed=3, kind=kind)
     assert len(store) == 11 and store.sketches.dtype == "float64"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from oracle import assert_close
@@ -13,9 +11,9 @@ from torch.func import grad, vmap
 import gramjd
 from gramjd import Jacobian
 from gramjd.blocks import Lookup
+from gramjd.jacobian import sketches
 from gramjd.jacobian.philox import key_of, normals, signs
 
-sketching = sys.modules["gramjd.jacobian.sketch"]
 DRAW = {"rademacher": signs, "gaussian": normals}
 
 
@@ -28,14 +26,14 @@ def _seed() -> None:
 def by_entry(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many entries were in use in each call of the plan."""
     calls: list[int] = []
-    plain = sketching._by_entry
+    plain = sketches.by_lookups
 
     def counted(block: Lookup, ids: Tensor, used: Tensor, *others: object) -> Tensor:
         calls.append(len(used))
         found: Tensor = plain(block, ids, used, *others)
         return found
 
-    monkeypatch.setattr(sketching, "_by_entry", counted)
+    monkeypatch.setattr(sketches, "by_lookups", counted)
     return calls
 
 

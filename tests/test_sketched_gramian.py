@@ -30,7 +30,7 @@ def work() -> Work:
     return Work()
 
 
-@pytest.mark.parametrize("kind", ["rademacher", "gaussian", "factored"])
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian", "countsketch", "factored"])
 def test_faces(work: Work, kind: str) -> None:
     """All give the products of the same sketch, without a graph."""
     given = Projection(16, seed=3, kind=kind)
@@ -50,7 +50,7 @@ def test_faces(work: Work, kind: str) -> None:
         assert isinstance(gramian, SketchedGramian) and gramian.error == given.error
         assert gramian.shape == (30, 30) and not gramian.sketch.requires_grad
         torch.testing.assert_close(gramian.sketch, rows.detach())
-    assert torch.equal(work.jac.gramian(sketch=16).sketch, work.jac.sketch(16))
+    assert torch.equal(work.jac.gramian(sketch=16).sketch, work.jac.sketch(16, kind="countsketch"))
 
 
 def test_shapes(work: Work) -> None:
@@ -72,12 +72,13 @@ def test_groups(work: Work) -> None:
     found = work.jac.gramian("parameter", sketch=9)
     assert list(found) == work.jac.names
     torch.testing.assert_close(sum(g.sketch for g in found.values()), work.jac.gramian(sketch=9).sketch)
-    one = work.jac.select(["0.weight"]).sketch(9)
+    one = work.jac.select(["0.weight"]).sketch(9, kind="countsketch")
     torch.testing.assert_close(found["0.weight"].sketch, one)
 
 
 @pytest.mark.parametrize(
-    ("kind", "dim"), [("rademacher", 32), ("gaussian", 32), ("factored", 36), ("factored", 24)]
+    ("kind", "dim"),
+    [("rademacher", 32), ("gaussian", 32), ("countsketch", 32), ("factored", 36), ("factored", 24)],
 )
 def test_error(work: Work, kind: str, dim: int) -> None:
     """The standard deviation of no entry is above what is stated, and of some not far below; no bias."""

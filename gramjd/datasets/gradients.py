@@ -188,9 +188,8 @@ class _Gradients:
         seen = [(id(p), version_of(p)) for p in jac.parameters]
         if self.first is not None and seen == self.seen and self._shape(jac, number) == self.first["shape"]:
             return self.first
-        p = self.projection
         found = {
-            "projection": {"dim": p.dim, "seed": p.seed, "kind": p.kind},
+            "projection": self.projection.fingerprint,
             "shape": self._shape(jac, number),
             "shapes of parameters": {
                 n: list(q.shape) for n, q in zip(jac.names, jac.parameters, strict=True)

@@ -80,7 +80,8 @@ class GradientStore:
         return len(self.sketches)
 
     def __repr__(self) -> str:
-        projection = ", ".join(f"{name}={value!r}" for name, value in self.settings["projection"].items())
+        known = self.settings["projection"]
+        projection = ", ".join(f"{name}={known[name]!r}" for name in ("dim", "seed", "kind"))
         return f"GradientStore({str(self.path)!r}, samples={len(self)}, {projection})"
 
     def rows(self, start: int, stop: int) -> Tensor:

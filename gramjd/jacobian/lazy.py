@@ -20,7 +20,7 @@ from gramjd.jacobian import groups, operator
 from gramjd.jacobian.accumulate import accumulate
 from gramjd.jacobian.generic import In, Out, Typed
 from gramjd.jacobian.projection import Projection
-from gramjd.jacobian.sketch import sketch
+from gramjd.jacobian.sketches import sketch
 from gramjd.pytree import PyTree, PyTreeSpec
 from gramjd.sketched import SketchedGramian
 
@@ -220,10 +220,10 @@ class Jacobian(Typed[Out, In]):
                 (:meth:`without_samples`). Outputs without a batch dimension are sums over ranks, of which
                 each rank has a share: the Gramian is that of the sums.
             rows: with a group, ``"all"``, or ``"local"`` for only the rows of this rank's samples.
-            sketch: for thousands of objectives: the number of columns of a sketch ``S`` of the rows, or a
-                :class:`~gramjd.Projection`. The result is then ``S Sᵀ`` in place of ``J Jᵀ``: a detached
-                :class:`~gramjd.SketchedGramian`. It is never formed, so memory grows with the number of
-                objectives, not with the square of it. Its ``error`` says how precise its entries are.
+            sketch: for more objectives than columns: the number of columns of a count sketch ``S`` of the
+                rows, or a :class:`~gramjd.Projection`. The result is then ``S Sᵀ`` in place of ``J Jᵀ``: a
+                detached :class:`~gramjd.SketchedGramian`. It is never formed, so memory grows with the number
+                of objectives, not with the square of it. Its ``error`` says how precise its entries are.
 
         Returns:
             For a tensor output, ``[*shape, *reversed(shape)]``, exactly symmetric. For a PyTree of
@@ -382,12 +382,20 @@ class Jacobian(Typed[Out, In]):
                 ``"rademacher"``: random signs; ``(‖x‖²‖y‖² + ⟨x, y⟩² - 2 Σ_i x_i² y_i²) / dim``.
                 ``"gaussian"``: normal numbers, the same on all devices but for rounding;
                 ``(‖x‖²‖y‖² + ⟨x, y⟩²) / dim``.
-                ``"factored"``, an approximation that is coarser and costs far less: a parameter's gradient,
-                as a matrix ``X`` of its first dimension by all others, becomes ``Lᵀ X R`` with ``√dim``
-                random signs in each row of ``L`` and ``R``, so that cotangents and activations are projected
-                one by one (LoGra, arXiv 2405.13954). Without bias, too, but the variance falls with
-                ``√dim`` in place of ``dim``: up to about ``4 ‖x‖⁴ / √dim`` for a row with itself.
-                Parameters with one dimension get random signs.
+                ``"countsketch"``: each entry is added to one column with a random sign (Charikar et al.,
+                *Finding frequent items in data streams*, 2002), in a small part of the time. Of a matrix with
+                more than ``4 dim`` entries, the column is the sum of one for the row and one for the rest, so
+                that cotangents and activations may be sketched one by one (TensorSketch, Pham and Pagh, *Fast
+                and scalable polynomial kernels via explicit feature maps*, 2013), with a variance of at most
+                ``8 ‖x‖²‖y‖² / dim``; of other parameters it is at most that of ``"rademacher"``.
+                ``"factored"``, which is coarser: the longer side of a parameter's gradient, as
+                a matrix of its first dimension by all others, is projected to about ``√dim / 2`` columns by
+                random signs, and the shorter one to 16 times as many if it has more, so that cotangents and
+                activations are projected one by one (as in LoGra, arXiv 2405.13954). The entries of what is
+                left are added to columns of the sketch with random signs. Unbiased, too, but the variance
+                falls with ``√dim`` in place of ``dim``: up to about ``4 ‖x‖⁴ / √dim`` for a row with itself,
+                see :attr:`gramjd.Projection.error`. Parameters of one dimension have at most the variance of
+                ``"rademacher"``.
             memory_budget: bytes of working memory beside the result; a factored sketch needs the ``L`` and
                 ``R`` of one parameter beside it.
 
@@ -396,8 +404,7 @@ class Jacobian(Typed[Out, In]):
             parameters in half precision.
 
         Raises:
-            ValueError: an option is none of these; the sides of a factored sketch differ too much (take a
-                square); two parameters have one name.
+            ValueError: an option is none of these; two parameters have one name.
         """
         projection, options = Projection(dim, seed, kind), Options(memory_budget)
         parameters = [as_real(p) for p in self.parameters]

@@ -21,7 +21,7 @@ _ROUNDS = 10
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _WEYL = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
-_SIGNS = 128  # of one call: 4 words of 32 bits
+SIGNS = 128  # of one call: 4 words of 32 bits
 _NORMALS = 4
 
 
@@ -45,7 +45,7 @@ def philox(counter: Sequence[Tensor], key: Key) -> list[Tensor]:
 
 def signs(rows: Tensor, dim: int, key: Key, dtype: torch.dtype) -> Tensor:
     """``[len(rows), dim]`` of -1 and 1: rows of these numbers of a random matrix."""
-    words = torch.stack(_words(rows, -(-dim // _SIGNS), key), -1)  # [rows, calls, 4]
+    words = torch.stack(_words(rows, -(-dim // SIGNS), key), -1)  # [rows, calls, 4]
     octets = torch.stack([words >> shift & 255 for shift in (0, 8, 16, 24)], -1).flatten(1)
     octets = octets[:, : -(-dim // 8)]
     bits = torch.arange(256, device=rows.device)[:, None] >> torch.arange(8, device=rows.device) & 1
@@ -61,6 +61,11 @@ def normals(rows: Tensor, dim: int, key: Key, dtype: torch.dtype) -> Tensor:
         radius, angle = (-2 * radius.log()).sqrt(), 2 * math.pi * angle
         pairs += [radius * angle.cos(), radius * angle.sin()]
     return torch.stack(pairs, -1).flatten(1)[:, :dim].to(dtype)
+
+
+def words(rows: Tensor, key: Key) -> Tensor:
+    """``[len(rows)]`` integers of 32 random bits, by position."""
+    return _words(rows, 1, key)[0].flatten()
 
 
 def _words(rows: Tensor, calls: int, key: Key) -> list[Tensor]:

@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from math import isqrt
+from math import isqrt, prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gramjd.jacobian.philox import key_of, normals, signs
+from gramjd.jacobian.philox import SIGNS, key_of, normals, signs, words
 
-_KINDS = {"rademacher": signs, "gaussian": normals, "factored": signs}
+_KINDS = {"rademacher": signs, "gaussian": normals, "factored": signs, "countsketch": signs}
+_RATIO = 16  # of the columns of a shorter side to those of a longer one
+_FEW = 4  # entries for each column, up to which a count sketch draws one for each
+_VERSIONS = {"factored": 2}  # of Ω, where it was another one before
+
+Places = tuple[Tensor, Tensor]  # columns of entries, and signs
 
 
 @dataclass(frozen=True)
@@ -24,11 +30,10 @@ class Projection:
     Args:
         dim: its columns.
         seed: any integer.
-        kind: ``"rademacher"``, ``"gaussian"`` or ``"factored"``.
+        kind: ``"rademacher"``, ``"gaussian"``, ``"countsketch"`` or ``"factored"``.
 
     Raises:
-        ValueError: an option is none of those that there are; a factored sketch has no two sides of about
-            the same length.
+        ValueError: an option is none of those that there are.
     """
 
     dim: int
@@ -42,35 +47,42 @@ class Projection:
             raise ValueError(f"dim must be a positive integer, not {self.dim!r}.")
         if type(self.seed) is not int:
             raise ValueError(f"seed must be an integer, not {self.seed!r}.")
-        short, long = self.sides
-        if self.kind == "factored" and 2 * short < long:
-            raise ValueError(
-                f"A factored sketch has two sides, here {short} and {long}, whose product is dim={self.dim}. "
-                f"Take a dim of similar factors, such as the square {max(1, isqrt(self.dim)) ** 2}."
-            )
 
     @staticmethod
     def of(given: int | Projection) -> Projection:
-        """A projection, or one of so many columns."""
-        return given if isinstance(given, Projection) else Projection(given)
+        """A projection, or a count sketch of so many columns, which is cheap for thousands of rows."""
+        return given if isinstance(given, Projection) else Projection(given, kind="countsketch")
 
     @property
     def error(self) -> float:
         """A bound on the standard deviation of ``⟨xΩ, yΩ⟩`` over seeds, relative to ``‖x‖ ‖y‖``.
 
-        ``√(2 / dim)`` for random signs and normal numbers, ``√(4 / √dim + 4 / dim)`` for a factored sketch
-        with a square for its ``dim``: the bounds of :meth:`gramjd.Jacobian.sketch`, by Cauchy and Schwarz.
+        ``√(2 / dim)`` for random signs and normal numbers, ``√(8 / dim)`` for a count sketch, and for a
+        factored one ``√(v + (2 + 2 v) / dim)`` with ``v = 2 / l + 2 / r + 4 / (l r)``, where ``r`` is half of
+        ``√dim``, rounded up to a multiple of eight, and ``l = 16 r``: the bounds of
+        :meth:`gramjd.Jacobian.sketch`, by Cauchy and Schwarz.
         """
         if self.kind != "factored":
-            return (2 / self.dim) ** 0.5
-        left, right = self.sides
-        return (2 / left + 2 / right + 4 / self.dim) ** 0.5
+            return ((8 if self.kind == "countsketch" else 2) / self.dim) ** 0.5
+        l, r = self.sides  # noqa: E741
+        v = 2 / l + 2 / r + 4 / (l * r)
+        return float((v + (2 + 2 * v) / self.dim) ** 0.5)
 
     @property
     def sides(self) -> tuple[int, int]:
-        """The two factors of ``dim`` that differ the least, the smaller one first."""
-        short = next(n for n in range(isqrt(self.dim), 0, -1) if self.dim % n == 0)
-        return short, self.dim // short
+        """To how many columns a factored sketch projects the shorter and the longer side of a matrix.
+
+        Half of ``√dim`` for the longer one, as a multiple of eight, which products are fast for, and so many
+        for the other that few have more.
+        """
+        long = 8 * -(-(isqrt(self.dim - 1) + 1) // 16)
+        return _RATIO * long, long
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What sketches that may be compared have in common."""
+        known: dict[str, Any] = {"dim": self.dim, "seed": self.seed, "kind": self.kind}
+        return {**known, "version": _VERSIONS[self.kind]} if self.kind in _VERSIONS else known
 
     def span(self, name: str, start: int, stop: int, like: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
         """Rows of ``Ω`` for the entries from ``start`` to ``stop``; ``keep`` them for later calls."""
@@ -88,18 +100,86 @@ class Projection:
         """Numbers of this dtype whose memory making an entry of ``Ω`` takes, itself included."""
         return (72 if self.kind == "gaussian" else 16) // dtype.itemsize
 
+    def places(self, name: str, start: int, stop: int, like: Tensor, dtype: torch.dtype, keep: bool,
+               side: int = -1) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """To which columns the entries from ``start`` to ``stop`` of a vector go, and with which signs.
+
+        Runs of ``dim`` entries fill the columns in turn, each run from a random one on: entries of one run
+        share no column, and others do with a probability of ``1 / dim``.
+
+        Returns:
+            The columns and the signs, both ``[stop - start]``; signs are of length ``√dim``.
+        """
+
+        of = (name, side) if side >= 0 else (name,)
+
+        def columns() -> Tensor:
+            runs = torch.arange(start // self.dim, -(-stop // self.dim), device=like.device)
+            first = words(runs, key_of(self.seed, *of, "places"))
+            entries = torch.arange(start, stop, device=like.device)
+            return (first[entries // self.dim - start // self.dim] + entries) % self.dim
+
+        def drawn() -> Tensor:
+            begin = start // SIGNS
+            calls = torch.arange(begin, -(-stop // SIGNS), device=like.device)
+            found = signs(calls, SIGNS, key_of(self.seed, *of), dtype).flatten()
+            return found[start - begin * SIGNS : stop - begin * SIGNS] * self.dim**0.5
+
+        if not keep:
+            return columns(), drawn()
+        kept, key = _kept_of(self), (*of, start, stop, dtype, like.device)
+        return kept.get(("columns", *key), columns), kept.get(("signs", *key), drawn)
+
+    def places_of_sides(self, name: str, sizes: tuple[int, int], like: Tensor, dtype: torch.dtype, keep: bool
+                        ) -> tuple[Places, Places]:  # fmt: skip
+        """Columns and signs of both sides of a matrix: an entry goes to the sum of its two columns.
+
+        Those of the first side are independent of each other.
+        """
+
+        def columns() -> Tensor:
+            entries = torch.arange(sizes[0], device=like.device)
+            return words(entries, key_of(self.seed, name, 0, "places")) % self.dim
+
+        def drawn() -> Tensor:
+            entries = torch.arange(sizes[0], device=like.device)
+            return signs(entries, 1, key_of(self.seed, name, 0), dtype).flatten()
+
+        rest = self.places(name, 0, sizes[1], like, dtype, keep, side=1)
+        if not keep:
+            return (columns(), drawn()), rest
+        kept, key = _kept_of(self), (name, sizes, dtype, like.device)
+        return (kept.get(("columns", *key), columns), kept.get(("signs", *key), drawn)), rest
+
+    def by_sides(self, sizes: tuple[int, int]) -> bool:
+        """Whether a count sketch has a column for each side of a matrix, and not for each entry."""
+        return min(sizes) > 1 and prod(sizes) > _FEW * self.dim
+
     def factors(self, name: str, sizes: tuple[int, int], like: Tensor, dtype: torch.dtype, keep: bool
-                ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """``L [sizes[0], l]`` and ``R [sizes[1], r]``: of a matrix ``X``, the sketch is ``LᵀXR``."""
+                ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        """``Lᵀ [l, sizes[0]]`` and ``Rᵀ [r, sizes[1]]`` of the ``columns``; None for a side that stays."""
+        columns = self.columns(sizes)
 
         def make(side: int) -> Tensor:
             entries = torch.arange(sizes[side], device=like.device)
-            return _KINDS[self.kind](entries, self.sides[side], key_of(self.seed, name, side), dtype)
+            drawn = signs(entries, columns[side], key_of(self.seed, name, side), dtype)
+            return drawn.mT.contiguous() / columns[side] ** 0.5
 
-        if not keep:
-            return make(0), make(1)
-        kept, key = _kept_of(self), (name, sizes, dtype, like.device)
-        return kept.get((0, *key), partial(make, 0)), kept.get((1, *key), partial(make, 1))
+        def get(side: int) -> Tensor | None:
+            if columns[side] == sizes[side]:
+                return None
+            if not keep:
+                return make(side)
+            return _kept_of(self).get((side, name, sizes, dtype, like.device), partial(make, side))
+
+        return get(0), get(1)
+
+    def columns(self, sizes: tuple[int, int]) -> tuple[int, int]:
+        """To how many columns a factored sketch projects each side of a matrix; its size, if it is not."""
+        if min(sizes) == 1:
+            return sizes
+        first, rest = self.sides if sizes[0] <= sizes[1] else self.sides[::-1]
+        return min(first, sizes[0]), min(rest, sizes[1])
 
 
 class _Kept:

@@ -20,7 +20,7 @@ from torch import Tensor
 from gramjd import pytree
 from gramjd.verification.structures import kind
 
-_LARGE = 256  # leaves of a container beyond which it is not looked through
+_LARGE = 4096  # leaves of a container beyond which it is not looked through
 
 
 class Same:

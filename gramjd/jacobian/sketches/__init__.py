@@ -1,0 +1,89 @@
+"""Random projections ``J Ω`` of the rows of a Jacobian, some entries of a parameter at a time.
+
+For rows ``x`` and ``y`` of ``J``, ``E[⟨xΩ, yΩ⟩] = ⟨x, y⟩``. With ``n`` columns the variance is
+
+    rademacher  (‖x‖²‖y‖² + ⟨x, y⟩² - 2 Σ_i x_i² y_i²) / n
+    gaussian    (‖x‖²‖y‖² + ⟨x, y⟩²) / n
+    countsketch at most that of rademacher, or, of matrices with many entries, at most
+                (‖N‖² + ‖M‖² + 2 t + 2 ‖x‖²‖y‖² + 2 ⟨x, y⟩²) / n
+    factored    of a matrix, for rows X and Y, N = XᵀY, M = YXᵀ, t = tr(N²), at most
+                v + ((1 + s²) ‖x‖²‖y‖² + ⟨x, y⟩² + v) / n, where
+                v = (‖N‖² + t) / r + (‖M‖² + t) / l + (‖N‖² + ‖M‖² + ‖X‖²‖Y‖² + ⟨X, Y⟩²) / (l r)
+                is the variance of LᵀXR, s² ‖x‖²‖y‖² the largest that it can be, and 1 / l or 1 / r are zero
+                for a side that is not projected. The entries of LᵀXR go to columns of the sketch, as do
+                those of a parameter with small sides or one, whose variance is at most that of rademacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from gramjd.blocks import Lookup, merge
+from gramjd.contraction import Options
+from gramjd.contraction.options import Limits
+from gramjd.contraction.products import Part
+from gramjd.internals import is_ours, runs_plainly
+from gramjd.jacobian.projection import Projection
+from gramjd.jacobian.sketches.common import Live, Shares
+from gramjd.jacobian.sketches.counting import counted
+from gramjd.jacobian.sketches.dense import by_lookups, by_products
+from gramjd.jacobian.sketches.factoring import factored
+from gramjd.rounding import own_precision
+
+__all__ = ["sketch"]
+
+_SPARSE = 4  # entries of a table in use, for each that one sample looks up, from which on rows are not built
+
+
+@own_precision
+def sketch(parts: Sequence[Part], names: Sequence[str], parameters: Sequence[Tensor], K: int,
+           projection: Projection, options: Options, like: Tensor) -> Tensor:  # fmt: skip
+    """``J Ω [K, B, dim]``, for real parameters.
+
+    Raises:
+        ValueError: two parameters have one name, and would share their rows of ``Ω``.
+    """
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if list(names).count(name) > 1)
+        raise ValueError(f"A sketch knows parameters by name, and two are named {twice!r}: rename one.")
+    dtype = options.accumulated(like.dtype)
+    limits = Limits(max(1, options.budget(like.device) // dtype.itemsize), dtype)
+    # For few samples, making the factors of Ω takes as long as their products. A budget has no room for them.
+    keep = projection.kind in ("factored", "countsketch") and options.memory_budget is None
+    keep = keep and runs_plainly([like]) and not torch.is_inference_mode_enabled()
+    found = [torch.zeros(K, part.samples, projection.dim, dtype=dtype, device=like.device) for part in parts]
+    for number, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
+        live = [(n, block) for n, part in enumerate(parts) for block in merge(part.live(number))]
+        if live:
+            for n, share in _shares(live, name, tuple(parameter.shape), projection, limits, keep):
+                found[n] = found[n] + share
+    return torch.cat(found, 1) / projection.dim**0.5
+
+
+def _shares(live: Live, name: str, shape: tuple[int, ...], projection: Projection, limits: Limits,
+            keep: bool) -> Shares:  # fmt: skip
+    """The shares of one parameter in the sketch."""
+    sides = (shape[0], prod(shape[1:])) if shape else (1, 1)
+    if projection.kind == "factored" and projection.columns(sides) != sides:  # whatever the blocks are
+        yield from factored(live, name, sides, projection, limits, keep)
+        return
+    if projection.kind in ("factored", "countsketch"):
+        yield from counted(live, name, sides, projection, limits, keep)
+        return
+    looked_up = [(n, b) for n, b in live if isinstance(b, Lookup) and is_ours(b.ids)]
+    for n, block in looked_up:  # of a table, rows of Ω for the entries that are used
+        used, ids = block.ids.unique(return_inverse=True)
+        if ids.device.type == "cpu" and len(used) > _SPARSE * ids.shape[1]:
+            yield n, by_lookups(block, ids, used, name, projection, limits)
+            continue
+        few = replace(block, ids=ids, shape=(len(used), block.grain))
+        yield from by_products([(n, few)], name, projection, limits, keep, used)
+    done = {id(b) for _, b in looked_up}
+    rest = [(n, b) for n, b in live if id(b) not in done]
+    if rest:
+        yield from by_products(rest, name, projection, limits, keep)
