@@ -47,7 +47,7 @@ class Run:
         self.curve.append(float(total[0] / total[1]))
 
     def save(self, path: Path) -> None:
-        """By the first rank; all of it, or nothing."""
+        """Save all of a checkpoint or nothing, on the first rank."""
         if dist.get_rank() == 0:
             part = path.with_suffix(".part")
             states = {"model": self.model.module.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def train(args: argparse.Namespace) -> None:
-    """From the last checkpoint on, if there is one."""
+    """Train from the last checkpoint on, if there is one."""
     data = load_data(args.seed)
     x, y = data.train_x.double(), data.train_y
     run, checkpoint = Run(args.seed, args.lr), args.out / "checkpoint.pt"

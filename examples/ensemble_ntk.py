@@ -15,7 +15,7 @@ import gramjd
 
 
 def network(width: int) -> nn.Module:
-    """With He's initialisation, under which the kernel has a limit up to scale (arXiv 1502.01852)."""
+    """A network with the initialisation of He (arXiv 1502.01852): its kernel has a limit up to scale."""
     layers = [nn.Linear(i, o, bias=False) for i, o in [(64, width), (width, width), (width, 1)]]
     for layer in layers:
         nn.init.kaiming_normal_(layer.weight)
@@ -23,7 +23,7 @@ def network(width: int) -> nn.Module:
 
 
 def kernels(members: int, width: int, x: Tensor) -> Tensor:
-    """Of each member of an ensemble, `[members, samples, samples]`."""
+    """The kernel of each member of an ensemble, `[members, samples, samples]`."""
     networks = [network(width) for _ in range(members)]
     function, _ = gramjd.functional_loss(networks[0])
     params, _ = torch.func.stack_module_state(networks)  # each [members, *shape]
@@ -32,7 +32,7 @@ def kernels(members: int, width: int, x: Tensor) -> Tensor:
 
 
 def deviation(found: Tensor) -> float:
-    """How far the kernels are from their mean, relative to it."""
+    """The distance of the kernels from their mean, relative to it."""
     mean = found.mean(0)
     return float((found - mean).square().sum((1, 2)).mean().sqrt() / mean.norm())
 

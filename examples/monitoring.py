@@ -1,4 +1,4 @@
-"""What a weighting does to a run: its weights, the conflicts it saw, its angle to the mean gradient.
+"""Monitor a weighting in a run: its weights, the conflicts it saw, its angle to the mean gradient.
 
 A forward hook of the weighting sees each Gramian and its weights. See watch_gradients.py for pictures, and
 `gramjd.diagnostics.Monitor` for TensorBoard. Prints a line an epoch.

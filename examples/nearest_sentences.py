@@ -1,4 +1,4 @@
-"""Which training sentences does a language model's gradient for a new sentence resemble most?
+"""Find the training sentences whose gradients resemble that of a new sentence most.
 
 A transformer with 29,000 parameters learns to predict the next word of 48 short sentences on four subjects.
 For four new sentences it looks up the training sentences whose gradients are most alike: by cosines of exact

@@ -1,6 +1,6 @@
-"""What the Gramians of some steps rest on: a proof of this call, an earlier proof, or a measurement.
+"""Print the evidence for some Gramians: a proof of this call, an earlier proof, or a measurement.
 
-One engine takes batches of several sizes. `explain` says for each what its Gramian rests on.
+One engine takes batches of several sizes. `explain` says for each of them how its Gramian was verified.
 """
 
 import torch

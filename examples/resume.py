@@ -39,7 +39,7 @@ class Run:
             self.step += 1
 
     def save(self, path: Path) -> None:
-        """All of it, or nothing: a file that was cut off while writing never bears the name."""
+        """Save all of a checkpoint or nothing: a file that was cut off never gets the name."""
         states = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),

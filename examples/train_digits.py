@@ -41,7 +41,7 @@ class Digits:
 
 @dataclass
 class Run:
-    """What one optimisation produced."""
+    """The results of one optimisation."""
 
     model: nn.Module
     steps: list[int] = field(default_factory=list)
@@ -180,7 +180,7 @@ def plot_curves(runs: dict[str, Run]) -> Figure:
 
 
 def plot_conflicts(models: dict[str, nn.Module], data: Digits, per_digit: int = 10) -> Figure:
-    """Which samples' gradients pull together and which against each other, sorted by digit."""
+    """Draw which gradients agree and which conflict, sorted by digit."""
     chosen = torch.cat([(data.train_y == digit).nonzero()[:per_digit, 0] for digit in range(10)])
     x, y = data.train_x[chosen], data.train_y[chosen]
     figure = Figure(figsize=(5 * len(models), 4.2), layout="constrained")

@@ -65,7 +65,7 @@ def train(model: nn.Module, engine: Engine, x: Tensor, y: Tensor, steps: int, mo
 
 def pictures(model: nn.Module, jacobian: Jacobian, labels: Tensor, monitor: Monitor
              ) -> dict[str, Callable[[], Any]]:  # fmt: skip
-    """How to draw each of them."""
+    """A function that draws each picture, by name."""
     gramian = jacobian.gramian()
     groups = [("0-3", "4-7", "8-9")[digit // 4] for digit in labels.tolist()]
     return {

@@ -45,7 +45,7 @@ class Plan:
 
 
 def ascending(items: Iterable[T], size: Callable[[T], int]) -> list[T]:
-    """As ``sorted`` does, by comparisons alone: ``torch.compile`` does not sort by sizes that are symbols."""
+    """Sort by comparisons alone, because ``torch.compile`` does not sort by sizes that are symbols."""
     found: list[tuple[int, T]] = []
     for item in items:
         mine = size(item)

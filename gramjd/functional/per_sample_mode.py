@@ -158,7 +158,7 @@ class PerSampleMode(Tracker):
             )
 
     def call_bare(self, op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """What an op returns for tracked tensors as levels outside see them, which need no gradients here."""
+        """Call an op on tracked tensors as levels outside see them, without gradients here."""
         return op(*self._bare(args), **dict(zip(kwargs, self._bare(kwargs.values()), strict=True)))
 
     def _bare(self, values: Iterable[Any]) -> list[Any]:

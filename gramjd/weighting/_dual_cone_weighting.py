@@ -62,7 +62,7 @@ class DualConeWeighting(Weighting):
 
     @property
     def norm_eps(self) -> float:
-        """See the function."""
+        """The option ``norm_eps`` of the function; that of the projector, if there is one."""
         return self._norm_eps if self._projector is None else float(self._projector.norm_eps)
 
     @norm_eps.setter
@@ -72,7 +72,7 @@ class DualConeWeighting(Weighting):
 
     @property
     def reg_eps(self) -> float:
-        """See the function."""
+        """The option ``reg_eps`` of the function; that of the projector, if there is one."""
         return self._reg_eps if self._projector is None else float(self._projector.reg_eps)
 
     @reg_eps.setter

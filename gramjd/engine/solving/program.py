@@ -37,7 +37,7 @@ class Program:
     complete: bool = False
 
     def __str__(self) -> str:
-        """How the blocks of each parameter come about, and in how many independent parts of the graph."""
+        """Describe the strategy for each parameter, and the number of independent parts of the graph."""
         found = Counter(self.strategies.values())
         each = [f"{name} for {count} parameter{'s' * (count > 1)}" for name, count in found.most_common()]
         regions = f"{len(self.regions)} region{'s' * (len(self.regions) != 1)} of the graph"
@@ -59,7 +59,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Separation:
-    """How far the independence of samples is proven, for one separation key and its layouts."""
+    """The progress of the proof that samples are independent, for one separation key and its layouts."""
 
     layouts: Mapping[int, Sequence[Layouts]]  # of the nodes of each region, but for fused ops
     samples: int
