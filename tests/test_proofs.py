@@ -48,7 +48,7 @@ def test_explain_says_what_a_result_rests_on() -> None:
     model = nn.Linear(3, 2).double()
     engine = Engine(model, batch_dim=0)
     proofs = [engine.explain(model(draw(6, 3)).sum(1)).proof for _ in range(4)]
-    assert "Proven" in proofs[0] and "2 of 4 patterns" in proofs[0]
+    assert "Proven" in proofs[0] and "2 of 4 parts" in proofs[0]
     assert "Verified against autograd's gradients in this call" in proofs[1]  # the audit of the second call
     assert "in an earlier call of this structure, 2 ago" in proofs[2] and WHOLE in proofs[2]
     assert str(engine.explain(model(draw(6, 3)).sum(1))).endswith(".")

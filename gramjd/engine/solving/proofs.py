@@ -118,9 +118,9 @@ def describe(request: Request, solution: Solution, always: bool) -> str:
         ago = known.calls
         first = f"Verified against autograd's gradients in an earlier call of this structure, {ago} ago"
     elif program.complete:
-        first = "Proven against autograd's gradients in this call, the first one of its structure"
+        first = "Proven against autograd's gradients in this call, the first of its structure"
     else:
-        first = "Verified against autograd's gradients in this call, as in each until every use takes part"
+        first = "Verified against autograd's gradients in this call, as in each until all uses have gradients"
     if problem.batch_dim is None or problem.samples == 1:
         return f"{first}."
     return f"{first}; {_of_separation(known, solution.separation)}."
@@ -128,14 +128,15 @@ def describe(request: Request, solution: Solution, always: bool) -> str:
 
 def _of_separation(known: Known, separation: Separation | None) -> str:
     """Describe the evidence for the layouts."""
+    measured = "which entries belong to which sample is measured"
     if known.unlisted:
-        return f"every call measures where the samples are: nothing is proven of {known.unlisted}"
+        return f"{measured} in every call: nothing is proven of {known.unlisted}"
     if separation is None:
-        return "every call measures where the samples are: other data could let them reach each other"
+        return f"{measured} in every call: other data could change that"
     if separation.is_whole:
         return "it is proven that no data let one sample reach another"
     passed = f"{separation.passed} of {separation.needed}"
-    return f"this call measured where the samples are, until it is proven ({passed} patterns of samples)"
+    return f"{measured} in each call, until it is proven that no data change that ({passed} parts)"
 
 
 def _message(proof: Proof) -> str:
