@@ -1,5 +1,11 @@
 """Gramians of Jacobians without the Jacobians: Jacobian descent for PyTorch."""
 
+import warnings
+
+with warnings.catch_warnings():  # numpy is optional here, and torch warns where it is not installed
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+    import torch
+
 from gramjd import aggregation, diagnostics, gramians, weighting
 from gramjd.datasets.gradients import gradients_dataset
 from gramjd.datasets.influence import influence
@@ -29,6 +35,8 @@ from gramjd.ntk.dataset import ntk_dataset
 from gramjd.ntk.kernel import ntk
 from gramjd.rules import register_rule
 from gramjd.sketched import SketchedGramian
+
+del torch, warnings
 
 __all__ = [
     "CheckFailedError",

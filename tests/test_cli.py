@@ -548,3 +548,10 @@ def test_a_reader_that_stops_early(tmp_path: Path) -> None:
         process.stdout.close()
         assert b"BrokenPipe" not in process.stderr.read()
         assert process.wait() == 0
+
+
+def test_without_numpy() -> None:
+    """numpy is optional: torch's warning that it is missing is no news to whom imports gramjd first."""
+    code = "import sys; sys.modules['numpy'] = None; import gramjd, torch; print(gramjd.Engine)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Engine" in done.stdout and "NumPy" not in done.stderr
