@@ -24,7 +24,7 @@ _LARGE = 4096  # leaves of a container beyond which it is not looked through
 
 
 class Same:
-    """An object by its identity. A key of one that is gone equals no other key, whatever took its place."""
+    """An object by its identity, without keeping it alive. Once it is gone, the key equals no other key."""
 
     __slots__ = ("number", "reference")
 
@@ -58,7 +58,7 @@ def identity(function: Callable[..., Any]) -> Hashable | None:
 
 
 def _of(value: Any, inside: tuple[int, ...]) -> Hashable:
-    """The key of a function, or of what it refers to; ``inside``: of what it is found."""
+    """The key of a function, or of what it refers to; ``inside``: the ids of the objects that led there."""
     if id(value) in inside:
         return "itself", inside.index(id(value))
     inside = (*inside, id(value))
@@ -74,7 +74,7 @@ def _of(value: Any, inside: tuple[int, ...]) -> Hashable:
         if len(leaves) > _LARGE:
             raise _Unknown
         return str(spec), _all(leaves, inside)
-    # the numbers of a step are no part of what it computes, as those among the arguments are not
+    # of tensors and floats the kind alone, as among the arguments: no rule depends on their values
     if value is None or isinstance(value, (Tensor, bool, int, float, str, torch.dtype, torch.device)):
         return kind(value)
     return _same(value)
