@@ -26,7 +26,7 @@ class Row:
         shape: the shape of the parameter.
         op: the op that uses it.
         block: the type and the sizes of the block.
-        plan: the order of operations.
+        plan: the method by which the blocks are contracted.
         multiply_adds: the number of multiply-adds.
         bytes: the working memory, in bytes.
         reason: the reason for a ``Dense`` block of a parameter with several dimensions; empty otherwise.
@@ -62,8 +62,8 @@ class Explanation:
 
     Attributes:
         rows: one row for each pair of blocks of each parameter.
-    proof: the evidence for the blocks of an :class:`gramjd.Engine`; empty for other Jacobians.
-    program: the strategies of the engine, and the parts of the graph that it solves one by one.
+        proof: the evidence for the blocks of an :class:`gramjd.Engine`; empty for other Jacobians.
+        program: the strategies of the engine, and the parts of the graph that it solves one by one; likewise.
     """
 
     rows: Sequence[Row]

@@ -38,9 +38,8 @@ class Tracker(TorchFunctionMode):
         self.active = True
         self.sources: dict[int, Source] = {}
         self.known: dict[int, Tensor] = {}  # tracked and batch-independent tensors
-        self.known_around: dict[
-            int, Tensor
-        ] = {}  # that follow from what a recorder around knows as batch-independent
+        # batch-independent tensors, too, as far as the recorder around a checkpoint knows
+        self.known_around: dict[int, Tensor] = {}
         self.add(parameters, batch_independent)
 
     def add(self, parameters: Iterable[Tensor], batch_independent: Iterable[Tensor]) -> None:

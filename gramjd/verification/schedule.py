@@ -24,7 +24,7 @@ class Seen:
     """The number of calls of one structure, and the last one that was verified."""
 
     calls: int = 0
-    verified: int = 0  # the call of the function's, counted from 1, whose result was verified last
+    verified: int = 0  # the call of the function, counted from 1, whose result was verified last
 
 
 @dataclass

@@ -182,9 +182,8 @@ class Recorder(Tracker):
 
         Nothing of what a checkpoint saves may follow from the answer.
         """
-        if (
-            self.outer is None and not self.known_around and isinstance(arguments, list)
-        ):  # leaves: no containers
+        leaves_alone = isinstance(arguments, list)  # no containers among them
+        if self.outer is None and not self.known_around and leaves_alone:
             known = self.known  # as a comprehension, which takes one call
             return not [leaf for leaf in arguments if isinstance(leaf, Tensor) and id(leaf) not in known]
         return all(map(self._is_batch_independent, tensors_of(arguments)))

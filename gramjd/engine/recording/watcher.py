@@ -34,10 +34,8 @@ class Watcher:
     def __init__(
         self, held: Callable[..., tuple[list[Tensor], list[Tensor]]], strategies: Sequence[str]
     ) -> None:
-        self.held, self.strategies = (
-            held,
-            strategies,
-        )  # trainable parameters and batch-independent tensors, at the time
+        self.held = held  # trainable parameters and batch-independent tensors, at the time
+        self.strategies = strategies
         self.outermost = threading.local()  # .frame, .rng_state: of a call that is marked as a whole
         self.known_calls = KnownCalls()
 
