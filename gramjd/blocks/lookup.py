@@ -9,6 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from gramjd import host_memory
 from gramjd.internals import is_ours
 
 
@@ -117,7 +118,7 @@ def _flat(c: Tensor, ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 def _summed(values: Tensor, index: Tensor, size: int) -> Tensor:
     """``values [n, d]`` added up by ``index [n]``, ``[size, d]``; in place, where no transform may object."""
-    zeros = values.new_zeros(size, values.shape[1])
+    shape = size, values.shape[1]
     if is_ours(index) and is_ours(values):
-        return zeros.index_add_(0, index, values)
-    return zeros.index_add(0, index, values)
+        return host_memory.empty(shape, values).zero_().index_add_(0, index, values)
+    return values.new_zeros(shape).index_add(0, index, values)

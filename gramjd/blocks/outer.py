@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from gramjd import host_memory
+
 
 @dataclass(frozen=True)
 class Outer:
@@ -102,7 +104,7 @@ class Outer:
         left, right = (a, c) if self.transposed else (c, a)
         if stop - start < left.shape[2]:
             left = left[:, :, start:stop]
-        return left.mT.bmm(right).flatten(1).unsqueeze(1)
+        return host_memory.bmm(left.mT, right).flatten(1).unsqueeze(1)
 
     def dense(self) -> Tensor:
         """All rows, ``[K, B, *shape]``."""

@@ -81,6 +81,11 @@ def is_watched() -> bool:
     return bool(torch._C._len_torch_dispatch_stack())
 
 
+def is_observed() -> bool:
+    """Whether a mode, a profiler or a tracer sees ops and what they allocate."""
+    return is_watched() or torch._C._autograd._profiler_enabled() or torch._C._get_tracing_state() is not None
+
+
 def runs_plainly(tensors: Sequence[Tensor]) -> bool:
     """Whether nothing traces, transforms, watches or records ops on these tensors."""
     if is_compiling() or inside_transform() or in_forward_mode():
