@@ -44,7 +44,7 @@ from gramjd.engine.analysis.signature import separation_key
 RESULTS = Path(__file__).parent / "results"
 WARM_UP = 10  # calls
 RATE = 1e-6
-_WHOLE = "it is proven that no data let one sample reach another"
+_WHOLE = "it is proven that no data change which entries belong to which sample"
 _ALIASES = frozenset({"aten::_unsafe_view"})  # that their schema does not call views
 
 

@@ -16,7 +16,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from gramjd.internals import is_observed, is_ours
+from gramjd.internals import is_ours, is_profiled, runs_plainly
 
 LEAST = 2**20  # bytes of a tensor, below which an allocator keeps the pages itself
 MOST = 256  # freed blocks that are held
@@ -26,10 +26,15 @@ _freed: list[mmap.mmap] = []  # the block freed last comes last
 
 
 def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """An uninitialised tensor of the dtype and on the device of ``like``."""
+    """An uninitialised tensor of the dtype and on the device of ``like``.
+
+    Where something may look for what torch allocates, it is torch's memory.
+    """
     size = prod(shape) * like.dtype.itemsize
-    if not _AVAILABLE or size < LEAST or like.device.type != "cpu" or is_observed():
-        return like.new_empty(shape)  # observers of torch's allocations are to see this one, too
+    if not _AVAILABLE or size < LEAST or like.device.type != "cpu":
+        return like.new_empty(shape)
+    if is_profiled() or not runs_plainly([like]):
+        return like.new_empty(shape)
     block = _taken(size) or _mapped(size)
     view = memoryview(block)  # the tensor's storage keeps it alive
     weakref.finalize(view, _free, block).atexit = False

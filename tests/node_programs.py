@@ -937,6 +937,22 @@ occurs_in("Scatter", apart=lambda m, h, k: h.scatter(1, torch.randint(4, [4, 1, 
 occurs_in(
     "Index",
     apart=lambda m, h, k: h[:, [k, 0]],
+    apart_class=lambda m, h, k: h[torch.arange(4), torch.randint(4, [4])],
+    apart_last=lambda m, h, k: h[torch.arange(4)[:, None], torch.randint(4, [4, 2])],
+    apart_both=lambda m, h, k: h[torch.arange(4), torch.randint(4, [4]), perm(k) % 3],
+    apart_around=lambda m, h, k: h[torch.arange(4), :, torch.randint(3, [4])],
+    apart_later=lambda m, h, k: h.movedim(0, 1)[:, torch.arange(4), torch.randint(3, [4])].movedim(0, 1),
+    between=lambda m, h, k: h.movedim(0, 1)[perm(k), torch.arange(4)],
+    apart_mask=lambda m, h, k: h[:, torch.arange(4) != k % 4],
+    apart_new=lambda m, h, k: h[None, torch.arange(4), 1:, [k % 3]].squeeze(0),
+    moved=lambda m, h, k: h[perm(k), torch.arange(4)],
+    moved_class=lambda m, h, k: h[perm(k), torch.randint(4, [4])],
+    moved_last=lambda m, h, k: h[perm(k)[:, None], torch.arange(4)],
+    moved_mask=lambda m, h, k: torch.cat([h[torch.arange(4) == i] for i in P4[k % 4]]),
+    mixed_later=lambda m, h, k: h + h[torch.arange(4) if k == 0 else perm(k), torch.arange(4)],
+    mixed_around=lambda m, h, k: h.movedim(0, 1)[torch.arange(4), :, torch.randint(3, [4])],
+    diagonal=lambda m, h, k: h[:, :, [0, 1, 2, 0]][torch.arange(4), :, torch.arange(4)],
+    mixed_diagonal=lambda m, h, k: h.movedim(0, 1)[torch.arange(4), torch.arange(4)] + h[:, 0],
     mixed=lambda m, h, k: h[draw(4, 4, 3) > 0].sum() + h,
     data=lambda m, h, k: m(7, 3)[torch.randint(7, [4, 2])].flatten(1) + h[:, 0, :2].repeat(1, 3),
 )
@@ -1291,6 +1307,29 @@ along(
 occurs_in(
     "RreluWithNoiseFunctional",
     apart=lambda m, h, k: aten.rrelu_with_noise_functional(h, torch.rand_like(h), 0.1, 0.3, True)[0],
+)
+
+
+# Types that only float32 has.
+IN_FLOAT32 = ("MkldnnRnnLayerBackward",)
+
+
+def _lstm(m: Any, x: Tensor, start: Tensor | None = None, batch_first: bool = True) -> list[Tensor]:
+    """Outputs, hidden states and cells of a layer of width 3, from some hidden state or zeros."""
+    h = x.new_zeros(1, x.shape[0 if batch_first else 1], 3) if start is None else start.unsqueeze(0)
+    weights = [m(12, 2), m(12, 3)]
+    return torch._VF.lstm(x[..., :2], (h, h.sin()), weights, False, 1, 0.0, True, False, batch_first)
+
+
+occurs_in(
+    "MkldnnRnnLayer",
+    apart=lambda m, h, k: _lstm(m, 5 * h)[0],
+    cells=lambda m, h, k: _lstm(m, h)[2].squeeze(0),
+    state=lambda m, h, k: _lstm(m, h * (k % 2), h[:, 0] * k)[0],
+    moved=lambda m, h, k: _lstm(m, h.transpose(0, k % 2), batch_first=k % 2 == 0)[0].transpose(0, k % 2),
+    mixed=lambda m, h, k: _lstm(m, h, batch_first=False)[0],
+    mixed_state=lambda m, h, k: _lstm(m, h, neighbours(h)[:, 0] * (0.7 * k))[0],
+    mixed_dead=lambda m, h, k: beside(h, _lstm(m, neighbours(h) * (0.7 * k))[0]),
 )
 
 

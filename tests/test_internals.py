@@ -280,20 +280,14 @@ def sparse() -> None:
     assert len(internals.sparse_values(twice)) == 2
 
 
-@contract("is_observed")
-def observed() -> None:
-    assert not internals.is_observed()
-    with torch.utils._python_dispatch.TorchDispatchMode():
-        assert internals.is_observed()
+@contract("is_profiled")
+def profiled() -> None:
+    assert not internals.is_profiled()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
-        assert internals.is_observed()
-    traced = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it is deprecated
-        torch.jit.trace(
-            lambda y: (traced.append(internals.is_observed()), y + 1)[1], draw(2), check_trace=False
-        )
-    assert traced == [True] and not internals.is_observed()
+        assert internals.is_profiled()
+    with torch.autograd.profiler.profile():
+        assert internals.is_profiled()
+    assert not internals.is_profiled()
 
 
 @contract("is_plain", "is_ours", "runs_plainly", "is_watched")

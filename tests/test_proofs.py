@@ -18,7 +18,7 @@ from gramjd.engine.solving.separation import patterns, patterns_for
 
 pytestmark = needs_shapes
 
-WHOLE = "it is proven that no data let one sample reach another"
+WHOLE = "it is proven that no data change which entries belong to which sample"
 
 
 def draw(*shape: int) -> Tensor:

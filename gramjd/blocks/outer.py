@@ -79,13 +79,13 @@ class Outer:
     def workspace(self, dtype: torch.dtype) -> int:
         """Elements that ``part`` needs for each sample besides its result."""
         (K, _, T, G, o), i = self.c.shape, self.a.shape[-1]
-        copied = K > 1 or G > 1 or self.c.dtype != dtype or self.a.dtype != dtype
+        copied = not self._is_bmm or self.c.dtype != dtype or self.a.dtype != dtype
         return T * G * (K * o + i) if copied else 0
 
     def part(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
         """The entries from ``start`` to ``stop`` of all rows, ``[B, K, stop - start]``."""
-        if self.c.shape[0] == self.c.shape[3] == 1:  # one objective, no groups: fewer ops
-            return self._part_of_one(start // self.grain, stop // self.grain, dtype or self.c.dtype)
+        if self._is_bmm:
+            return self._part_by_bmm(start // self.grain, stop // self.grain, dtype or self.c.dtype)
         left, right = (shared(x, 1) for x in self.factors)
         per, grain = left.shape[-1], right.shape[-1]
         first, last = start // grain // per, (stop // grain - 1) // per
@@ -98,13 +98,21 @@ class Outer:
         rows = torch.einsum("kbtgp,lbtgq->bklgpq", left, right)  # one of k and l is 1
         return rows.reshape(self.rows[1], self.rows[0], -1)
 
-    def _part_of_one(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """A part of the rows for some features of the left factor, where ``K`` and ``G`` are 1."""
-        c, a = self.c.squeeze((0, 3)).to(dtype), self.a.squeeze(2).to(dtype)
+    @property
+    def _is_bmm(self) -> bool:
+        """Whether one batched product makes the rows, with a matrix of each factor for each row."""
+        return self.c.shape[3] == 1 and 1 in self.c.shape[:2]
+
+    def _part_by_bmm(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """A part of the rows for some features of the left factor, ``[B, K, entries]``."""
+        c, a = self.c.squeeze(3).flatten(0, 1).to(dtype), self.a.squeeze(2).to(dtype)
+        if len(a) < len(c):  # all objectives of the one sample share its activations
+            a = a.expand(len(c), -1, -1)
         left, right = (a, c) if self.transposed else (c, a)
         if stop - start < left.shape[2]:
             left = left[:, :, start:stop]
-        return host_memory.bmm(left.mT, right).flatten(1).unsqueeze(1)
+        rows = host_memory.bmm(left.mT, right).flatten(1)
+        return rows.unsqueeze(1 if self.c.shape[0] == 1 else 0)
 
     def dense(self) -> Tensor:
         """All rows, ``[K, B, *shape]``."""

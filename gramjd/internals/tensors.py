@@ -81,9 +81,9 @@ def is_watched() -> bool:
     return bool(torch._C._len_torch_dispatch_stack())
 
 
-def is_observed() -> bool:
-    """Whether a mode, a profiler or a tracer sees ops and what they allocate."""
-    return is_watched() or torch._C._autograd._profiler_enabled() or torch._C._get_tracing_state() is not None
+def is_profiled() -> bool:
+    """Whether one of torch's profilers is recording, perhaps what is allocated, too."""
+    return bool(torch._C._autograd._profiler_enabled())
 
 
 def runs_plainly(tensors: Sequence[Tensor]) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from gramjd import pytree
 from gramjd.blocks import Dense
 from gramjd.decompositions.registry import decomposition_of
-from gramjd.rules.registry import Call
+from gramjd.rules.registry import Call, op_name
 
 
 def dense_rows(call: Call, index: int, canonical: Sequence[Any], cs: Sequence[Tensor | None]) -> Dense:
@@ -23,6 +23,9 @@ def dense_rows(call: Call, index: int, canonical: Sequence[Any], cs: Sequence[Te
         index: which leaf of the arguments' tree the rows are of.
         canonical: leaves of the arguments: ``[B, ...]`` for tensors, the leaf ``index`` without B.
         cs: cotangents ``[K, B, ...]`` of the tensors that the op returns (``None``: not used).
+
+    Raises:
+        ValueError: for one sample, the op returns tensors of other shapes.
     """
     # vmap may have no batching rule for the op, and it may write into buffers
     call = call.with_op(_PURE.get(call.op) or decomposition_of(call.op) or call.op)
@@ -40,7 +43,16 @@ def dense_rows(call: Call, index: int, canonical: Sequence[Any], cs: Sequence[Te
         def op(slot: Tensor) -> list[Tensor]:
             leaves[index] = slot
             outs = tensors_of(call(pytree.unflatten(spec, leaves)))
-            return [outs[i] for i in used]
+            found = [outs[i] for i in used]
+            for out, c in zip(found, cot, strict=True):
+                if out.shape != c.shape[2:]:
+                    name, got, want = (
+                        op_name(call.op),
+                        list(out.shape),
+                        list(c.shape[2:]),
+                    )
+                    raise ValueError(f"{name} takes all samples at once: for one, it gives {got}, not {want}")
+            return found
 
         return torch.func.vjp(op, canonical[index])[1]
 

@@ -34,6 +34,7 @@ class Sizes(Enum):
     ANY = auto()  # their ranks and equalities: the same picture in every size
     RESHAPE = auto()  # which dimensions are merged or split
     ALONG = auto()  # the sizes in the dimensions that it names: a slice, a concatenation
+    INDEXED = auto()  # which indices count their dimension up (gramjd.engine.analysis.indexing)
     WINDOW = auto()  # those of the spatial dimensions, and of the channels where there are groups
     EXACT = auto()  # all of them
 
@@ -47,6 +48,7 @@ class Nan(Enum):
     WINDOWED = auto()  # in the spatial dimensions, likewise
     WITHIN_FIRST = auto()  # in all dimensions but the first, likewise
     ANYWHERE = auto()  # in all dimensions, likewise
+    INDEXED = auto()  # in the dimensions whose indices do not count them up, likewise
     CONSTANT = auto()  # there never is a derivative
 
 
@@ -88,6 +90,8 @@ _CONSTANT = "Ceil Fill:0123 Floor Round:01 Sgn Sign Trunc Zero"
 _PRODUCTS = """
     Addbmm Addmm Addmv Addr Baddbmm Bmm Dot Linear LinalgCross Matmul Mm Mv Vdot WeightNormInterface
 """
+# An LSTM's layer over inputs [T, B, features]: products and pointwise ops, one step of time after the other.
+_RECURRENT = "MkldnnRnnLayer"
 # Whole dimensions are reduced, normalised or transformed together.
 _TOGETHER = """
     Sum:01 Mean:01 Logsumexp Cumsum Softmax LogSoftmax SafeSoftmax NativeLayerNorm FusedRmsNorm
@@ -135,6 +139,7 @@ _GROUPS: tuple[tuple[str, Sizes, Nan], ...] = (
     (_SELECTING, Sizes.ANY, Nan.SELECTED),
     (_CONSTANT, Sizes.ANY, Nan.CONSTANT),
     (_PRODUCTS, Sizes.ANY, Nan.MULTIPLIED),
+    (_RECURRENT, Sizes.ANY, Nan.MULTIPLIED),
     (_TOGETHER, Sizes.ANY, Nan.MULTIPLIED),
     (_CHOOSING, Sizes.ANY, Nan.CHOSEN),
     (_CHOOSING_ANYWHERE, Sizes.ANY, Nan.ANYWHERE),
@@ -146,6 +151,7 @@ _GROUPS: tuple[tuple[str, Sizes, Nan], ...] = (
     (_WINDOWS, Sizes.WINDOW, Nan.MULTIPLIED),
     (_MAX_WINDOWS, Sizes.WINDOW, Nan.WINDOWED),
     (_SEPARATE_FIRST, Sizes.ANY, Nan.WITHIN_FIRST),
+    ("Index", Sizes.INDEXED, Nan.INDEXED),
 )
 
 PROVEN = {name: (sizes, nan) for text, sizes, nan in _GROUPS for name in _names(text)}

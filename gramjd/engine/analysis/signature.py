@@ -27,6 +27,7 @@ from math import prod
 from operator import mul
 from typing import Any
 
+from gramjd.engine.analysis.indexing import sources
 from gramjd.engine.analysis.node_types import NodeType, Sizes, dims_of, facts_of, first_spatial
 from gramjd.engine.recording.nodes import NODE_TYPE
 from gramjd.internals import LEAF_TYPE, name_of_type, saved_value, shapes_of
@@ -81,6 +82,11 @@ def separation_key(order: Sequence[Any], numbers: dict[Any, int], output: Shape,
             for size, form in those:
                 forms.setdefault(size, set()).add(form)
             parts.append(token)
+        elif facts.sizes is Sizes.INDEXED:
+            try:
+                parts.append(sources(node, len(mine[0])))
+            except RuntimeError as error:
+                raise Unlisted("IndexBackward0, whose indices were written in place") from error
         elif facts.sizes is not Sizes.ANY:
             inputs: tuple[Shape, ...] = ()
             for child, number in node.next_functions:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramjd import gramians
+from gramjd import gramians, host_memory
 from gramjd.engine.recording.nodes import taps_of
 from gramjd.engine.solving.stream import Stream
 from gramjd.errors import NoGraphError
@@ -185,7 +185,7 @@ def loss_gradients(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | No
                 continue
             row = rows[n]
             if row is None:
-                row = rows[n] = p.new_empty(output.numel(), 1, *p.shape)
+                row = rows[n] = host_memory.empty((output.numel(), 1, *p.shape), p)
             row[k, 0] = g.to_dense() if g.is_sparse else g
     for row, zeros in zip(rows, missing, strict=True):
         if row is not None and zeros:

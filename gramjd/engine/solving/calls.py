@@ -50,11 +50,19 @@ def call_blocks(
     mapped = [t if layout is None else layout.split(t, layout.dim, samples)
               for t, b in zip(arguments, batched, strict=True) if b]  # fmt: skip
     shared = [t for t, b in zip(arguments, batched, strict=True) if not b]
+    wanted = [t.unsqueeze(0) if layout is None else layout.split(t, layout.dim, samples) for t in recorded]
 
     def function(params: Sequence[Tensor], batch: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         mine, others = iter(batch), iter(shared)
         out = _call(mark, params, [next(mine) if b else next(others) for b in batched])
-        return [out[i] for i in used], []
+        found = [out[i] for i in used]
+        for got, want in zip(found, wanted, strict=True):
+            if got.shape != want.shape[1:]:
+                raise ValueError(
+                    f"for one sample, the module returned {list(got.shape)} in place of "
+                    f"{list(want.shape[1:])}, so that it takes samples from elsewhere than its arguments"
+                )
+        return found, []
 
     with torch.random.fork_rng(devices=[]), uncompiled():
         if mark.rng_state is not None:
@@ -68,7 +76,6 @@ def call_blocks(
             randomness="different",
             shared=layout is None,
         )
-    wanted = [t.unsqueeze(0) if layout is None else layout.split(t, layout.dim, samples) for t in recorded]
     _refuse_others(found.outputs, wanted, mark)
     return found.blocks
 

@@ -65,11 +65,12 @@ class Separation:
     samples: int
     passed: int  # patterns of samples
     needed: int
+    failed: bool = False  # in the next pattern: with these layouts it would fail again
 
     @property
     def is_whole(self) -> bool:
         """Whether nothing is left to prove."""
-        return self.passed >= self.needed
+        return not self.failed and self.passed >= self.needed
 
 
 @dataclass(frozen=True)

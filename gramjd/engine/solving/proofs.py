@@ -123,6 +123,8 @@ def describe(request: Request, solution: Solution, always: bool) -> str:
         first = "Verified against autograd's gradients in this call, as in each until all uses have gradients"
     if problem.batch_dim is None or problem.samples == 1:
         return f"{first}."
+    if set(program.strategies.values()) == {"rows"}:
+        return f"{first}; each row is an ordinary backward pass, whichever entries belong to which sample."
     return f"{first}; {_of_separation(known, solution.separation)}."
 
 
@@ -131,10 +133,10 @@ def _of_separation(known: Known, separation: Separation | None) -> str:
     measured = "which entries belong to which sample is measured"
     if known.unlisted:
         return f"{measured} in every call: nothing is proven of {known.unlisted}"
-    if separation is None:
+    if separation is None or separation.failed:
         return f"{measured} in every call: other data could change that"
     if separation.is_whole:
-        return "it is proven that no data let one sample reach another"
+        return "it is proven that no data change which entries belong to which sample"
     passed = f"{separation.passed} of {separation.needed}"
     return f"{measured} in each call, until it is proven that no data change that ({passed} parts)"
 

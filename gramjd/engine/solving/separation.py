@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from gramjd import gramians
+from gramjd.engine.analysis.indexing import before, sources
 from gramjd.engine.analysis.layouts import ZERO, Layout, candidates
 from gramjd.engine.analysis.node_types import Nan, NodeType, dims_of, facts_of, first_spatial
 from gramjd.engine.recording.nodes import forget
@@ -44,7 +45,7 @@ class Reached:
         """Reduce a mask to its lines: the masks of a whole forward take as much memory as its cotangents."""
         mask, shape = cotangent.isnan(), tuple(cotangent.shape)
         dims = [dim for dim, size in enumerate(shape) if samples and size % samples == 0]
-        return Reached(shape, {dim: mask.movedim(dim, 0).flatten(1).any(1) for dim in dims})
+        return Reached(shape, {dim: mask.movedim(dim, 0).reshape(shape[dim], -1).any(1) for dim in dims})
 
     def samples(self, layout: Layout, number: int) -> Tensor:
         """The samples that NaN reaches in a layout."""
@@ -85,10 +86,7 @@ def spread(problem: Problem, chosen: Sequence[Tensor], first: bool = True) -> li
     for number, each in enumerate(chosen):
         watched = first and not number
         with _passed_on(problem.graph.order, watched) as dropped, torch.autograd.set_detect_anomaly(False):
-            try:
-                found = _run(problem, each)
-            except Exception:  # a hook on a tensor that refuses NaN
-                found = None
+            found = _run(problem, each)
         if found is not None and not dropped:
             masks.append(found)
         elif problem.lockstep is None:
@@ -138,12 +136,17 @@ def _by_node(problem: Problem, program: Program, layouts: Mapping[int, Sequence[
             yield from zip(nodes, layouts[number], strict=True)
 
 
-def _run(problem: Problem, chosen: Tensor) -> Masks:
-    """A backward pass of the objectives of some samples, NaN each."""
+def _run(problem: Problem, chosen: Tensor) -> Masks | None:
+    """A backward pass of the objectives of some samples, NaN each; ``None`` if a hook on a tensor raises."""
     found: Masks = {}
+    own: list[Exception] = []  # errors that are none of a hook's
 
     def note(node: Any, grads: Gradients) -> Sequence[None]:
-        found[node] = [g if g is None else Reached.of(g, problem.samples) for g in grads]
+        try:
+            found[node] = [g if g is None else Reached.of(g, problem.samples) for g in grads]
+        except Exception as error:
+            own.append(error)
+            raise
         forget([node])
         return (None,) * len(grads)
 
@@ -151,7 +154,12 @@ def _run(problem: Problem, chosen: Tensor) -> Masks:
     weights[:, chosen.to(weights.device)] = math.nan
     rows = gramians.from_rows(weights, problem.output.shape, problem.batch_dim).unsqueeze(0)
     with backward.tapped(problem.graph.nodes, note) as taps:
-        backward.gradients(problem.output, [tap for mine in taps for tap in mine], rows)
+        try:
+            backward.gradients(problem.output, [tap for mine in taps for tap in mine], rows)
+        except Exception:
+            if own:
+                raise
+            return None
     return found
 
 
@@ -201,6 +209,8 @@ def _has_nan(gradient: Tensor | None) -> bool:
 def _spread(node: Any, facts: NodeType, found: Gradients, given: Gradients) -> Gradients:
     """The gradients that a node returned, NaN wherever other data could have sent NaN that it was given."""
     lost = [g.isnan() for g in given if g is not None]
+    if facts.nan is Nan.INDEXED:
+        return tuple([g if g is None else _with_nan_before_index(node, g, lost) for g in found])
     return tuple([g if g is None else _with_nan(g, lost, _reach(node, facts, g)) for g in found])
 
 
@@ -222,6 +232,13 @@ def _with_nan(gradient: Tensor, lost: Sequence[Tensor], along: Sequence[int]) ->
     lines = [1 if dim in along else size for dim, size in enumerate(gradient.shape)]
     for mask in lost:
         gradient = gradient.masked_fill(_aligned(mask, lines, along), math.nan)
+    return gradient
+
+
+def _with_nan_before_index(node: Any, gradient: Tensor, lost: Sequence[Tensor]) -> Tensor:
+    """The gradient of an indexed tensor with NaN wherever other indices could have taken it from."""
+    for mask in lost:
+        gradient = gradient.masked_fill(before(mask, sources(node, mask.ndim)), math.nan)
     return gradient
 
 

@@ -283,10 +283,12 @@ def _separation(request: Request, program: Program, layouts: Mapping[int, Sequen
     passed, until = 0, needed
     if lockstep is None:
         same = before is not None and (before.samples, before.layouts) == (samples, layouts)
+        if before is not None and same and before.failed:
+            return before
         passed = before.passed if before is not None and same else 0
         until = min(needed, passed + _PATTERNS_A_CALL)
         masks = spread(problem, patterns(samples, needed)[passed:until], first=not passed)
     chosen = patterns(samples, needed)[passed:until]
     if masks is None or not stays_within(problem, program, layouts, chosen, masks):
-        return None
+        return Separation(layouts, samples, passed, needed, failed=True)
     return Separation(layouts, samples, until, needed)
