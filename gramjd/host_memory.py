@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gramjd.internals import is_ours, is_profiled, runs_plainly
 
-LEAST = 2**20  # bytes of a tensor, below which an allocator keeps the pages itself
+LEAST = 2**21  # bytes, a large page: below, an allocator keeps the pages itself
 MOST = 256  # freed blocks that are held
 
 _AVAILABLE = hasattr(mmap, "MADV_FREE") and hasattr(mmap, "MAP_ANONYMOUS")  # not on Windows

@@ -19,7 +19,7 @@ import gramjd
 from gramjd import host_memory
 
 pytestmark = pytest.mark.skipif(not host_memory._AVAILABLE, reason="the system has no MADV_FREE")
-LARGE = (512, 1024)  # 2 MiB in float32
+LARGE = (1024, 1024)  # 4 MiB in float32
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def test_a_freed_block_is_used_again() -> None:
     first = large()
     place = first.data_ptr()
     del first
-    assert [len(block) for block in host_memory._freed] == [2**21]
+    assert [len(block) for block in host_memory._freed] == [2**22]
     assert large().data_ptr() == place
 
 
@@ -50,7 +50,7 @@ def test_a_freed_block_is_used_again() -> None:
         lambda x: x.detach().view(-1)[::7],
         lambda x: x.untyped_storage(),
         lambda x: x.numpy(),
-        lambda x: (torch.ones(3, 512, requires_grad=True) @ x).sum().grad_fn,  # saved for a backward pass
+        lambda x: (torch.ones(3, 1024, requires_grad=True) @ x).sum().grad_fn,  # saved for a backward pass
     ],
 )
 def test_a_block_in_use_is_not(kept: Any) -> None:
@@ -103,8 +103,8 @@ def test_a_system_that_takes_no_pages_back(monkeypatch: pytest.MonkeyPatch) -> N
     assert not host_memory._freed
 
 
-def tokens(width: int = 96) -> tuple[nn.Module, Tensor]:
-    """Products over 64 tokens, rows of 37 KiB for each of 40 samples."""
+def tokens(width: int = 128) -> tuple[nn.Module, Tensor]:
+    """Products over 64 tokens, rows of 2.5 MiB for 40 samples."""
     model = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh())
     return model, torch.randn(40, 64, width)
 

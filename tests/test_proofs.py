@@ -179,8 +179,13 @@ class Twice(torch.autograd.Function):
 def test_what_is_not_listed_has_no_key() -> None:
     with pytest.raises(Unlisted, match="TwiceBackward"):
         key(Twice.apply(2 * leaf(4, 3)), 4)
-    with pytest.raises(Unlisted, match="IndexBackward"):
-        key((2 * leaf(4, 3))[torch.arange(4)], 4)
+    with pytest.raises(Unlisted, match="MaskedScatterBackward"):
+        key(draw(4, 3).masked_scatter(torch.ones(4, 3, dtype=torch.bool), 2 * leaf(4, 3)), 4)
+    written = torch.arange(4)
+    out = (2 * leaf(4, 3))[written]
+    written[0] = 3
+    with pytest.raises(Unlisted, match="IndexBackward0, whose indices were written in place"):
+        key(out, 4)
     with pytest.raises(Unlisted, match="Cat"):
         key(torch.cat([draw(1, 3), leaf(2, 3), draw(1, 3)]), 4)
 
