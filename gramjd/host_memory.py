@@ -36,6 +36,8 @@ def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
     if is_profiled() or not runs_plainly([like]):
         return like.new_empty(shape)
     block = _taken(size) or _mapped(size)
+    if block is None:
+        return like.new_empty(shape)
     view = memoryview(block)  # the tensor's storage keeps it alive
     weakref.finalize(view, _free, block).atexit = False
     return torch.frombuffer(view, dtype=like.dtype, count=prod(shape)).view(shape)
@@ -60,9 +62,13 @@ def _taken(size: int) -> mmap.mmap | None:
     return None
 
 
-def _mapped(size: int) -> mmap.mmap:
-    """A new block, of pages of 2 MiB where the system has some: it maps these 512 times as fast."""
-    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def _mapped(size: int) -> mmap.mmap | None:
+    """A new block, of large pages where the system has some, as fewer are mapped; ``None`` if it refuses."""
+    try:
+        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # a limit that torch's allocator may not meet, or has an error of its own for
+        _freed.clear()
+        return None
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # the system has pages of one size
             block.madvise(mmap.MADV_HUGEPAGE)

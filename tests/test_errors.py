@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from oracle import assert_close, dense_gramian
@@ -198,3 +200,9 @@ def test_transforms() -> None:
     jacobian = gramjd.jacobian(func)(p, X)
     with pytest.raises(ValueError, match=r"weights of shape \[6\].*got \[5\]"):
         jacobian.vjp(torch.ones(5))
+
+
+@pytest.mark.parametrize("transform", [gramjd.gramian, gramjd.jacobian, gramjd.gramian_and_value, gramjd.ntk])
+def test_a_transform_of_no_function(transform: Any) -> None:
+    with pytest.raises(TypeError, match="A transform takes a function of one sample, not 3"):
+        transform(3)

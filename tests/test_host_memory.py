@@ -103,6 +103,14 @@ def test_a_system_that_takes_no_pages_back(monkeypatch: pytest.MonkeyPatch) -> N
     assert not host_memory._freed
 
 
+def test_a_system_that_maps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    assert large().fill_(2.0).untyped_storage().resizable()  # torch's own
+
+
 def tokens(width: int = 128) -> tuple[nn.Module, Tensor]:
     """Products over 64 tokens, rows of 2.5 MiB for 40 samples."""
     model = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh())

@@ -575,6 +575,7 @@ def saved() -> None:
         "PowBackward0": at(x**3, "self", "exponent"),
         "PowBackward1": at(x.exp() ** y, "self", "exponent"),
         "LogBackward0": at(x.log(), "self"),
+        "IndexBackward0": at(x.exp()[torch.arange(2)], "indices", "self_sym_sizes"),
         "EmbeddingBackward0": at(F.embedding(torch.zeros(1).long(), x, sparse=True), "sparse"),
         "CdistBackward0": at(torch.cdist(x, y), "x1"),
     }

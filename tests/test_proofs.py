@@ -13,6 +13,7 @@ import gramjd
 from gramjd import Engine
 from gramjd.engine.analysis.graph import walk
 from gramjd.engine.analysis.signature import Unlisted, separation_key
+from gramjd.engine.solving import separation, solve
 from gramjd.engine.solving.proofs import Proofs, describe
 from gramjd.engine.solving.separation import patterns, patterns_for
 
@@ -55,6 +56,62 @@ def test_explain_says_what_a_result_rests_on() -> None:
     assert (
         "check='never'" in Engine(model, batch_dim=0, check="never").explain(model(draw(6, 3)).sum(1)).proof
     )
+
+
+def test_losses_that_the_module_returns() -> None:
+    """The cotangents of a call that returns ``[B]`` have one dimension."""
+
+    class WithLoss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x).square().sum(1)
+
+    model = WithLoss()
+    engine = Engine(model, batch_dim=0)
+    proofs = []
+    for _ in range(3):
+        losses = model(draw(6, 3))
+        proofs.append(engine.explain(losses).proof)
+        assert_close(engine.compute_gramian(losses), dense_gramian(losses, model.parameters()))
+    assert WHOLE in proofs[2]
+
+
+def test_a_proof_that_failed_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same layouts of as many samples: it would fail again, by a backward pass."""
+    tried = []
+    spread = solve.spread
+    monkeypatch.setattr(solve, "spread", lambda *args, **kw: (tried.append(1), spread(*args, **kw))[1])
+    model = nn.Linear(3, 2).double()
+    engine = Engine(model, batch_dim=0)
+    for samples, passes in [(4, 1), (4, 1), (4, 1), (5, 2), (5, 2)]:
+        out = model(draw(samples, 3))
+        losses = (out + 0 * out.roll(1, 0)).square().sum(1)  # NaN comes through, and no derivative
+        assert "other data could change that" in engine.explain(losses).proof
+        assert len(tried) == passes
+        assert_close(engine.compute_gramian(losses), dense_gramian(losses, model.parameters()))
+
+
+def test_an_error_of_ours_is_no_refusal_of_a_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, engine = (net := nn.Linear(3, 2).double()), Engine(net, batch_dim=0)
+    monkeypatch.setattr(separation.Reached, "of", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.compute_gramian(model(draw(4, 3)).sum(1))
+
+
+def test_a_hook_that_refuses_nan() -> None:
+    def refuse(gradient: Tensor) -> None:
+        if bool(gradient.isnan().any()):
+            raise ValueError("NaN")
+
+    model, engine = (net := nn.Linear(3, 2).double()), Engine(net, batch_dim=0)
+    for _ in range(3):
+        out = model(draw(4, 3)).sin()
+        out.register_hook(refuse)
+        losses = out.sum(1)
+        assert_close(engine.compute_gramian(losses), dense_gramian(losses, model.parameters()))
 
 
 def test_a_proof_holds_for_other_batch_sizes_and_lengths() -> None:

@@ -190,6 +190,8 @@ def jacobian_and_value(
     Raises:
         TypeError, ValueError, NotImplementedError, RuntimeError, CheckFailedError: as :func:`jacobian`.
     """
+    if not callable(func):
+        raise TypeError(f"A transform takes a function of one sample, not {func!r}.")
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     options = numbers, repr(in_dims), has_aux, randomness, chunk_size
     verifier = Verifier(func, options, check, audit)

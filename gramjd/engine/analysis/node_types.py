@@ -100,7 +100,8 @@ _TOGETHER = """
 # The same where equal or zero entries drop derivatives, or where the data choose along a dimension.
 _CHOOSING = """
     Max Min Amax Amin Kthvalue Median:1 Nanmedian:1 Mode Cummax Cummin Sort:01 Topk Gather IndexSelect
-    Prod:01 Scatter:01 ScatterAdd IndexAdd IndexCopy IndexFill:01 Norm:13 LinalgVectorNorm Std Var StdMean VarMean
+    Prod:01 Scatter:01 ScatterAdd IndexAdd IndexCopy IndexFill:01 Norm:13 LinalgVectorNorm Std Var StdMean
+    VarMean
 """
 _CHOOSING_ANYWHERE = "Max:1 Min:1 Median Nanmedian Norm:02 Embedding Take"
 # Dimensions change their order or number; entries stay whole.
