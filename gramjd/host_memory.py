@@ -1,7 +1,7 @@
 """Memory on the CPU for rows, which later steps use again.
 
 An allocator returns large blocks to the operating system when they are freed, so that every step would wait
-for the same pages anew: 0.2 to 0.4 SGD steps for transformers. Here a freed block is offered to the system
+for the same pages anew: 0.1 to 0.3 SGD steps for transformers. Here a freed block is offered to the system
 instead (``MADV_FREE``). The system takes its pages where memory is scarce; otherwise the next step finds them
 in place. On a GPU, torch's own allocator keeps memory.
 """

@@ -46,12 +46,8 @@ def dense_rows(call: Call, index: int, canonical: Sequence[Any], cs: Sequence[Te
             found = [outs[i] for i in used]
             for out, c in zip(found, cot, strict=True):
                 if out.shape != c.shape[2:]:
-                    name, got, want = (
-                        op_name(call.op),
-                        list(out.shape),
-                        list(c.shape[2:]),
-                    )
-                    raise ValueError(f"{name} takes all samples at once: for one, it gives {got}, not {want}")
+                    what = f"it gives {list(out.shape)}, not {list(c.shape[2:])}"
+                    raise ValueError(f"{op_name(call.op)} takes all samples at once: for one, {what}")
             return found
 
         return torch.func.vjp(op, canonical[index])[1]
