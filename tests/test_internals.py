@@ -656,6 +656,16 @@ class Seen(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@contract("grouped_mm_op")
+def grouped_mm() -> None:
+    if internals.grouped_mm_op is None:
+        assert not hasattr(nn.functional, "grouped_mm")
+        return
+    with Seen() as mode:
+        nn.functional.grouped_mm(torch.randn(4, 8), torch.randn(2, 8, 8), offs=torch.tensor([1, 4]).int())
+    assert internals.grouped_mm_op in mode.seen
+
+
 @contract("VF", "weight_norm_op")
 def fused_ops() -> None:
     kinds = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn_tanh": nn.RNN}

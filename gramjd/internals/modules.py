@@ -22,6 +22,9 @@ BatchNorm: Any = nn.modules.batchnorm._BatchNorm
 VF: Any = torch._VF
 weight_norm_op: Callable[..., Tensor] = torch._weight_norm
 
+# What ``torch.nn.functional.grouped_mm`` calls, where there is one.
+grouped_mm_op: Callable[..., Tensor] | None = getattr(torch, "_grouped_mm", None)
+
 
 # What a module calls that was compiled in place, by ``module.compile()``.
 compiled_call: Callable[[nn.Module], Callable[..., Any] | None] = attrgetter("_compiled_call_impl")

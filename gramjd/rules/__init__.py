@@ -2,6 +2,7 @@
 
 from gramjd.decompositions import (
     bags,  # noqa: F401
+    grouped,  # noqa: F401
     recurrent,  # noqa: F401
 )
 from gramjd.decompositions.registry import decomposition_of, is_fused, register_decomposition

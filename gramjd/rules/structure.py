@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gramjd.blocks import Block, Conv, Lookup, Outer
@@ -163,6 +164,35 @@ def select(block: Structured, at: At, input: Tensor, dim: int, index: int) -> Bl
 @register_pullback(Tensor.unbind, torch.unbind)
 def unbind(block: Structured, at: At, input: Tensor, dim: int = 0) -> Block | None:
     return _one_of(block, input, dim % input.ndim, at.output)
+
+
+def pull_back_all(op: Op, received: Sequence[Sequence[Block]], at: At, args: Sequence[Any],
+                  kwargs: Mapping[str, Any]) -> Block | None:  # fmt: skip
+    """The block of a stack of matrices from those that it was unbound into; ``None``: pull back one by one.
+
+    Each matrix is a group of the block, and has as many positions as the one with the most.
+    """
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    if op not in (Tensor.unbind, torch.unbind) or dim not in (0, -at.tensor.ndim):
+        return None
+    blocks = [block for mine in received for block in mine]
+    if not blocks or any(len(mine) > 1 for mine in received) or not _are_alike(blocks):
+        return None
+    first = cast(Outer, blocks[0])
+    none = replace(first, c=first.c[:, :, :0], a=first.a[:, :0])
+    each = [cast(Outer, mine[0]) if mine else none for mine in received]
+    T = max(x.c.shape[2] for x in each)
+    c = torch.stack([F.pad(x.c[:, :, :, 0], (0, 0, 0, T - x.c.shape[2])) for x in each], 3)
+    a = torch.stack([F.pad(x.a[:, :, 0], (0, 0, 0, T - x.a.shape[1])) for x in each], 2)
+    return replace(first, c=c, a=a, shape=tuple(at.tensor.shape))
+
+
+def _are_alike(blocks: Sequence[Block]) -> bool:
+    """Whether all are outer products without groups that differ in their positions alone."""
+    kinds = {
+        block.kind if isinstance(block, Outer) and block.c.shape[3] == 1 else None for block in blocks
+    }
+    return len(kinds) == 1 and None not in kinds
 
 
 def _one_of(block: Structured, input: Tensor, dim: int, index: int) -> Block | None:

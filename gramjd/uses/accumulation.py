@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from gramjd import pytree
 from gramjd.blocks import Block, spread
 from gramjd.rounding import tolerance
-from gramjd.rules.structure import EXPANDS, LINEAR, At, pull_back
+from gramjd.rules.structure import EXPANDS, LINEAR, At, pull_back, pull_back_all
 from gramjd.uses.use import Derived, Source, Use
 
 Found = dict[int, list[Block]]  # by id of the parameter
@@ -121,6 +122,9 @@ def _pulled(use: Use, which: int, received: Sequence[Sequence[Block]]) -> list[B
     Each is pulled back by its structure where that is possible; the others by their rows.
     """
     bare = use if _is_unresolved(use) else _without_samples(use)
+    whole = _pulled_together(bare, which, received)
+    if whole is not None:
+        return [whole]
     kept: list[Block] = []
     rest: list[list[Block]] = [[] for _ in received]
     for output, blocks in enumerate(received):
@@ -139,15 +143,28 @@ def _pulled(use: Use, which: int, received: Sequence[Sequence[Block]]) -> list[B
 
 
 def _pulled_by_structure(use: Use, which: int, output: int, block: Block) -> Block | None:
-    call, slot = use.record.call, use.record.slots[which]
-    leaves = list(use.leaves)
-    for other, value in zip(use.record.slots, use.tracked, strict=True):
-        leaves[other.index] = value
+    args, kwargs = _arguments(use)
+    at = At(output, use.record.slots[which].index, use.tracked[which])
+    return pull_back(use.record.call.op, block, at, args, kwargs)
+
+
+def _pulled_together(use: Use, which: int, received: Sequence[Sequence[Block]]) -> Block | None:
+    """One block from those of all outputs of a call that has several."""
+    if len(received) == 1:
+        return None
+    args, kwargs = _arguments(use)
+    at = At(0, use.record.slots[which].index, use.tracked[which])
+    return pull_back_all(use.record.call.op, received, at, args, kwargs)
+
+
+def _arguments(use: Use) -> tuple[Sequence[Any], dict[str, Any]]:
+    """The positional and the named arguments of a call, with the tensors that it tracks."""
+    call, leaves = use.record.call, list(use.leaves)
+    for slot, value in zip(use.record.slots, use.tracked, strict=True):
+        leaves[slot.index] = value
     values = pytree.unflatten(pytree.flatten(call.values)[1], leaves)
     names = map(str, call.names[call.positional :])
-    kwargs = dict(zip(names, values[call.positional :], strict=True))
-    at = At(output, slot.index, use.tracked[which])
-    return pull_back(call.op, block, at, values[: call.positional], kwargs)
+    return values[: call.positional], dict(zip(names, values[call.positional :], strict=True))
 
 
 def _deliver(source: Source, blocks: Iterable[Block], found: Found, pending: Pending) -> None:
