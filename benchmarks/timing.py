@@ -35,19 +35,20 @@ class Times:
 
 
 PROOFS = 8  # calls of a step that are not measured
+PATIENCE = 20.0  # seconds for them: a step of some peers takes as long
 
 
 def alternate(step: Callable[[], object], plain: Callable[[], object], device: torch.device,
               budget: float = 4.0, most: int = 100) -> Times:  # fmt: skip
     """For about ``budget`` seconds, in random order in each round; three rounds at least, or a minute.
 
-    Before that, calls in which an engine proves what later ones rely on: up to eight, in the same time.
+    Before that, calls in which an engine proves what later ones rely on: up to eight, in twenty seconds.
     """
     start = time.perf_counter()
     for _ in range(PROOFS):
         for run in (plain, step):
             seconds(run, device)
-        if time.perf_counter() - start > budget:
+        if time.perf_counter() - start > PATIENCE:
             break
     times: dict[Callable[[], object], list[float]] = {step: [], plain: []}
     start = time.perf_counter()

@@ -4,6 +4,9 @@ An allocator returns large blocks to the operating system when they are freed, s
 for the same pages anew: 0.1 to 0.3 SGD steps for transformers. Here a freed block is offered to the system
 instead (``MADV_FREE``). The system takes its pages where memory is scarce; otherwise the next step finds them
 in place. On a GPU, torch's own allocator keeps memory.
+
+Of what else a step frees, glibc returns the end of its heap if that is more than twice the size of the
+largest block that it was given back before. Rows would have been such blocks; it is given one in their place.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import mmap
 import weakref
 from contextlib import suppress
+from functools import cache
 from math import prod
 
 import torch
@@ -20,6 +24,7 @@ from gramjd.internals import is_ours, is_profiled, runs_plainly
 
 LEAST = 2**21  # bytes, a large page: below, an allocator keeps the pages itself
 MOST = 256  # freed blocks that are held
+ADAPTED = 2**25 - 2**13  # bytes: the largest block that glibc adapts to, less what it adds
 
 _AVAILABLE = hasattr(mmap, "MADV_FREE") and hasattr(mmap, "MAP_ANONYMOUS")  # not on Windows
 _freed: list[mmap.mmap] = []  # the block freed last comes last
@@ -64,6 +69,7 @@ def _taken(size: int) -> mmap.mmap | None:
 
 def _mapped(size: int) -> mmap.mmap | None:
     """A new block, of large pages where the system has some, as fewer are mapped; ``None`` if it refuses."""
+    _let_malloc_adapt()
     try:
         block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError:  # a limit that torch's allocator may not meet, or has an error of its own for
@@ -73,6 +79,12 @@ def _mapped(size: int) -> mmap.mmap | None:
         with suppress(OSError):  # the system has pages of one size
             block.madvise(mmap.MADV_HUGEPAGE)
     return block
+
+
+@cache
+def _let_malloc_adapt() -> None:
+    """Give back a block that nobody wrote to, so that glibc keeps up to 64 MiB of what steps free."""
+    torch.empty(ADAPTED, dtype=torch.uint8, device="cpu")
 
 
 def _free(block: mmap.mmap) -> None:

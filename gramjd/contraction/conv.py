@@ -16,7 +16,7 @@ from gramjd.blocks.conv import weight_gradient
 from gramjd.contraction.cost import SMALL, Cost, Plan, half
 from gramjd.contraction.options import Limits
 from gramjd.contraction.pairwise import Sizes
-from gramjd.contraction.rows import matrix
+from gramjd.contraction.rows import matrix, together
 from gramjd.contraction.tiles import added, canonical, over_samples, product, ranges
 from gramjd.internals import is_ours
 
@@ -170,7 +170,9 @@ class Method:
     def rows(self, block: Conv, limits: Limits) -> Tensor:
         """All rows ``[B K, P]``, their entries in the parameter's order."""
         if not self.by_taps:
-            return self._rows(block, None, limits)
+            (K, B), P = block.rows, prod(block.shape)
+            few = ranges(B, CACHED // (K * P))
+            return together((self._rows(block.samples(*some), None, limits) for some in few), K * B)
         taps = [self._rows(block, tap, limits) for tap in tuples(*map(range, block.kernel))]
         rows = torch.stack(taps, -1)  # [B K, entries at a tap, taps]
         if self.build is depthwise:  # these are in the order p, q, G

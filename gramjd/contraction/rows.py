@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gramjd import host_memory
 from gramjd.blocks import Block, Conv, Dense, Lookup, Outer, common_grain, transpose
 from gramjd.contraction.cost import Cost, half
 from gramjd.contraction.options import Limits
 from gramjd.contraction.pairwise import Sizes
 from gramjd.contraction.tiles import added, canonical, over_samples, product, ranges
+from gramjd.internals import is_ours
 
 CACHED = 2**21  # elements of the rows that are built at once
 
@@ -109,5 +112,17 @@ def matrix(block: Any, limits: Limits, workspace: int, build: Callable[[Any], Te
         pieces = ranges(block.lines, block.lines * limits.elements // workspace)
         needs = [(r, workspace * (r[1] - r[0]) // block.lines) for r in pieces]
         return added(matrix(block.positions(*r), limits, need, build) for r, need in needs)
-    parts = [build(block.samples(*r)) for r in ranges(block.rows[1], step)]
-    return torch.cat(parts).flatten(0, 1)
+    parts = (build(block.samples(*r)) for r in ranges(block.rows[1], step))
+    return together(parts, block.rows[1]).flatten(0, 1)
+
+
+def together(parts: Iterator[Tensor], count: int) -> Tensor:
+    """``torch.cat(parts)``, of ``count`` entries, which holds no part until all are there if it need not."""
+    first = next(parts)
+    if not is_ours(first):
+        return torch.cat([first, *parts])
+    found, start = host_memory.empty((count, *first.shape[1:]), first), 0
+    for part in chain([first], parts):
+        found[start : start + len(part)] = part
+        start += len(part)
+    return found

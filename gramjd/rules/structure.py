@@ -189,9 +189,7 @@ def pull_back_all(op: Op, received: Sequence[Sequence[Block]], at: At, args: Seq
 
 def _are_alike(blocks: Sequence[Block]) -> bool:
     """Whether all are outer products without groups that differ in their positions alone."""
-    kinds = {
-        block.kind if isinstance(block, Outer) and block.c.shape[3] == 1 else None for block in blocks
-    }
+    kinds = {block.kind if isinstance(block, Outer) and block.c.shape[3] == 1 else None for block in blocks}
     return len(kinds) == 1 and None not in kinds
 
 
