@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from oracle import assert_close
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 import gramjd
 from gramjd.blocks import Conv
+from gramjd.contraction import conv
 from gramjd.contraction.conv import METHODS
 from gramjd.contraction.options import Limits
 
@@ -72,6 +75,23 @@ def test_rows_are_in_the_parameter_s_order(method: object, K: int, elements: int
         if isinstance(block, Conv):
             rows = method.rows(block, Limits(elements, torch.float64))  # type: ignore[attr-defined]
             assert_close(rows, block.dense().transpose(0, 1).flatten(0, 1).flatten(1))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("K", [1, 2])
+def test_rows_of_a_few_samples_at_a_time(method: Any, K: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = Conv(randn(K, 5, 1, 1, 3, 5), randn(1, 5, 1, 1, 2, 6), (3, 2, 2), (1,), (1,))
+    wanted = block.dense().transpose(0, 1).flatten(0, 1).flatten(1)
+    built = []
+    monkeypatch.setattr(conv, "CACHED", 2 * K * 12)  # of two samples
+    rows = conv.Method._rows
+    monkeypatch.setattr(
+        conv.Method,
+        "_rows",
+        lambda self, some, *args: (built.append(some.rows[1]), rows(self, some, *args))[1],
+    )
+    assert_close(method.rows(block, Limits(2**20, torch.float64)), wanted)
+    assert method.by_taps or max(built) <= 2
 
 
 @pytest.mark.parametrize("case", CASES)
