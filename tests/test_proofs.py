@@ -101,6 +101,14 @@ def test_an_error_of_ours_is_no_refusal_of_a_hook(monkeypatch: pytest.MonkeyPatc
         engine.compute_gramian(model(draw(4, 3)).sum(1))
 
 
+@pytest.mark.parametrize("shape", [(6,), (6, 4), (0, 6), (6, 0, 2)])
+def test_masks_along_dimensions_of_samples(shape: tuple[int, ...]) -> None:
+    found = separation.Reached.of(torch.zeros(shape), 6)
+    assert {dim: len(mask) for dim, mask in found.along.items()} == {
+        dim: size for dim, size in enumerate(shape) if size % 6 == 0
+    }
+
+
 def test_a_hook_that_refuses_nan() -> None:
     def refuse(gradient: Tensor) -> None:
         if bool(gradient.isnan().any()):

@@ -45,7 +45,7 @@ class Reached:
         """Reduce a mask to its lines: the masks of a whole forward take as much memory as its cotangents."""
         mask, shape = cotangent.isnan(), tuple(cotangent.shape)
         dims = [dim for dim, size in enumerate(shape) if samples and size % samples == 0]
-        return Reached(shape, {dim: mask.movedim(dim, 0).reshape(shape[dim], -1).any(1) for dim in dims})
+        return Reached(shape, {dim: mask.movedim(dim, 0).unsqueeze(1).flatten(1).any(1) for dim in dims})
 
     def samples(self, layout: Layout, number: int) -> Tensor:
         """The samples that NaN reaches in a layout."""
