@@ -20,7 +20,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from gramjd.internals import is_ours, is_profiled, runs_plainly
+from gramjd.internals import is_ours, is_profiled, is_watched, runs_plainly
 
 LEAST = 2**21  # bytes, a large page: below, an allocator keeps the pages itself
 MOST = 256  # freed blocks that are held
@@ -36,9 +36,15 @@ def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
     Where something may look for what torch allocates, it is torch's memory.
     """
     size = prod(shape) * like.dtype.itemsize
-    if not _AVAILABLE or size < LEAST or like.device.type != "cpu":
+    if size < LEAST or like.device.type != "cpu" or not runs_plainly([like]):
         return like.new_empty(shape)
-    if is_profiled() or not runs_plainly([like]):
+    return again(shape, like)
+
+
+def again(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """:func:`empty` for large tensors on the CPU that nothing traces or transforms."""
+    size = prod(shape) * like.dtype.itemsize
+    if not _AVAILABLE or is_profiled() or is_watched():
         return like.new_empty(shape)
     block = _taken(size) or _mapped(size)
     if block is None:
@@ -58,7 +64,8 @@ def bmm(left: Tensor, right: Tensor) -> Tensor:
 
 def _taken(size: int) -> mmap.mmap | None:
     """The smallest freed block of at least this size, if it is not more than twice as large."""
-    for block in sorted([b for b in reversed(_freed) if size <= len(b) <= 2 * size], key=len):
+    fitting = [b for b in reversed(_freed) if size <= len(b) <= 2 * size]
+    for block in sorted(fitting, key=len) if len(fitting) > 1 else fitting:
         try:
             _freed.remove(block)
         except ValueError:  # another thread has taken it

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gramjd import prepared
 from gramjd.verification.schedule import forget
 
 torch.set_num_threads(1)  # tiny tensors: threads only get into each other's way
@@ -17,3 +18,9 @@ def _seed() -> None:
 def _nothing_is_verified() -> None:
     """What one test verifies of a function counts in no other."""
     forget()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_prepared() -> None:
+    """What one test asks often, no other has asked."""
+    prepared.forget()

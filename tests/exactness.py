@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from oracle import assert_close, dense_gramian
+from steps import preparing
 from torch import Tensor, nn
 
 from gramjd import Engine, SlowPathWarning
@@ -46,22 +47,23 @@ def check(
     times: int = 2,
     tolerance: float = 1e-10,
 ) -> None:
-    """The Gramian of the very losses that the model gave is exact, measured first and then known.
+    """The Gramian of the very losses that the model gave is exact, measured first and then known, prepared.
 
     Only parameters of whose names a piece is in ``rows`` may go row by row.
     """
-    for batch_dim in batch_dims:
-        engine = Engine(model, batch_dim=batch_dim, strategies=("ops", "functional", "rows"))
-        for _ in range(times):
-            out = losses(model)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", SlowPathWarning)  # told apart below, by parameter
-                jacobian = engine.jacobian(out)
-            assert_close(jacobian.gramian(), dense_gramian(out, model.parameters()), tolerance)
-            for name, blocks in zip(jacobian.names, jacobian.blocks, strict=True):
-                slow = any(block.origin.startswith("one row at a time") for block in blocks)
-                assert not slow or any(piece in name for piece in rows), f"{name}: {blocks[0].origin}"
-        engine.close()
+    with preparing(at_once=True):
+        for batch_dim in batch_dims:
+            engine = Engine(model, batch_dim=batch_dim, strategies=("ops", "functional", "rows"))
+            for _ in range(times):
+                out = losses(model)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", SlowPathWarning)  # told apart below, by parameter
+                    jacobian = engine.jacobian(out)
+                assert_close(jacobian.gramian(), dense_gramian(out, model.parameters()), tolerance)
+                for name, blocks in zip(jacobian.names, jacobian.blocks, strict=True):
+                    slow = any(block.origin.startswith("one row at a time") for block in blocks)
+                    assert not slow or any(piece in name for piece in rows), f"{name}: {blocks[0].origin}"
+            engine.close()
 
 
 def objectives(out: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 from oracle import assert_close, dense_gramian
 from torch import Tensor, nn
 
-from gramjd import Engine, GramjdError, SlowPathWarning
+from gramjd import Engine, GramjdError, SlowPathWarning, prepared
 from gramjd.engine.solving import projected
 
 At = Callable[[Any], Tensor]
@@ -79,6 +79,18 @@ def projecting(is_on: bool) -> Iterator[None]:
         yield
     finally:
         vars(projected).update(before)
+
+
+@contextmanager
+def preparing(at_once: bool) -> Iterator[None]:
+    """A context in which programs are prepared in the first call, if asked for, and have to be right."""
+    before = prepared.OFTEN
+    prepared.OFTEN = 0 if at_once else before
+    try:
+        yield
+    finally:
+        prepared.OFTEN = before
+    assert "its first run gave other numbers" not in prepared._known.values()
 
 
 def judge(this: Family, order: Callable[[Sequence[Any]], list[Any]], batch_dim: int | None) -> list[str]:

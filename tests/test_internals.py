@@ -290,6 +290,110 @@ def profiled() -> None:
     assert not internals.is_profiled()
 
 
+@contract("SeenOps", "callable_of")
+def ops_below_autograd() -> None:
+    seen: list[tuple[Any, ...]] = []
+    x = leaf(2, 3)
+    with internals.SeenOps(lambda *each: seen.append(each)):
+        out = (x.t() * 2).sum()
+    assert [str(each[0]) for each in seen] == ["aten.t.default", "aten.mul.Tensor", "aten.sum.default"]
+    op, args, kwargs, found = seen[1]
+    assert args[0] is seen[0][3] and args[1] == 2 and not kwargs and torch.equal(found.sum(), out.detach())
+    assert torch.equal(internals.callable_of(op)(*args), found)
+
+
+@contract("SeenReads")
+def reads_of_values() -> None:
+    seen: list[str] = []
+    x = draw(2)
+    with internals.SeenReads(seen.append):
+        x.tolist(), x.numpy(), x.__array__(), x.__dlpack__(), x.sum(), x.shape
+    assert set(seen) == {"tolist", "numpy", "__array__", "__dlpack__"}
+
+
+@contract("is_fixed")
+def ops_with_fixed_results() -> None:
+    aten = torch.ops.aten
+    for op in (
+        aten.add.Tensor,
+        aten.mm.default,
+        aten.view.default,
+        aten.index_put_.default,
+        aten.split.Tensor,
+    ):
+        assert internals.is_fixed(op, ())
+    varying = [aten.nonzero.default, aten._local_scalar_dense.default, aten.equal.default, aten.bernoulli.p]
+    for op in [*varying, aten.masked_select.default, aten.randn.default, aten.t_.default]:
+        assert not internals.is_fixed(op, ())
+    mask = torch.tensor([True, False])
+    assert internals.is_fixed(aten.index.Tensor, (draw(2), [None, torch.tensor([0])]))
+    assert not internals.is_fixed(aten.index.Tensor, (draw(2), [mask]))
+    assert not internals.is_fixed(torch.cond, ())  # of higher order
+
+
+@contract("written")
+def written_arguments() -> None:
+    x, y, aten = draw(2), draw(2), torch.ops.aten
+    assert [*internals.written(aten.add.Tensor, (x, y), {})] == []
+    assert [id(t) for t in internals.written(aten.add_.Tensor, (x, y), {})] == [id(x)]
+    assert [id(t) for t in internals.written(aten.add.out, (y, y), {"out": x})] == [id(x)]
+    found = internals.written(aten._foreach_add_.Scalar, ([x, y], 1), {})
+    assert [id(t) for t in found] == [id(x), id(y)]
+
+
+@contract("geometry")
+def geometries() -> None:
+    x, y = draw(2, 3), draw(2, 3)
+    first = internals.geometry([x, None, y])
+    assert first == internals.geometry([draw(2, 3), None, draw(2, 3)]) and len({first}) == 1
+    others = [[x, y], [x, None, x], [x.t(), None, y], [draw(3, 3)[1:], None, y], [x.half(), None, y]]
+    assert len({first, *map(internals.geometry, others)}) == 6
+    assert internals.geometry([x, x[1:]]) != internals.geometry([x, draw(3, 3)[1:2]])
+    strange = x.as_subclass(Strange)  # type: ignore[arg-type]
+    for t in (
+        strange,
+        x.to_sparse(),
+        x.to("meta"),
+        leaf(2),
+        torch.complex(x, x).conj(),
+        torch.complex(x, x).conj().imag,
+    ):
+        assert internals.geometry([t]) is None
+    with torch.no_grad():
+        assert internals.geometry([nn.Parameter(draw(2))]) == internals.geometry([draw(2)])
+    with dual_level():
+        assert internals.geometry([x]) is None
+    with torch.autocast("cpu"):
+        assert internals.geometry([x]) is None
+    seen = []
+    torch.vmap(lambda t: (seen.extend([internals.geometry([t]), internals.geometry([y])]), t)[1])(x)
+    assert seen == [None, None]
+
+
+@contract("plain_apply")
+def undecorated_apply() -> None:
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad * 2
+
+    x = leaf(3)
+    out = internals.plain_apply(Double)(x)
+    assert type(out.grad_fn).__name__ == "DoubleBackward"
+    assert torch.equal(torch.autograd.grad(out.sum(), x)[0], torch.full((3,), 2.0, dtype=x.dtype))
+
+
+@contract("is_wrapped")
+def wrappers() -> None:
+    x, seen = draw(2), []
+    torch.vmap(lambda y: (seen.append((internals.is_wrapped(y), internals.is_wrapped(x))), y)[1])(x)
+    assert seen == [(True, False)] and not internals.is_wrapped(x)
+
+
 @contract("is_plain", "is_ours", "runs_plainly", "is_watched")
 def plain() -> None:
     x = draw(2)

@@ -9,7 +9,7 @@ import steps_modes  # noqa: F401
 import steps_ragged  # noqa: F401
 import steps_sizes  # noqa: F401
 import steps_values  # noqa: F401
-from steps import FAMILIES, ORDERS, judge, projecting
+from steps import FAMILIES, ORDERS, judge, preparing, projecting
 
 CASES = [(name, batch_dim) for name, this in FAMILIES.items() for batch_dim in this.batch_dims]
 
@@ -24,7 +24,7 @@ CASES = [(name, batch_dim) for name, this in FAMILIES.items() for batch_dim in t
     "ignore:The .grad attribute of a Tensor that is not a leaf",  # torch.compile looks at it
 )
 def test_every_step_is_exact_or_refused(name: str, batch_dim: int | None, order: str) -> None:
-    with projecting(order == "each twice"):
+    with projecting(order == "each twice"), preparing(at_once=order != "backwards"):
         found = judge(FAMILIES[name], ORDERS[order], batch_dim)
     assert len(found) >= 4
 

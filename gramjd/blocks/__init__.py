@@ -20,6 +20,7 @@ block of some of them), and ``part``: all rows at some entries of the flat param
 
 from gramjd.blocks.conv import Conv
 from gramjd.blocks.dense import Dense
+from gramjd.blocks.flat import Structure, flatten, unflatten
 from gramjd.blocks.lookup import Lookup
 from gramjd.blocks.outer import Outer
 from gramjd.blocks.sums import Block, common_grain, fits, is_zero, merge, spread, transpose, with_origin
@@ -30,11 +31,14 @@ __all__ = [
     "Dense",
     "Lookup",
     "Outer",
+    "Structure",
     "common_grain",
     "fits",
+    "flatten",
     "is_zero",
     "merge",
     "spread",
     "transpose",
+    "unflatten",
     "with_origin",
 ]

@@ -70,7 +70,7 @@ class Dense:
 
     def vjp(self, w: Tensor) -> Tensor:
         """The weighted gradient ``Jᵀ w`` for ``w [K, B]``."""
-        return (w.reshape(-1) @ self.matrix()).view(self.shape)
+        return w.reshape(1, -1).mm(self.matrix()).view(self.shape)
 
     def sketch(self, w: Tensor, y: Tensor) -> Tensor:
         """``Jᵀ w`` as a matrix of as many columns as ``y [columns, n]`` has rows, times ``y``."""

@@ -41,6 +41,7 @@ __all__ = [
     "kept_rows",
     "of_rows",
     "ranges",
+    "short_rows",
     "squared_norms",
     "steps",
     "steps_of_all",

@@ -8,10 +8,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from gramjd import contraction, pytree
-from gramjd.blocks import Block, is_zero
-from gramjd.complexes import as_real, real_block, real_dtype
-from gramjd.contraction import Groups, Options, products
+from gramjd import contraction, prepared, pytree
+from gramjd.blocks import Block, flatten, is_zero, unflatten
+from gramjd.complexes import real_block, real_dtype
+from gramjd.contraction import Options, products
 from gramjd.contraction.outputs import Output, Outputs
 from gramjd.gramians import symmetric
 
@@ -24,43 +24,55 @@ class GramianSum:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.total: Tensor | None = None  # [K, B, K, B]
-        self.like: Tensor | None = None  # the last parameter
         self.waiting: list[Sequence[Block]] = []  # of parameters with short rows
         self.elements = 0  # of these rows
 
     def add(self, blocks: Iterable[tuple[Tensor, Sequence[Block]]]) -> None:
         """Add the share of some parameters, given each with its blocks."""
-        used = [(p, found) for p, mine in blocks if (found := _real(mine))]
-        if not used:
+        each = [mine for _, mine in blocks if mine]
+        tensors, structure = flatten(each)
+        if not tensors:
             return
-        self.like = as_real(used[0][0])
-        each = [mine for _, mine in used]
-        groups = contraction.groups_of(each, self.options)
-        if groups.short:
-            self.waiting += [each[n] for n in groups.short]
-            self.elements += sum(prod(each[n][0].rows) * prod(each[n][0].shape) for n in groups.short)
-            rest, groups = groups.without_short(len(each))
-            each = [each[n] for n in rest]
-        self._add(each, groups)
+        options, (K, samples) = self.options, each[0][0].rows
+        whole = options.memory_budget is None  # one tile
+
+        def contract(tensors: Sequence[Tensor]) -> tuple[list[Tensor], tuple[Sequence[int], int]]:
+            return _share(unflatten(structure, tensors), options, whole)
+
+        key = "share", structure, options.on(tensors[0].device)
+        share, (short, elements) = prepared.call(contract, key, tensors)
+        for tile in share:
+            self._add_tile(tile, slice(0, samples), slice(0, samples), K, samples)
+        if not whole:
+            self._add_tiles([_real(mine) for n, mine in enumerate(each) if n not in short], K, samples)
+        self.waiting += [each[n] for n in short]
+        self.elements += elements
         if self.elements > _MOST:
             self._add_waiting()
 
     def _add_waiting(self) -> None:
-        self._add(self.waiting, contraction.Groups({}, range(len(self.waiting))))
-        self.waiting, self.elements = [], 0
+        waiting, self.waiting, self.elements = self.waiting, [], 0
+        if not waiting:
+            return
+        tensors, structure = flatten(waiting)
+        options, (K, samples) = self.options, waiting[0][0].rows
 
-    def _add(self, each: Sequence[Sequence[Block]], groups: Groups) -> None:
-        if not each:
-            return
-        K, samples = each[0][0].rows
-        if self.options.memory_budget is None:  # one tile
-            for share in contraction.gramians(each, self.options, groups):
-                self._add_tile(share, slice(0, samples), slice(0, samples), K, samples)
-            return
-        assert self.like is not None
-        part = products.Part(each, samples)
-        for mine, others, tile in products.tiles(part, K, self.options, self.like):
-            self._add_tile(tile, mine, others, K, samples)
+        def contract(tensors: Sequence[Tensor]) -> tuple[list[Tensor], None]:
+            blocks = [block for mine in unflatten(structure, tensors) for block in _real(mine)]
+            return [contraction.short_rows(blocks, options)], None
+
+        (tile,), _ = prepared.call(
+            contract, ("short rows", structure, options.on(tensors[0].device)), tensors
+        )
+        self._add_tile(tile, slice(0, samples), slice(0, samples), K, samples)
+
+    def _add_tiles(self, each: Sequence[Sequence[Block]], K: int, samples: int) -> None:
+        """Add a share tile by tile, within the memory budget."""
+        if any(each):
+            like = flatten(each)[0][0]
+            part = products.Part(each, samples)
+            for mine, others, tile in products.tiles(part, K, self.options, like):
+                self._add_tile(tile, mine, others, K, samples)
 
     def _add_tile(self, tile: Tensor, mine: slice, others: slice, K: int, samples: int) -> None:
         if self.total is None and tile.shape[1] == tile.shape[3] == samples:
@@ -89,6 +101,23 @@ class GramianSum:
         found = outputs.square(total, outputs)
         assert isinstance(found, Tensor)
         return found
+
+
+def _share(given: Sequence[Sequence[Block]], options: Options, whole: bool
+           ) -> tuple[list[Tensor], tuple[Sequence[int], int]]:  # fmt: skip
+    """The share of some parameters, if it is asked for as a ``whole``, without those with short rows.
+
+    Of these, the places and the number of elements.
+    """
+    each = [_real(mine) for mine in given]
+    groups = contraction.groups_of(each, options)
+    rest, groups_of_rest = groups.without_short(len(each)) if groups.short else (range(len(each)), groups)
+    short = [each[n][0] for n in groups.short]
+    elements = sum(prod(block.rows) * prod(block.shape) for block in short)
+    if not whole:
+        return [], (groups.short, elements)
+    found = contraction.sum_of(contraction.gramians([each[n] for n in rest], options, groups_of_rest))
+    return [] if found is None else [found], (groups.short, elements)
 
 
 def _real(blocks: Sequence[Block]) -> list[Block]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from gramjd.blocks import Conv
 from gramjd.blocks.conv import weight_gradient
 from gramjd.contraction.cost import SMALL, Cost, Plan, half
-from gramjd.contraction.options import Limits
+from gramjd.contraction.options import Limits, allows_tf32
 from gramjd.contraction.pairwise import Sizes
 from gramjd.contraction.rows import matrix, together
 from gramjd.contraction.tiles import added, canonical, over_samples, product, ranges
@@ -192,14 +192,7 @@ def alike(u: Conv, v: Conv) -> bool:
 
 def rounded(block: Conv) -> bool:
     """Whether cuDNN would round the factors to TF32. It does by default, unlike matrix products."""
-    return block.points.is_cuda and _allows_tf32()
-
-
-def _allows_tf32() -> bool:
-    try:
-        return torch.backends.cudnn.allow_tf32
-    except RuntimeError:  # set by its newer name, for convolutions and recurrent networks apart
-        return torch.backends.cudnn.conv.fp32_precision != "ieee"  # type: ignore[attr-defined]
+    return block.points.is_cuda and allows_tf32()
 
 
 def _windows(block: Conv) -> int:

@@ -58,6 +58,11 @@ class Options:
             return self.memory_budget
         return _free(device) // 8
 
+    def on(self, device: torch.device) -> tuple[int | bool | torch.dtype | None, ...]:
+        """A key of all that plans on a device depend on besides sizes, such as the memory that is free."""
+        state = () if device.type == "cpu" else (_free(device), allows_tf32())
+        return self.memory_budget, self.accumulate_dtype, *state
+
     def accumulated(self, *dtypes: torch.dtype) -> torch.dtype:
         """The dtype in which factors of these dtypes are contracted."""
         if self.accumulate_dtype is not None:
@@ -97,6 +102,14 @@ def _free_host_memory() -> int:
 _FREE_AT_START = _free_host_memory()  # read once: the same model gets the same plans, also compiled
 
 
+def allows_tf32() -> bool:
+    """Whether cuDNN may round the factors of convolutions to TF32."""
+    try:
+        return torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # set by its newer name, for convolutions and recurrent networks apart
+        return torch.backends.cudnn.conv.fp32_precision != "ieee"  # type: ignore[attr-defined]
+
+
 def default_budget(device: torch.device) -> int:
     """A sane budget from the memory that is free."""
     enough = ENOUGH.get(device.type, ENOUGH["cpu"])
@@ -117,6 +130,7 @@ def _free(device: torch.device) -> int:
     read, found = _FREE_ON_CARDS.get(device, (-_HOLDS, 0))
     if now - read >= _HOLDS:
         found = free_on_card(device)
+        found &= -1 << max(0, found.bit_length() - 3)  # three digits: a step gets the plans of the last one
         _FREE_ON_CARDS[device] = now, found
     return found
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramjd import contraction
-from gramjd.blocks import Block, Dense, is_zero
+from gramjd import contraction, prepared
+from gramjd.blocks import Block, Dense, flatten, is_zero, unflatten
 from gramjd.contraction import Options
 from gramjd.contraction.tiles import root
 from gramjd.gramians import symmetric
-from gramjd.internals import is_ours, versions_of
+from gramjd.internals import is_dynamo_tracing, is_ours, versions_of
 from gramjd.rounding import own_precision
 
 
@@ -137,9 +137,29 @@ def _pieces(parts: Sequence[Part], K: int, options: Options, like: Tensor) -> Se
 @own_precision
 def keeping(part: Part, which: Sequence[int], K: int, options: Options, like: Tensor) -> Tensor:
     """Compute the Gramian of one part, and keep some of the rows that are built for it."""
+    if part.kept or is_dynamo_tracing():
+        total, used = _keeping(part, which, K, options, like)
+    else:
+        tensors, structure = flatten([part.blocks[p] for p in which])
+
+        def contract(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
+            given = Part(unflatten(structure, tensors), part.samples)
+            total, rows = _keeping(given, range(len(given.blocks)), K, options, like)
+            return [total, *rows.values()], [*rows]
+
+        key = "Gramian", structure, part.samples, K, options.on(like.device), like.dtype
+        (total, *rows), places = prepared.call(contract, key, tensors)
+        used = {which[place]: each for place, each in zip(places, rows, strict=True)}
+    part.kept.update(used)
+    return total
+
+
+def _keeping(part: Part, which: Sequence[int], K: int, options: Options, like: Tensor
+             ) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
+    """The Gramian of some parameters, and the rows among those that were built for it that may be kept."""
     shares, used = [], {}
     for p, rows in contraction.kept_rows({p: part.live(p) for p in which}, options, part.kept):
-        part.kept[p] = used[p] = rows
+        used[p] = rows
         shares.append(contraction.of_rows(rows, K))
     rest = [p for p in which if p not in used]
     if rest or not shares:
@@ -148,7 +168,7 @@ def keeping(part: Part, which: Sequence[int], K: int, options: Options, like: Te
             taken = sum(rows.nbytes for rows in used.values())
             less = replace(options, memory_budget=max(1, options.budget(like.device) - taken))
         shares.append(_gramian([part], rest, K, less, like))
-    return symmetric(_sum(shares, (), like))
+    return symmetric(_sum(shares, (), like)), used
 
 
 @own_precision
@@ -197,7 +217,25 @@ def diagonal(parts: Sequence[Part], K: int, options: Options, like: Tensor) -> T
 @own_precision
 def vjp(parts: Sequence[Part], parameters: Sequence[Tensor], w: Tensor) -> list[Tensor]:
     """``Jᵀ w`` for ``w [K, B]``, of each parameter's shape and dtype."""
-    weights = w.split([part.samples for part in parts], 1)
+    if len(parts) > 1 or is_dynamo_tracing():
+        return _vjp(parts, parameters, w)
+    (part,) = parts
+    kept = [n for n in range(len(parameters)) if n in part.kept]
+    factors, structure = flatten([() if n in part.kept else blocks for n, blocks in enumerate(part.blocks)])
+
+    def pull(tensors: Sequence[Tensor]) -> tuple[list[Tensor], None]:
+        w, *rest = tensors
+        rows = dict(zip(kept, rest, strict=False))
+        given = Part(unflatten(structure, rest[len(rows) :]), part.samples, rows)
+        return _vjp([given], parameters, w), None
+
+    key = "Jᵀ w", structure, part.samples, *kept, *[(p.shape, p.dtype, p.device) for p in parameters]
+    found, _ = prepared.call(pull, key, [w, *[part.kept[n] for n in kept], *factors])
+    return [*found]
+
+
+def _vjp(parts: Sequence[Part], parameters: Sequence[Tensor], w: Tensor) -> list[Tensor]:
+    weights = w.split([part.samples for part in parts], 1) if len(parts) > 1 else [w]
     short = _short_vjp(parts[0], w) if len(parts) == 1 else {}
     found = []
     for number, p in enumerate(parameters):
@@ -206,7 +244,7 @@ def vjp(parts: Sequence[Part], parameters: Sequence[Tensor], w: Tensor) -> list[
             if number in short:
                 shares.append(short[number].view(p.shape))
             elif number in part.kept:
-                flat = mine.to(p.dtype).T.reshape(-1) @ part.kept[number]
+                flat = mine.to(p.dtype).T.reshape(1, -1).mm(part.kept[number])
                 shares.append(flat.view(p.shape))
             else:
                 shares += [block.vjp(mine.to(p.dtype)) for block in part.blocks[number]]

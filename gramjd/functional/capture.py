@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from gramjd.functional.per_sample_mode import Function, Trace
 from gramjd.functional.perturbations import by_perturbations
 from gramjd.internals import differentiates, is_compiling, outside_vmap, transform_level
 from gramjd.uses.accumulation import blocks_of
+from gramjd.uses.known_calls import KnownCalls
 from gramjd.uses.use import Use
 
 # Cotangents, what each use saved, outputs, auxiliary values.
@@ -33,7 +35,8 @@ Values = tuple[list[Tensor], list[list[Tensor]], list[Tensor], list[Tensor]]
 class Captured:
     """Values ``[B, *S]`` of each output, auxiliary values, and blocks ``(k, b)`` of each parameter.
 
-    The blocks follow from the uses of ``parameters``, which are aliases of those that were given.
+    The blocks follow from the uses of ``parameters``: aliases of those that were given, or tensors that the
+    records of uses have in their place.
     """
 
     outputs: list[Tensor]
@@ -53,6 +56,7 @@ def capture(
     randomness: str = "error",
     chunk_size: int | None = None,
     shared: bool = False,
+    known_calls: KnownCalls | None = None,
 ) -> Captured:
     """Run ``function`` and return its outputs with the blocks of every parameter.
 
@@ -65,6 +69,7 @@ def capture(
         batch_independent: tensors that the function closes over and that are the same for all samples.
         randomness, chunk_size: as in ``torch.func.vmap``.
         shared: no batch: ``batched`` are passed on as they are, and ``B = 1``.
+        known_calls: of earlier runs of the function.
 
     Raises:
         RuntimeError: in inference mode, where this version of torch does not differentiate.
@@ -75,7 +80,9 @@ def capture(
         )
     # An alias apiece: tied entries stay apart, as torch.func.grad keeps them apart.
     raw = [p.view_as(p) for p in parameters]
-    run = by_perturbations if is_compiling() else by_edges
+    known = None if is_compiling() else known_calls or KnownCalls()
+    sources = raw if known is None else known.sources(len(raw))
+    run = by_perturbations if known is None else partial(by_edges, known_calls=known.of(sources, alone=True))
     given = [c[:, 0] if shared else c.transpose(0, 1) for c in cotangents or ()]
     trace = Trace()
 
@@ -93,11 +100,11 @@ def capture(
         found = _batched(per_sample, batched, given, randomness)
     cs, saved, values, aux = found
     uses, rows = _uses(trace, iter(c.transpose(0, 1) for c in cs), saved, len(raw))
-    blocks = blocks_of(uses, raw)
+    blocks = blocks_of(uses, sources)
     for mine, row in zip(blocks, rows, strict=True):
         if row is not None:
             mine.append(Dense(row, origin="autograd (no rule covers an op that used it)"))
-    return Captured(values, aux, blocks, raw, uses)
+    return Captured(values, aux, blocks, sources, uses)
 
 
 def _batched(function: Callable[..., Values], batched: Sequence[Tensor], given: Sequence[Tensor],

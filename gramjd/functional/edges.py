@@ -26,14 +26,15 @@ from gramjd.internals import (
     differentiated_outside,
     edge_behind,
 )
+from gramjd.uses.known_calls import KnownCalls
 
 
 class _EdgeMode(PerSampleMode):
     """Remembers autograd's edge behind every use."""
 
     def __init__(self, wrapped: Sequence[Tensor], raw: Sequence[Tensor], zero: Tensor, shared: bool,
-                 batch_independent: Sequence[Tensor]) -> None:  # fmt: skip
-        super().__init__(wrapped, raw, shared, batch_independent)
+                 batch_independent: Sequence[Tensor], known_calls: KnownCalls) -> None:  # fmt: skip
+        super().__init__(wrapped, raw, shared, batch_independent, known_calls)
         self.zero = zero  # requires gradients
         self.edges: list[Any] = []
 
@@ -55,13 +56,13 @@ class _EdgeMode(PerSampleMode):
 
 
 def by_edges(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor], given: Sequence[Tensor],
-             shared: bool, batch_independent: Sequence[Tensor]) -> Run:  # fmt: skip
+             shared: bool, batch_independent: Sequence[Tensor], known_calls: KnownCalls) -> Run:  # fmt: skip
     """Run a function of one sample; ``given`` are cotangents of its outputs (empty: all entries)."""
     found: list[Run] = []
 
     def run(zero: Tensor) -> Tensor:
         wrapped = differentiable(raw)
-        tracker = _EdgeMode(wrapped, raw, zero, shared, batch_independent)
+        tracker = _EdgeMode(wrapped, raw, zero, shared, batch_independent, known_calls)
         with tracker:
             outputs, aux = function(wrapped, batch)
         trace, level = tracker.trace, tracker.level

@@ -25,6 +25,7 @@ from gramjd.internals import (
 )
 from gramjd.rules import decomposition_of, tensors_of
 from gramjd.rules.registry import op_name
+from gramjd.uses.known_calls import KnownCalls
 from gramjd.uses.tracker import Tracker, is_inplace
 from gramjd.uses.use import Record, describe
 
@@ -61,11 +62,14 @@ class PerSampleMode(Tracker):
     """Runs ops with rules on bare parameters and marks their outputs; all others go their way, wrapped."""
 
     def __init__(self, wrapped: Sequence[Tensor], raw: Sequence[Tensor], shared: bool,
-                 batch_independent: Sequence[Tensor]) -> None:  # fmt: skip
+                 batch_independent: Sequence[Tensor], known_calls: KnownCalls | None = None
+                 ) -> None:  # fmt: skip
         super().__init__(wrapped, batch_independent)
+        self.known_calls = known_calls
         self.below: dict[int, Tensor] = {}  # bare tensors, by the id of the wrapped one
-        for parameter, tensor in zip(wrapped, raw, strict=True):
-            self.sources[id(parameter)] = tensor
+        sources = raw if known_calls is None else known_calls.sources(len(raw))
+        for parameter, tensor, source in zip(wrapped, raw, sources, strict=True):
+            self.sources[id(parameter)] = source
             self.below[id(parameter)] = tensor
         self.shared = shared  # no batch: every tensor is "the sample", nothing is derived
         self.level = innermost_level()
@@ -104,7 +108,8 @@ class PerSampleMode(Tracker):
             if id(args[0]) in self.sources:
                 raise NotImplementedError(_INPLACE.format(op=getattr(op, "__name__", op)))
             return op(*args, **kwargs), None
-        record, leaves = describe(op, args, kwargs, self.sources, derived and not self.shared)
+        known = describe if self.known_calls is None else self.known_calls.describe
+        record, leaves = known(op, args, kwargs, self.sources, derived and not self.shared)
         if record.derived:
             return self._derive(op, args, kwargs, record, leaves)
         out = None

@@ -17,6 +17,7 @@ from gramjd.jacobian import Jacobian, Output
 from gramjd.jacobian.projection import Projection
 from gramjd.pytree import PyTree
 from gramjd.sketched import SketchedGramian
+from gramjd.uses.known_calls import KnownCalls
 from gramjd.verification import Call, Generators, Verifier
 from gramjd.verification.schedule import Check
 
@@ -195,7 +196,7 @@ def jacobian_and_value(
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     options = numbers, repr(in_dims), has_aux, randomness, chunk_size
     verifier = Verifier(func, options, check, audit)
-    shared = in_dims is None
+    shared, known_calls = in_dims is None, KnownCalls()
 
     def transformed(*args: Any, **kwargs: Any) -> tuple[Jacobian[Any], Any]:
         given = Arguments.of(args, kwargs, numbers, in_dims, single=isinstance(argnums, int))
@@ -209,6 +210,7 @@ def jacobian_and_value(
                 randomness=randomness,
                 chunk_size=chunk_size,
                 shared=shared,
+                known_calls=known_calls,
             )
 
         def run_of(given: Arguments) -> Function:

@@ -25,6 +25,12 @@ def edge_behind(tensor: Tensor) -> tuple[Any, Tensor]:
     return get_edge(tensor), tensor
 
 
+def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` where no transform is in progress, for tensors that none has wrapped."""
+    found: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return found
+
+
 def saved_tensors_hook() -> object:
     """The innermost ``saved_tensors_hooks`` (checkpointing, offloading); ``None`` if there are none.
 

@@ -26,6 +26,11 @@ class Entry:
     align: Align
     when: Callable[[Mapping[Any, Any]], bool] | None  # does the rule cover a call's arguments?
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is a rule of this library: its ops depend on its arguments alone."""
+        return self.rule.__module__.startswith(_OURS)
+
     def meets(self, arguments: Mapping[Any, Any], name: str, dim: int) -> int | None:
         """The dimension of an argument that holds the samples in dimension ``dim`` of the output."""
         if callable(self.align):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gramjd import pytree
-from gramjd.blocks import Block, spread
+from gramjd import prepared, pytree
+from gramjd.blocks import Block, Structure, flatten, spread, unflatten
+from gramjd.internals import is_dynamo_tracing
 from gramjd.rounding import tolerance
 from gramjd.rules.structure import EXPANDS, LINEAR, At, pull_back, pull_back_all
 from gramjd.uses.use import Derived, Source, Use
@@ -33,6 +35,9 @@ def blocks_of(
     """
     found: Found = {id(parameter): [] for parameter in parameters}
     if not [use for use in uses if not use.record.plain]:
+        known = None if failed is not None or is_dynamo_tracing() else _prepared(uses, parameters)
+        if known is not None:
+            return known
         _of_parameters(uses, found, failed)
         return [found[id(parameter)] for parameter in parameters]
     pending: Pending = {id(use.record): [[] for _ in use.cs] for use in uses if _is_pending(use)}
@@ -55,6 +60,32 @@ def blocks_of(
                 continue
             _deliver(slot.source, blocks, found, pending)
     return [found[id(parameter)] for parameter in parameters]
+
+
+def _prepared(uses: Sequence[Use], parameters: Sequence[Tensor]) -> list[list[Block]] | None:
+    """Blocks by prepared ops; ``None`` where those of a rule may depend on more than it is given."""
+    places = {id(p): n for n, p in enumerate(parameters)}
+    key: list[Hashable] = []
+    tensors: list[Tensor | None] = []
+    for use in uses:
+        record = use.record
+        if record.key is None:
+            return None
+        key += [record.key, len(use.cs), *[places.get(id(slot.source)) for slot in record.slots]]
+        tensors += [*use.cs, *use.tracked, *[use.leaves[i] for i in record.saved]]
+
+    def blocks(tensors: Sequence[Any]) -> tuple[list[Tensor], Structure]:
+        rest = iter(tensors)
+        same: list[Use] = []
+        for use in uses:
+            cs, tracked = [*islice(rest, len(use.cs))], [*islice(rest, len(use.tracked))]
+            same.append(Use.of(use.record, [*islice(rest, len(use.record.saved))], cs, tracked))
+        found: Found = {id(parameter): [] for parameter in parameters}
+        _of_parameters(same, found, None)
+        return flatten([found[id(parameter)] for parameter in parameters], origins=True)
+
+    found, structure = prepared.call(blocks, ("uses", *key), tensors)
+    return unflatten(structure, found)
 
 
 def _of_parameters(

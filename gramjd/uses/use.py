@@ -12,8 +12,9 @@ produced it, one after the other, as objectives that share their inputs (``B = 1
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,6 +60,25 @@ class Record:
     blank: tuple[Any, ...]  # the leaves with None in place of tensors
     plain: bool  # is it a use of parameters themselves, not of tensors derived from them?
     origin: str  # the op as people write it
+
+    @cached_property
+    def key(self) -> Hashable | None:
+        """A key that is equal for uses by the same op with the same settings, whatever the parameters are.
+
+        ``None`` where the ops of its blocks may depend on more: on a user's code, or on what has no hash.
+        """
+        call, slots = self.call, [(slot.index, slot.name) for slot in self.slots]
+        settings = [(type(leaf), leaf) for leaf in self.leaves]
+        key = (call.op, call.names, call.positional, self.spec, self.entries, self.saved, self.derived,
+               tuple(slots), tuple(settings))  # fmt: skip
+        for entry in self.entries:
+            if entry is None or not entry.is_ours:
+                return None
+        try:
+            hash(key)
+        except TypeError:
+            return None
+        return key
 
     def arguments(self, leaves: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
         """The positional and the named arguments that have these leaves."""

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramjd.internals import leaf_of, node_type, outside_transforms, saved_tensors_hook
+from gramjd.internals import (
+    is_wrapped,
+    leaf_of,
+    node_type,
+    outside_transforms,
+    plain_apply,
+    saved_tensors_hook,
+)
 
 Cotangents = list[Tensor | None]  # of the outputs of a node, [K, *y]
 
@@ -61,6 +68,7 @@ def _dense(gradient: Tensor | None) -> Tensor | None:
 
 
 NODE_TYPE: Any = node_type(Node)
+_APPLY = plain_apply(Node)
 
 
 def attach(
@@ -72,7 +80,8 @@ def attach(
         for t in outputs
     ]
     with outside_transforms():  # where a checkpoint is computed again under vmap
-        found = Node.apply(record, saved, inplace, *outputs, *taps)
+        apply = Node.apply if True in map(is_wrapped, outputs) else _APPLY
+        found = apply(record, saved, inplace, *outputs, *taps)
     return [found] if isinstance(found, Tensor) else list(found)
 
 

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gramjd.engine.recording.aliases import Aliases, may_write, replaced, written
-from gramjd.engine.recording.known_calls import KnownCalls
 from gramjd.engine.recording.recorded import (
     HOOK,
     computed_by,
@@ -39,6 +38,7 @@ from gramjd.internals import (
     transform_level,
 )
 from gramjd.rules import is_fused, tensors_of
+from gramjd.uses.known_calls import KnownCalls
 from gramjd.uses.tracker import Tracker, is_inplace
 from gramjd.uses.use import Derived, Record, describe, roots
 

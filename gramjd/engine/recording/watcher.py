@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramjd.engine.recording.known_calls import KnownCalls
 from gramjd.engine.recording.recorded import is_markable, is_marked, mark_call
 from gramjd.engine.recording.recorder import Recorder, active_recorder, start_recorder
 from gramjd.engine.sharded import is_unit
@@ -26,6 +25,7 @@ from gramjd.internals import (
     saved_tensors_hook,
 )
 from gramjd.rules import tensors_of
+from gramjd.uses.known_calls import KnownCalls
 
 
 class Watcher:

@@ -88,7 +88,7 @@ def _saved(part: Part, index: int) -> tuple[list[Tensor], list[Tensor]]:
     node = part.nodes[index]
     record: Record = node.record.record
     try:
-        saved = values_of(node)
+        saved = [*part.values[index]] if part.values else values_of(node)
     except RuntimeError as error:
         what = f"what {op_name(record.call.op)} used it with was written in place afterwards"
         raise Unusable(what) from error

@@ -37,6 +37,7 @@ class Part:
     precisions: Sequence[torch.dtype | None] = ()  # of ops replayed, which autocast may have rounded for
     causes: Mapping[int, str] = field(default_factory=dict)  # why ops could not be replayed, by parameter id
     replays: Sequence[Tensor] = ()  # kept alive
+    values: Sequence[Sequence[Tensor]] = ()  # that the nodes saved, where others are taken in their place
 
     @property
     def is_replayed(self) -> bool:

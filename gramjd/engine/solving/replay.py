@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from gramjd import pytree
-from gramjd.engine.recording.known_calls import KnownCalls
 from gramjd.engine.recording.nodes import Cotangents, values_of
 from gramjd.engine.recording.recorded import OpMark
 from gramjd.engine.recording.recorder import Recorder
@@ -20,6 +19,7 @@ from gramjd.engine.solving import backward
 from gramjd.engine.solving.projected import Probed
 from gramjd.rounding import tolerance
 from gramjd.rules import decomposition_of, tensors_of
+from gramjd.uses.known_calls import KnownCalls
 from gramjd.uses.use import Record
 
 

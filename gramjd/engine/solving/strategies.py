@@ -18,6 +18,7 @@ from gramjd.engine.solving.canonical import Unusable, op_name, use_of
 from gramjd.engine.solving.part import Part
 from gramjd.engine.solving.problem import Problem
 from gramjd.engine.solving.program import Layouts, Program
+from gramjd.engine.solving.repeated import blocks_of_region
 from gramjd.uses.accumulation import blocks_of
 from gramjd.uses.use import Derived, Record, Source, Use, roots
 
@@ -49,6 +50,11 @@ Strategy = Callable[[Material, Mapping[str, Tensor]], Candidate]
 
 def by_ops(material: Material, parameters: Mapping[str, Tensor]) -> Candidate:
     """Strategy ``"ops"``: the uses that the forward recorded."""
+    found = blocks_of_region(_by_ops, material, parameters)
+    return _by_ops(material, parameters) if found is None else Candidate(found)
+
+
+def _by_ops(material: Material, parameters: Mapping[str, Tensor]) -> Candidate:
     part = material.part
     assert part is not None
     causes: dict[int, str] = {}

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gramjd.rules.registry import rules_of, version
-from gramjd.uses.use import Record, describe
+from gramjd.uses.use import Derived, Record, describe
 
 _MOST = 4096  # calls remembered
+_INT = frozenset({int})
 
 
 class KnownCalls:
@@ -22,6 +24,7 @@ class KnownCalls:
 
     def __init__(self) -> None:
         self.records: dict[Hashable, Record] = {}
+        self.tokens: list[Tensor] = []
         self.state: tuple[int, ...] = ()  # of the rules and the parameters of the last forward
 
     def of(self, parameters: Sequence[Tensor], alone: bool) -> KnownCalls:
@@ -35,23 +38,33 @@ class KnownCalls:
             self.state = state
         return self if alone else KnownCalls()
 
+    def sources(self, count: int) -> list[Tensor]:
+        """As many tensors for parameters that are other tensors in every call: the same ones each time."""
+        while len(self.tokens) < count:
+            self.tokens.append(torch.empty(0))
+        return self.tokens[:count]
+
     def describe(self, op: Any, args: Sequence[Any], kwargs: dict[str, Any], sources: dict[int, Any],
                  derived: bool) -> tuple[Record, list[Any]]:  # fmt: skip
         """Describe a call, as :func:`gramjd.uses.use.describe` does."""
-        leaves = [*args, *kwargs.values()]
-        key: list[Any] = [op, *kwargs]
-        for leaf in leaves:
-            if isinstance(leaf, Tensor):
-                source = sources.get(id(leaf))
-                if source is not None and source is not leaf:  # derived, or a stand-in for the parameter
-                    return describe(op, args, kwargs, sources, derived)
-                key += [0 if source is None else id(source), type(leaf), leaf.shape, leaf.dtype]
-            elif leaf is None or isinstance(leaf, (bool, int, float, str)):
-                key += [type(leaf), leaf]
-            else:  # containers, and what may change without another identity
-                return describe(op, args, kwargs, sources, derived)
         if derived:
             return describe(op, args, kwargs, sources, derived)
+        leaves: list[Any] = []
+        key: list[Any] = [op, *kwargs]
+        for value in (*args, *kwargs.values()):
+            leaves.append(value)
+            if isinstance(value, Tensor):
+                source = sources.get(id(value))
+                if type(source) is Derived:
+                    return describe(op, args, kwargs, sources, derived)
+                key += [0 if source is None else id(source), type(value), value.shape, value.dtype]
+            elif value is None or isinstance(value, (bool, int, float, str)):
+                key += [type(value), value]
+            elif isinstance(value, (list, tuple)) and _INT.issuperset(map(type, value)):  # a shape, a stride
+                key += [type(value), len(value), *value]
+                leaves[-1:] = value
+            else:  # what may change without another identity
+                return describe(op, args, kwargs, sources, derived)
         known = self.records.get(tuple(key))
         if known is None:
             known, leaves = describe(op, args, kwargs, sources, derived)
