@@ -52,6 +52,8 @@ class Part:
 
     def of_parameters(self, which: Sequence[int]) -> Part:
         """Return the part with some of its parameters."""
+        if list(which) == list(range(len(self.blocks))):
+            return self
         kept = {n: self.kept[p] for n, p in enumerate(which) if p in self.kept}
         rest = iter(self.versions)
         each = [[next(rest) for _ in _factors([mine])] for mine in self.blocks] if self.versions else []

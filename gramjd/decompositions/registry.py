@@ -19,7 +19,7 @@ from gramjd.rules.registry import Op, rules_of
 E = TypeVar("E", bound=Callable[..., Any])
 
 
-_EXPANSIONS: dict[Op, Callable[..., Any]] = {}
+DECOMPOSITIONS: dict[Op, Callable[..., Any]] = {}
 
 
 def register_decomposition(*ops: Op) -> Callable[[E], E]:
@@ -30,7 +30,7 @@ def register_decomposition(*ops: Op) -> Callable[[E], E]:
 
     def register(function: E) -> E:
         for op in ops:
-            _EXPANSIONS[op] = function
+            DECOMPOSITIONS[op] = function
         return function
 
     return register
@@ -39,7 +39,7 @@ def register_decomposition(*ops: Op) -> Callable[[E], E]:
 def decomposition_of(op: Op) -> Callable[..., Any] | None:
     """The decomposition of an op; ``None`` if it has none."""
     try:
-        return _EXPANSIONS.get(op)
+        return DECOMPOSITIONS.get(op)
     except TypeError:  # an unhashable callable has none
         return None
 
@@ -51,7 +51,7 @@ def is_fused(op: Op) -> bool:
 
 def expanded() -> list[Op]:
     """Every op that has a decomposition; the tests go through all of them."""
-    return list(_EXPANSIONS)
+    return list(DECOMPOSITIONS)
 
 
 @register_decomposition(F.bilinear)

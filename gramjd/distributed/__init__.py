@@ -6,11 +6,12 @@ of it (or its own rows).
 """
 
 from gramjd.distributed.gramian import everywhere, gramian, refuse_rows, taking_part
-from gramjd.distributed.step import averaged, is_sharded, local_weights
+from gramjd.distributed.step import are_sharded, averaged, is_sharded, local_weights
 from gramjd.distributed.team import Team, rounds
 
 __all__ = [
     "Team",
+    "are_sharded",
     "averaged",
     "everywhere",
     "gramian",

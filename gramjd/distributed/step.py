@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -56,6 +57,11 @@ def local_weights(weights: Tensor, output: Losses, group: Any, *, batch_dim: int
 def is_sharded(parameter: Tensor) -> bool:
     """Whether a parameter is a ``DTensor``, of which each rank has a shard."""
     return hasattr(type(parameter), "full_tensor")
+
+
+def are_sharded(parameters: Sequence[Tensor]) -> list[bool]:
+    """The same of several parameters."""
+    return [hasattr(type(p), "full_tensor") for p in parameters]
 
 
 def averaged(gradient: Tensor, parameter: Any) -> Tensor:

@@ -15,6 +15,7 @@ from gramjd.internals import BatchNorm, base_of, held_by, unseen_by_modes
 from gramjd.rules import tensors_of
 
 _BATCH_NORMS = (F.batch_norm, torch.batch_norm)
+COUNTED = frozenset({Tensor.add_, *_BATCH_NORMS})  # the ops that a guard is shown before they run
 _PROPERTIES: Any = Tensor
 # Of a tensor they give its values as constants, or none of them.
 _CONSTANTS = {Tensor.detach, torch.detach, _PROPERTIES.data.__get__, _PROPERTIES.grad.__get__}
@@ -23,24 +24,27 @@ _CONSTANTS = {Tensor.detach, torch.detach, _PROPERTIES.data.__get__, _PROPERTIES
 _BY_FIRST = {"to", "type_as", "view_as", "reshape_as", "expand_as"}
 
 
-class Guard(TorchFunctionMode):
+class Guard:
     """Raises where a module reads its own parameters in place of the given ones, or statistics of the batch.
 
     Args:
         model: the module.
-        replaced: the module's own parameters that others stand in for.
+        replaced: the module's own parameters that are replaced by others.
     """
 
     def __init__(self, model: nn.Module, replaced: Mapping[str, Tensor]) -> None:
-        super().__init__()
         self.model = model
         self.names = {id(p): name for name, p in replaced.items()}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def before(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Raise if an op that is about to run takes or counts statistics of the batch."""
         if func is Tensor.add_:
             self._count(args[0])
-        out = func(*args, **kwargs) if func not in _BATCH_NORMS else self._batch_norm(func, args, kwargs)
+        elif func in _BATCH_NORMS and (args[5] if len(args) > 5 else kwargs.get("training", False)):
+            raise NotSeparableError(_batch_statistics(_layer(self.model, args, kwargs)))
+
+    def after(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        """Raise if an op has received a parameter of the module's own."""
         given = args[:1] if getattr(func, "__name__", "") in _BY_FIRST else (*args, *kwargs.values())
         with unseen_by_modes():  # each question would be an op to those outside
             name = self._past(given)
@@ -51,7 +55,6 @@ class Guard(TorchFunctionMode):
                 "for a constant. Read it as an attribute (self.weight) in the forward, or use gramjd.Engine, "
                 "which takes modules as they are."
             )
-        return out
 
     def _past(self, values: Iterable[Any]) -> str | None:
         """The name of a parameter of the module's own that is among these values, or viewed by one."""
@@ -72,10 +75,21 @@ class Guard(TorchFunctionMode):
             if _by_batch(module) and module.num_batches_tracked is written:
                 raise NotSeparableError(_batch_statistics(f"{type(module).__name__} {name!r}"))
 
-    def _batch_norm(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if args[5] if len(args) > 5 else kwargs.get("training", False):
-            raise NotSeparableError(_batch_statistics(_layer(self.model, args, kwargs)))
-        return func(*args, **kwargs)
+
+class GuardMode(TorchFunctionMode):
+    """Shows a guard each op, where no other mode of ours does."""
+
+    def __init__(self, guard: Guard) -> None:
+        super().__init__()
+        self.guard = guard
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in COUNTED:
+            self.guard.before(func, args, kwargs)
+        out = func(*args, **kwargs)
+        self.guard.after(func, args, kwargs, out)
+        return out
 
 
 def refuse_batch_statistics(model: nn.Module) -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gramjd import pytree
-from gramjd.functional.guard import Guard, refuse_batch_statistics
-from gramjd.internals import is_compiling, named_tensors
+from gramjd.functional.guard import Guard, GuardMode, refuse_batch_statistics
+from gramjd.functional.per_sample_mode import PerSampleMode
+from gramjd.internals import innermost_mode, is_compiling, named_tensors
 
 Out = TypeVar("Out")
 
@@ -82,7 +83,8 @@ def functional_loss(
         held, replaced = _held(model, parameters)
         # a model that names its parameters itself may leave out names of tied ones
         renames = type(model).named_parameters is not nn.Module.named_parameters
-        with Guard(model, replaced):
+        mode, guard = innermost_mode(), Guard(model, replaced)
+        with mode.guarded(guard) if isinstance(mode, PerSampleMode) else GuardMode(guard):
             output = torch.func.functional_call(model, held, args, kwargs, tie_weights=renames)
             found = output if loss is None else loss(output, *targets)
         return pytree.map(_only_sample, found)

@@ -6,7 +6,8 @@ differentiation of our own, and bare, as levels outside of it see it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramjd import pytree
+from gramjd.functional.guard import COUNTED, Guard
 from gramjd.functional.strides import with_usual_strides
 from gramjd.internals import (
     below_transform,
@@ -23,7 +25,7 @@ from gramjd.internals import (
     version_of,
     vmaps_in_progress,
 )
-from gramjd.rules import decomposition_of, tensors_of
+from gramjd.rules import DECOMPOSITIONS, tensors_of
 from gramjd.rules.registry import op_name
 from gramjd.uses.known_calls import KnownCalls
 from gramjd.uses.tracker import Tracker, is_inplace
@@ -73,6 +75,7 @@ class PerSampleMode(Tracker):
             self.below[id(parameter)] = tensor
         self.shared = shared  # no batch: every tensor is "the sample", nothing is derived
         self.level = innermost_level()
+        self.guard: Guard | None = None
         self.trace = Trace()
         self.saved: list[list[Tensor]] = []
         self.versions: list[list[tuple[Tensor, int]]] = []  # what each record saves, as it was then
@@ -86,7 +89,30 @@ class PerSampleMode(Tracker):
         """The bare outputs of an op for tracked and batch-independent arguments; ``None``: not tracked."""
         raise NotImplementedError
 
+    @contextmanager
+    def guarded(self, guard: Guard) -> Iterator[None]:
+        """A context in which a guard is shown each op: a mode of its own would cost each op more calls."""
+        before, self.guard = self.guard, guard
+        try:
+            yield
+        finally:
+            self.guard = before
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        guard = self.guard
+        if guard is None:
+            return self._run(func, types, args, kwargs)
+        if func in COUNTED:
+            guard.before(func, args, kwargs or {})
+        self.guard = None  # what an op is made of is none of the module's own
+        try:
+            out = self._run(func, types, args, kwargs)
+        finally:
+            self.guard = guard
+        guard.after(func, args, kwargs or {}, out)
+        return out
+
+    def _run(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         if getattr(func, "__name__", "") in _ONE_LEVEL:
             self._refuse_nesting(func.__name__)
         if func is F.group_norm:
@@ -95,7 +121,7 @@ class PerSampleMode(Tracker):
         if func is F.scaled_dot_product_attention and args and args[0].device.type == "cpu":
             with unfused_attention():  # the fused kernel has no batching rule there
                 return super().__torch_function__(func, types, args, kwargs)
-        decomposition = decomposition_of(func)
+        decomposition = DECOMPOSITIONS.get(func)
         if decomposition is None:
             return super().__torch_function__(func, types, args, kwargs)
         with self:

@@ -24,9 +24,8 @@ _PLAIN_FUNCTIONS = (_TENSOR.__torch_function__.__func__, torch.nn.Parameter.__to
 is_view: Callable[[Tensor], bool] = _TENSOR._is_view
 
 
-def base_of(tensor: Tensor) -> Tensor | None:
-    """The base of a view; ``None`` for other tensors."""
-    return tensor._base
+# The base of a view; ``None`` for other tensors.
+base_of: Callable[[Tensor], Tensor | None] = attrgetter("_base")
 
 
 def has_stock_type(tensor: Tensor) -> bool:

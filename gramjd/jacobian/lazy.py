@@ -503,12 +503,11 @@ class Jacobian(Typed[Out, In]):
             ValueError: the weights are not shaped like the output.
             RuntimeError: the parameters are not leaf tensors that require gradients.
         """
-        no_rows = self.samples == 0  # as autograd: zeros, which the ranks of a process group wait for
-        used = [
-            n
-            for n, p in enumerate(self.parameters)
-            if no_rows or distributed.is_sharded(p) or any(part.blocks[n] for part in self.parts)
-        ]
+        # without samples as autograd: zeros, which the ranks of a process group wait for
+        wanted = [self.samples == 0 or is_sharded for is_sharded in distributed.are_sharded(self.parameters)]
+        for part in self.parts:
+            wanted = [is_wanted or bool(mine) for is_wanted, mine in zip(wanted, part.blocks, strict=True)]
+        used = [n for n, is_wanted in enumerate(wanted) if is_wanted]
         leaves = [self.parameters[n] for n in used]
         for n, p in zip(used, leaves, strict=True):
             if not (p.is_leaf and p.requires_grad):
@@ -526,7 +525,8 @@ class Jacobian(Typed[Out, In]):
         with torch.no_grad():
             chosen = [part.of_parameters(used) for part in self.intact]
             found = _pulled(chosen, leaves, rows[0])
-            found = [distributed.averaged(g, p) for g, p in zip(found, leaves, strict=True)]
+            if True in distributed.are_sharded(leaves):
+                found = [distributed.averaged(g, p) for g, p in zip(found, leaves, strict=True)]
         accumulate(leaves, found)
 
     # other views of it
@@ -621,6 +621,8 @@ class Jacobian(Typed[Out, In]):
 
 def _pulled(given: Sequence[Part], parameters: Sequence[Tensor], w: Tensor) -> list[Tensor]:
     """``Jᵀ w`` for ``w [K, B]``, in the shapes and dtypes of the parameters."""
+    if True not in map(torch.is_complex, parameters):
+        return products.vjp(given, parameters, w)
     found = products.vjp(given, list(map(as_real, parameters)), w)
     return [as_given(g, p) for g, p in zip(found, parameters, strict=True)]
 

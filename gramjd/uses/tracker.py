@@ -63,7 +63,16 @@ class Tracker(TorchFunctionMode):
                 return out
         if func is torch.einsum and len(args) == 2 and isinstance(args[1], (list, tuple)):
             args = (args[0], *args[1])  # one way to write it
-        tracked, batch_independent = self._classify(args)
+        tracked, batch_independent, known = False, True, self.known
+        for value in args:  # as in _classify: every op comes by here, and a call takes as long as all of this
+            if isinstance(value, Tensor):
+                if id(value) not in known:
+                    batch_independent = False
+                elif id(value) in self.sources:
+                    tracked = True
+            elif isinstance(value, (list, tuple)):
+                inner = self._classify(value)
+                tracked, batch_independent = tracked or inner[0], batch_independent and inner[1]
         if kwargs:
             inner = self._classify(kwargs.values())
             tracked, batch_independent = tracked or inner[0], batch_independent and inner[1]
@@ -93,7 +102,7 @@ class Tracker(TorchFunctionMode):
     def _classify(self, values: Iterable[Any]) -> tuple[bool, bool]:
         """Whether a tracked tensor is among these leaves, and whether all tensors are batch-independent."""
         tracked, batch_independent = False, True
-        for value in values:  # every op of the forward comes by here: no call that can be spared
+        for value in values:
             if isinstance(value, Tensor):
                 if id(value) not in self.known:
                     batch_independent = False

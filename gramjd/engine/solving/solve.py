@@ -239,7 +239,6 @@ class _Run:
     def _finish(self, masks: list[Masks] | None) -> Solution:
         """Rows for what is left, and what the call has proven."""
         request, problem, program = self.request, self.problem, self.program
-        finding = Finding.of([solved.laid.finding for solved in self.solved])
         strategies = {p: each for solved in self.solved for p, each in solved.strategies.items()}
         causes = {p: cause for solved in self.solved for p, cause in solved.causes.items()}
         found = replace(program, late=program.late | self.late, patterns=self._patterns(),
@@ -247,6 +246,7 @@ class _Run:
                         causes={**causes, **program.causes})  # fmt: skip
         left = {name: p for name, p in problem.parameters.items() if id(p) not in strategies}
         if left:
+            finding = Finding.of([solved.laid.finding for solved in self.solved])
             found = _rest(request, found, left, finding, self.emit)
         seen = all(solved.laid.seen for solved in self.solved)
         proven = self.checking and seen and self.passes.conclusive
