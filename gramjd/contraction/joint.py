@@ -10,6 +10,8 @@ from gramjd.contraction.cost import Cost
 from gramjd.contraction.options import Limits
 from gramjd.contraction.tiles import added, ranges
 
+MANY = 32  # positions from which on a product for each row takes less time than copying all of them for one
+
 
 def joint_cost(u: Outer, v: Outer) -> Cost | None:
     """The cost of :func:`joint`: ``T₁T₂·i + T₁T₂·n₂·o + n₁·n₂·T₁·o`` multiply-adds."""
@@ -33,11 +35,15 @@ def joint(u: Outer, v: Outer, limits: Limits) -> Tensor:
 
     def tile(positions: tuple[int, int], some: tuple[int, int]) -> Tensor:
         start, stop = positions
-        c_v = v.c[..., slice(*some)].to(limits.dtype).permute(3, 2, 0, 1, 4).flatten(2)  # [G, T₂, n₂ o']
         a = u.a[0, start:stop].to(limits.dtype).transpose(0, 1)  # [G, t, i]
-        mixed = (a @ a_v @ c_v).view(G, stop - start, n2, some[1] - some[0]).permute(2, 0, 1, 3)
+        c_v = v.c[..., slice(*some)].to(limits.dtype)
+        if T2 < MANY:
+            mixed = a @ a_v @ c_v.permute(3, 2, 0, 1, 4).flatten(2)  # [G, t, n₂ o']
+            mixed = mixed.view(G, stop - start, K2, B2, -1).permute(2, 3, 0, 1, 4)
+        else:
+            mixed = (a @ a_v) @ c_v.permute(0, 1, 3, 2, 4)  # [K₂, B₂, G, t, o']
         c = u.c[:, :, start:stop, :, slice(*some)].to(limits.dtype).permute(0, 1, 3, 2, 4)
-        return c.flatten(2).flatten(0, 1) @ mixed.flatten(1).mT
+        return c.flatten(2).flatten(0, 1) @ mixed.flatten(2).flatten(0, 1).mT
 
     found = added(tile(p, f) for p in ranges(T1, left) for f in ranges(o, features))
     return found.view(K1, B1, K2, B2)
