@@ -43,7 +43,7 @@ HEADLINE = {
 }
 COUNTED = """\
 A ratio is the median over rounds of the time of a step, forward pass included, to that of a plain SGD step
-(forward, backward of the mean loss) that takes turns with it in the same process, after up to eight calls
+(forward, backward of the mean loss) that takes turns with it in the same process, after up to 14 calls
 that are not measured: in the first ones an engine proves what later ones rely on. Memory is the most that
 torch's allocator had given out at once during the step, beyond parameters, data and what the step returns
 (gradients, Gramian); memory that MKL, oneDNN or JAX take by themselves is not in it."""

@@ -34,7 +34,7 @@ class Times:
         }
 
 
-PROOFS = 8  # calls of a step that are not measured
+PROOFS = 14  # calls of a step that are not measured
 PATIENCE = 20.0  # seconds for them: a step of some peers takes as long
 
 
@@ -42,7 +42,8 @@ def alternate(step: Callable[[], object], plain: Callable[[], object], device: t
               budget: float = 4.0, most: int = 100) -> Times:  # fmt: skip
     """For about ``budget`` seconds, in random order in each round; three rounds at least, or a minute.
 
-    Before that, calls in which an engine proves what later ones rely on: up to eight, in twenty seconds.
+    Before that, calls in which an engine proves what later ones rely on, and ops are recorded: up to
+    fourteen, in twenty seconds.
     """
     start = time.perf_counter()
     for _ in range(PROOFS):

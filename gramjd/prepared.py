@@ -42,7 +42,7 @@ from gramjd.internals import (
 )
 
 OFTEN = 4  # calls with one key, before the ops of the next one are recorded
-LONGEST = 1000  # ops: with more, they take the time, and not what is around them
+LONGEST = 4000  # ops: with more, they take the time, and not what is around them
 MOST = 2048  # keys remembered
 SMALL = 2**20  # bytes of memory of a tensor that is kept until all ops are recorded
 
@@ -97,6 +97,11 @@ def _remember(key: Hashable, known: Prepared | int | str) -> None:
     while len(_known) > MOST:
         with suppress(KeyError):  # another thread was faster
             _known.popitem(last=False)
+
+
+def all_ops() -> list[Prepared]:
+    """All prepared ops, those that were recorded last come last; ``print(ops.source)`` shows them."""
+    return [each for each in _known.values() if isinstance(each, Prepared)]
 
 
 def forget() -> None:

@@ -13,6 +13,7 @@ from torch.func import functional_call
 import gramjd
 from gramjd import Engine, pytree
 from gramjd.blocks import Outer
+from gramjd.decompositions import scans
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -212,3 +213,111 @@ def test_a_float32_island_behind_a_network(kind: type[nn.RNNBase]) -> None:
         h = network(x)[0].float()
         losses = (h / h.norm(dim=-1, keepdim=True)).double().sin().sum((1, 2))
         assert_close(engine.compute_gramian(losses), dense_gramian(losses, network.parameters()), 1e-6)
+
+
+# The closed form of the derivatives over time, and where it gives way to a replay step by step.
+
+
+class Counted:
+    """Counts the layers that take the closed form."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count, scan = 0, scans.scan
+
+        def counting(*args: Any) -> Any:
+            self.count += 1
+            return scan(*args)
+
+        monkeypatch.setattr(scans, "scan", counting)
+
+
+@pytest.fixture
+def closed(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    return Counted(monkeypatch)
+
+
+def of_one(kind: type[nn.RNNBase]) -> tuple[Any, dict[str, Tensor]]:
+    """Two objectives of one sequence ``[T, 3]``, as a function of parameters; two layers, both directions."""
+    network = kind(3, 4, 2, bidirectional=True).double()
+
+    def function(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        out, _ = functional_call(network, parameters, (x[:, None],))
+        return torch.stack([out.sin().sum(), out[-1].square().sum()])
+
+    return function, {name: p.detach() for name, p in network.named_parameters()}
+
+
+def rows_of(function: Any, parameters: dict[str, Tensor], xs: Tensor) -> Tensor:
+    """``[B, 2, P]`` by ordinary autograd, which can be differentiated once more."""
+    leaves = list(parameters.values())
+    rows = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(entry, leaves, create_graph=True)])
+        for x in xs
+        for entry in function(parameters, x)
+    ]
+    return torch.stack(rows).unflatten(0, (len(xs), 2))
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own use of it
+def test_transforms_take_the_closed_form_and_compose(kind: type[nn.RNNBase], closed: Counted) -> None:
+    function, parameters = of_one(kind)
+    xs = torch.randn(3, 5, 3, dtype=torch.float64)
+    leaves = {name: p.clone().requires_grad_() for name, p in parameters.items()}
+    rows = rows_of(function, leaves, xs)
+    want = torch.einsum("bkp,clp->bklc", rows, rows)
+    gramian = gramjd.gramian(function)
+    assert_close(gramian(parameters, xs), want)
+    assert closed.count == 4  # layers and directions
+
+    gradients = torch.func.grad(lambda p: gramian(p, xs).sin().sum())(parameters)
+    assert closed.count == 4  # what is differentiated once more goes step by step
+    expected = torch.autograd.grad(want.sin().sum(), list(leaves.values()))
+    for name, g in zip(leaves, expected, strict=True):
+        assert_close(gradients[name], g)
+
+    both = {name: torch.stack([p, 1.1 * p]) for name, p in parameters.items()}
+    found = torch.vmap(lambda p: gramian(p, xs))(both)
+    assert closed.count == 8
+    assert_close(found[0], want)
+    assert_close(found[1], gramian({name: p[1] for name, p in both.items()}, xs))
+
+    change = {name: torch.randn_like(p) for name, p in parameters.items()}
+    count = closed.count
+    _, tangent = torch.func.jvp(lambda p: gramian(p, xs), (parameters,), (change,))
+    assert closed.count == count  # nor has it a derivative in forward mode
+    after, before = (
+        gramian({name: p + step * change[name] for name, p in parameters.items()}, xs)
+        for step in (1e-5, -1e-5)
+    )
+    assert_close(tangent, (after - before) / 2e-5, 1e-6)
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+@pytest.mark.parametrize("learned", [False, True])
+def test_first_states(kind: type[nn.RNNBase], learned: bool, closed: Counted) -> None:
+    """Of another network, and of parameters: these take a replay step by step, which shows their uses."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.network = nn.Linear(3, 4), kind(3, 4)
+            self.start = nn.Parameter(torch.randn(2, 1, 1, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.start[0].expand(1, x.shape[1], 4) if learned else self.encoder(x[0])[None]
+            cell = self.start[1].expand(1, x.shape[1], 4) if learned else h.cos()
+            out, _ = self.network(
+                x, (h.contiguous(), cell.contiguous()) if kind is nn.LSTM else h.contiguous()
+            )
+            return torch.as_tensor(out.square().sum((0, 2)))
+
+    torch.manual_seed(3)
+    net = Net().double()
+    engine = Engine(net, batch_dim=0)
+    for _ in range(7):
+        x = torch.randn(5, 3, 3, dtype=torch.float64)
+        losses = net(x)
+        want = dense_gramian(losses, net.parameters())
+        assert_close(engine.compute_gramian(losses), want)
+    assert (closed.count == 0) == learned

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gramjd.decompositions import scans
 from gramjd.decompositions.registry import register_decomposition
 from gramjd.internals import VF
 
@@ -48,11 +49,20 @@ def relu_step(gates: Tensor, state: State, weights: Weights) -> State:
     return ((gates + F.linear(state[0], weights[0], weights[1])).relu(),)  # type: ignore[arg-type]
 
 
+_SCANS = {lstm_step: scans.LSTM, gru_step: scans.GRU, tanh_step: scans.TANH, relu_step: scans.RELU}
+
+
 def _direction(step: Step, x: Tensor, state: State, weights: Weights, reverse: bool, alive: Tensor | None
                ) -> tuple[Tensor, State]:  # fmt: skip
     """One layer in one direction: ``x [T, B, i]`` → outputs ``[T, B, h]`` and the last state."""
     w_ih, w_hh, b_ih, b_hh, projection = weights
     gates = F.linear(x, w_ih, b_ih)  # type: ignore[arg-type]
+    closed = _SCANS.get(step) if alive is None and projection is None and len(x) > 1 else None
+    used = [w for w in weights if w is not None]
+    if closed is not None and scans.applies(gates, state, used):
+        given = (x.flip(0), gates.flip(0)) if reverse else (x, gates)
+        out, last = scans.scan(closed, *given, state, used)
+        return out.flip(0) if reverse else out, last
     outputs: list[Tensor] = []
     times = range(len(x))
     for t in reversed(times) if reverse else times:
