@@ -43,7 +43,7 @@ from gramjd.internals import (
 
 OFTEN = 4  # calls with one key, before the ops of the next one are recorded
 LONGEST = 4000  # ops: with more, they take the time, and not what is around them
-MOST = 2048  # keys remembered
+MOST = 1024  # keys remembered
 SMALL = 2**20  # bytes of memory of a tensor that is kept until all ops are recorded
 
 Tensors = Sequence[Tensor]

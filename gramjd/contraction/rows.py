@@ -119,6 +119,8 @@ def matrix(block: Any, limits: Limits, workspace: int, build: Callable[[Any], Te
 def together(parts: Iterator[Tensor], count: int) -> Tensor:
     """``torch.cat(parts)``, of ``count`` entries, which holds no part until all are there if it need not."""
     first = next(parts)
+    if len(first) == count:
+        return first
     if not is_ours(first):
         return torch.cat([first, *parts])
     found, start = host_memory.empty((count, *first.shape[1:]), first), 0
