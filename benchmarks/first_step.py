@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from gramjd import Engine
 
 TABLE = Path(__file__).parent / "results" / "first_step.md"
-BATCH, TOKENS, CALLS, ROUNDS = 8, 128, 6, 2
+BATCH, TOKENS, CALLS, ROUNDS = 8, 128, 10, 2
 STEPS = {"SGD": "plain SGD", "engine": "compute_gramian, losses.backward(w)", "jacobian": "engine.backward"}
 
 
