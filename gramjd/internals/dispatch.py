@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,6 +46,12 @@ class SeenReads(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+_autocasts_on_cpu: Callable[[], bool] = (
+    partial(torch.is_autocast_enabled, "cpu")
+    if hasattr(torch, "get_autocast_dtype")
+    else torch.is_autocast_cpu_enabled  # torch 2.1
+)
+
 _TENSOR: Any = Tensor
 _READS = (Tensor.tolist, Tensor.numpy, _TENSOR.__array__, _TENSOR.__dlpack__)
 
@@ -82,7 +89,7 @@ def geometry(tensors: Sequence[Tensor | None]) -> tuple[Hashable, ...] | None:
         return None
     if torch.autograd.forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
         return None
-    if torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled() or _autocasts_on_cpu():
         return None
     grad, first = torch.is_grad_enabled(), dict[int, int]()
     found: list[Hashable] = []
