@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from allocations import OLD, Allocations
+from oracle import assert_close
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,6 +17,7 @@ import gramjd
 from gramjd import Engine
 from gramjd.blocks import Block, Conv, Dense, Lookup, Outer
 from gramjd.contraction import Options
+from gramjd.contraction.accumulator import GramianSum
 from gramjd.contraction.choice import plans
 from gramjd.contraction.options import limits
 
@@ -297,3 +299,15 @@ def test_wrong_options_of_engine(option: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(option))):
         Engine(model, batch_dim=0, **option)
     assert not model._forward_hooks
+
+
+def test_short_rows_keep_to_the_budget() -> None:
+    """Those of biases wait for others; the Gramian of all that waited is added up in tiles, too."""
+    total = GramianSum(Options(memory_budget=MiB))
+    values = [torch.randn(1, 1024, 32) for _ in range(3)]
+    with Allocations() as allocations:
+        for rows in values:
+            total.add([(rows[0, 0], [Dense(rows)])])
+    assert total.total is not None and allocations.peak <= total.total.nbytes + 2 * MiB
+    both = torch.cat([rows[0] for rows in values], 1).double()
+    assert_close(total.total[0, :, 0].double(), both @ both.T, 1e-5)

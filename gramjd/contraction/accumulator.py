@@ -54,8 +54,11 @@ class GramianSum:
         waiting, self.waiting, self.elements = self.waiting, [], 0
         if not waiting:
             return
-        tensors, structure = flatten(waiting)
         options, (K, samples) = self.options, waiting[0][0].rows
+        if options.memory_budget is not None:
+            self._add_tiles([_real(mine) for mine in waiting], K, samples)
+            return
+        tensors, structure = flatten(waiting)
 
         def contract(tensors: Sequence[Tensor]) -> tuple[list[Tensor], None]:
             blocks = [block for mine in unflatten(structure, tensors) for block in _real(mine)]

@@ -13,6 +13,7 @@ from gramjd.uses.use import Derived, Record, describe
 
 _MOST = 4096  # calls remembered
 _INT = frozenset({int})
+_OF_NUMBERS = (tuple, list, torch.Size)
 
 
 class KnownCalls:
@@ -60,9 +61,10 @@ class KnownCalls:
                 key += [0 if source is None else id(source), type(value), value.shape, value.dtype]
             elif value is None or isinstance(value, (bool, int, float, str)):
                 key += [type(value), value]
-            elif isinstance(value, (list, tuple)) and _INT.issuperset(map(type, value)):  # a shape, a stride
+            elif type(value) in _OF_NUMBERS and _INT.issuperset(map(type, value)):  # a shape, a stride
                 key += [type(value), len(value), *value]
-                leaves[-1:] = value
+                if type(value) is not torch.Size:  # which PyTrees take for a leaf
+                    leaves[-1:] = value
             else:  # what may change without another identity
                 return describe(op, args, kwargs, sources, derived)
         known = self.records.get(tuple(key))
