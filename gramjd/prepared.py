@@ -44,6 +44,7 @@ from gramjd.internals import (
 OFTEN = 4  # calls with one key, before the ops of the next one are recorded
 LONGEST = 4000  # ops: with more, they take the time, and not what is around them
 MOST = 1024  # keys remembered
+EXACT = 2**16  # bytes of a result of which every bit is compared
 SMALL = 2**20  # bytes of memory of a tensor that is kept until all ops are recorded
 
 Tensors = Sequence[Tensor]
@@ -129,12 +130,14 @@ def record(
 
 
 def _digest(t: Tensor) -> tuple[Any, ...]:
-    """Numbers that differ for tensors with other bits, but for rare accidents."""
-    bits = t.contiguous().view(_BITS[t.dtype.itemsize]).flatten()
-    return t.shape, t.stride(), t.dtype, int(bits.sum()), int(bits[::3].sum())
+    """All bits of a small tensor; of a large one, sums that differ for other bits, but for rare accidents."""
+    real = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+    bits = real.contiguous().flatten().view(_BITS[min(4, real.dtype.itemsize)])
+    known = bits.tolist() if bits.nbytes <= EXACT else [int(bits[::step].sum()) for step in (1, 2, 3, 5, 7)]
+    return t.shape, t.stride(), t.dtype, known
 
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # sums of these do not overflow
 
 
 class _Recording:
@@ -224,6 +227,8 @@ class _Recording:
         """The name of the tensor whose memory a view shows, where entries are the same numbers."""
         for t in arguments:
             if isinstance(t, Tensor) and t.dtype == found.dtype and memory_of(t) == memory_of(found):
+                if (t.is_conj(), t.is_neg()) != (found.is_conj(), found.is_neg()):
+                    return None  # the memory alone does not tell
                 known = self._known(t)
                 return None if known is None else known.base or known.name
         return None

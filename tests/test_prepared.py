@@ -63,6 +63,7 @@ FUNCTIONS: dict[str, Callable[[Given], list[Tensor]]] = {
     "an argument again": lambda given: [given[1], given[0].view(-1), given[0].view(-1)],
     "another dtype": lambda given: [given[0].view(torch.int32) + 1, given[0].double(), given[0].half()],
     "complex": lambda given: [torch.view_as_real(torch.complex(given[0], given[1]).exp())],
+    "complex results": lambda given: [torch.complex(given[0].double(), given[1].double()).conj() * 2],
     "constants": lambda given: [
         torch.full((2, 3), math.inf) + given[0],
         given[0] ** -math.inf,
@@ -150,6 +151,15 @@ def test_what_gives_other_numbers_is_dropped(monkeypatch: pytest.MonkeyPatch) ->
     )
     (found, _), ops = record(lambda given: ([given[0] + given[1]], None), draws(*SHAPES))
     assert ops == "its first run gave other numbers" and found[0].shape == (2, 3)
+
+
+def test_signs_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An even number of them that differ leaves the sum of all bits as it is."""
+    wrong = {torch.ops.aten.abs.default: torch.neg}
+    monkeypatch.setattr(prepared, "callable_of", lambda op: wrong.get(op, op._op))
+    for size in (2, 2**16):
+        _, ops = record(lambda given: ([given[0].abs()], None), [torch.rand(size)])
+        assert ops == "its first run gave other numbers"
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, often: int = 0) -> tuple[Callable[[Given], Any], list[int]]:
