@@ -114,10 +114,10 @@ def transform(problem: Problem, dim: int, seed: int, kind: str) -> Sketching:
 
 
 def engine(problem: Problem, dim: int, seed: int, kind: str) -> Sketching:
-    """``Engine.jacobian``."""
-    using = gramjd.Engine(problem.model, batch_dim=0)
+    """``compute_gramian(sketch=…)``, which keeps no factor until the backward pass is over."""
+    using, projection = gramjd.Engine(problem.model, batch_dim=0), gramjd.Projection(dim, seed, kind)
     return Sketching(
-        lambda: using.jacobian(problem.objectives()).sketch(dim, seed=seed, kind=kind),
+        lambda: using.compute_gramian(problem.objectives(), sketch=projection).sketch,
         [name for name, _ in problem.model.named_parameters()],
         WARM,
     )

@@ -225,7 +225,8 @@ class Deep(nn.Module):
         return x.square().mean(1)
 
 
-def peaks(model: nn.Module, objectives: int, autocast: bool = False, samples: int = 16) -> tuple[int, int]:
+def peaks(model: nn.Module, objectives: int, autocast: bool = False, samples: int = 16,
+          sketch: int | None = None) -> tuple[int, int]:  # fmt: skip
     """Bytes of the first call of ``compute_gramian``, and of one when all is proven."""
     engine, x = Engine(model, batch_dim=0, strategies=["ops"], audit=None), torch.randn(samples, 32, 64)
     found = []
@@ -233,7 +234,7 @@ def peaks(model: nn.Module, objectives: int, autocast: bool = False, samples: in
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             losses = model(x).float()[:, :objectives]
         with Allocations() as allocations:
-            engine.compute_gramian(losses)
+            engine.compute_gramian(losses, sketch=sketch)
         found.append(allocations.peak)
     return found[0], found[-1]
 
@@ -259,6 +260,13 @@ def test_cotangents_are_contracted_as_they_come(objectives: int, checkpointed: b
     assert first_deep <= first + 12 * (cotangent + recomputed + gradient)
     shared, shared_deep = (peaks(Deep(depth, checkpointed, shared=True), objectives)[1] for depth in (4, 16))
     assert shared_deep > shared + 12 * objectives * cotangent  # all uses of a parameter at once
+
+
+@pytest.mark.skipif(OLD, reason="the end of a storage cannot be seen")
+def test_sketches_are_added_up_as_cotangents_come() -> None:
+    """Four times the layers, no more memory than one cotangent and what is kept of a random matrix."""
+    known, known_deep = (peaks(Deep(depth, False), 1, sketch=64)[1] for depth in (4, 16))
+    assert known_deep <= known + 16 * 32 * 64 * 4
 
 
 @pytest.mark.skipif(OLD, reason="the end of a storage cannot be seen")
@@ -307,7 +315,7 @@ def test_short_rows_keep_to_the_budget() -> None:
     values = [torch.randn(1, 1024, 32) for _ in range(3)]
     with Allocations() as allocations:
         for rows in values:
-            total.add([(rows[0, 0], [Dense(rows)])])
+            total.add({"bias": [Dense(rows)]})
     assert total.total is not None and allocations.peak <= total.total.nbytes + 2 * MiB
     both = torch.cat([rows[0] for rows in values], 1).double()
     assert_close(total.total[0, :, 0].double(), both @ both.T, 1e-5)

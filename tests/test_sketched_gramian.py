@@ -67,6 +67,23 @@ def test_shapes(work: Work) -> None:
     torch.testing.assert_close(flat.sketch, other.sketch.reshape(90, 7))
 
 
+@pytest.mark.parametrize("order", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_two_precisions(order: tuple[torch.dtype, torch.dtype]) -> None:
+    """Regions come one after the other; the sum is as precise as the most precise of them."""
+    torch.manual_seed(0)
+    first, last = nn.Linear(5, 4, dtype=order[0]), nn.Linear(4, 2, dtype=order[1])
+    x = torch.randn(12, 5)
+
+    def losses() -> Tensor:
+        return last(torch.tanh(first(x.to(order[0]))).to(order[1])).square().sum(1)
+
+    engine = Engine(first, last, batch_dim=0)
+    found = engine.compute_gramian(losses(), sketch=64).sketch
+    assert found.dtype == torch.float64
+    want = engine.jacobian(losses()).sketch(64, kind="countsketch")
+    torch.testing.assert_close(found, want, check_dtype=False, rtol=1e-5, atol=1e-6)
+
+
 def test_groups(work: Work) -> None:
     """The sketches of groups of parameters add up to that of all."""
     found = work.jac.gramian("parameter", sketch=9)

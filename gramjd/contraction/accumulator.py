@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import torch
@@ -27,9 +27,9 @@ class GramianSum:
         self.waiting: list[Sequence[Block]] = []  # of parameters with short rows
         self.elements = 0  # of these rows
 
-    def add(self, blocks: Iterable[tuple[Tensor, Sequence[Block]]]) -> None:
-        """Add the share of some parameters, given each with its blocks."""
-        each = [mine for _, mine in blocks if mine]
+    def add(self, blocks: Mapping[str, Sequence[Block]]) -> None:
+        """Add the share of some parameters."""
+        each = [mine for mine in blocks.values() if mine]
         tensors, structure = flatten(each)
         if not tensors:
             return
@@ -92,7 +92,7 @@ class GramianSum:
         if mine != others:
             self.total[:, others, :, mine].add_(tile.permute(2, 3, 0, 1))
 
-    def gramian(self, output: Output, like: Tensor) -> Tensor:
+    def result(self, output: Output, like: Tensor) -> Tensor:
         """The sum of all shares, ``[*shape, *reversed(shape)]``; without any, zeros ``like`` a parameter."""
         self._add_waiting()
         outputs = Outputs([output], pytree.LEAF, output.samples)

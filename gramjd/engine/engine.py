@@ -30,7 +30,7 @@ from gramjd.engine.solving.strategies import STRATEGIES
 from gramjd.engine.step import Scaled, Step, Weightings
 from gramjd.errors import NotCoveredError, NotFiniteError, SlowPathWarning
 from gramjd.explanation import Explanation, explanation
-from gramjd.jacobian import GramianSum, Jacobian, Output, groups
+from gramjd.jacobian import GramianSum, Jacobian, Output, SketchSum, groups
 from gramjd.jacobian.lazy import Groups, Per
 from gramjd.jacobian.projection import Projection
 from gramjd.objectives import Losses, Weights, joined
@@ -179,14 +179,15 @@ class Engine:
         output: Tensor = joined(losses, self._batch_dim)
         if flat and rows == "local":
             raise ValueError("The rows of one rank are no square matrix: leave flat=True out.")
+        if group is None:
+            distributed.refuse_rows(rows)
+            _refuse_empty(output)
         if sketch is not None:
-            return self._sketched(output, sketch, flat, group)
+            return self._sketched(output, Projection.of(sketch), flat, group)
         if group is not None:
             gramian = self._gramian_of_ranks(self._jacobian_of_ranks(output, group), None, group, rows)
         else:
-            distributed.refuse_rows(rows)
-            _refuse_empty(output)
-            gramian = self._streamed(output)
+            gramian = self._streamed(output, GramianSum(self._options))
         finite_output = torch.isfinite(output.detach()).all().to(gramian.device)
         right = torch.isfinite(gramian).all() & finite_output
         if group is not None and rows == "local":  # where one rank raises, all do
@@ -287,13 +288,13 @@ class Engine:
 
         return scaled.attempt(alone, lambda: reach([output]).leaves.values(), per)
 
-    def _sketched(self, output: Tensor, sketch: int | Projection, flat: bool, group: Any) -> SketchedGramian:
+    def _sketched(self, output: Tensor, projection: Projection, flat: bool, group: Any) -> SketchedGramian:
         if group is not None:
             raise ValueError("A sketched Gramian is of one process: leave group out.")
-        found = self.jacobian(output).gramian(sketch=sketch)
-        if not bool(torch.isfinite(found.sketch).all()):
+        rows = self._streamed(output, SketchSum(projection, self._options)).to(output.device)
+        if not bool(torch.isfinite(rows).all() & torch.isfinite(output.detach()).all()):
             raise finite.unexplained("sketched Gramian")
-        found = found.to(output.device)
+        found = SketchedGramian(rows, projection.error)
         return found.flatten() if flat else found
 
     def _not_finite(self, gramian: Tensor, output: Tensor, in_step: bool) -> NotFiniteError:
@@ -324,12 +325,11 @@ class Engine:
         return found[""] if per is None else found
 
     @own_precision
-    def _streamed(self, output: Tensor) -> Tensor:
-        """The Gramian, to which each region adds its share when the backward pass has been through it."""
-        total = GramianSum(self._options)
+    def _streamed(self, output: Tensor, total: GramianSum | SketchSum) -> Tensor:
+        """The result of a sum that is given the blocks of each region as the backward pass leaves it."""
         problem = self._solve(output, total.add, deferred=True)[0].problem
         shape = Output(0, tuple(output.shape), problem.batch_dim)
-        return total.gramian(shape, next(iter(problem.parameters.values())))
+        return total.result(shape, next(iter(problem.parameters.values())))
 
     def jacobian(self, output: Losses, /) -> Jacobian[Tensor, dict[str, Tensor]]:
         """The lazy Jacobian of an output with respect to the parameters, by name.
@@ -349,11 +349,11 @@ class Engine:
     @own_precision
     def _jacobian(self, output: Tensor) -> tuple[Jacobian[Tensor, dict[str, Tensor]], Request, Solution]:
         """The lazy Jacobian, and what is known of its graph."""
-        found: dict[Tensor, list[Block]] = {}
+        found: dict[str, list[Block]] = {}
         request, solution = self._solve(output, found.update)
         problem, held = request.problem, self._registry.named()  # of sharded ones what the optimizer has
         named = {name: held[name] for name in problem.parameters}
-        by_id = {id(named[name]): found.get(p, []) for name, p in problem.parameters.items()}
+        by_id = {id(p): found.get(name, []) for name, p in named.items()}
         parameters, spec = pytree.flatten(named)
         shape = Output(0, tuple(output.shape), problem.batch_dim)
         blocks = [by_id[id(p)] for p in parameters]

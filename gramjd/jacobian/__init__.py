@@ -3,5 +3,6 @@
 from gramjd.contraction.accumulator import GramianSum
 from gramjd.contraction.outputs import Output
 from gramjd.jacobian.lazy import Jacobian
+from gramjd.jacobian.sketches import SketchSum
 
-__all__ = ["GramianSum", "Jacobian", "Output"]
+__all__ = ["GramianSum", "Jacobian", "Output", "SketchSum"]

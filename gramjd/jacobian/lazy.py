@@ -407,8 +407,8 @@ class Jacobian(Typed[Out, In]):
             ValueError: an option is none of these; two parameters have one name.
         """
         projection, options = Projection(dim, seed, kind), Options(memory_budget)
-        parameters = [as_real(p) for p in self.parameters]
-        found = sketch(self.intact, self.names, parameters, self.objectives, projection, options, self._like)
+        shapes = [(*p.shape, 2) if p.is_complex() else p.shape for p in self.parameters]
+        found = sketch(self.intact, self.names, shapes, self.objectives, projection, options, self._like)
         return self.outputs.unpack(found)
 
     def vjp(self, w: Out) -> In:

@@ -28,7 +28,7 @@ from gramjd.errors import CheckFailedError
 _PATTERNS_A_CALL = 2  # backward passes of the proof of separation; until it is whole, layouts are measured
 _RANKS = {strategy: rank for rank, strategy in enumerate(STRATEGIES)}
 
-Emit = Callable[[Sequence[tuple[Tensor, list[Block]]]], None]
+Emit = Callable[[Mapping[str, list[Block]]], None]  # blocks of some parameters, by name
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,7 @@ def _whole(request: Request, program: Program, strategy: str, parameters: Mappin
            ) -> Program:  # fmt: skip
     """Blocks by a strategy that differentiates the whole output; what it adds to the program."""
     material = Material(request.problem, program, program.causes)
-    blocks = STRATEGIES[strategy](material, parameters).blocks
-    emit([(parameters[name], mine) for name, mine in blocks.items()])
+    emit(STRATEGIES[strategy](material, parameters).blocks)
     chosen = dict.fromkeys(map(id, parameters.values()), strategy)
     return replace(program, strategies={**program.strategies, **chosen})
 
@@ -183,7 +182,7 @@ class _Run:
             self.late.add(number)  # also the next time: the order of the sum decides on its rounding
             raise
         self.solved.append(solved)
-        self.emit([(part.parameters[name], mine) for name, mine in blocks.items()])
+        self.emit(blocks)
         forget(part.nodes)
         if self.probing:
             passes.forget(region.nodes)

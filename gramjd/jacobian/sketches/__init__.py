@@ -16,34 +16,37 @@ For rows ``x`` and ``y`` of ``J``, ``E[⟨xΩ, yΩ⟩] = ⟨x, y⟩``. With ``n`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
 import torch
 from torch import Tensor
 
-from gramjd.blocks import Lookup, merge
+from gramjd import gramians
+from gramjd.blocks import Block, Lookup, merge
+from gramjd.complexes import real_block, real_dtype
 from gramjd.contraction import Options
 from gramjd.contraction.options import Limits
+from gramjd.contraction.outputs import Output
 from gramjd.contraction.products import Part
 from gramjd.internals import is_ours, runs_plainly
 from gramjd.jacobian.projection import Projection
-from gramjd.jacobian.sketches.common import Live, Shares
+from gramjd.jacobian.sketches.common import Live, Shares, factor_of
 from gramjd.jacobian.sketches.counting import counted
 from gramjd.jacobian.sketches.dense import by_lookups, by_products
 from gramjd.jacobian.sketches.factoring import factored
 from gramjd.rounding import own_precision
 
-__all__ = ["sketch"]
+__all__ = ["SketchSum", "sketch"]
 
 _SPARSE = 4  # entries of a table in use, for each that one sample looks up, from which on rows are not built
 
 
 @own_precision
-def sketch(parts: Sequence[Part], names: Sequence[str], parameters: Sequence[Tensor], K: int,
+def sketch(parts: Sequence[Part], names: Sequence[str], shapes: Sequence[Sequence[int]], K: int,
            projection: Projection, options: Options, like: Tensor) -> Tensor:  # fmt: skip
-    """``J Ω [K, B, dim]``, for real parameters.
+    """``J Ω [K, B, dim]``, for real parameters of these shapes.
 
     Raises:
         ValueError: two parameters have one name, and would share their rows of ``Ω``.
@@ -57,12 +60,41 @@ def sketch(parts: Sequence[Part], names: Sequence[str], parameters: Sequence[Ten
     keep = projection.kind in ("factored", "countsketch") and options.memory_budget is None
     keep = keep and runs_plainly([like]) and not torch.is_inference_mode_enabled()
     found = [torch.zeros(K, part.samples, projection.dim, dtype=dtype, device=like.device) for part in parts]
-    for number, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
+    for number, (name, shape) in enumerate(zip(names, shapes, strict=True)):
         live = [(n, block) for n, part in enumerate(parts) for block in merge(part.live(number))]
         if live:
-            for n, share in _shares(live, name, tuple(parameter.shape), projection, limits, keep):
+            for n, share in _shares(live, name, tuple(shape), projection, limits, keep):
                 found[n] = found[n] + share
     return torch.cat(found, 1) / projection.dim**0.5
+
+
+class SketchSum:
+    """Adds up the shares of parameters in the sketch of one output, for blocks that are not kept."""
+
+    def __init__(self, projection: Projection, options: Options) -> None:
+        self.projection, self.options = projection, options
+        self.total: Tensor | None = None  # [K, B, dim]
+
+    def add(self, blocks: Mapping[str, Sequence[Block]]) -> None:
+        """Add the share of some parameters."""
+        each = {name: list(map(real_block, mine)) for name, mine in blocks.items() if mine}
+        if not each:
+            return
+        one = next(iter(each.values()))[0]
+        K, samples = one.rows
+        shapes, like = [mine[0].shape for mine in each.values()], factor_of(one)
+        part = Part(list(each.values()), samples)
+        share = sketch([part], list(each), shapes, K, self.projection, self.options, like)
+        self.total = share if self.total is None else self.total + share  # regions may differ in precision
+
+    def result(self, output: Output, like: Tensor) -> Tensor:
+        """The sum of all shares, ``[*shape, dim]``, at least in the dtype for a parameter ``like`` this."""
+        total, dtype = self.total, self.options.accumulated(real_dtype(like.dtype))
+        if total is None:
+            size = output.objectives, output.samples, self.projection.dim
+            total = torch.zeros(size, dtype=dtype, device=like.device)
+        total = total.to(torch.promote_types(total.dtype, dtype))
+        return gramians.from_rows(total, output.shape, output.batch_dim)
 
 
 def _shares(live: Live, name: str, shape: tuple[int, ...], projection: Projection, limits: Limits,
