@@ -58,8 +58,9 @@ def paths(tree: PyTree) -> list[str]:
 def tensor_leaves(tree: PyTree, what: str) -> tuple[list[Tensor], PyTreeSpec]:
     """Leaves and structure of a tree that may hold tensors only; ``what`` names it in the error."""
     found, spec = flatten(tree)
-    for path, leaf in zip(paths(tree), found, strict=True):
+    for number, leaf in enumerate(found):
         if not isinstance(leaf, Tensor):
+            path = paths(tree)[number]
             where = f" at {path!r}" if path else ""
             raise TypeError(
                 f"{what} must be a tensor or a PyTree of tensors, but{where} there is a "

@@ -74,3 +74,14 @@ def objectives(out: Tensor) -> Tensor:
 
 def check_on(model: nn.Module, *args: Any, **options: Any) -> None:
     check(model, lambda m: objectives(m(*args)), **options)
+
+
+def nodes(output: Tensor) -> set[str]:
+    """The names of the types in an output's graph."""
+    stack: list[Any] = [output.grad_fn]
+    seen = set(stack)
+    while stack:
+        children = {child for child, _ in stack.pop().next_functions if child is not None} - seen
+        seen |= children
+        stack += children
+    return {type(node).__name__ for node in seen}

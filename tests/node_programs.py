@@ -8,6 +8,7 @@ dimension. In those whose name begins with ``mixed`` samples are mixed in some s
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 Program = Callable[[Any, Tensor, int], Tensor]
 PROGRAMS: dict[str, dict[str, Program]] = {}
 D = torch.float64
+NO_CHOLESKY = isinstance(torch.cholesky, FunctionType)  # which raises, from torch 2.14 on
 
 
 def occurs_in(types: str, **programs: Program) -> None:
@@ -1109,7 +1111,7 @@ for _name, _function in {
         square(h) + torch.diag(torch.tensor([1.0, 5, 9]).double())
     ).abs(),
     "TriangularSolve": lambda h: torch.triangular_solve(h[:, :1].mT, square(h))[0],
-    "Cholesky": lambda h: torch.cholesky(definite(h)),
+    **({} if NO_CHOLESKY else {"Cholesky": lambda h: torch.cholesky(definite(h))}),
     "LinalgLstsq": lambda h: torch.linalg.lstsq(square(h), h[:, :1].mT)[0],
 }.items():
     occurs_in(
@@ -1339,6 +1341,7 @@ ELSEWHERE = {
     **dict.fromkeys(["LinearBackward0", "MatmulBackward0"], "of nested tensors alone"),
     **dict.fromkeys(["ConvolutionBackward1", "MaxPool2DBackward0"], "of Apple's and other devices"),
     "MkldnnConvolutionBackward0": "in float32 alone",
+    **({"CholeskyBackward0": "of torch.cholesky, which torch 2.14 has removed"} if NO_CHOLESKY else {}),
     "FusedRmsNormBackward0": "of CUDA",
     "FusedDropoutBackward0": "of CUDA",
     "ConvDepthwise2DBackward0": "of CUDA",

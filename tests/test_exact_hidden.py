@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from exactness import Net, draw, parameter
+from exactness import Net, draw, nodes, parameter
 from oracle import assert_close, dense_gramian, needs_shapes
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -139,9 +139,14 @@ SEPARABLE: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a recurrent network": lambda m, h: m.network(h.unsqueeze(1).expand(-1, 3, -1))[0].sum(1) * m.gate.exp(),
     "causal attention": lambda m, h: torch.nn.functional.scaled_dot_product_attention(
         *(h.unsqueeze(-1) * m.gate.exp() for _ in range(3)), is_causal=True).squeeze(-1),
+    "causal attention with heads": lambda m, h: torch.nn.functional.scaled_dot_product_attention(
+        *((h * m.gate.exp())[:, None, :, None] for _ in range(3)), is_causal=True)[:, 0, :, 0],
     "samples last": lambda m, h: (m.gate.exp().unsqueeze(1) * h.T).T.contiguous(),
     "a table for all": lambda m, h: h + m.gate.sin().cumsum(0),
 }  # fmt: skip
+
+
+_FUSED = "ScaledDotProductFlashAttentionForCpuBackward0"
 
 
 @needs_shapes
@@ -149,6 +154,8 @@ SEPARABLE: dict[str, Callable[[Any, Tensor], Tensor]] = {
 def test_a_structure_that_keeps_samples_apart_is_known_once_all_pairs_are_proven(name: str) -> None:
     """A known structure pays one backward pass, whatever gates and selections it has."""
     separable = model(SEPARABLE[name])
+    if name == "causal attention" and _FUSED in nodes(at(0, separable, draw(6, 4))):
+        pytest.skip("from torch 2.14 on a kernel for heads takes samples for heads; measured in every call")
     engine, counts = Engine(separable, batch_dim=0, audit=None), []
     for step in (0, 1, 1, 0):  # two of the four patterns that six samples need in each of the first calls
         losses = at(step, separable, draw(6, 4))

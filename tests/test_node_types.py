@@ -6,11 +6,10 @@ import importlib
 import re
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from exactness import draw
+from exactness import draw, nodes
 from node_programs import ELSEWHERE, IN_FLOAT32, PROGRAMS, Program
 from oracle import assert_close, dense_gramian
 from test_proofs import WHOLE
@@ -42,17 +41,6 @@ class Model(nn.Module):
     def forward(self, step: int) -> Tensor:
         out = self.program(self.parameter, self.first(draw(4, 4, 2).to(self.dtype)), step)
         return out.abs().square().flatten(1).sum(1) if out.ndim > 1 else out.abs().square()
-
-
-def nodes(output: Tensor) -> set[str]:
-    """The names of the types in an output's graph."""
-    stack: list[Any] = [output.grad_fn]
-    seen = set(stack)
-    while stack:
-        children = {child for child, _ in stack.pop().next_functions if child is not None} - seen
-        seen |= children
-        stack += children
-    return {type(node).__name__ for node in seen}
 
 
 def bare(kind: str) -> str:

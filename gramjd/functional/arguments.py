@@ -50,7 +50,8 @@ class Arguments:
         others = [() if n in numbers else arg for n, arg in enumerate(args)]
         leaves, spec = pytree.flatten((others, list(kwargs.values())))
         for leaf in leaves:
-            _refuse_subclass(leaf)
+            if type(leaf) is not Tensor:
+                _refuse_subclass(leaf)
         if is_compiling():  # an argument itself is recognised by its id, for which a graph would be guarded
             leaves = [leaf.view_as(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         dims: list[int | None] = [None] * len(leaves)
@@ -149,7 +150,8 @@ def _check_parameters(parameters: Sequence[Tensor], what: str) -> None:
     if not parameters:
         raise ValueError(f"{what} holds no tensor to differentiate with respect to.")
     for p in parameters:
-        _refuse_subclass(p)
+        if type(p) is not Tensor:
+            _refuse_subclass(p)
         if not (p.is_floating_point() or p.is_complex()):
             raise TypeError(
                 f"Cannot differentiate with respect to a tensor of {p.dtype}: parameters must be "
@@ -159,7 +161,7 @@ def _check_parameters(parameters: Sequence[Tensor], what: str) -> None:
 
 def _refuse_subclass(value: Any) -> None:
     """Raise for tensors that have a behaviour of their own, which blocks would not respect."""
-    if not isinstance(value, Tensor) or type(value) is Tensor:
+    if not isinstance(value, Tensor):
         return
     if not has_stock_type(value) or nn.parameter.is_lazy(value):
         raise TypeError(

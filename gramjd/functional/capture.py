@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -27,8 +28,8 @@ from gramjd.uses.accumulation import blocks_of
 from gramjd.uses.known_calls import KnownCalls
 from gramjd.uses.use import Use
 
-# Cotangents, what each use saved, outputs, auxiliary values.
-Values = tuple[list[Tensor], list[list[Tensor]], list[Tensor], list[Tensor]]
+# Cotangents, what the uses saved, outputs, auxiliary values.
+Values = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def capture(
     else:
         found = _batched(per_sample, batched, given, randomness)
     cs, saved, values, aux = found
-    uses, rows = _uses(trace, iter(c.transpose(0, 1) for c in cs), saved, len(raw))
+    uses, rows = _uses(trace, iter([c.transpose(0, 1) for c in cs]), iter(saved))
     blocks = blocks_of(uses, sources)
     for mine, row in zip(blocks, rows, strict=True):
         if row is not None:
@@ -117,16 +118,15 @@ def _batched(function: Callable[..., Values], batched: Sequence[Tensor], given: 
         level = transform_level()
         cs, saved, values, aux = function(*arguments)
 
-        nested = [outside_vmap(mine, level, size) if mine else [] for mine in saved]
-        cs, values, aux = (outside_vmap(tensors, level, size) for tensors in (cs, values, aux))
-        found.append((cs, nested, values, aux))
+        cs, saved, values, aux = (outside_vmap(each, level, size) for each in (cs, saved, values, aux))
+        found.append((cs, saved, values, aux))
         return torch.zeros(())
 
     torch.vmap(run, randomness=randomness)(batched, given)
     return found[0]
 
 
-def _uses(trace: Trace, cs: Iterator[Tensor], saved: Sequence[Sequence[Tensor]], parameters: int
+def _uses(trace: Trace, cs: Iterator[Tensor], saved: Iterator[Tensor]
           ) -> tuple[list[Use], list[Tensor | None]]:  # fmt: skip
     """The uses that the outputs depend on, and rows of what reached a parameter past all of them."""
     reached = iter(trace.reached)
@@ -134,6 +134,8 @@ def _uses(trace: Trace, cs: Iterator[Tensor], saved: Sequence[Sequence[Tensor]],
     for n, record in enumerate(trace.records):
         if record.derived:
             uses.append(Use.of(record, trace.constants[n], [None] * trace.outputs[n], trace.tracked[n]))
-        elif next(reached):
-            uses.append(Use.of(record, saved[n], [next(cs)], trace.tracked[n]))
+        else:
+            mine = [*islice(saved, len(record.saved))]
+            if next(reached):
+                uses.append(Use.of(record, mine, [next(cs)], trace.tracked[n]))
     return uses, [next(cs) if is_reached else None for is_reached in reached]

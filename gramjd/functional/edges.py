@@ -47,7 +47,7 @@ class _EdgeMode(PerSampleMode):
 
     def bare_outputs(self, op: Any, args: Any, kwargs: dict[str, Any], outs: Sequence[Tensor]
                      ) -> list[Tensor] | None:  # fmt: skip
-        below = [below_transform(t, self.level) for t in outs]
+        below = below_transform(outs, self.level)
         if not any(depends_on_innermost_transform(t) for t in outs):
             return None  # a shape, a comparison, or detached
         if any(belongs_to(t, self.level - 1) for t in below):
@@ -69,12 +69,9 @@ def by_edges(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor],
         cs = _pull(outputs, [*tracker.edges, *wrapped], list(given) or basis(outputs), trace)
         tracker.check_versions()
 
-        def below(tensors: Sequence[Tensor]) -> list[Tensor]:
-            return [below_transform(t, level) for t in tensors]
-
         # as vjp returns auxiliary values, without its walks over nested containers
-        saved = [below(mine) if mine else [] for mine in tracker.saved]
-        found.append(Run(trace, below(cs), saved, below(outputs), below(aux)))
+        cs, saved, outputs, aux = (below_transform(each, level) for each in (cs, tracker.saved, outputs, aux))
+        found.append(Run(trace, cs, saved, outputs, aux))
         return torch.zeros(())
 
     torch.func.vjp(run, torch.zeros(()))

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
+from types import MethodWrapperType
 from typing import Any
 
 import torch
@@ -23,18 +25,20 @@ from gramjd.internals import (
     innermost_level,
     unfused_attention,
     version_of,
+    versions_of,
     vmaps_in_progress,
 )
 from gramjd.rules import DECOMPOSITIONS, tensors_of
 from gramjd.rules.registry import op_name
 from gramjd.uses.known_calls import KnownCalls
-from gramjd.uses.tracker import Tracker, is_inplace
+from gramjd.uses.tracker import QUESTIONS, Tracker, is_inplace
 from gramjd.uses.use import Record, describe
 
 Function = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Sequence[Tensor]]]
 
 # Their derivatives are wrong, or fail, under two levels of vmap: torch's own defects.
 _ONE_LEVEL = {"cdist", "pdist", "prelu", "rrelu"}
+_SPECIAL = (F.group_norm, F.scaled_dot_product_attention)
 
 
 @dataclass
@@ -55,7 +59,7 @@ class Run:
 
     trace: Trace
     cs: list[Tensor]  # [K, ...], of the uses and parameters that were reached
-    saved: list[list[Tensor]]  # arguments of each use that its rule needs
+    saved: list[Tensor]  # arguments of the uses that their rules need, one use after the other
     outputs: list[Tensor]
     aux: list[Tensor]
 
@@ -77,8 +81,9 @@ class PerSampleMode(Tracker):
         self.level = innermost_level()
         self.guard: Guard | None = None
         self.trace = Trace()
-        self.saved: list[list[Tensor]] = []
-        self.versions: list[list[tuple[Tensor, int]]] = []  # what each record saves, as it was then
+        self.saved: list[Tensor] = []
+        self.versions: list[int] = []  # of what the records save, as it was then
+        self.kept: list[Tensor] = []  # what the records save, derived ones too
 
     def mark(self, out: Tensor) -> Tensor:
         """Make the output of a use something that cotangents can be had of."""
@@ -99,20 +104,27 @@ class PerSampleMode(Tracker):
             self.guard = before
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if type(func) is MethodWrapperType or func in QUESTIONS:  # here, as a call more takes as long
+            out = func(*args, **(kwargs or {}))
+            if not isinstance(out, Tensor):
+                return out
         guard = self.guard
-        if guard is None:
-            return self._run(func, types, args, kwargs)
-        if func in COUNTED:
+        if guard is not None and func in COUNTED:
             guard.before(func, args, kwargs or {})
         self.guard = None  # what an op is made of is none of the module's own
         try:
-            out = self._run(func, types, args, kwargs)
+            if func in _SPECIAL or func in DECOMPOSITIONS or getattr(func, "__name__", "") in _ONE_LEVEL:
+                out = self._run_special(func, types, args, kwargs)
+            else:
+                out = super().__torch_function__(func, types, args, kwargs)
         finally:
             self.guard = guard
-        guard.after(func, args, kwargs or {}, out)
+        if guard is not None:
+            guard.after(func, args, kwargs or {}, out)
         return out
 
-    def _run(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    def _run_special(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """Run an op that cannot go its way as it is."""
         if getattr(func, "__name__", "") in _ONE_LEVEL:
             self._refuse_nesting(func.__name__)
         if func is F.group_norm:
@@ -143,7 +155,8 @@ class PerSampleMode(Tracker):
             out = self.call_bare(op, args, kwargs)
         if not isinstance(out, Tensor):
             return op(*args, **kwargs), None
-        self._keep(record, leaves, [self.held(leaves[i]) for i in record.saved], [], 1)
+        self.saved += [self.held(leaves[i]) for i in record.saved]
+        self._keep(record, leaves, [], 1)
         return self.mark(out), record
 
     def _derive(self, op: Any, args: Any, kwargs: dict[str, Any], record: Record, leaves: Sequence[Any]
@@ -155,8 +168,8 @@ class PerSampleMode(Tracker):
         if below is None:
             return out, None
         self.below.update((id(t), value) for t, value in zip(outs, below, strict=True))
-        constants = [below_transform(self.held(leaves[i]), self.level) for i in record.saved]
-        self._keep(record, leaves, [], constants, len(outs))
+        constants = below_transform([self.held(leaves[i]) for i in record.saved], self.level)
+        self._keep(record, leaves, constants, len(outs))
         return out, record
 
     def held(self, leaf: Tensor) -> Tensor:
@@ -165,19 +178,23 @@ class PerSampleMode(Tracker):
 
     def check_versions(self) -> None:
         """Raise, as autograd would, if the function wrote into what the rules of its uses are to read."""
-        reached = iter(self.trace.reached)
-        for record, saved in zip(self.trace.records, self.versions, strict=True):
-            if (record.derived or next(reached)) and any(version_of(t) != first for t, first in saved):
+        written = [now != then for now, then in zip(versions_of(self.kept), self.versions, strict=True)]
+        if True not in written:
+            return
+        reached, rest = iter(self.trace.reached), iter(written)
+        for record in self.trace.records:
+            mine = [*islice(rest, len(record.saved))]
+            if (record.derived or next(reached)) and True in mine:
                 raise RuntimeError(_WRITTEN.format(op=op_name(record.call.op)))
 
-    def _keep(self, record: Record, leaves: Sequence[Any], saved: list[Tensor], constants: list[Tensor],
-              outputs: int) -> None:  # fmt: skip
+    def _keep(self, record: Record, leaves: Sequence[Any], constants: list[Tensor], outputs: int) -> None:
         self.trace.records.append(record)
         self.trace.tracked.append([self.below[id(leaves[slot.index])] for slot in record.slots])
         self.trace.constants.append(constants)
         self.trace.outputs.append(outputs)
-        self.saved.append(saved)
-        self.versions.append([(leaves[i], version_of(leaves[i])) for i in record.saved])
+        for i in record.saved:
+            self.kept.append(leaves[i])
+            self.versions.append(version_of(leaves[i]))
 
     def _refuse_nesting(self, op: str) -> None:
         """Raise if torch would differentiate the op wrongly here; note that one more level would be."""

@@ -21,7 +21,6 @@ from gramjd import pytree
 from gramjd.functional.per_sample_mode import Function, PerSampleMode, Run, basis
 from gramjd.internals import constant_in_graphs
 from gramjd.rules import tensors_of
-from gramjd.uses.tracker import is_inplace
 from gramjd.uses.use import Record, roots
 
 
@@ -38,10 +37,8 @@ class _PerturbationMode(PerSampleMode):
         self.marked: list[tuple[torch.Size, torch.dtype, torch.device]] = []
         self.tracked: list[bool] = []  # what ops on tracked tensors alone returned
         self.opened: set[int] = set()  # parameters that an op without a rule received, by id
-        self.writes = False  # might an op have written in place?
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.writes = self.writes or _may_write(func, args, kwargs or {})
         if _is_unflatten(func):  # it calls the method of a class above, which cannot be traced
             func = torch.unflatten
         return super().__torch_function__(func, types, args, kwargs)
@@ -60,7 +57,8 @@ class _PerturbationMode(PerSampleMode):
         return out + self.perturbations[number] if self.first else out
 
     def held(self, leaf: Tensor) -> Tensor:
-        return leaf.clone() if self.first and self.first.writes else leaf  # tracing counts no versions
+        """A copy, as tracing counts no writes and does not show each of them; compilers drop idle copies."""
+        return leaf.clone() if self.first else leaf
 
     def bare_outputs(self, op: Any, args: Any, kwargs: dict[str, Any], outs: Sequence[Tensor]
                      ) -> list[Tensor] | None:  # fmt: skip
@@ -156,17 +154,6 @@ def _those(among: Sequence[int], any_of: Callable[[Sequence[int]], bool]) -> lis
         return list(among)
     half = len(among) // 2
     return _those(among[:half], any_of) + _those(among[half:], any_of)
-
-
-def _may_write(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether an op writes into an argument, by its name and its flags."""
-    flagged = any(flag is True for flag in (*args, kwargs.get("inplace")))
-    return flagged or kwargs.get("out") is not None or is_inplace(op) or _is_setitem(op)
-
-
-@constant_in_graphs
-def _is_setitem(op: Any) -> bool:
-    return op is Tensor.__setitem__
 
 
 @constant_in_graphs

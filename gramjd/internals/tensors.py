@@ -93,7 +93,7 @@ def runs_plainly(tensors: Sequence[Tensor]) -> bool:
         return False
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return False
-    return all(type(t) in (Tensor, torch.nn.Parameter) and not t.is_meta for t in tensors)
+    return not [t for t in tensors if type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta]
 
 
 def version_of(tensor: Tensor) -> int:

@@ -89,10 +89,9 @@ def below_transforms(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def below_transform(tensor: Tensor, level: int) -> Tensor:
-    """``tensor`` as it is outside the ``grad`` or ``vjp`` of this level: detached from it alone."""
-    below: Tensor = _functorch._unwrap_for_grad(tensor, level)
-    return below
+def below_transform(tensors: Sequence[Tensor], level: int) -> list[Tensor]:
+    """Tensors as they are outside the ``grad`` or ``vjp`` of this level: detached from it alone."""
+    return [_functorch._unwrap_for_grad(tensor, level) for tensor in tensors]
 
 
 def differentiable(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -6,7 +6,6 @@ Both captures are trackers: :mod:`gramjd.functional.per_sample_mode` under ``vma
 
 from __future__ import annotations
 
-import types as types_  # `types` is an argument of __torch_function__
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,8 +18,8 @@ from gramjd.internals import constant_in_graphs, undispatched
 from gramjd.rules import tensors_of
 from gramjd.uses.use import Derived, Record, Source
 
-# Asked of tensors all the time; like most properties, they give no tensor.
-_QUESTIONS = (Tensor.dim, Tensor.size)
+# Asked of tensors all the time; like most properties, they give no tensor. Modes answer them first of all.
+QUESTIONS = (Tensor.dim, Tensor.size)
 
 # Results differ from call to call: never derived, since their ops could not be called again.
 _RANDOM = {"normal", "bernoulli", "multinomial", "poisson", "rrelu", "gumbel_softmax"}
@@ -57,10 +56,6 @@ class Tracker(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self.active:
             return func(*args, **kwargs)
-        if type(func) is types_.MethodWrapperType or func in _QUESTIONS:
-            out = func(*args, **kwargs)
-            if not isinstance(out, Tensor):
-                return out
         if func is torch.einsum and len(args) == 2 and isinstance(args[1], (list, tuple)):
             args = (args[0], *args[1])  # one way to write it
         tracked, batch_independent, known = False, True, self.known

@@ -80,6 +80,12 @@ class Record:
             return None
         return key
 
+    @cached_property
+    def kind(self) -> Hashable:
+        """Equal for uses by the same op with arguments of the same kinds; see :func:`kind`."""
+        slots = [(slot.index, entry is None) for slot, entry in zip(self.slots, self.entries, strict=True)]
+        return op_name(self.call.op), self.derived, tuple(slots), tuple(map(kind, self.leaves))
+
     def arguments(self, leaves: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
         """The positional and the named arguments that have these leaves."""
         values = leaves if self.spec is None else pytree.unflatten(self.spec, list(leaves))
@@ -87,6 +93,17 @@ class Record:
         if len(values) == n:
             return values, {}
         return values[:n], dict(zip(map(str, call.names[n:]), values[n:], strict=True))
+
+
+def kind(leaf: Any) -> Hashable:
+    """The properties of arguments that decide on rules: dtypes, dimensions, sizes of one, flags, integers."""
+    if isinstance(leaf, Tensor):
+        return leaf.dtype, *[min(size, 2) for size in leaf.shape]
+    if isinstance(leaf, slice):
+        return leaf.start, leaf.stop, leaf.step
+    if leaf is None or isinstance(leaf, (bool, int, str, torch.dtype)):
+        return leaf
+    return type(leaf).__name__
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gramjd import pytree
-from gramjd.verification.structures import kind
+from gramjd.uses.use import kind
 
 _LARGE = 4096  # leaves of a container beyond which it is not looked through
 

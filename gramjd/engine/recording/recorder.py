@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterable, Sequence
-from types import FrameType
+from types import FrameType, MethodWrapperType
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ from gramjd.internals import (
 )
 from gramjd.rules import is_fused, tensors_of
 from gramjd.uses.known_calls import KnownCalls
-from gramjd.uses.tracker import Tracker, is_inplace
+from gramjd.uses.tracker import QUESTIONS, Tracker, is_inplace
 from gramjd.uses.use import Derived, Record, describe, roots
 
 _STRIDED = torch.strided
@@ -72,6 +72,10 @@ class Recorder(Tracker):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if is_dynamo_tracing():  # a compiled function inside a module: its graph is to be as without us
             return func(*args, **(kwargs or {}))
+        if (type(func) is MethodWrapperType or func in QUESTIONS) and not self.aliases.stale:
+            out = func(*args, **(kwargs or {}))  # here, as a call more takes as long
+            if not isinstance(out, Tensor):
+                return out
         innermost = innermost_transform()  # every op comes by here: no call that can be spared
         if (innermost is not None or self.level) and is_elsewhere(self.level):
             return self._stand_aside(func, args, kwargs or {})  # a node would be differentiated, or escape
