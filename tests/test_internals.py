@@ -574,7 +574,8 @@ def saved_hooks() -> None:
     assert len(seen) == 2 and seen[0] is not None and internals.saved_tensors_hook() is None
     if not OLD:
         with torch.autograd.graph.saved_tensors_hooks(pack := lambda x: x, lambda x: x):
-            assert internals.saved_tensors_hook() is pack
+            found: Any = internals.saved_tensors_hook()
+            assert found[0] is pack
 
 
 @contract("after_backward", "in_backward")

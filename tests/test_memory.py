@@ -262,6 +262,39 @@ def test_cotangents_are_contracted_as_they_come(objectives: int, checkpointed: b
     assert shared_deep > shared + 12 * objectives * cotangent  # all uses of a parameter at once
 
 
+def peak_of_steps(depth: int, beyond: bool, budget: int | None) -> int:
+    """Bytes of a step in one call, when all is proven, without its gradients; their values are checked.
+
+    ``beyond``: the losses depend on a leaf that is not registered.
+    """
+    torch.manual_seed(0)
+    model, scale = Deep(depth, False), torch.ones(16, requires_grad=beyond)
+    engine = Engine(model, batch_dim=0, audit=None, memory_budget=budget)
+    for _ in range(7):  # the fifth one records ops
+        losses = model(torch.randn(16, 32, 64))[:, 0] * scale
+        weights = torch.rand(16)
+        want = torch.autograd.grad(losses, list(model.parameters()), weights, retain_graph=True)
+        model.zero_grad()
+        with Allocations() as allocations:
+            engine.backward(losses, lambda gramian, weights=weights: weights)
+        for p, gradient in zip(model.parameters(), want, strict=True):
+            assert p.grad is not None
+            assert_close(p.grad, gradient, 1e-5)
+    assert (scale.grad is not None) == beyond
+    return allocations.peak - sum(p.nbytes for p in model.parameters())
+
+
+@pytest.mark.skipif(OLD, reason="the end of a storage cannot be seen")
+def test_factors_are_kept_only_where_they_are_of_use_and_fit() -> None:
+    """Four times the layers take as much memory, if a second backward pass runs."""
+    cotangent = 16 * 32 * 64 * 4
+    for beyond, budget in ((False, MiB), (True, None)):
+        few, many = (peak_of_steps(depth, beyond, budget) for depth in (4, 16))
+        assert many <= few + cotangent
+    few, many = (peak_of_steps(depth, False, None) for depth in (4, 16))
+    assert many > few + 11 * cotangent
+
+
 @pytest.mark.skipif(OLD, reason="the end of a storage cannot be seen")
 def test_sketches_are_added_up_as_cotangents_come() -> None:
     """Four times the layers, no more memory than one cotangent and what is kept of a random matrix."""

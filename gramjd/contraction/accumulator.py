@@ -106,6 +106,27 @@ class GramianSum:
         return found
 
 
+class FactorsOrSum:
+    """Keeps the blocks of all parameters, or, where these are more than a budget, adds up their Gramian."""
+
+    def __init__(self, options: Options, budget: int) -> None:
+        self.total, self.budget = GramianSum(options), budget  # in bytes
+        self.blocks: dict[str, Sequence[Block]] | None = {} if budget else None
+        self.storages: dict[int, int] = {}  # the bytes of each, by its address: blocks share some
+
+    def add(self, blocks: Mapping[str, Sequence[Block]]) -> None:
+        """Add the blocks of some parameters."""
+        if self.blocks is None:
+            self.total.add(blocks)
+            return
+        self.blocks.update(blocks)
+        storages = [tensor.untyped_storage() for tensor in flatten(list(blocks.values()))[0]]
+        self.storages.update((storage.data_ptr(), storage.nbytes()) for storage in storages)
+        if sum(self.storages.values()) > self.budget:
+            kept, self.blocks = self.blocks, None
+            self.total.add(kept)
+
+
 def _share(given: Sequence[Sequence[Block]], options: Options, whole: bool
            ) -> tuple[list[Tensor], tuple[Sequence[int], int]]:  # fmt: skip
     """The share of some parameters, if it is asked for as a ``whole``, without those with short rows.

@@ -58,6 +58,10 @@ class Options:
             return self.memory_budget
         return _free(device) // 8
 
+    def factors_budget(self, device: torch.device) -> int:
+        """Bytes that the factors of all parameters may take together, on a device."""
+        return self.memory_budget or _free(device) // 4
+
     def on(self, device: torch.device) -> tuple[int | bool | torch.dtype | None, ...]:
         """A key of all that plans on a device depend on besides sizes, such as the memory that is free."""
         state = () if device.type == "cpu" else (_free(device), allows_tf32())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, overload
 
@@ -30,7 +31,7 @@ from gramjd.engine.solving.strategies import STRATEGIES
 from gramjd.engine.step import Scaled, Step, Weightings
 from gramjd.errors import NotCoveredError, NotFiniteError, SlowPathWarning
 from gramjd.explanation import Explanation, explanation
-from gramjd.jacobian import GramianSum, Jacobian, Output, SketchSum, groups
+from gramjd.jacobian import FactorsOrSum, GramianSum, Jacobian, Output, SketchSum, groups
 from gramjd.jacobian.lazy import Groups, Per
 from gramjd.jacobian.projection import Projection
 from gramjd.objectives import Losses, Weights, joined
@@ -222,7 +223,8 @@ class Engine:
         leaves are registered, no second backward pass runs: the gradients are products of the factors, as in
         :meth:`gramjd.Jacobian.backward`. This takes less time and more memory, and the graph stays until
         you delete the losses (``del losses``). For weights from the Gramian of a representation (MGDA-UB),
-        call :func:`gramjd.backward` with this tensor.
+        call :func:`gramjd.backward` with this tensor. Factors that take more than ``memory_budget`` bytes, or
+        more than a quarter of the free memory, are not kept: a second backward pass runs in their place.
 
         Args:
             losses: as in :meth:`compute_gramian`: a tensor of any shape, or a list or tuple of tensors.
@@ -280,8 +282,7 @@ class Engine:
         _refuse_empty(output)
 
         def alone() -> Any:
-            jac = self._jacobian(output)[0]
-            gramian = jac.gramian(per, **asdict(self._options))
+            jac, gramian = self._for_step(output, step)
             if per is None and not bool(torch.isfinite(gramian).all()):
                 raise self._not_finite(gramian, output, False)
             return step.take(jac, gramian, output, output.shape, _all)
@@ -347,18 +348,37 @@ class Engine:
         return self._jacobian(joined(output, self._batch_dim))[0]
 
     @own_precision
+    def _for_step(self, output: Tensor, step: Step) -> tuple[Jacobian | None, Any]:
+        """The Gramian; the Jacobian, too, if its factors are of use for the step and fit into memory."""
+        budget = self._options.factors_budget(output.device)
+        if step.per is not None:
+            budget = sys.maxsize
+        elif not step.by_factors(output, list(self._registry.named().values())):
+            budget = 0
+        found = FactorsOrSum(self._options, budget)
+        request = self._solve(output, found.add)[0]
+        if found.blocks is not None:
+            jac = self._jacobian_of(found.blocks, request)
+            return jac, jac.gramian(step.per, **asdict(self._options))
+        shape = Output(0, tuple(output.shape), request.problem.batch_dim)
+        return None, found.total.result(shape, next(iter(request.problem.parameters.values())))
+
+    @own_precision
     def _jacobian(self, output: Tensor) -> tuple[Jacobian[Tensor, dict[str, Tensor]], Request, Solution]:
         """The lazy Jacobian, and what is known of its graph."""
-        found: dict[str, list[Block]] = {}
+        found: dict[str, Sequence[Block]] = {}
         request, solution = self._solve(output, found.update)
+        return self._jacobian_of(found, request), request, solution
+
+    def _jacobian_of(self, found: Mapping[str, Sequence[Block]], request: Request
+                     ) -> Jacobian[Tensor, dict[str, Tensor]]:  # fmt: skip
         problem, held = request.problem, self._registry.named()  # of sharded ones what the optimizer has
         named = {name: held[name] for name in problem.parameters}
         by_id = {id(p): found.get(name, []) for name, p in named.items()}
         parameters, spec = pytree.flatten(named)
-        shape = Output(0, tuple(output.shape), problem.batch_dim)
+        shape = Output(0, tuple(problem.output.shape), problem.batch_dim)
         blocks = [by_id[id(p)] for p in parameters]
-        jacobian = Jacobian.of(blocks, parameters, spec, [shape], pytree.LEAF, problem.samples)
-        return jacobian, request, solution
+        return Jacobian.of(blocks, parameters, spec, [shape], pytree.LEAF, problem.samples)
 
     def _solve(self, output: Tensor, emit: Emit, deferred: bool = False) -> tuple[Request, Solution]:
         """Give ``emit`` the blocks of the parameters that an output depends on.

@@ -78,23 +78,24 @@ class Step:
         if self.per is not None and self.inputs is not None:
             raise ValueError("Choose the parameters by per= or by inputs=, not by both.")
 
-    def take(self, jac: Jacobian, gramian: Any, output: Tensor, shape: Sequence[int],
+    def take(self, jac: Jacobian | None, gramian: Any, output: Tensor, shape: Sequence[int],
              local: Callable[[Tensor], Tensor]) -> Any:  # fmt: skip
         """Add the gradients to ``.grad``; return the weights of all objectives, of this ``shape``.
 
         Args:
-            jac: of ``output`` with respect to what the Gramian is of.
+            jac: of ``output`` with respect to what the Gramian is of; without it, a backward pass runs.
             gramian: its, of each group where there are several; of all ranks.
             output: whose graph has the leaves.
             shape: of the objectives that the Gramian is of: with a process group, those of all ranks.
             local: from the weights of all objectives to those of ``output``.
         """
         if self.per is not None:
+            assert jac is not None
             return self._of_groups(jac, gramian, reach([output]), shape, local)
         assert not isinstance(self.weighting, Mapping)
         weights = weigh(self.weighting, _finite(gramian), shape, flat=self.flat, scale=self.scale)
         mine = local(weights)
-        if self._lazily(jac, output):
+        if jac is not None and self.by_factors(output, jac.parameters):
             jac.backward(mine.to(jac.dtype))
         else:
             torch.autograd.backward(
@@ -102,10 +103,10 @@ class Step:
             )
         return weights.to(output.device)
 
-    def _lazily(self, jac: Jacobian, output: Tensor) -> bool:
-        """Whether the Jacobian has the gradients of all leaves that get one, equal to autograd's."""
-        found, known = reach([output]), {id(p) for p in jac.parameters if p.is_leaf}
-        if any(map(distributed.is_sharded, jac.parameters)):  # the graph leads to gathered ones
+    def by_factors(self, output: Tensor, parameters: Sequence[Tensor]) -> bool:
+        """Whether the Jacobian by these parameters has the gradients of all leaves, equal to autograd's."""
+        found, known = reach([output]), {id(p) for p in parameters if p.is_leaf}
+        if any(map(distributed.is_sharded, parameters)):  # the graph leads to gathered ones
             return self.inputs is None
         return self.inputs is None and not found.sparse and found.leaves.keys() <= known
 

@@ -116,6 +116,9 @@ def _batch_dims(others: Sequence[PyTree], kwargs: Mapping[str, Any], numbers: Se
                 f"in_dims is {dim!r} for argument {n}, which is differentiated and so shared by all "
                 "samples: its entry must be None."
             )
+        if isinstance(arg, Tensor) and (dim is None or isinstance(dim, int)):
+            dims.append(dim)
+            continue
         try:
             found = pytree.prefix(dim, arg)
         except ValueError as error:

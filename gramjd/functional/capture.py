@@ -112,17 +112,17 @@ def _batched(function: Callable[..., Values], batched: Sequence[Tensor], given: 
              randomness: str) -> Values:  # fmt: skip
     """``vmap`` of a function that returns lists of tensors, without its walks over nested containers."""
     found: list[Values] = []
-    size = [*batched, *given][0].shape[0]
+    arguments, count = [*batched, *given], len(batched)
+    size = arguments[0].shape[0]
 
-    def run(*arguments: Sequence[Tensor]) -> Tensor:
+    def run(*one: Tensor) -> Tensor:
         level = transform_level()
-        cs, saved, values, aux = function(*arguments)
-
+        cs, saved, values, aux = function(one[:count], one[count:])
         cs, saved, values, aux = (outside_vmap(each, level, size) for each in (cs, saved, values, aux))
         found.append((cs, saved, values, aux))
         return torch.zeros(())
 
-    torch.vmap(run, randomness=randomness)(batched, given)
+    torch.vmap(run, randomness=randomness)(*arguments)
     return found[0]
 
 

@@ -100,7 +100,7 @@ def _pull(outputs: Sequence[Tensor], inputs: Sequence[Any], cotangents: Sequence
     each = [cotangents[n] for n in live]
     K = len(each[0])
     if K == 1:
-        return [g.unsqueeze(0) for g in grad(*(c[0] for c in each))]
+        return [g.unsqueeze(0) for g in grad(*[c[0] for c in each])]
     if not trace.one_level:
         return list(torch.vmap(grad)(*each))
     rows = [grad(*(c[k] for c in each), keep=k < K - 1) for k in range(K)]

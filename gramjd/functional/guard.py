@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -46,8 +46,17 @@ class Guard:
     def after(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         """Raise if an op has received a parameter of the module's own."""
         given = args[:1] if getattr(func, "__name__", "") in _BY_FIRST else (*args, *kwargs.values())
+        name, left = None, [*given]
         with unseen_by_modes():  # each question would be an op to those outside
-            name = self._past(given)
+            while left and name is None:
+                value = left.pop()
+                if isinstance(value, Tensor):
+                    base = base_of(value)
+                    name = self.names.get(id(value))
+                    if name is None and base is not None and value.requires_grad:
+                        name = self.names.get(id(base))
+                elif isinstance(value, (list, tuple)):
+                    left += value
         if name is not None and _depends(func, out):
             raise CheckFailedError(
                 f"{type(self.model).__name__} reads its parameter {name!r} past torch.func.functional_call, "
@@ -55,19 +64,6 @@ class Guard:
                 "for a constant. Read it as an attribute (self.weight) in the forward, or use gramjd.Engine, "
                 "which takes modules as they are."
             )
-
-    def _past(self, values: Iterable[Any]) -> str | None:
-        """The name of a parameter of the module's own that is among these values, or viewed by one."""
-        for value in values:
-            if isinstance(value, Tensor):
-                if id(value) in self.names:
-                    return self.names[id(value)]
-                base = base_of(value)
-                if base is not None and id(base) in self.names and value.requires_grad:
-                    return self.names[id(base)]
-            elif isinstance(value, (list, tuple)) and (found := self._past(value)) is not None:
-                return found
-        return None
 
     def _count(self, written: Tensor) -> None:
         """Batch norm in training counts its batches first."""

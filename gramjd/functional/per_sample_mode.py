@@ -128,8 +128,7 @@ class PerSampleMode(Tracker):
         if getattr(func, "__name__", "") in _ONE_LEVEL:
             self._refuse_nesting(func.__name__)
         if func is F.group_norm:
-            with self:  # a copy of what is tracked is tracked in turn
-                args, kwargs = with_usual_strides(args, kwargs or {})
+            args, kwargs = with_usual_strides(args, kwargs or {}, self)
         if func is F.scaled_dot_product_attention and args and args[0].device.type == "cpu":
             with unfused_attention():  # the fused kernel has no batching rule there
                 return super().__torch_function__(func, types, args, kwargs)
@@ -214,7 +213,9 @@ class PerSampleMode(Tracker):
         for i, value in enumerate(found):  # a map over a tree calls a function for each leaf
             if isinstance(value, Tensor):
                 found[i] = self.below.get(id(value), value)
-            elif isinstance(value, (list, tuple, dict)):
+            elif isinstance(value, dict) or (
+                isinstance(value, (list, tuple)) and [x for x in value if type(x) is not int]
+            ):
                 found[i] = pytree.map(lambda leaf: self.below.get(id(leaf), leaf), value)
         return found
 

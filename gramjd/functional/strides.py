@@ -6,6 +6,7 @@ tensor with one position or one channel suggest it, although the tensor is conti
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from math import prod
 from typing import Any
 
@@ -15,14 +16,19 @@ from torch import Tensor
 from gramjd.internals import unseen_by_modes
 
 
-def with_usual_strides(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The arguments of a group norm; an input whose strides are of another format is copied."""
+def with_usual_strides(args: Any, kwargs: dict[str, Any], mode: AbstractContextManager[Any]
+                       ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
+    """The arguments of a group norm; an input whose strides are of another format is copied under a mode.
+
+    So a copy of what the mode tracks is tracked in turn.
+    """
     x = args[0] if args else kwargs["input"]
     with unseen_by_modes():  # questions, no ops of the function
         if not isinstance(x, Tensor) or not x.is_contiguous():
             return args, kwargs
-        usual = x.stride() == tuple(prod(x.shape[dim + 1 :]) for dim in range(x.ndim))
+        usual = x.stride() == tuple([prod(x.shape[dim + 1 :]) for dim in range(x.ndim)])
     if usual:
         return args, kwargs
-    x = x.clone(memory_format=torch.contiguous_format)
+    with mode:
+        x = x.clone(memory_format=torch.contiguous_format)
     return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "input": x})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -19,10 +20,13 @@ def edge_behind(tensor: Tensor) -> tuple[Any, Tensor]:
 
     Later writes into the latter do not change what the former means.
     """
-    get_edge = getattr(torch.autograd.graph, "get_gradient_edge", None)
-    if get_edge is None:  # torch 2.1
+    edge = getattr(torch.autograd.graph, "GradientEdge", None)
+    if edge is None:  # torch 2.1
         return tensor, tensor.clone()
-    return get_edge(tensor), tensor
+    node: Any = tensor.grad_fn
+    if node is None or isinstance(node, torch._C._FunctionBase):  # which do not keep their graph alive
+        return torch.autograd.graph.get_gradient_edge(tensor), tensor
+    return edge(node, tensor.output_nr), tensor
 
 
 def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
@@ -31,15 +35,8 @@ def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return found
 
 
-def saved_tensors_hook() -> object:
-    """The innermost ``saved_tensors_hooks`` (checkpointing, offloading); ``None`` if there are none.
-
-    On torch 2.1, which does not show them, that of checkpoints alone: it is the call in progress.
-    """
-    known: Any = torch._C._autograd
-    if hasattr(known, "_top_saved_tensors_default_hooks"):
-        top = known._top_saved_tensors_default_hooks(False)
-        return None if top is None else top[0]
+def _checkpoint_in_progress() -> object:
+    """The call of a checkpoint that is in progress, all that torch 2.1 shows of hooks on what is saved."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
@@ -47,6 +44,14 @@ def saved_tensors_hook() -> object:
             return id(frame)
         frame = frame.f_back
     return None
+
+
+_TOP_HOOKS: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+# The innermost ``saved_tensors_hooks`` (checkpointing, offloading); ``None`` if there are none. Asked often.
+saved_tensors_hook: Callable[[], object] = (
+    _checkpoint_in_progress if _TOP_HOOKS is None else partial(_TOP_HOOKS, False)
+)
 
 
 def after_backward(callback: Callable[[], None]) -> None:

@@ -65,7 +65,11 @@ class Jacobian(Typed[Out, In]):
     def of(blocks: Sequence[Sequence[Block]], parameters: Sequence[Tensor], parameters_spec: PyTreeSpec,
            outputs: Sequence[Output], outputs_spec: PyTreeSpec, samples: int) -> Jacobian[Any]:  # fmt: skip
         """The Jacobian of one batch, from the blocks of each parameter."""
-        part = Part.watched([list(map(real_block, mine)) for mine in blocks], samples)
+        real = [
+            list(map(real_block, mine)) if p.is_complex() else mine
+            for p, mine in zip(parameters, blocks, strict=True)
+        ]
+        part = Part.watched(real, samples)
         return Jacobian([part], parameters, parameters_spec, Outputs(outputs, outputs_spec, samples))
 
     @staticmethod

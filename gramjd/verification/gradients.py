@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -142,7 +142,7 @@ class _Batchable(TorchFunctionMode):
             body = _NORMS[func]
         if body is None:
             if func is F.group_norm:
-                args, kwargs = with_usual_strides(args, kwargs or {})
+                args, kwargs = with_usual_strides(args, kwargs or {}, nullcontext())
             return func(*args, **(kwargs or {}))
         with self:
             return body(*args, **(kwargs or {}))

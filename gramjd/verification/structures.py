@@ -14,23 +14,24 @@ from gramjd.uses.use import Derived, kind
 def structure(given: Arguments, found: Captured) -> Hashable:
     """Equal for calls whose blocks come about in the same way: of the same ops and kinds of arguments."""
     numbers: dict[int, int] = {id(p): n for n, p in enumerate(found.parameters)}
-    uses = []
+    uses: list[Hashable] = []
     for use in found.uses:
         record = use.record
         numbers[id(record)] = len(numbers)
-        sources = [
-            (numbers.get(id(slot.source.record)), slot.source.output)
-            if isinstance(slot.source, Derived)
-            else numbers.get(id(slot.source))
-            for slot in record.slots
-        ]
-        uses.append((record.kind, *sources))
+        uses.append(record.kind)
+        for slot in record.slots:
+            source = slot.source
+            if isinstance(source, Derived):
+                uses += [numbers.get(id(source.record)), source.output]
+            else:
+                uses.append(numbers.get(id(source)))
     return (
         tuple([(p.dtype, p.shape, p.device.type) for p in given.parameters]),
         tuple([kind(leaf) for leaf in given.leaves]),
         str(given.spec),
         tuple([kind(out) for out in found.outputs]),
-        tuple([tuple([block.origin for block in mine]) for mine in found.blocks]),
+        tuple([len(mine) for mine in found.blocks]),
+        tuple([block.origin for mine in found.blocks for block in mine]),
         tuple(uses),
         tuple(autocasts().items()),
         version(),
