@@ -97,6 +97,11 @@ def limits(options: Options, like: Tensor, *dtypes: torch.dtype) -> Limits:
 
 
 def _free_host_memory() -> int:
+    try:  # of Linux: also what caches of files take, which it gives up for programs
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        pass
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):  # not on every system

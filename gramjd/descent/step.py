@@ -85,7 +85,8 @@ def backward(losses: Losses, weighting: Weightings, modules: Inputs = None, *, b
 
     def alone() -> Any:
         jac = jacobian_of(output, tensors, pytree.paths(named), spec, batch_dim, chunk_size)
-        return step.take(jac, jac.gramian(per), output, output.shape, lambda weights: weights)
+        gramian = jac.gramian(per)
+        return step.take(step.of_use(jac, output), gramian, output, output.shape, lambda weights: weights)
 
     return scaled.attempt(alone, lambda: reach([output]).leaves.values(), per)
 

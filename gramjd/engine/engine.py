@@ -278,7 +278,7 @@ class Engine:
             def local(weights: Tensor) -> Tensor:
                 return distributed.local_weights(weights, output, group, batch_dim=dim, averaged=averaged)
 
-            return step.take(jac, gramian, output, shape, local)
+            return step.take(step.of_use(jac, output), gramian, output, shape, local)
         _refuse_empty(output)
 
         def alone() -> Any:
@@ -350,6 +350,7 @@ class Engine:
     @own_precision
     def _for_step(self, output: Tensor, step: Step) -> tuple[Jacobian | None, Any]:
         """The Gramian; the Jacobian, too, if its factors are of use for the step and fit into memory."""
+        self._validate(output)
         budget = self._options.factors_budget(output.device)
         if step.per is not None:
             budget = sys.maxsize

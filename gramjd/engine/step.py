@@ -83,7 +83,7 @@ class Step:
         """Add the gradients to ``.grad``; return the weights of all objectives, of this ``shape``.
 
         Args:
-            jac: of ``output`` with respect to what the Gramian is of; without it, a backward pass runs.
+            jac: see :meth:`of_use`; without it, a backward pass runs.
             gramian: its, of each group where there are several; of all ranks.
             output: whose graph has the leaves.
             shape: of the objectives that the Gramian is of: with a process group, those of all ranks.
@@ -95,13 +95,17 @@ class Step:
         assert not isinstance(self.weighting, Mapping)
         weights = weigh(self.weighting, _finite(gramian), shape, flat=self.flat, scale=self.scale)
         mine = local(weights)
-        if jac is not None and self.by_factors(output, jac.parameters):
+        if jac is not None:
             jac.backward(mine.to(jac.dtype))
         else:
             torch.autograd.backward(
                 output, mine.to(output), retain_graph=self.retain_graph, inputs=self.inputs
             )
         return weights.to(output.device)
+
+    def of_use(self, jac: Jacobian, output: Tensor) -> Jacobian | None:
+        """The Jacobian of ``output`` by what the Gramian is of, if the step takes its gradients from it."""
+        return jac if self.per is not None or self.by_factors(output, jac.parameters) else None
 
     def by_factors(self, output: Tensor, parameters: Sequence[Tensor]) -> bool:
         """Whether the Jacobian by these parameters has the gradients of all leaves, equal to autograd's."""
