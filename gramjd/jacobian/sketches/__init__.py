@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from gramjd import gramians
-from gramjd.blocks import Block, Lookup, merge
+from gramjd.blocks import Block, Lookup, is_zero, merge
 from gramjd.complexes import real_block, real_dtype
 from gramjd.contraction import Options
 from gramjd.contraction.options import Limits
@@ -54,12 +54,10 @@ def sketch(parts: Sequence[Part], names: Sequence[str], shapes: Sequence[Sequenc
     if len(set(names)) < len(names):
         twice = next(name for name in names if list(names).count(name) > 1)
         raise ValueError(f"A sketch knows parameters by name, and two are named {twice!r}: rename one.")
-    dtype = options.accumulated(like.dtype)
-    limits = Limits(max(1, options.budget(like.device) // dtype.itemsize), dtype)
-    # For few samples, making the factors of Ω takes as long as their products. A budget has no room for them.
-    keep = projection.kind in ("factored", "countsketch") and options.memory_budget is None
-    keep = keep and runs_plainly([like]) and not torch.is_inference_mode_enabled()
-    found = [torch.zeros(K, part.samples, projection.dim, dtype=dtype, device=like.device) for part in parts]
+    limits, keep = _limits(projection, options, like)
+    zeros = torch.zeros(K, sum(part.samples for part in parts), projection.dim, dtype=limits.dtype,
+                        device=like.device)  # fmt: skip
+    found = list(zeros.split([part.samples for part in parts], 1))
     for number, (name, shape) in enumerate(zip(names, shapes, strict=True)):
         live = [(n, block) for n, part in enumerate(parts) for block in merge(part.live(number))]
         if live:
@@ -80,12 +78,11 @@ class SketchSum:
         each = {name: list(map(real_block, mine)) for name, mine in blocks.items() if mine}
         if not each:
             return
-        one = next(iter(each.values()))[0]
-        K, samples = one.rows
-        shapes, like = [mine[0].shape for mine in each.values()], factor_of(one)
-        part = Part(list(each.values()), samples)
-        share = sketch([part], list(each), shapes, K, self.projection, self.options, like)
-        self.total = share if self.total is None else self.total + share  # regions may differ in precision
+        limits, keep = _limits(self.projection, self.options, factor_of(next(iter(each.values()))[0]))
+        for name, mine in each.items():
+            live = [(0, block) for block in merge([block for block in mine if not is_zero(block)])]
+            for _, share in _shares(live, name, mine[0].shape, self.projection, limits, keep) if live else ():
+                self.total = share if self.total is None else self.total + share  # of another dtype, perhaps
 
     def result(self, output: Output, like: Tensor) -> Tensor:
         """The sum of all shares, ``[*shape, dim]``, at least in the dtype for a parameter ``like`` this."""
@@ -93,8 +90,17 @@ class SketchSum:
         if total is None:
             size = output.objectives, output.samples, self.projection.dim
             total = torch.zeros(size, dtype=dtype, device=like.device)
-        total = total.to(torch.promote_types(total.dtype, dtype))
+        total = total.to(torch.promote_types(total.dtype, dtype)) / self.projection.dim**0.5
         return gramians.from_rows(total, output.shape, output.batch_dim)
+
+
+def _limits(projection: Projection, options: Options, like: Tensor) -> tuple[Limits, bool]:
+    """The limits of a sketch of factors like this one, and whether parts of ``Ω`` are kept."""
+    dtype = options.accumulated(like.dtype)
+    limits = Limits(max(1, options.budget(like.device) // dtype.itemsize), dtype)
+    # For few samples, making the factors of Ω takes as long as their products. A budget has no room for them.
+    keep = projection.kind in ("factored", "countsketch") and options.memory_budget is None
+    return limits, keep and runs_plainly([like]) and not torch.is_inference_mode_enabled()
 
 
 def _shares(live: Live, name: str, shape: tuple[int, ...], projection: Projection, limits: Limits,
