@@ -27,7 +27,12 @@ from gramjd import Engine
 
 TABLE = Path(__file__).parent / "results" / "first_step.md"
 BATCH, TOKENS, CALLS, ROUNDS = 8, 128, 10, 2
-STEPS = {"SGD": "plain SGD", "engine": "compute_gramian, losses.backward(w)", "jacobian": "engine.backward"}
+STEPS = {
+    "SGD": "plain SGD",
+    "engine": "compute_gramian, losses.backward(w)",
+    "jacobian": "engine.backward",
+    "frugal": "engine.backward, memory_budget of 64 MiB",
+}
 
 
 class Setting:
@@ -50,11 +55,13 @@ class Setting:
         """A step, with a new engine if it has one."""
         if kind == "SGD":
             return lambda: self.losses().mean().backward()
-        engine, weights = Engine(self.model, batch_dim=0, audit=None), torch.full((BATCH,), 1 / BATCH)
+        budget = 64 * 2**20 if kind == "frugal" else None
+        engine = Engine(self.model, batch_dim=0, audit=None, memory_budget=budget)
+        weights = torch.full((BATCH,), 1 / BATCH)
 
         def by_engine() -> None:
             losses = self.losses()
-            if kind == "jacobian":
+            if kind in ("jacobian", "frugal"):
                 engine.backward(losses, lambda gramian: weights)
                 return
             engine.compute_gramian(losses)
