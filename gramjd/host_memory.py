@@ -6,7 +6,8 @@ instead (``MADV_FREE``). The system takes its pages where memory is scarce; othe
 in place. On a GPU, torch's own allocator keeps memory.
 
 Of what else a step frees, glibc returns the end of its heap if that is more than twice the size of the
-largest block that it was given back before. Rows would have been such blocks; it is given one in their place.
+largest block that it was given back before. Rows would have been such blocks; it is given one in their place,
+also for gradients, which are freed at once when the next ones are about to be computed.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def _taken(size: int) -> mmap.mmap | None:
 
 def _mapped(size: int) -> mmap.mmap | None:
     """A new block, of large pages where the system has some, as fewer are mapped; ``None`` if it refuses."""
-    _let_malloc_adapt()
+    let_malloc_adapt()
     try:
         block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError:  # a limit that torch's allocator may not meet, or has an error of its own for
@@ -89,7 +90,7 @@ def _mapped(size: int) -> mmap.mmap | None:
 
 
 @cache
-def _let_malloc_adapt() -> None:
+def let_malloc_adapt() -> None:
     """Give back a block that nobody wrote to, so that glibc keeps up to 64 MiB of what steps free."""
     torch.empty(ADAPTED, dtype=torch.uint8, device="cpu")
 

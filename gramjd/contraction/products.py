@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramjd import contraction, prepared
+from gramjd import contraction, host_memory, prepared
 from gramjd.blocks import Block, Dense, flatten, is_zero, unflatten
 from gramjd.contraction import Options
 from gramjd.contraction.tiles import root
 from gramjd.gramians import symmetric
-from gramjd.internals import is_dynamo_tracing, is_ours, versions_of
+from gramjd.internals import is_dynamo_tracing, is_ours, is_watched, versions_of
 from gramjd.rounding import own_precision
 
 
@@ -227,6 +227,12 @@ def vjp(parts: Sequence[Part], parameters: Sequence[Tensor], w: Tensor) -> list[
 
     def pull(tensors: Sequence[Tensor]) -> tuple[list[Tensor], None]:
         w, *rest = tensors
+        if (
+            w.device.type == "cpu"
+            and not is_watched()
+            and any(p.nbytes >= host_memory.LEAST for p in parameters)
+        ):
+            host_memory.let_malloc_adapt()
         rows = dict(zip(kept, rest, strict=False))
         given = Part(unflatten(structure, rest[len(rows) :]), part.samples, rows)
         return _vjp([given], parameters, w), None
