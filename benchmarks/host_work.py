@@ -6,7 +6,8 @@ For three models the functional step and both Engine steps, each after ten calls
 prove, and with audits off. Every step updates the parameters: ``torch.optim.SGD`` after a backward pass,
 ``p - rate * g`` after the functional one.
 
-- **ops** that are dispatched below autograd, all of them and those that are no views: ``arithmetic``;
+- **ops** that are dispatched below autograd, all of them and those that are neither views nor empty memory:
+  ``arithmetic`` (rows ask torch for memory only where a mode such as this count's watches);
 - **Python calls** (functions and generators, by ``sys.setprofile``);
 - **values read back** to the host (``aten::_local_scalar_dense``): on a GPU each one waits for the device.
 
@@ -45,6 +46,7 @@ RESULTS = Path(__file__).parent / "results"
 WARM_UP = 10  # calls
 RATE = 1e-6
 _WHOLE = "it is proven that no data change which entries belong to which sample"
+_EMPTY = frozenset({"aten::empty", "aten::empty_strided", "aten::new_empty"})
 _ALIASES = frozenset({"aten::_unsafe_view"})  # that their schema does not call views
 
 
@@ -76,7 +78,7 @@ class _Ops(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.ops += 1
-        self.arithmetic += not _is_view(func)
+        self.arithmetic += not (_is_view(func) or func.name() in _EMPTY)
         self.read_back += func.name() == "aten::_local_scalar_dense"
         return func(*args, **(kwargs or {}))
 
