@@ -352,10 +352,10 @@ class Engine:
         """The Gramian; the Jacobian, too, if its factors are of use for the step and fit into memory."""
         self._validate(output)
         budget = self._options.factors_budget(output.device)
-        if step.per is not None:
-            budget = sys.maxsize
-        elif not step.by_factors(output, list(self._registry.named().values())):
+        if step.per is None and not step.by_factors(output, list(self._registry.named().values())):
             budget = 0
+        elif step.per is not None or self._registry.shards.units:  # ranks in step all do the same
+            budget = sys.maxsize
         found = FactorsOrSum(self._options, budget)
         request = self._solve(output, found.add)[0]
         if found.blocks is not None:

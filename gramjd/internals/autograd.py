@@ -20,13 +20,13 @@ def edge_behind(tensor: Tensor) -> tuple[Any, Tensor]:
 
     Later writes into the latter do not change what the former means.
     """
-    edge = getattr(torch.autograd.graph, "GradientEdge", None)
-    if edge is None:  # torch 2.1
+    get_edge = getattr(torch.autograd.graph, "get_gradient_edge", None)
+    if get_edge is None:  # torch 2.1
         return tensor, tensor.clone()
     node: Any = tensor.grad_fn
     if node is None or isinstance(node, torch._C._FunctionBase):  # which do not keep their graph alive
-        return torch.autograd.graph.get_gradient_edge(tensor), tensor
-    return edge(node, tensor.output_nr), tensor
+        return get_edge(tensor), tensor
+    return torch.autograd.graph.GradientEdge(node, tensor.output_nr), tensor
 
 
 def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
