@@ -9,8 +9,9 @@ LOWEST_PYTHON ?= $(PYTHON)
 
 BIN := .venv/bin
 LOWEST_BIN := .venv-lowest/bin
+NEWEST_BIN := .venv-newest/bin
 
-.PHONY: demo test test-slow fuzz test-lowest lint format bench bench-parts bench-peers gpu docs wheel clean
+.PHONY: demo test test-slow fuzz test-lowest test-newest lint format bench bench-parts bench-peers gpu docs wheel clean
 
 demo: .venv/installed  ## train on digits: plain SGD beside Jacobian descent
 	$(BIN)/python examples/train_digits.py --out out/digits
@@ -27,6 +28,9 @@ fuzz: .venv/installed  ## random models beyond those of the tests, and what beca
 
 test-lowest: .venv-lowest/installed  ## the tests on torch 2.1.0 and numpy 1 (several GB)
 	$(LOWEST_BIN)/python -m pytest -m "not slow" -n $(JOBS)
+
+test-newest: .venv-newest/installed  ## the tests on the newest torch (several GB)
+	$(NEWEST_BIN)/python -m pytest -m "not slow" -n $(JOBS)
 
 lint: .venv/installed  ## ruff, mypy and the vocabulary
 	$(BIN)/ruff check .
@@ -59,7 +63,7 @@ wheel: .venv/installed  ## the package, into dist/
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf .venv .venv-lowest dist out .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-lowest .venv-newest dist out .mypy_cache .pytest_cache .ruff_cache
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -76,6 +80,13 @@ clean:
 	grep -v -E "^(numpy|torch)==" constraints.txt > .venv-lowest/constraints.txt
 	$(LOWEST_BIN)/python -m pip install -c .venv-lowest/constraints.txt \
 		"torch==2.1.0" "numpy<2" -e ".[test]"
+	touch $@
+
+# The same versions of everything else.
+.venv-newest/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-newest
+	grep -v "^torch==" constraints.txt > .venv-newest/constraints.txt
+	$(NEWEST_BIN)/python -m pip install -c .venv-newest/constraints.txt -e ".[dev]"
 	touch $@
 
 # The last TorchJD whose Gramians are generalized, for tests/test_migration.py, beside the one in .venv.
