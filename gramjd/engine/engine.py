@@ -64,7 +64,7 @@ class Engine:
             fit into memory. ``"ops"``: the ops that the forward pass ran. ``"functional"``: a replay of a
             module call under ``vmap(vjp)``. ``"rows"``: one backward pass for each row of ``J``.
         memory_budget: bytes of working memory that the products of :meth:`compute_gramian` may use beside
-            the result; ``None``: a share of the free memory.
+            the result, and that the factors of :meth:`backward` may take; ``None``: parts of the free memory.
         accumulate_dtype: the dtype in which products are added up, and of the Gramian; ``None``: float32
             for parameters in float16 or bfloat16, else the dtype of the parameters.
         ways: deprecated, the former name of ``strategies``.
