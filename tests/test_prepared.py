@@ -19,7 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gramjd
 from gramjd import Engine, prepared
+from gramjd.blocks import Block
 from gramjd.prepared import Prepared, record
+from gramjd.uses.use import Use
 
 Given = Sequence[Any]
 
@@ -401,6 +403,31 @@ def test_steps_of_a_transform() -> None:
         for name, rows in dense.items():
             assert_close(found[name], torch.tensordot(weights, rows, 1))
     assert len(prepared.all_ops()) == 3  # blocks, Gramian, weighted gradient
+
+
+def test_uses_beside_those_of_derived_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what shares a parameter with a weight expression is built anew in each step."""
+    shapes = {"table": (5, 4), "first": (4, 4), "bias": (4,), "shared": (4,), "last": (3, 4)}
+    built, block = [], Use.block
+
+    def func(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        h = torch.tanh(F.linear(x, p["first"], p["bias"])) + p["table"][:3].sin() * p["shared"]
+        return F.linear(h * p["shared"], p["last"]).square().sum(0)
+
+    def counted(use: Use, which: int) -> Block:
+        built.append(use.record.origin)
+        return block(use, which)
+
+    monkeypatch.setattr(Use, "block", counted)
+    for step in range(8):
+        params = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+        x = torch.randn(6, 3, 4, dtype=torch.float64)
+        built.clear()
+        found = gramjd.gramian(func, check="never")(params, x)
+        assert ("linear" in built) == (step <= prepared.OFTEN) and "Tensor.mul" in built, built
+        leaves = {name: p.requires_grad_() for name, p in params.items()}
+        outputs = torch.stack([func(leaves, one) for one in x])
+        assert_close(found, dense_gramian(outputs, leaves.values()))
 
 
 def test_settings_of_an_op_are_part_of_the_key() -> None:

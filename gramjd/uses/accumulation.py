@@ -15,7 +15,7 @@ from gramjd.blocks import Block, Structure, flatten, spread, unflatten
 from gramjd.internals import is_dynamo_tracing
 from gramjd.rounding import tolerance
 from gramjd.rules.structure import EXPANDS, LINEAR, At, pull_back, pull_back_all
-from gramjd.uses.use import Derived, Source, Use
+from gramjd.uses.use import Derived, Source, Use, roots
 
 Found = dict[int, list[Block]]  # by id of the parameter
 Pending = dict[int, list[list[Block]]]  # by id of a derived tensor's record, for each of its outputs
@@ -33,13 +33,46 @@ def blocks_of(
     uses sent is taken if it adds up to them, since it is factored. Errors of rules go to ``failed``
     with what the block would have been of, if that is given.
     """
+    plain, rest = _apart(uses)
+    known = None if not plain or failed is not None or is_dynamo_tracing() else _prepared(plain, parameters)
     found: Found = {id(parameter): [] for parameter in parameters}
-    if not [use for use in uses if not use.record.plain]:
-        known = None if failed is not None or is_dynamo_tracing() else _prepared(uses, parameters)
-        if known is not None:
-            return known
-        _of_parameters(uses, found, failed)
-        return [found[id(parameter)] for parameter in parameters]
+    if known is None:
+        _of_parameters(plain, found, failed)
+    else:
+        found = dict(zip(found, known, strict=True))
+    if rest:
+        _through_derived(rest, found, failed)
+    return [found[id(parameter)] for parameter in parameters]
+
+
+def _apart(uses: Sequence[Use]) -> tuple[Sequence[Use], Sequence[Use]]:
+    """The uses of parameters of which nothing is derived, and all others."""
+    derived = [use for use in uses if not use.record.plain]
+    if not derived:
+        return uses, ()
+    sources: dict[int, set[int]] = {}  # ids of the parameters behind each record, by its id
+    for use in uses:
+        mine = sources[id(use.record)] = set()
+        for slot in use.record.slots:
+            if isinstance(slot.source, Derived):
+                mine |= sources.get(id(slot.source.record)) or roots(slot.source)
+            else:
+                mine.add(id(slot.source))
+    reached = set().union(*[sources[id(use.record)] for use in derived])
+    before = 0
+    while before < len(reached):  # a use may have slots of both kinds of parameters
+        before = len(reached)
+        for mine in sources.values():
+            if not mine.isdisjoint(reached):
+                reached |= mine
+    plain = [use for use in uses if sources[id(use.record)].isdisjoint(reached)]
+    return plain, [use for use in uses if not sources[id(use.record)].isdisjoint(reached)]
+
+
+def _through_derived(
+    uses: Sequence[Use], found: Found, failed: Callable[[Source, Exception], None] | None
+) -> None:
+    """Blocks of uses some of which are of derived tensors, into ``found``."""
     pending: Pending = {id(use.record): [[] for _ in use.cs] for use in uses if _is_pending(use)}
     repeated = {id(use.record) for use in uses if _is_repeated(use)}
     for use in reversed(uses):
@@ -59,7 +92,6 @@ def blocks_of(
                 failed(slot.source, error)
                 continue
             _deliver(slot.source, blocks, found, pending)
-    return [found[id(parameter)] for parameter in parameters]
 
 
 def _prepared(uses: Sequence[Use], parameters: Sequence[Tensor]) -> list[list[Block]] | None:
