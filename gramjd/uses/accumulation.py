@@ -33,23 +33,22 @@ def blocks_of(
     uses sent is taken if it adds up to them, since it is factored. Errors of rules go to ``failed``
     with what the block would have been of, if that is given.
     """
-    plain, rest = _apart(uses)
+    derived = [use for use in uses if not use.record.plain]
+    plain, rest = _apart(uses, derived) if derived else (uses, ())
     known = None if not plain or failed is not None or is_dynamo_tracing() else _prepared(plain, parameters)
     found: Found = {id(parameter): [] for parameter in parameters}
     if known is None:
         _of_parameters(plain, found, failed)
+    elif not rest:
+        return known
     else:
         found = dict(zip(found, known, strict=True))
-    if rest:
-        _through_derived(rest, found, failed)
+    _through_derived(rest, found, failed)
     return [found[id(parameter)] for parameter in parameters]
 
 
-def _apart(uses: Sequence[Use]) -> tuple[Sequence[Use], Sequence[Use]]:
+def _apart(uses: Sequence[Use], derived: Sequence[Use]) -> tuple[Sequence[Use], Sequence[Use]]:
     """The uses of parameters of which nothing is derived, and all others."""
-    derived = [use for use in uses if not use.record.plain]
-    if not derived:
-        return uses, ()
     sources: dict[int, set[int]] = {}  # ids of the parameters behind each record, by its id
     for use in uses:
         mine = sources[id(use.record)] = set()
