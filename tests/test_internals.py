@@ -560,6 +560,20 @@ def taps() -> None:
     assert_close(gradient, torch.full((3,), 2.0, dtype=x.dtype))
 
 
+@contract("item_writes")
+def counted_items() -> None:
+    assert internals.item_writes() == 0
+
+    def function(x: Tensor) -> tuple[Tensor, int]:
+        y = x * 1
+        before = internals.item_writes()
+        y[0] = 1
+        y[1] = 2
+        return y, internals.item_writes() - before
+
+    assert torch.compile(function, backend="eager", fullgraph=True)(torch.zeros(3))[1] == 2
+
+
 @contract("saved_tensors_hook")
 def saved_hooks() -> None:
     assert internals.saved_tensors_hook() is None

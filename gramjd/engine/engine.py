@@ -293,7 +293,9 @@ class Engine:
         if group is not None:
             raise ValueError("A sketched Gramian is of one process: leave group out.")
         rows = self._streamed(output, SketchSum(projection, self._options)).to(output.device)
-        if not bool(torch.isfinite(rows).all() & torch.isfinite(output.detach()).all()):
+        if not bool(torch.isfinite(output.detach()).all()) and not self._registry.shards.units:
+            raise finite.of_output(output, self._batch_dim)
+        if not bool(torch.isfinite(rows).all()):
             raise finite.unexplained("sketched Gramian")
         found = SketchedGramian(rows, projection.error)
         return found.flatten() if flat else found

@@ -77,7 +77,7 @@ class PerSampleMode(Tracker):
         for parameter, tensor, source in zip(wrapped, raw, sources, strict=True):
             self.sources[id(parameter)] = source
             self.below[id(parameter)] = tensor
-        self.shared = shared  # no batch: every tensor is "the sample", nothing is derived
+        self.derives = not shared  # without a batch every tensor is "the sample"
         self.level = innermost_level()
         self.guard: Guard | None = None
         self.trace = Trace()
@@ -141,12 +141,12 @@ class PerSampleMode(Tracker):
     def record(self, op: Any, args: Any, kwargs: dict[str, Any], derived: bool) -> tuple[Any, Record | None]:
         if innermost_level() != self.level:  # inside a transform of the function's own
             return op(*args, **kwargs), None
-        if is_inplace(op):
-            if id(args[0]) in self.sources:
+        if is_inplace(op) or op is Tensor.__setitem__ or kwargs.get("inplace"):
+            if id(args[0] if args else kwargs.get("input")) in self.sources:
                 raise NotImplementedError(_INPLACE.format(op=getattr(op, "__name__", op)))
             return op(*args, **kwargs), None
         known = describe if self.known_calls is None else self.known_calls.describe
-        record, leaves = known(op, args, kwargs, self.sources, derived and not self.shared)
+        record, leaves = known(op, args, kwargs, self.sources, derived and self.derives)
         if record.derived:
             return self._derive(op, args, kwargs, record, leaves)
         out = None

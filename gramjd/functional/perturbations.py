@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gramjd import pytree
 from gramjd.functional.per_sample_mode import Function, PerSampleMode, Run, basis
-from gramjd.internals import constant_in_graphs
+from gramjd.internals import constant_in_graphs, item_writes
 from gramjd.rules import tensors_of
 from gramjd.uses.use import Record, roots
 
@@ -37,13 +37,18 @@ class _PerturbationMode(PerSampleMode):
         self.marked: list[tuple[torch.Size, torch.dtype, torch.device]] = []
         self.tracked: list[bool] = []  # what ops on tracked tensors alone returned
         self.opened: set[int] = set()  # parameters that an op without a rule received, by id
+        self.items = 0  # writes of items that the mode was shown
+        self.flagged = False  # has an op with a tracked tensor a flag by position, which may mean "in place"?
+        self.derives = self.derives and (first is None or first.derives)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.items += func is Tensor.__setitem__
         if _is_unflatten(func):  # it calls the method of a class above, which cannot be traced
             func = torch.unflatten
         return super().__torch_function__(func, types, args, kwargs)
 
     def record(self, op: Any, args: Any, kwargs: dict[str, Any], derived: bool) -> tuple[Any, Record | None]:
+        self.flagged = self.flagged or any(flag is True for flag in args)
         out, record = super().record(op, args, kwargs, derived)
         if record is None and any(t.requires_grad for t in tensors_of(out)):
             for leaf in pytree.leaves([*args, *kwargs.values()]):
@@ -72,10 +77,17 @@ def by_perturbations(function: Function, raw: Sequence[Tensor], batch: Sequence[
                      ) -> Run:  # fmt: skip
     """Run a function of one sample; ``given`` are cotangents of its outputs (empty: all entries)."""
 
-    def ask(wanted: Sequence[int]) -> tuple[_PerturbationMode, bool]:
-        return _first_run(function, raw, batch, shared, batch_independent, wanted)
+    derives = True
 
+    def ask(wanted: Sequence[int]) -> tuple[_PerturbationMode, bool]:
+        return _first_run(function, raw, batch, shared, batch_independent, wanted, derives)
+
+    before = item_writes()
     first, depends = ask(range(len(raw)))
+    hidden = item_writes() - before > first.items
+    if first.derives and (first.flagged or hidden):  # perhaps something has written into what is derived
+        derives = False
+        first, depends = ask(range(len(raw)))
     is_open = [id(p) in first.opened for p in first.bare_parameters]
     if depends:
         unseen = [n for n, known in enumerate(is_open) if not known]
@@ -106,7 +118,7 @@ def by_perturbations(function: Function, raw: Sequence[Tensor], batch: Sequence[
 
 
 def _first_run(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor], shared: bool,
-               batch_independent: Sequence[Tensor], wanted: Sequence[int],
+               batch_independent: Sequence[Tensor], wanted: Sequence[int], derives: bool,
                ) -> tuple[_PerturbationMode, bool]:  # fmt: skip
     """Run with gradients for some parameters; return the run, and whether the outputs depend on them."""
     seen: list[tuple[_PerturbationMode, bool]] = []
@@ -116,6 +128,7 @@ def _first_run(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor
         for number, tensor in zip(wanted, wrapped, strict=True):
             mine[number] = _fresh(tensor)
         watch = _PerturbationMode(mine, bare, shared, batch_independent)
+        watch.derives = watch.derives and derives
         with watch:
             outputs, _ = function(mine, batch)
         seen.append((watch, any(out.requires_grad for out in outputs)))

@@ -72,6 +72,7 @@ from gramjd.internals.tracing import (
     innermost_mode,
     is_compiling,
     is_dynamo_tracing,
+    item_writes,
     unfused_attention,
     unseen_by_modes,
 )
@@ -147,6 +148,7 @@ __all__ = [
     "is_view",
     "is_watched",
     "is_wrapped",
+    "item_writes",
     "leaf_of",
     "learns_static_graph",
     "losses_of_stack",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -21,6 +22,18 @@ def constant_in_graphs(function: F) -> F:
     """Decorator, as ``torch.compiler.assume_constant_result``, but without the import that this costs."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+@constant_in_graphs
+def item_writes() -> int:
+    """The number of writes of items in the graph that Dynamo traces; torch 2.14 shows modes none of them."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        translator = InstructionTranslator.current_tx()
+    except AttributeError:  # something else compiles
+        return 0
+    return sum(node.target is operator.setitem for node in translator.output.graph.nodes)
 
 
 # A context in which no mode sees what is asked of tensors.
