@@ -6,13 +6,11 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
-import torch
+from oracle import OLD
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gramjd import pytree
-
-OLD = torch.__version__.startswith("2.1.")
 
 
 class Allocations(TorchDispatchMode):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import OLD
 from torch import Tensor, nn
 
 import gramjd
@@ -208,6 +209,7 @@ def test_a_pytree_like_the_parameters() -> None:
         assert found["w"].dtype == torch.float32
 
 
+@pytest.mark.skipif(OLD, reason="torch 2.1 crashes on weak references to storages")
 def test_one_parameter_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows of a parameter are gone when those of the next are built."""
     lazy, _ = jacobian()

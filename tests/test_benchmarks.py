@@ -12,12 +12,14 @@ import pytest
 import torch
 from oracle import assert_close, dense_gramian, dense_jacobian
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import gramjd
+from gramjd import pytree
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # of the benchmarks, which are not installed
+
+pytest.importorskip("torch.nn.attention")  # of torch 2.3
 
 from benchmarks import gpu, host_work, memory, report, runner, sketch_peers  # noqa: E402
 from benchmarks.cases import CASES, REAL, SMALL, make  # noqa: E402
@@ -283,8 +285,8 @@ class _Factories(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        on_cpu = [x for x in tree_leaves(found) if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
+        given = [x for x in pytree.leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        on_cpu = [x for x in pytree.leaves(found) if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
         if not given and any(x.numel() > 1 for x in on_cpu):
             self.made.append(func.name())
         return found

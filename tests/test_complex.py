@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from exactness import Net, draw
-from oracle import assert_close, assert_symmetric, dense_gramian
+from oracle import OLD, assert_close, assert_symmetric, dense_gramian
 from torch import Tensor, nn
 
 import gramjd
@@ -159,6 +159,8 @@ def test_transforms(shapes: Sequence[tuple[int, ...]], function: Function, of: b
 @cases
 def test_engine(shapes: Sequence[tuple[int, ...]], function: Function, of: bool) -> None:
     """Op by op, and without rows one at a time."""
+    if OLD and function in (COMPLEX["slice"][1], EITHER["matrix exponential"]):
+        pytest.skip("modes of torch 2.1 see no slices")
     names = [f"p{n}" for n in range(len(shapes))]
     model = Net(lambda m, x: function(*(getattr(m, name) for name in names), x))
     for name, shape in zip(names, shapes, strict=True):

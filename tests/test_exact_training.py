@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from exactness import Net, check, draw, parameter
-from oracle import assert_close, dense_gramian
+from oracle import OLD, assert_close, dense_gramian
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -19,7 +19,6 @@ from gramjd import Engine
 from gramjd.engine.recording.compiled import StandIn
 
 B, D = 6, 4
-OLD = torch.__version__.startswith("2.1.")
 
 
 def net() -> nn.Sequential:
@@ -32,9 +31,11 @@ def losses_on(x: Tensor) -> Callable[[nn.Module], Tensor]:
 
 # Wrappers.
 
+NEEDS_HOOKS = pytest.mark.skipif(OLD, reason="Dynamo of torch 2.1 fails on modules that have hooks")
 DYNAMOS_OWN = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
+@NEEDS_HOOKS
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_model(backend: str) -> None:
     """``OptimizedModule``: its call is replayed; nothing of the recording is compiled."""
@@ -55,6 +56,7 @@ def test_a_compiled_model_under_autocast(batch_dim: int | None) -> None:
     check(model, losses, batch_dims=[batch_dim], tolerance=2 * torch.finfo(torch.bfloat16).eps)
 
 
+@NEEDS_HOOKS
 @DYNAMOS_OWN
 def test_a_compiled_part() -> None:
     torch._dynamo.reset()
@@ -62,7 +64,7 @@ def test_a_compiled_part() -> None:
     check(model.double(), losses_on(draw(B, D)))
 
 
-@pytest.mark.skipif(OLD, reason="Dynamo of torch 2.1 fails on modules that have hooks")
+@NEEDS_HOOKS
 def test_an_engine_inside_a_compiled_model() -> None:
     """Hooks inside a compiled call do nothing, and break no graph: rows."""
     torch._dynamo.reset()
@@ -71,7 +73,7 @@ def test_an_engine_inside_a_compiled_model() -> None:
     check(model, lambda _: compiled(x).square().sum(1), rows=["weight", "bias"])
 
 
-@pytest.mark.skipif(OLD, reason="Dynamo of torch 2.1 fails on modules that have hooks")
+@NEEDS_HOOKS
 @pytest.mark.parametrize("fullgraph", [False, True])
 @pytest.mark.parametrize("which", ["root", "part", "both"])
 @DYNAMOS_OWN
@@ -93,7 +95,7 @@ def test_a_model_compiled_in_place(which: str, fullgraph: bool) -> None:
     assert [module._compiled_call_impl for module in compiled] == calls
 
 
-@pytest.mark.skipif(OLD, reason="Dynamo of torch 2.1 fails on modules that have hooks")
+@NEEDS_HOOKS
 @DYNAMOS_OWN
 def test_a_model_compiled_in_place_after_its_engine_was_made() -> None:
     """Its first call cannot be seen: rows. Those after it are; those of a part always were."""
@@ -113,7 +115,7 @@ def test_a_model_compiled_in_place_after_its_engine_was_made() -> None:
     assert not any(isinstance(m._compiled_call_impl, StandIn) for m in (model, model[1]))
 
 
-@pytest.mark.skipif(OLD, reason="Dynamo of torch 2.1 fails on modules that have hooks")
+@NEEDS_HOOKS
 def test_a_compiled_function_inside_a_model() -> None:
     """Its graph is that without an engine; what it uses is replayed with the call of its module."""
     torch._dynamo.reset()
@@ -124,6 +126,7 @@ def test_a_compiled_function_inside_a_model() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@NEEDS_HOOKS
 @DYNAMOS_OWN
 def test_two_engines_that_see_one_opaque_call() -> None:
     """It is marked once: without a check of the total, what two marks give would be added up."""

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from exactness import Net, draw, parameter
-from oracle import assert_close, dense_gramian
+from oracle import OLD, assert_close, dense_gramian
 from torch import Tensor, nn
 from torch.autograd.forward_ad import dual_level, make_dual
 from torch.overrides import TorchFunctionMode
@@ -25,7 +25,6 @@ from torch.utils.checkpoint import checkpoint
 import gramjd
 from gramjd import Engine, internals
 
-OLD = tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 2)
 ROOT = Path(gramjd.__file__).parent
 CONTRACTS: dict[str, Callable[[], None]] = {}
 
@@ -328,7 +327,8 @@ def ops_with_fixed_results() -> None:
     mask = torch.tensor([True, False])
     assert internals.is_fixed(aten.index.Tensor, (draw(2), [None, torch.tensor([0])]))
     assert not internals.is_fixed(aten.index.Tensor, (draw(2), [mask]))
-    assert not internals.is_fixed(torch.cond, ())  # of higher order
+    if not OLD:
+        assert not internals.is_fixed(torch.cond, ())  # of higher order
 
 
 @contract("written")
@@ -563,6 +563,8 @@ def taps() -> None:
 @contract("item_writes")
 def counted_items() -> None:
     assert internals.item_writes() == 0
+    if OLD:  # whose Dynamo traces no transform of ours
+        return
 
     def function(x: Tensor) -> tuple[Tensor, int]:
         y = x * 1

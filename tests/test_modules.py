@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import assert_close, dense_gramian
+from oracle import OLD, assert_close, dense_gramian
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -73,7 +73,6 @@ def convolutions() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]
     return found
 
 
-OLD = torch.__version__.startswith("2.1.")
 TOKENS, IMAGE, IDS = (3, 4), (4, 3, 3), (5,)
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     **convolutions(),
@@ -110,7 +109,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "class token": (used((1, 1, 4), lambda p, x: torch.cat([p.expand(len(x), -1, -1), x], 1)), TOKENS),
     "stacked": (used((4,), lambda p, x: torch.stack([p.expand_as(x), x], 1)), (4,)),
 }  # fmt: skip
-if not OLD:
+if OLD:
+    del CASES["instance norm, statistics"]  # its own op writes into what it saved
+else:
     CASES["rms norm"] = (lambda: nn.RMSNorm(4), TOKENS)
     CASES["rms norm, not affine"] = (lambda: nn.RMSNorm(4, elementwise_affine=False), TOKENS)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from exactness import draw, nodes
 from node_programs import ELSEWHERE, IN_FLOAT32, PROGRAMS, Program
-from oracle import assert_close, dense_gramian
+from oracle import OLD, assert_close, dense_gramian
 from test_proofs import WHOLE
 from torch import Tensor, nn
 
@@ -21,6 +21,11 @@ STEPS = 4
 WITHOUT_DERIVATIVE = {  # so that no sample reaches what is before them, and nothing can be proven
     f"{name}Backward" for name in ("Ceil", "Floor", "Round", "Sgn", "Sign", "Trunc", "Fill", "Zero")
 } | {"AffineGridGeneratorBackward"}
+LACKING = ("SafeSoftmax", "UnsafeMaskedIndex", "UnsafeMaskedIndexPutAccumulate", "RreluWithNoiseFunctional")
+if OLD:
+    for kind in LACKING:
+        del PROGRAMS[f"{kind}Backward"]
+    del PROGRAMS["ConvolutionBackward"]["moved 4"]  # refused, where all layouts are measured
 CASES = [(kind, name) for kind, programs in PROGRAMS.items() for name in programs]
 
 
@@ -62,7 +67,10 @@ def test_data_that_move_between_steps(kind: str, name: str) -> None:
     before = [
         nodes(model(step)) for step in range(STEPS)
     ]  # without an engine; the parameters come into being
-    assert kind in {bare(node) for node in set().union(*before)} | set().union(*before)
+    known = {bare(node) for node in set().union(*before)} | set().union(*before)
+    if OLD and kind not in known:
+        pytest.skip("torch 2.1 has other nodes for it")
+    assert kind in known
     engine = Engine(model, batch_dim=0, audit=None)  # what is trusted must be right by itself
     found: list[str] = []
     for step in (*range(STEPS), 0):
@@ -88,6 +96,7 @@ def test_data_that_move_between_steps(kind: str, name: str) -> None:
         assert WHOLE in evidence or any(other in evidence for other in others)
 
 
+@pytest.mark.skipif(OLD, reason="other ops have other nodes")
 @pytest.mark.filterwarnings("ignore")
 def test_every_listed_type_has_a_program() -> None:
     """A type that this version of torch lacks needs none, nor one that only other devices have."""

@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_close, dense_gramian
+from oracle import OLD, assert_close, dense_gramian
 from torch import Tensor, nn
 from torch.autograd.forward_ad import dual_level
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -405,6 +405,7 @@ def test_steps_of_a_transform() -> None:
     assert len(prepared.all_ops()) == 3  # blocks, Gramian, weighted gradient
 
 
+@pytest.mark.skipif(OLD, reason="torch 2.1 does not show slices: their uses have no records")
 def test_uses_beside_those_of_derived_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what shares a parameter with a weight expression is built anew in each step."""
     shapes = {"table": (5, 4), "first": (4, 4), "bias": (4,), "shared": (4,), "last": (3, 4)}

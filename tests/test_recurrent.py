@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import assert_close, dense_gramian
+from oracle import OLD, assert_close, dense_gramian
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -294,7 +294,7 @@ def test_transforms_take_the_closed_form_and_compose(kind: type[nn.RNNBase], clo
 
 
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
-@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("learned", [False] if OLD else [False, True])  # modes of torch 2.1 see no start[0]
 def test_first_states(kind: type[nn.RNNBase], learned: bool, closed: Counted) -> None:
     """Of another network, and of parameters: these take a replay step by step, which shows their uses."""
 

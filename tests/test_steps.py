@@ -9,9 +9,16 @@ import steps_modes  # noqa: F401
 import steps_ragged  # noqa: F401
 import steps_sizes  # noqa: F401
 import steps_values  # noqa: F401
+from oracle import OLD
 from steps import FAMILIES, ORDERS, judge, preparing, projecting
 
-CASES = [(name, batch_dim) for name, this in FAMILIES.items() for batch_dim in this.batch_dims]
+LACKING = {"nested tensors", "samples chosen by aminmax"} if OLD else set()  # no jagged layout, no derivative
+CASES = [
+    (name, batch_dim)
+    for name, this in FAMILIES.items()
+    for batch_dim in this.batch_dims
+    if name not in LACKING
+]
 
 
 @pytest.mark.parametrize("order", list(ORDERS))

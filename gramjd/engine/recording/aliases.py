@@ -15,8 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramjd.internals import memory_of, version_kept
+from gramjd.errors import NotCoveredError
+from gramjd.internals import base_of, memory_of, version_kept, version_of
 from gramjd.uses.tracker import is_inplace
+
+_UNSEEN = (
+    "A tensor of shape {} that is computed from parameters, or a view of it, was written in place by what "
+    "Python code does not see: a compiled function, an op of C++ (on torch 2.1 also an index of integers and "
+    "slices). Gradients would miss this. Write into a clone, tensor.clone(), or outside of that op."
+)
 
 
 class _Renewed(torch.autograd.Function):
@@ -46,10 +53,13 @@ class Aliases:
         self.groups: dict[int, list[tuple[Tensor, Tensor]]] = {}  # with a node, as the op returned it
         self.originals: dict[int, Tensor] = {}  # of those with a node, by id
         self.stale: dict[int, Tensor] = {}  # the same of those that were written into: no longer followed
+        self.versions: dict[int, int] = {}  # of each memory: writes into it that were seen, or came before
 
     def add(self, marked: Tensor, original: Tensor) -> None:
         """Remember a tensor with a node, and the same without."""
-        self.groups.setdefault(memory_of(marked), []).append((marked, original))
+        memory = memory_of(marked)
+        self.groups.setdefault(memory, []).append((marked, original))
+        self.versions.setdefault(memory, version_of(marked))
         if marked is not original:
             self.originals[id(marked)] = original
 
@@ -62,8 +72,25 @@ class Aliases:
         """The tensors that share a tensor's memory, each with its original."""
         return self.groups.get(memory_of(target), [])
 
+    def refuse_unseen_writes(self, target: Tensor | None = None) -> None:
+        """Raise where tensors that share memory were written into by what no mode sees.
+
+        Or are about to be: the ``target`` of a write may be a view that no mode saw.
+
+        Raises:
+            NotCoveredError: the history of some is not that of their values, in the user's graph either.
+        """
+        base = None if target is None else base_of(target)
+        for memory, group in self.groups.items():
+            shared = len(group) > 1 or group[0][0] is not group[0][1]
+            unseen = shared and version_of(group[0][0]) != self.versions[memory]
+            if unseen or any(base is marked and marked is not original for marked, original in group):
+                self.groups.clear()  # or the end of the call would raise it again
+                raise NotCoveredError(_UNSEEN.format(list(group[0][0].shape)))
+
     def renew(self, group: list[tuple[Tensor, Tensor]]) -> None:
         """Give all tensors of a group the history that autograd knows, after a write into one of them."""
+        self.versions[memory_of(group[0][0])] = version_of(group[0][0])
         if not torch.is_grad_enabled():
             return
         for marked, original in group:

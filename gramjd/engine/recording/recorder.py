@@ -123,6 +123,7 @@ class Recorder(Tracker):
     def _write(self, func: Any, types: Any, args: Any, kwargs: dict[str, Any], target: Tensor,
                group: list[tuple[Tensor, Tensor]]) -> Any:  # fmt: skip
         """Call an op that writes into memory that tensors with nodes share."""
+        self.aliases.refuse_unseen_writes(target)
         for marked, _ in group:  # what is known of them is no longer so
             lose(marked, "was written into after it was computed")
             self.sources.pop(id(marked), None)
@@ -285,6 +286,7 @@ class Recorder(Tracker):
             self.calls[-1][1].update(hidden)
         if outermost:
             self.switch_off()
+            self.aliases.refuse_unseen_writes()
         elif self.opaque is not None:
             self.resume()
 
