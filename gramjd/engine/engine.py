@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from types import NoneType
 from typing import Any, overload
 
 import torch
@@ -101,12 +102,7 @@ class Engine:
                 stacklevel=2,
             )
             strategies = ways
-        if check not in ("first", "always", "never"):
-            raise ValueError(f"check must be 'first', 'always' or 'never', not {check!r}.")
-        if audit is not None and (not isinstance(audit, int) or audit < 1):
-            raise ValueError(f"audit must be a positive number of calls, or None, not {audit!r}.")
-        if not strategies or not set(strategies) <= set(STRATEGIES):
-            raise ValueError(f"strategies must be some of {tuple(STRATEGIES)}, not {strategies!r}.")
+        _refuse_options(check, audit, strategies)
         self._modules, self._recurse, self._batch_dim = found, recurse, batch_dim
         self._check, self._audit = check, audit
         self._strategies = tuple([each for each in STRATEGIES if each in strategies])
@@ -185,10 +181,10 @@ class Engine:
             _refuse_empty(output)
         if sketch is not None:
             return self._sketched(output, Projection.of(sketch), flat, group)
-        if group is not None:
-            gramian = self._gramian_of_ranks(self._jacobian_of_ranks(output, group), None, group, rows)
-        else:
+        if group is None:
             gramian = self._streamed(output, GramianSum(self._options))
+        else:
+            gramian = self._gramian_of_ranks(self._jacobian_of_ranks(output, group), None, group, rows)
         finite_output = torch.isfinite(output.detach()).all().to(gramian.device)
         right = torch.isfinite(gramian).all() & finite_output
         if group is not None and rows == "local":  # where one rank raises, all do
@@ -518,16 +514,16 @@ def _parse(modules: Sequence[Any], batch_dim: Any) -> tuple[list[nn.Module], boo
     """The modules, whether they mean their subtrees, and the batch dimension."""
     positional = list(modules)
     if batch_dim is _NOT_GIVEN:
-        if len(positional) < 2 or not (positional[-1] is None or isinstance(positional[-1], int)):
+        if len(positional) < 2 or not isinstance(positional[-1], (int, NoneType)):
             raise TypeError(
                 "Engine needs a batch_dim: the dimension of the outputs that holds independent samples "
                 "(usually 0), or None if there is none."
             )
         batch_dim = positional.pop()
-    if batch_dim is not None and not isinstance(batch_dim, int):
+    if not isinstance(batch_dim, (int, NoneType)):
         raise TypeError(f"batch_dim must be an int or None, not {batch_dim!r}.")
-    recurse = all(isinstance(m, nn.Module) for m in positional)
-    if not recurse and len(positional) == 1 and isinstance(positional[0], Iterable):
+    one_iterable = len(positional) == 1 and not isinstance(positional[0], nn.Module)
+    if one_iterable and isinstance(positional[0], Iterable):
         positional = list(positional[0])
     for module in positional:
         if not isinstance(module, nn.Module):
@@ -536,7 +532,17 @@ def _parse(modules: Sequence[Any], batch_dim: Any) -> tuple[list[nn.Module], boo
             )
     if not positional:
         raise ValueError("Engine needs at least one module.")
-    return list(dict.fromkeys(positional)), recurse, batch_dim
+    return list(dict.fromkeys(positional)), not one_iterable, batch_dim
+
+
+def _refuse_options(check: Any, audit: Any, strategies: Sequence[str]) -> None:
+    """Raise ``ValueError`` for options that an engine does not have."""
+    if check not in ("first", "always", "never"):
+        raise ValueError(f"check must be 'first', 'always' or 'never', not {check!r}.")
+    if audit is not None and (not isinstance(audit, int) or audit < 1):
+        raise ValueError(f"audit must be a positive number of calls, or None, not {audit!r}.")
+    if not strategies or not set(strategies) <= set(STRATEGIES):
+        raise ValueError(f"strategies must be some of {tuple(STRATEGIES)}, not {strategies!r}.")
 
 
 def _rebuild(modules: Sequence[Any], keywords: dict[str, Any]) -> Engine:
@@ -564,16 +570,17 @@ _LATE = (
 def _warn_of_rows(problem: Problem, program: Program, closed: bool) -> None:
     """Say which parameters need per-row backward passes, and why."""
     slow = [name for name, p in problem.parameters.items() if program.strategies[id(p)] == "rows"]
-    if slow:
-        cause = program.causes.get(id(problem.parameters[slow[0]]), "it was not used in a registered module")
-        if not problem.graph.nodes:
-            cause = _CLOSED if closed else _LATE
-        elif any(node.differentiated for node in problem.graph.nodes):
-            cause = _DERIVATIVES
-        more = f" (and {len(slow) - 1} more)" if len(slow) > 1 else ""
-        warnings.warn(
-            f"The Jacobian of parameter {slow[0]!r}{more} is computed one row at a time, which is exact "
-            f"but slow, because {cause}.",
-            SlowPathWarning,
-            stacklevel=6,
-        )
+    if not slow:
+        return
+    cause = program.causes.get(id(problem.parameters[slow[0]]), "it was not used in a registered module")
+    if not problem.graph.nodes:
+        cause = _CLOSED if closed else _LATE
+    elif any(node.differentiated for node in problem.graph.nodes):
+        cause = _DERIVATIVES
+    more = f" (and {len(slow) - 1} more)" if len(slow) > 1 else ""
+    warnings.warn(
+        f"The Jacobian of parameter {slow[0]!r}{more} is computed one row at a time, which is exact "
+        f"but slow, because {cause}.",
+        SlowPathWarning,
+        stacklevel=6,
+    )

@@ -91,6 +91,8 @@ class Registry:
 
         Calls of scripted ones are left to the module that calls them: they take no hooks.
         """
-        below = self.modules if not self.recurse else (m for mine in self.modules for m in mine.modules())
-        found = dict.fromkeys(m for m in below if not self.recurse or next(m.parameters(), None) is not None)
-        return [m for m in found if not isinstance(m, torch.jit.ScriptModule)]  # these take no such hooks
+        found = self.modules
+        if self.recurse:
+            below = dict.fromkeys(m for mine in self.modules for m in mine.modules())
+            found = [m for m in below if next(m.parameters(), None) is not None]
+        return [m for m in found if not isinstance(m, torch.jit.ScriptModule)]

@@ -29,7 +29,6 @@ from gramjd.internals import (
     vmaps_in_progress,
 )
 from gramjd.rules import DECOMPOSITIONS, tensors_of
-from gramjd.rules.registry import op_name
 from gramjd.uses.known_calls import KnownCalls
 from gramjd.uses.tracker import QUESTIONS, Tracker, is_inplace
 from gramjd.uses.use import Record, describe
@@ -184,7 +183,7 @@ class PerSampleMode(Tracker):
         for record in self.trace.records:
             mine = [*islice(rest, len(record.saved))]
             if (record.derived or next(reached)) and True in mine:
-                raise RuntimeError(_WRITTEN.format(op=op_name(record.call.op)))
+                raise RuntimeError(_WRITTEN.format(op=record.origin))
 
     def _keep(self, record: Record, leaves: Sequence[Any], constants: list[Tensor], outputs: int) -> None:
         self.trace.records.append(record)

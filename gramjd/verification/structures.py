@@ -7,7 +7,7 @@ from collections.abc import Hashable
 from gramjd.functional.arguments import Arguments
 from gramjd.functional.capture import Captured
 from gramjd.internals import autocasts
-from gramjd.rules.registry import op_name, version
+from gramjd.rules.registry import version
 from gramjd.uses.use import Derived, kind
 
 
@@ -40,4 +40,4 @@ def structure(given: Arguments, found: Captured) -> Hashable:
 
 def ops_of(found: Captured) -> list[str]:
     """The names of the ops that received parameters, in order."""
-    return [op_name(use.record.call.op) for use in found.uses]
+    return [use.record.origin for use in found.uses]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,25 +30,23 @@ def reach(tensors: Sequence[Tensor], stops: Sequence[Tensor] = ()) -> Reach:
     """Walk from ``tensors`` to their leaves, but not beyond ``stops``."""
     ends = {(t.grad_fn, t.output_nr): id(t) for t in stops if t.grad_fn is not None}
     ids = {id(t) for t in stops if t.grad_fn is None}
-    leaves = {id(t): t for t in tensors if t.grad_fn is None and t.requires_grad}
-    outside = set(leaves)
-    met: set[int] = set()
-    seen: set[int] = set()
-    sparse = recorded = False
     starts = [(t.grad_fn, t.output_nr) for t in tensors if t.grad_fn is not None]
-    for node in _walk(starts, ends, met, through=True):
-        if type(node) is LEAF_TYPE:
-            leaves[id(leaf_of(node))] = leaf_of(node)
-        elif type(node) is NODE_TYPE:
-            recorded = True
-            seen |= _used(node)
-        sparse = sparse or bool(saved_value(node, "sparse"))
-    for node in _walk(starts, ends, met, through=False) if recorded else ():
-        if type(node) is LEAF_TYPE:
-            outside.add(id(leaf_of(node)))
+    own = {id(t): t for t in tensors if t.grad_fn is None and t.requires_grad}
+    met: set[int] = set()
+    nodes = list(_walk(starts, ends, met, through=True))
+    leaves = own | _leaves(nodes)
+    used = [_used(node) for node in nodes if type(node) is NODE_TYPE]
+    outside = own | _leaves(_walk(starts, ends, met, through=False) if used else ())
     met |= ids & leaves.keys()
     kept = {n: t for n, t in leaves.items() if n not in ids}
-    return Reach(kept, met, (seen & kept.keys()) - outside, sparse)
+    recorded = (set().union(*used) & kept.keys()) - outside.keys()
+    return Reach(kept, met, recorded, any(saved_value(node, "sparse") for node in nodes))
+
+
+def _leaves(nodes: Iterable[Any]) -> dict[int, Tensor]:
+    """The leaves among some nodes, by id."""
+    leaves = [leaf_of(node) for node in nodes if type(node) is LEAF_TYPE]
+    return {id(leaf): leaf for leaf in leaves}
 
 
 def _walk(starts: Sequence[Edge], ends: dict[Edge, int], met: set[int], through: bool) -> Iterator[Any]:

@@ -70,41 +70,43 @@ def separation_key(order: Sequence[Any], numbers: dict[Any, int], output: Shape,
             continue
         facts = facts_of(kind)
         if facts is None:
-            if _is_over_leaves(node):
-                continue
-            raise Unlisted(name_of_type(kind))
+            _refuse_unlisted(node)
+            continue
         for name in facts.attributes:
             value = getattr(node, name)
             parts.append(_hashable(value) if type(value) in _NESTED else value)
+        if facts.sizes is Sizes.ANY:
+            continue
+        inputs = [found[numbers[child]][n] for child, n in node.next_functions if child is not None]
         if facts.sizes is Sizes.RESHAPE:
-            child, number = node.next_functions[0]
-            token, those = _reshape(found[numbers[child]][number], mine[0], samples)
+            token, those = _reshape(inputs[0], mine[0], samples)
             for size, form in those:
                 forms.setdefault(size, set()).add(form)
-            parts.append(token)
-        elif facts.sizes is Sizes.INDEXED:
-            try:
-                parts.append(sources(node, len(mine[0])))
-            except RuntimeError as error:
-                raise Unlisted("IndexBackward0, whose indices were written in place") from error
-        elif facts.sizes is not Sizes.ANY:
-            inputs: tuple[Shape, ...] = ()
-            for child, number in node.next_functions:
-                if child is not None:
-                    inputs += (found[numbers[child]][number],)
-            parts.append(_sizes_of(node, facts, inputs, tuple(mine), samples))
+        else:
+            token = _sizes_of(node, facts, tuple(inputs), tuple(mine), samples)
+        parts.append(token)
     exact = any({"first", "last", "several"} <= form for form in forms.values())
     return tuple(parts), tuple(shapes) if exact else _canonical(tuple(shapes), samples)
 
 
-def _is_over_leaves(node: Any) -> bool:
-    """Whether only leaves are behind a node, which then lets no sample reach another."""
-    return all(child is None or type(child) is LEAF_TYPE for child, _ in node.next_functions)
+def _refuse_unlisted(node: Any) -> None:
+    """Raise for a node that nothing is known of, but where it can let no sample reach another.
+
+    Raises:
+        Unlisted: there are others than leaves behind it.
+    """
+    if not all(child is None or type(child) is LEAF_TYPE for child, _ in node.next_functions):
+        raise Unlisted(name_of_type(type(node)))
 
 
 def _sizes_of(node: Any, facts: NodeType, inputs: tuple[Shape, ...], outputs: tuple[Shape, ...],
               samples: int) -> Hashable:  # fmt: skip
     """The sizes at a node that belong to the key."""
+    if facts.sizes is Sizes.INDEXED:
+        try:
+            return sources(node, len(outputs[0]))
+        except RuntimeError as error:
+            raise Unlisted("IndexBackward0, whose indices were written in place") from error
     kind: Any = type(node)
     named = _hashable(getattr(node, facts.dims)) if facts.dims else None
     grouped = facts.sizes is Sizes.WINDOW and (saved_value(node, "groups") or 1) > 1
@@ -177,24 +179,13 @@ def _groups(before: Shape, after: Shape) -> list[tuple[Shape, Shape]] | None:
     if prod(before) != prod(after) or 0 in before:
         return None
     groups: list[tuple[Shape, Shape]] = []
-    i = j = 0
+    i = j = 0  # where the next group begins
     while i < len(before) or j < len(after):
-        ins: list[int] = []
-        outs: list[int] = []
-        if i < len(before):
-            ins.append(before[i])
-            i += 1
-        if j < len(after):
-            outs.append(after[j])
-            j += 1
-        while prod(ins) != prod(outs):
-            if prod(ins) < prod(outs):
-                ins.append(before[i])
-                i += 1
-            else:
-                outs.append(after[j])
-                j += 1
-        groups.append((tuple(ins), tuple(outs)))
+        k, n = min(i + 1, len(before)), min(j + 1, len(after))
+        while (difference := prod(before[i:k]) - prod(after[j:n])) != 0:
+            k, n = k + (difference < 0), n + (difference > 0)
+        groups.append((before[i:k], after[j:n]))
+        i, j = k, n
     return groups
 
 

@@ -82,9 +82,9 @@ class Aliases:
         """
         base = None if target is None else base_of(target)
         for memory, group in self.groups.items():
-            shared = len(group) > 1 or group[0][0] is not group[0][1]
-            unseen = shared and version_of(group[0][0]) != self.versions[memory]
-            if unseen or any(base is marked and marked is not original for marked, original in group):
+            apart = [marked for marked, original in group if marked is not original]
+            written = version_of(group[0][0]) != self.versions[memory] and (apart or len(group) > 1)
+            if written or any(base is marked for marked in apart):
                 self.groups.clear()  # or the end of the call would raise it again
                 raise NotCoveredError(_UNSEEN.format(list(group[0][0].shape)))
 
@@ -121,13 +121,11 @@ def replaced(tree: Any, others: dict[int, Tensor]) -> Any:
 
 def written(func: Callable[..., Any], args: Any, kwargs: Any) -> Tensor | None:
     """The tensor that an op is asked to write into, if there is one."""
-    target = None
-    if func is Tensor.__setitem__ or is_inplace(func):
-        target = args[0] if args else None
-    elif kwargs and kwargs.get("out") is not None:
-        target = kwargs["out"]
-    elif (kwargs and kwargs.get("inplace")) or _is_asked_to(func, args):
-        target = args[0] if args else kwargs.get("input")
+    first = args[0] if args else kwargs.get("input")
+    if func is Tensor.__setitem__ or is_inplace(func) or kwargs.get("inplace") or _is_asked_to(func, args):
+        target = first
+    else:
+        target = kwargs.get("out")
     return target if isinstance(target, Tensor) else None
 
 

@@ -36,7 +36,7 @@ class Node(torch.autograd.Function):
         ctx.differentiated = ctx.followed = False  # was a graph made of its gradients? see OpMark.follow
         ctx.received = None
         ctx.hooked, ctx.values = saved_tensors_hook() is not None, None
-        # not parameters themselves: what torch 2.1 unpacks of hooks takes those on parameters away when it dies
+        # not parameters themselves: hooks on them would die with what torch 2.1 unpacks
         ctx.save_for_backward(*([t.detach() for t in saved] if ctx.hooked else saved))
         ctx.set_materialize_grads(False)
         outputs = tensors[: len(tensors) // 2]

@@ -209,6 +209,8 @@ def mark_call(module: nn.Module, args: Any, kwargs: Any, out: Any, named: Mappin
 
 def is_markable(out: Any) -> bool:
     """Whether nodes can be put behind all tensors of an output that require gradients."""
+    if type(out) is Tensor and out.layout is torch.strided and not out.is_nested:  # most, in few calls
+        return True
     return all(has_plain_layout(t) for t in tensors_of(out) if t.requires_grad)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import FrameType, MethodWrapperType
 from typing import Any
 
@@ -42,9 +42,6 @@ from gramjd.uses.known_calls import KnownCalls
 from gramjd.uses.tracker import QUESTIONS, Tracker, is_inplace
 from gramjd.uses.use import Derived, Record, describe, roots
 
-_STRIDED = torch.strided
-_DROPOUTS = frozenset({F.dropout, F.dropout1d, F.dropout2d, F.dropout3d})
-
 _THREAD = threading.local()  # .recorder: the one switched on in this thread
 
 
@@ -70,30 +67,34 @@ class Recorder(Tracker):
         self.calls: list[tuple[nn.Module, set[int]]] = []  # in progress, and what they hide: see `hide`
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if is_dynamo_tracing():  # a compiled function inside a module: its graph is to be as without us
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         if (type(func) is MethodWrapperType or func in QUESTIONS) and not self.aliases.stale:
-            out = func(*args, **(kwargs or {}))  # here, as a call more takes as long
+            out = func(*args, **kwargs)  # here, as a call more takes as long
             if not isinstance(out, Tensor):
                 return out
         innermost = innermost_transform()  # every op comes by here: no call that can be spared
         if (innermost is not None or self.level) and is_elsewhere(self.level):
-            return self._stand_aside(func, args, kwargs or {})  # a node would be differentiated, or escape
+            return self._stand_aside(func, args, kwargs)  # a node would be differentiated, or escape
         if self.aliases.stale or ((kwargs or may_write(func)) and self.aliases.groups):
             args, kwargs, target, group = self._through_aliases(func, args, kwargs)
             if target is not None:
-                return self._write(func, types, args, kwargs or {}, target, group)
-        if func in _DROPOUTS and self.active:
-            func, args, kwargs = self._as_product(func, args, kwargs)
-        if func is Tensor.register_hook and args[0].grad_fn is not None:
-            self.hooks.append(HOOK)
+                return self._write(func, types, args, kwargs, target, group)
+        if func in _PREPARED:
+            func, args, kwargs = _PREPARED[func](self, func, args, kwargs)
         out = super().__torch_function__(func, types, args, kwargs)
-        if self.outer is not None and self.active and self._are_batch_independent((args, kwargs)):
-            self.known_around.update((id(t), t) for t in tensors_of(out))
+        if self.outer is not None and self.active:
+            self._know_inside(args, kwargs, out)
         return out
 
-    def _through_aliases(self, func: Any, args: Any, kwargs: Any
-                         ) -> tuple[Any, Any, Tensor | None, list[Any]]:  # fmt: skip
+    def _know_inside(self, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        """Note what is batch-independent inside a checkpoint because of what is so around it."""
+        if self._are_batch_independent((args, kwargs)):
+            self.known_around.update((id(t), t) for t in tensors_of(out))
+
+    def _through_aliases(self, func: Any, args: Any, kwargs: dict[str, Any]
+                         ) -> tuple[Any, dict[str, Any], Tensor | None, list[Any]]:  # fmt: skip
         """The arguments as they are now, what the op writes into, and the tensors with nodes of that memory.
 
         Where there are none of these, it is no matter what the op writes into: ``None``.
@@ -101,37 +102,42 @@ class Recorder(Tracker):
         if not self.active:
             return args, kwargs, None, []
         if self.aliases.stale:
-            args, kwargs = replaced(args, self.aliases.stale), replaced(kwargs or {}, self.aliases.stale)
+            args, kwargs = replaced(args, self.aliases.stale), replaced(kwargs, self.aliases.stale)
         if self.writing:
             return args, kwargs, None, []
         target = written(func, args, kwargs)
         group = self.aliases.of(target) if target is not None and has_plain_layout(target) else []
         return args, kwargs, target if group else None, group
 
-    def _as_product(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+    def _as_product(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
         """A dropout of what is derived, as a product with its mask, which is derived like any other."""
-        if not args or _writes(args, kwargs):
+        if not self.active or not args or _writes(args, kwargs):
             return func, args, kwargs
         tracked, batch_independent = self._classify(args)
         if not tracked or not batch_independent:
             return func, args, kwargs
         with torch.no_grad():
-            mask = func(torch.ones_like(args[0]), *args[1:], **(kwargs or {}))
+            mask = func(torch.ones_like(args[0]), *args[1:], **kwargs)
         self._remember(mask)
-        return torch.mul, (args[0], mask), None
+        return torch.mul, (args[0], mask), {}
+
+    def _note_hook(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+        """A hook on a tensor that the forward computed may change gradients in some steps only."""
+        if args[0].grad_fn is not None:
+            self.hooks.append(HOOK)
+        return func, args, kwargs
 
     def _write(self, func: Any, types: Any, args: Any, kwargs: dict[str, Any], target: Tensor,
                group: list[tuple[Tensor, Tensor]]) -> Any:  # fmt: skip
         """Call an op that writes into memory that tensors with nodes share."""
         self.aliases.refuse_unseen_writes(target)
+        batch_independent = self._classify([*args, *kwargs.values()])[1]
         for marked, _ in group:  # what is known of them is no longer so
             lose(marked, "was written into after it was computed")
             self.sources.pop(id(marked), None)
             if id(marked) in self.aliases.originals:
                 self.aliases.stale[id(marked)] = self.aliases.originals[id(marked)]
-        batch_independent = self._classify(args)[1] and self._classify(kwargs.values())[1]
-        if not batch_independent:
-            for marked, _ in group:
+            if not batch_independent:
                 self.known.pop(id(marked), None)
         original = next((t for marked, t in group if marked is target), target)
         mine = tuple([original if arg is target else arg for arg in args])
@@ -210,16 +216,16 @@ class Recorder(Tracker):
             return out, None
         # after the call: if the op refuses its arguments, the error is the op's own
         record, leaves = self.known_calls.describe(op, args, kwargs, self.sources, derived)
-        if (type(out) is not Tensor or out.layout is not _STRIDED or out.is_nested) and not is_markable(out):
+        if not is_markable(out):
             self.hide(leaves[slot.index] for slot in record.slots)
             return out, None
         self.seen.update([id(slot.source) for slot in record.slots])
         if not derived and is_fused(op):
             return mark_fused(record, leaves, out, before, arguments), record
-        batch_independent = derived or self._are_batch_independent(leaves)
         # an op that has a rule draws no random numbers
         lost = _drew(before) if None in record.entries else ""
-        marked = mark_op(record, leaves, out, arguments, inplace, batch_independent, lost, self.hooks)
+        marked = mark_op(record, leaves, out, arguments, inplace,
+                         derived or self._are_batch_independent(leaves), lost, self.hooks)  # fmt: skip
         if not inplace:
             self._note_aliases(record, leaves, out, marked, None if lost else (op, args, kwargs))
         return marked, record
@@ -280,6 +286,12 @@ class Recorder(Tracker):
         self.watchers.add(watcher)
         self.known_calls = known_calls.of(parameters, alone=len(self.watchers) == 1)
 
+    def takes_part(self, frame: FrameType) -> bool:
+        """Whether the call of a module, in this frame or the one around it, is one that is recorded."""
+        if self.opaque not in (None, frame, frame.f_back):
+            return False
+        return self.hook == saved_tensors_hook() and not is_elsewhere(self.level)
+
     def end(self, hidden: set[int], outermost: bool) -> None:
         """A call has ended, and hides uses of some parameters from the call around it."""
         if hidden and self.calls:
@@ -314,6 +326,13 @@ class Recorder(Tracker):
             self.__exit__(None, None, None)
 
 
+# What is done before an op runs: what runs then, with which arguments.
+_PREPARED: dict[Any, Callable[..., tuple[Any, Any, dict[str, Any]]]] = {
+    Tensor.register_hook: Recorder._note_hook,
+    **dict.fromkeys([F.dropout, F.dropout1d, F.dropout2d, F.dropout3d], Recorder._as_product),
+}
+
+
 def start_recorder(recorder: Recorder) -> Recorder:
     """Make it the recorder of this thread; the one around it waits."""
     if recorder.outer is not None:
@@ -337,9 +356,9 @@ def active_recorder() -> Recorder | None:
     return None
 
 
-def _writes(args: Any, kwargs: Any) -> bool:
+def _writes(args: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a dropout works in place."""
-    return args[3] if len(args) > 3 else bool(kwargs) and kwargs.get("inplace", False)
+    return args[3] if len(args) > 3 else kwargs.get("inplace", False)
 
 
 _WRITTEN = "wrote it into a part of another tensor"

@@ -21,7 +21,6 @@ from gramjd.internals import (
     in_backward,
     inside_transform,
     is_dynamo_tracing,
-    is_elsewhere,
     saved_tensors_hook,
 )
 from gramjd.rules import tensors_of
@@ -81,9 +80,7 @@ class Watcher:
         if "ops" not in self.strategies:
             return self._after_unrecorded(module, args, kwargs, out, frame)
         recorder = active_recorder()
-        if recorder is None or recorder.opaque not in (None, frame, frame.f_back):
-            return None
-        if recorder.hook != saved_tensors_hook() or is_elsewhere(recorder.level):
+        if recorder is None or not recorder.takes_part(frame):
             return None
         ours = recorder.frame in (frame, frame.f_back)  # the latter where the forward raised
         unseen, hidden = _unseen(recorder, module, out, ours), recorder.leave(module)
@@ -117,10 +114,10 @@ def _unseen(recorder: Recorder, module: nn.Module, out: Any, ours: bool) -> dict
     for name, p in _own_parameters(module):
         if p is not None and id(p) in recorder.sources and id(p) not in recorder.seen:
             unseen[name] = p
-    if not unseen or ours or recorder.opaque is not None:
-        return unseen
-    returned = {id(t) for t in tensors_of(out)}
-    return {name: p for name, p in unseen.items() if id(p) not in returned}
+    if unseen and not ours and recorder.opaque is None:
+        returned = set(map(id, tensors_of(out)))
+        return {name: p for name, p in unseen.items() if id(p) not in returned}
+    return unseen
 
 
 def _own_parameters(module: nn.Module) -> Iterable[tuple[str, Tensor | None]]:

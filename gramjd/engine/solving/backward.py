@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gramjd import gramians, host_memory
-from gramjd.engine.recording.nodes import taps_of
+from gramjd.engine.recording.nodes import Cotangents, taps_of
 from gramjd.engine.solving.stream import Stream
 from gramjd.errors import NoGraphError
 from gramjd.internals import (
@@ -139,18 +139,21 @@ def stream(
         return (None,) * len(grads)
 
     with tapped(nodes, receive) as taps:
-        whole = (batched or K == 1) and _at_once(
-            output, [tap for mine in taps for tap in mine], cotangents
-        ) is not None
+        whole = (batched or K == 1) and _at_once(output, flattened(taps), cotangents) is not None
     left = sink.missing()
     if whole:  # no cotangents come where the output does not depend on a node's outputs
-        for node in left:
-            sink.receive(node, [None] * len(taps_of(node)))
-        return
-    with tapped(left) as taps:
-        flat = _one_by_one(output, [tap for mine in taps for tap in mine], cotangents)
-    for node, found in zip(left, grouped(flat, [len(mine) for mine in taps]), strict=True):
+        missing: list[Cotangents] = [[None] * len(taps_of(node)) for node in left]
+    else:
+        with tapped(left) as taps:
+            flat = _one_by_one(output, flattened(taps), cotangents)
+        missing = grouped(flat, list(map(len, taps)))
+    for node, found in zip(left, missing, strict=True):
         sink.receive(node, found)
+
+
+def flattened(taps: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """One list from one for each node."""
+    return [tap for mine in taps for tap in mine]
 
 
 def grouped(flat: Sequence[Tensor | None], counts: Sequence[int]) -> list[list[Tensor | None]]:

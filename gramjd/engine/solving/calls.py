@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import compress
+from operator import not_
 
 import torch
 from torch import Tensor
@@ -44,24 +46,21 @@ def call_blocks(
         ValueError: the replayed outputs differ from the recorded ones.
     """
     n, outs = len(mark.names), len(cs)
-    arguments, used = saved[: -n - outs], [i for i, c in enumerate(cs) if c is not None]
+    arguments, parameters = saved[: -n - outs], saved[-n - outs : -outs]
+    used = [i for i, c in enumerate(cs) if c is not None]
     recorded = [saved[i - outs] for i in used]
     batched = [layout is None or _has_samples(t, layout, recorded[0]) for t in arguments]
-    mapped = [t if layout is None else layout.split(t, layout.dim, samples)
-              for t, b in zip(arguments, batched, strict=True) if b]  # fmt: skip
-    shared = [t for t, b in zip(arguments, batched, strict=True) if not b]
-    wanted = [t.unsqueeze(0) if layout is None else layout.split(t, layout.dim, samples) for t in recorded]
+    mapped, shared = [*compress(arguments, batched)], [*compress(arguments, map(not_, batched))]
+    if layout is None:
+        wanted = [t.unsqueeze(0) for t in recorded]
+    else:
+        mapped, wanted = [[layout.split(t, layout.dim, samples) for t in each] for each in (mapped, recorded)]
 
     def function(params: Sequence[Tensor], batch: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         mine, others = iter(batch), iter(shared)
         out = _call(mark, params, [next(mine) if b else next(others) for b in batched])
         found = [out[i] for i in used]
-        for got, want in zip(found, wanted, strict=True):
-            if got.shape != want.shape[1:]:
-                raise ValueError(
-                    f"for one sample, the module returned {list(got.shape)} in place of "
-                    f"{list(want.shape[1:])}, so that it takes samples from elsewhere than its arguments"
-                )
+        _refuse_other_shapes(found, wanted)
         return found, []
 
     with torch.random.fork_rng(devices=[]), uncompiled():
@@ -69,7 +68,7 @@ def call_blocks(
             torch.set_rng_state(mark.rng_state)
         found = capture(
             function,
-            saved[-n - outs : -outs],
+            parameters,
             mapped,
             [c for c in cs if c is not None],
             batch_independent=shared,
@@ -91,6 +90,16 @@ def _call(mark: CallMark, parameters: Sequence[Tensor], arguments: Sequence[Tens
             stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
         out = torch.func.functional_call(original_of(mark.module), named, args, kwargs)
     return [t for t, is_live in zip(tensors_of(out), mark.live, strict=True) if is_live]
+
+
+def _refuse_other_shapes(outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
+    """Raise where one sample's outputs do not have the shapes of those recorded."""
+    for got, want in zip(outputs, wanted, strict=True):
+        if got.shape != want.shape[1:]:
+            raise ValueError(
+                f"for one sample, the module returned {list(got.shape)} in place of {list(want.shape[1:])}, "
+                "so that it takes samples from elsewhere than its arguments"
+            )
 
 
 def _refuse_others(outputs: Sequence[Tensor], wanted: Sequence[Tensor], mark: CallMark) -> None:

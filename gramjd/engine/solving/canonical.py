@@ -38,6 +38,8 @@ def use_of(part: Part, index: int, layouts: Layouts, split: Mapping[Record, Layo
     """
     mark: OpMark = part.nodes[index].record
     record, problem = mark.record, part.problem
+    if mark.lost:
+        raise Unusable(f"{record.origin} {mark.lost}")
     if mark.replay is not None and any(c is not None for c in part.cotangents[index]):
         raise Unusable("its fused op could not be replayed")
     values, slots = _saved(part, index)
@@ -90,11 +92,11 @@ def _saved(part: Part, index: int) -> tuple[list[Tensor], list[Tensor]]:
     try:
         saved = [*part.values[index]] if part.values else values_of(node)
     except RuntimeError as error:
-        what = f"what {op_name(record.call.op)} used it with was written in place afterwards"
+        what = f"what {record.origin} used it with was written in place afterwards"
         raise Unusable(what) from error
     for t in saved:
         if t.layout is not torch.strided:
-            raise Unusable(f"its use by {op_name(record.call.op)} is with a sparse tensor")
+            raise Unusable(f"its use by {record.origin} is with a sparse tensor")
     count = len(record.saved)
     values, slots = saved[:count], saved[count:]
     if part.problem.lockstep is not None:  # the memory of sharded weights is freed between the passes
@@ -104,7 +106,7 @@ def _saved(part: Part, index: int) -> tuple[list[Tensor], list[Tensor]]:
 
 def no_layout(record: Record, mixed: frozenset[int]) -> str:
     """The reason why the output of an op has no layout of samples."""
-    name = op_name(record.call.op)
+    name = record.origin
     if record.derived:
         return f"an op that was not recorded used the result of {name}"
     if any(roots(slot.source) & mixed for slot in record.slots):
@@ -121,8 +123,7 @@ def _with_samples(record: Record, slots: Sequence[Tensor], split: Mapping[Record
         if at is None:
             continue
         if at.dim >= tensor.ndim or tensor.shape[at.dim] % samples:  # written in place since
-            name = op_name(record.call.op)
-            raise Unusable(f"its use by {name} has samples elsewhere than its argument")
+            raise Unusable(f"its use by {record.origin} has samples elsewhere than its argument")
         own[slot.index] = at.split(tensor, at.dim, samples)
     return own
 
@@ -158,8 +159,3 @@ def _rule(record: Record) -> Entry | None:
     """A rule of the op for one of its slots, or else for any of its arguments; ``None`` without one."""
     known = [entry for entry in record.entries if entry is not None]
     return known[0] if known else any_entry(record.call.op)
-
-
-def op_name(op: object) -> str:
-    """The op as errors name it."""
-    return getattr(op, "__name__", repr(op))

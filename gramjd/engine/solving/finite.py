@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,16 +87,13 @@ def _first(output: Tensor) -> tuple[Any, Tensor, torch.dtype] | None:
     found: list[tuple[Any, Tensor, torch.dtype]] = []
     nodes = list(_nodes(output))
 
-    def watch(node: Any) -> Any:
-        def note(grads: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> None:
-            bad = [g for g in grads if g is not None and not _is_finite(g)]
-            if not found and bad and all(g is None or _is_finite(g) for g in given):
-                found.append((node, ~torch.isfinite(bad[0].detach()), bad[0].dtype))
-
-        return node.register_hook(note)
+    def note(node: Any, grads: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> None:
+        bad = _not_finite(grads)
+        if not found and bad and not _not_finite(given):
+            found.append((node, ~torch.isfinite(bad[0].detach()), bad[0].dtype))
 
     leaves = [leaf_of(node) for node in nodes if type(node) is LEAF_TYPE]
-    handles = [watch(node) for node in nodes if type(node) is not LEAF_TYPE]
+    handles = [node.register_hook(partial(note, node)) for node in nodes if type(node) is not LEAF_TYPE]
     try:
         torch.autograd.grad(output, leaves, torch.ones_like(output), retain_graph=True, allow_unused=True)
     except RuntimeError:  # a hook of the user's may refuse them
@@ -104,6 +102,11 @@ def _first(output: Tensor) -> tuple[Any, Tensor, torch.dtype] | None:
         for handle in handles:
             handle.remove()
     return found[0] if found else None
+
+
+def _not_finite(gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    """Those with entries that are not finite."""
+    return [g for g in gradients if g is not None and not _is_finite(g)]
 
 
 def _is_finite(gradient: Tensor) -> bool:

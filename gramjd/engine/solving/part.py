@@ -115,16 +115,12 @@ def _replayed(part: Part, passes: Passes) -> Part:
     replays: list[Tensor] = []
     causes: dict[int, str] = {}
     for index, (node, cs) in enumerate(zip(part.nodes, part.cotangents, strict=True)):
-        given = part.probed[index] if part.probed else None
-        found = Replayed([node], [cs], [given or []])
-        if is_fused(node) and given is not None and _is_noise(part, passes, index):
-            found = Replayed([node], [[None] * len(cs)], [given])
-        elif is_fused(node) and any(c is not None for c in cs):
-            try:
-                found = replay(node, cs, given)
-            except (ValueError, RuntimeError) as error:  # a slower strategy is left
-                for slot in node.record.record.slots:
-                    causes = {**dict.fromkeys(roots(slot.source), str(error)), **causes}
+        try:
+            found = _inside(part, passes, index)
+        except (ValueError, RuntimeError) as error:  # a slower strategy is left
+            found = _as_it_is(part, index)
+            for slot in node.record.record.slots:
+                causes = {**dict.fromkeys(roots(slot.source), str(error)), **causes}
         nodes += found.nodes
         cotangents += found.cotangents
         probed += found.probed
@@ -137,6 +133,27 @@ def _replayed(part: Part, passes: Passes) -> Part:
         precisions += [precision] * len(found.nodes)
     return Part(part.problem, part.region, part.parameters, nodes, places, cotangents,
                 probed if part.probed else (), precisions, causes, replays)  # fmt: skip
+
+
+def _as_it_is(part: Part, index: int) -> Replayed:
+    """A node of a part in the form of a replay."""
+    probed = part.probed[index] if part.probed else []
+    return Replayed([part.nodes[index]], [part.cotangents[index]], [probed])
+
+
+def _inside(part: Part, passes: Passes, index: int) -> Replayed:
+    """The replay of a node of a fused op that cotangents come to; any other node as it is.
+
+    Raises:
+        ValueError, RuntimeError: the op cannot be replayed.
+    """
+    node, cs = part.nodes[index], part.cotangents[index]
+    given = part.probed[index] if part.probed else None
+    if not is_fused(node):
+        return _as_it_is(part, index)
+    if given is not None and _is_noise(part, passes, index):
+        return Replayed([node], [[None] * len(cs)], [given])
+    return _as_it_is(part, index) if all(c is None for c in cs) else replay(node, cs, given)
 
 
 def _is_noise(part: Part, passes: Passes, index: int) -> bool:

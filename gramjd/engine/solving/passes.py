@@ -149,7 +149,7 @@ class Passes:
             return (None,) * len(grads)
 
         with backward.tapped(nodes, receive) as taps:
-            flat = [tap for mine in taps for tap in mine]
+            flat = backward.flattened(taps)
             backward.taken_gradients(problem.output, flat, list(named.values()), cotangent, take)
         counts = [len(mine) for mine in taps]
         found = [cotangents.get(node, [None] * n) for node, n in zip(nodes, counts, strict=True)]

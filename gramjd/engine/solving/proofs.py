@@ -112,20 +112,25 @@ def describe(request: Request, solution: Solution, always: bool) -> str:
         return "The rows are those of ordinary backward passes, one for each loss."
     if not request.check:
         return "Nothing was verified: check='never'."
-    if known.audit or always or problem.is_opaque:
-        first = "Verified against autograd's gradients in this call"
-    elif known.calls:
-        ago = known.calls
-        first = f"Verified against autograd's gradients in an earlier call of this structure, {ago} ago"
-    elif program.complete:
-        first = "Proven against autograd's gradients in this call, the first of its structure"
-    else:
-        first = "Verified against autograd's gradients in this call, as in each until all uses have gradients"
+    first = _of_gradients(known, program, always or problem.is_opaque)
     if problem.batch_dim is None or problem.samples == 1:
         return f"{first}."
     if set(program.strategies.values()) == {"rows"}:
         return f"{first}; each row is an ordinary backward pass, whichever entries belong to which sample."
     return f"{first}; {_of_separation(known, solution.separation)}."
+
+
+def _of_gradients(known: Known, program: Program, each: bool) -> str:
+    """Describe the evidence for the gradients; ``each``: whether each call is verified."""
+    if known.audit or each:
+        return "Verified against autograd's gradients in this call"
+    if known.calls:
+        return (
+            f"Verified against autograd's gradients in an earlier call of this structure, {known.calls} ago"
+        )
+    if program.complete:
+        return "Proven against autograd's gradients in this call, the first of its structure"
+    return "Verified against autograd's gradients in this call, as in each until all uses have gradients"
 
 
 def _of_separation(known: Known, separation: Separation | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -34,15 +34,11 @@ def blocks_of_region(build: Build, material: Material, parameters: Mapping[str, 
     if part is None or key is None:
         return None
     try:
-        values = [values_of(node) for node in part.nodes]
+        given: list[Sequence[Tensor | None]] = [*part.cotangents, *map(values_of, part.nodes)]
     except RuntimeError:  # written in place
         return None
-    tensors: list[Tensor | None] = []
-    sizes: list[int] = []
-    given: list[Sequence[Tensor | None]] = [*part.cotangents, *values]
-    for mine in given:
-        tensors += mine
-        sizes.append(len(mine))
+    sizes = [*map(len, given)]
+    tensors = [*chain.from_iterable(given)]
 
     def blocks(tensors: Sequence[Any]) -> tuple[list[Tensor], Structure]:
         rest = iter(tensors)
@@ -69,7 +65,11 @@ def _key(part: Part, layouts: Sequence[Sequence[Layout | None]], parameters: Map
         return None
     places = {id(p): n for n, p in enumerate(parameters.values())}
     key: list[Hashable] = [problem.samples, problem.batch_dim is None]
-    for node, mine in zip(part.nodes, layouts, strict=True):
+    for layout in chain.from_iterable(layouts):
+        if type(layout) is not Layout:
+            return None
+        key += [layout.dim, layout.sample_major]
+    for node in part.nodes:
         mark = node.record
         if type(mark) is not OpMark or mark.lost or mark.replay is not None or not mark.record.plain:
             return None
@@ -77,8 +77,4 @@ def _key(part: Part, layouts: Sequence[Sequence[Layout | None]], parameters: Map
         if record.key is None:
             return None
         key += [record.key, mark.live, *[places.get(id(slot.source)) for slot in record.slots]]
-        for layout in mine:
-            if type(layout) is not Layout:
-                return None
-            key += [layout.dim, layout.sample_major]
     return tuple(key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from types import FrameType
 from typing import Any
 
@@ -58,6 +59,29 @@ def replay(node: Any, cotangents: Cotangents, probed: Sequence[Probed | None] | 
     assert mark.replay is not None
     outs = sum(mark.live)
     recorded = saved[len(saved) - outs :]
+    with torch.random.fork_rng(devices=[], enabled=mark.replay.rng_state is not None), torch.enable_grad():
+        if mark.replay.rng_state is not None:
+            torch.set_rng_state(mark.replay.rng_state)
+        out, nodes = _run(record, saved)
+    live = [*compress(tensors_of(out), mark.live)]
+    for got, want in zip(live, recorded, strict=True):
+        if got.shape != want.shape or (got - want).norm() > tolerance(want.dtype) * want.norm():
+            raise ValueError(f"a replay of {record.call.op.__name__} step by step gave other outputs")
+    with torch.enable_grad():
+        total = torch.cat([t.flatten() for t in live])
+    with backward.tapped(nodes) as taps:
+        flat, counts = backward.flattened(taps), [len(mine) for mine in taps]
+
+        def pull(given: Cotangents) -> list[Cotangents]:
+            return backward.grouped(backward.gradients(total, flat, _flat(given, live)), counts)
+
+        found = pull(cotangents)
+        ours = [] if probed is None else pull([c if c is None else c.values.unsqueeze(0) for c in probed])
+    return Replayed(nodes, found, [[c if c is None else Probed(c[0]) for c in cs] for cs in ours], total)
+
+
+def _run(record: Record, saved: Sequence[Tensor]) -> tuple[Any, list[Any]]:
+    """The outputs of an op's decomposition on what its node saved, and the nodes of the uses inside."""
     recorder, leaves = _Collector(sys._getframe()), list(record.leaves)
     for index, value in zip(record.saved, saved, strict=False):
         leaves[index] = value
@@ -68,28 +92,10 @@ def replay(node: Any, cotangents: Cotangents, probed: Sequence[Probed | None] | 
     values = pytree.unflatten(pytree.flatten(record.call.values)[1], leaves)
     decomposition = decomposition_of(record.call.op)
     assert decomposition is not None
-    with torch.random.fork_rng(devices=[], enabled=mark.replay.rng_state is not None), torch.enable_grad():
-        if mark.replay.rng_state is not None:
-            torch.set_rng_state(mark.replay.rng_state)
-        with recorder:
-            out = record.call.with_op(decomposition)(values)
+    with recorder:
+        out = record.call.with_op(decomposition)(values)
     recorder.frame = None  # this one, which would keep all that is here alive until it is collected
-    live = [t for t, is_live in zip(tensors_of(out), mark.live, strict=True) if is_live]
-    for got, want in zip(live, recorded, strict=True):
-        if got.shape != want.shape or (got - want).norm() > tolerance(want.dtype) * want.norm():
-            raise ValueError(f"a replay of {record.call.op.__name__} step by step gave other outputs")
-    with torch.enable_grad():
-        total = torch.cat([t.flatten() for t in live])
-    nodes = recorder.nodes
-    with backward.tapped(nodes) as taps:
-        flat, counts = [tap for mine in taps for tap in mine], [len(mine) for mine in taps]
-
-        def pull(given: Cotangents) -> list[Cotangents]:
-            return backward.grouped(backward.gradients(total, flat, _flat(given, live)), counts)
-
-        found = pull(cotangents)
-        ours = [] if probed is None else pull([c if c is None else c.values.unsqueeze(0) for c in probed])
-    return Replayed(nodes, found, [[c if c is None else Probed(c[0]) for c in cs] for cs in ours], total)
+    return out, recorder.nodes
 
 
 def _flat(cotangents: Cotangents, outputs: Sequence[Tensor]) -> Tensor:

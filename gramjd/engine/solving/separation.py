@@ -28,7 +28,7 @@ from gramjd.engine.recording.nodes import forget
 from gramjd.engine.solving import backward
 from gramjd.engine.solving.problem import Problem, is_fused
 from gramjd.engine.solving.program import Layouts, Program
-from gramjd.internals import name_of, name_of_type, saved_value
+from gramjd.internals import name_of, saved_value
 
 _PRODUCTS = ("Addmm", "Bmm", "Mm", "Mv")
 
@@ -155,7 +155,7 @@ def _run(problem: Problem, chosen: Tensor) -> Masks | None:
     rows = gramians.from_rows(weights, problem.output.shape, problem.batch_dim).unsqueeze(0)
     with backward.tapped(problem.graph.nodes, note) as taps:
         try:
-            backward.gradients(problem.output, [tap for mine in taps for tap in mine], rows)
+            backward.gradients(problem.output, backward.flattened(taps), rows)
         except Exception:
             if own:
                 raise
@@ -190,11 +190,10 @@ def _passed_on(nodes: Iterable[Any], watched: bool) -> Iterator[list[str]]:
         facts = facts_of(kind)
         if facts is None or facts.nan is Nan.CONSTANT:  # a recorded use, a leaf; or it has no derivative
             continue
-        if facts.nan is Nan.MULTIPLIED:
-            if watched:
-                handles.append(node.register_hook(partial(note, name_of_type(kind))))
-        else:
+        if facts.nan is not Nan.MULTIPLIED:
             handles.append(node.register_hook(partial(_spread, node, facts)))
+        elif watched:
+            handles.append(node.register_hook(partial(note, name_of(node))))
     try:
         yield dropped
     finally:

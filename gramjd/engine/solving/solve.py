@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
@@ -117,11 +118,7 @@ class _Run:
     def solution(self) -> Solution:
         """Solve all regions; what that proves."""
         problem, passes, lockstep = self.problem, self.passes, self.problem.lockstep
-        masks = None if lockstep is None else self._in_step(lockstep)
-        if lockstep is None and self.probing:
-            self._refuse_overflow()  # or what is measured now would be wrong, and remembered
-            if problem.fewest_digits != problem.output.dtype:  # rounding will be asked for
-                _ = passes.again
+        masks = self._run_passes(lockstep)
         nodes = problem.graph.nodes
         stream = Stream(nodes, self.program.regions, self._early(), self._solve_region)
         passes.busy = True
@@ -135,6 +132,17 @@ class _Run:
                 self._refuse_overflow()
             stream.finish()
         return self._finish(masks)
+
+    def _run_passes(self, lockstep: Lockstep | None) -> list[Masks] | None:
+        """Run the weighted passes that will be asked for; with ranks in step, the masks of the separation."""
+        problem = self.problem
+        if lockstep is not None:
+            return self._in_step(lockstep)
+        if self.probing:
+            self._refuse_overflow()  # or what is measured now would be wrong, and remembered
+            if problem.fewest_digits != problem.output.dtype:  # rounding will be asked for
+                _ = self.passes.again
+        return None
 
     def _early(self) -> frozenset[int]:
         """The regions that are solved while the backward pass is in progress."""
@@ -238,23 +246,21 @@ class _Run:
     def _finish(self, masks: list[Masks] | None) -> Solution:
         """Rows for what is left, and what the call has proven."""
         request, problem, program = self.request, self.problem, self.program
-        strategies = {p: each for solved in self.solved for p, each in solved.strategies.items()}
-        causes = {p: cause for solved in self.solved for p, cause in solved.causes.items()}
+        laid = [solved.laid for solved in self.solved]
+        strategies = _joined([solved.strategies for solved in self.solved])
+        causes = _joined([solved.causes for solved in self.solved])
         found = replace(program, late=program.late | self.late, patterns=self._patterns(),
                         strategies={**program.strategies, **strategies},
                         causes={**causes, **program.causes})  # fmt: skip
         left = {name: p for name, p in problem.parameters.items() if id(p) not in strategies}
         if left:
-            finding = Finding.of([solved.laid.finding for solved in self.solved])
-            found = _rest(request, found, left, finding, self.emit)
-        seen = all(solved.laid.seen for solved in self.solved)
-        proven = self.checking and seen and self.passes.conclusive
+            found = _rest(request, found, left, Finding.of([each.finding for each in laid]), self.emit)
+        proven = self.checking and all(each.seen for each in laid) and self.passes.conclusive
         found = replace(found, complete=program.complete or proven or not request.check)
-        if problem.batch_dim is None:
+        if problem.batch_dim is None or not found.complete or not all(each.lasts for each in laid):
             return Solution(found)
-        lasts = found.complete and all(solved.laid.lasts for solved in self.solved)
         layouts = {solved.number: solved.laid.layouts for solved in self.solved}
-        return Solution(found, _separation(request, found, layouts, masks) if lasts else None)
+        return Solution(found, _separation(request, found, layouts, masks))
 
     def _patterns(self) -> Mapping[int, frozenset[Pattern]]:
         """The patterns that are verified of each region, with those of this call."""
@@ -262,6 +268,11 @@ class _Run:
         new = {solved.number: known.get(solved.number, frozenset()) | {solved.pattern}
                for solved in self.solved if solved.pattern is not None}  # fmt: skip
         return {**known, **new} if new else known
+
+
+def _joined(found: Sequence[Mapping[int, str]]) -> dict[int, str]:
+    """What was found of the parameters of each region, as one."""
+    return dict(chain.from_iterable(each.items() for each in found))
 
 
 def _separation(request: Request, program: Program, layouts: Mapping[int, Sequence[Layouts]],
@@ -279,15 +290,14 @@ def _separation(request: Request, program: Program, layouts: Mapping[int, Sequen
     needed = patterns_for(samples if lockstep is None else lockstep.most)
     if not request.check:
         return Separation(layouts, samples, needed, needed)
-    passed, until = 0, needed
+    if before is None or lockstep is not None or (before.samples, before.layouts) != (samples, layouts):
+        before = Separation(layouts, samples, 0, needed)
+    if before.failed:
+        return before
+    until = needed if lockstep is not None else min(needed, before.passed + _PATTERNS_A_CALL)
+    chosen = patterns(samples, needed)[before.passed : until]
     if lockstep is None:
-        same = before is not None and (before.samples, before.layouts) == (samples, layouts)
-        if before is not None and same and before.failed:
-            return before
-        passed = before.passed if before is not None and same else 0
-        until = min(needed, passed + _PATTERNS_A_CALL)
-        masks = spread(problem, patterns(samples, needed)[passed:until], first=not passed)
-    chosen = patterns(samples, needed)[passed:until]
+        masks = spread(problem, chosen, first=not before.passed)
     if masks is None or not stays_within(problem, program, layouts, chosen, masks):
-        return Separation(layouts, samples, passed, needed, failed=True)
-    return Separation(layouts, samples, until, needed)
+        return replace(before, failed=True)
+    return replace(before, passed=until)

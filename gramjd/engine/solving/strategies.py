@@ -14,7 +14,7 @@ from gramjd.engine.recording.nodes import values_of
 from gramjd.engine.recording.recorded import CallMark, OpMark
 from gramjd.engine.solving import backward, finite
 from gramjd.engine.solving.calls import call_blocks
-from gramjd.engine.solving.canonical import Unusable, op_name, use_of
+from gramjd.engine.solving.canonical import Unusable, use_of
 from gramjd.engine.solving.part import Part
 from gramjd.engine.solving.problem import Problem
 from gramjd.engine.solving.program import Layouts, Program
@@ -58,31 +58,34 @@ def _by_ops(material: Material, parameters: Mapping[str, Tensor]) -> Candidate:
     part = material.part
     assert part is not None
     causes: dict[int, str] = {}
-    failed: set[int] = set()
 
     def fail(source: Source, cause: object) -> None:
-        failed.update(roots(source))
         for root in roots(source):
             causes.setdefault(root, str(cause))
 
+    blocks = blocks_of(_uses_of(material, part, fail), list(parameters.values()), fail)
+    # what a whole call holds was used by what no op shows
+    covered = _received(part) - _of_calls(part) - causes.keys()
+    pairs = zip(parameters.items(), blocks, strict=True)
+    return Candidate({name: mine for (name, p), mine in pairs if id(p) in covered}, causes)
+
+
+def _uses_of(material: Material, part: Part, fail: Callable[[Source, object], None]) -> list[Use]:
+    """The uses of a region's nodes; ``fail`` is told which sources have others, and why."""
     uses: list[Use] = []
     split: dict[Record, Layout] = {}  # of derived tensors that have samples
     resolved: set[Source] = set()  # derived tensors whose cotangents contain all that their uses send
     for index, node in enumerate(part.nodes):
         mark = node.record
-        if not isinstance(mark, OpMark):  # what it holds was used by what no op shows
-            failed.update(map(id, mark.parameters))
+        if not isinstance(mark, OpMark):
             continue
         record, layouts = mark.record, material.layouts[index]
-        if mark.lost:
-            for source in {slot.source for slot in record.slots} - resolved:
-                fail(source, f"{op_name(record.call.op)} {mark.lost}")
-            continue
+        sources = {slot.source for slot in record.slots}
         try:
             use = use_of(part, index, layouts, split, material.program.opened, material.mixed)
         except Unusable as cause:
-            for slot in record.slots:
-                fail(slot.source, cause)
+            for source in sources - resolved if mark.lost else sources:
+                fail(source, cause)
             continue
         if use is None:
             continue
@@ -91,14 +94,13 @@ def _by_ops(material: Material, parameters: Mapping[str, Tensor]) -> Candidate:
             resolved.update(Derived(record, i) for i, c in enumerate(use.cs) if c is not None)
             if use.cs[0] is not None and part.problem.batch_dim is not None:
                 split[record] = next(layout for layout in layouts if layout not in (None, ZERO))
-    seen = _received(part)
-    blocks = blocks_of(uses, list(parameters.values()), fail)
-    found = {
-        name: mine
-        for (name, p), mine in zip(parameters.items(), blocks, strict=True)
-        if id(p) in seen and id(p) not in failed
-    }
-    return Candidate(found, causes)
+    return uses
+
+
+def _of_calls(part: Part) -> set[int]:
+    """Ids of the parameters that module calls answer for."""
+    marks = [node.record for node in part.nodes if isinstance(node.record, CallMark)]
+    return {id(p) for mark in marks for p in mark.parameters}
 
 
 def _received(part: Part) -> set[int]:
