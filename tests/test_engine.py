@@ -254,6 +254,16 @@ def test_requires_grad_may_change_between_forwards() -> None:
         assert_close(engine.compute_gramian(out), dense_gramian(out, model.parameters()))
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")  # torch 2.1
+def test_lazy_modules() -> None:
+    """Their parameters come into being in the first forward."""
+    model = nn.Sequential(nn.LazyLinear(5), nn.Tanh(), nn.LazyLinear(2))
+    engine = Engine(model, batch_dim=0)
+    for _ in range(3):
+        losses = model(torch.randn(6, 4)).square().sum(1)
+        assert_close(engine.compute_gramian(losses), dense_gramian(losses, model.parameters()), 1e-5)
+
+
 def test_several_forwards_in_one_output() -> None:
     """Siamese branches, and micro-batches put together."""
     model = mlp()

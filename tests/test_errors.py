@@ -197,6 +197,15 @@ def test_transforms() -> None:
     assert_close(gramjd.gramian(writes)(p, X), X[:, :1] @ X[:, :1].T)
     with pytest.raises(NotImplementedError, match=r"writes into a parameter.*mul_.*out-of-place"):
         gramjd.gramian(lambda p, x: (p * 2).mul_(3) @ x)(p, X)
+
+    def hooked(p: Tensor, x: Tensor) -> Tensor:
+        w = p * 2
+        w.register_hook(lambda gradient: 3 * gradient)
+        return w @ x
+
+    for check in ("first", "never"):
+        with pytest.raises(NotImplementedError, match=r"puts a hook on a parameter.*weight \* mask.*Engine"):
+            gramjd.gramian(hooked, check=check)(p, X)
     jacobian = gramjd.jacobian(func)(p, X)
     with pytest.raises(ValueError, match=r"weights of shape \[6\].*got \[5\]"):
         jacobian.vjp(torch.ones(5))

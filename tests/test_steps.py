@@ -6,6 +6,7 @@ import pytest
 import steps_arguments  # noqa: F401
 import steps_gates  # noqa: F401
 import steps_modes  # noqa: F401
+import steps_opaque  # noqa: F401
 import steps_ragged  # noqa: F401
 import steps_sizes  # noqa: F401
 import steps_values  # noqa: F401

@@ -367,6 +367,8 @@ ORDINARY: dict[str, Any] = {
     "a parameter read by item": lambda m, x: x * m.w * m.w[0].item(),
     "setattr of a tensor": lambda m, x: _stateful(m, x),
     "compiled, eager": lambda m, x: torch.compile(m.f, backend="eager")(x),
+    "written by keyword": lambda m, x: x @ torch.relu_(input=m.g * 2) + torch.sigmoid_(input=m.g.T * 2)[0],
+    "initialised inside": lambda m, x: x @ nn.init.constant_(tensor=m.g * 2, val=0.5) * m.w,
     "complex": lambda m, x: torch.view_as_real(torch.fft.rfft(x * m.w)).flatten(1),
     "meta": lambda m, x: x * m.w * (torch.empty(3, device="meta") * 2).shape[0],
 }

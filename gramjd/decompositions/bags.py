@@ -29,6 +29,8 @@ def embedding_bag(
     """Bags of equal length ``[bags, n]``, or ``[n]`` cut at ``offsets``, as ``torch`` documents them."""
     if max_norm is not None:
         raise NotImplementedError("embedding_bag with max_norm writes into its weight while it runs.")
+    if scale_grad_by_freq:
+        raise NotImplementedError("embedding_bag with scale_grad_by_freq counts the ids of all samples.")
     if offsets is not None:
         place, inside = _padded(offsets, len(input), include_last_offset)
         input = input[place]

@@ -66,7 +66,7 @@ def are_sharded(parameters: Sequence[Tensor]) -> list[bool]:
 
 def averaged(gradient: Tensor, parameter: Any) -> Tensor:
     """This rank's gradient of a parameter; of a sharded one, its shard of the average over all ranks."""
-    if not is_sharded(parameter):
+    if not hasattr(type(parameter), "full_tensor"):  # is_sharded: asked of every gradient of every step
         return gradient
     from torch.distributed.tensor import DTensor, Partial  # where parameters are sharded, there is one
 

@@ -60,7 +60,9 @@ class Registry:
             for p in parameters.values():
                 if p is not None:
                     (trainable if p.requires_grad else batch_independent)[id(p)] = p
-            batch_independent.update([(id(b), b) for b in buffers.values() if b is not None])
+            for b in buffers.values():
+                if b is not None:
+                    batch_independent[id(b)] = b
             for child in children.values() if self.recurse else ():
                 if child is not None and id(child) not in seen:
                     seen.add(id(child))

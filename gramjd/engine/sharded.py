@@ -37,15 +37,9 @@ _IN_USE = (
 )
 
 
-def is_unit(module: nn.Module) -> bool:
-    """Whether ``fully_shard`` was called on the module."""
-    kind: Any = type(module)
-    return shards(kind)
-
-
 @functools.lru_cache(maxsize=4096)
 def shards(kind: type) -> bool:
-    """Whether ``fully_shard`` made this type of module."""
+    """Whether ``fully_shard`` made this type of module, which gathers its parameters before each call."""
     return hasattr(kind, "unshard") and hasattr(kind, "reshard")
 
 

@@ -140,6 +140,8 @@ class PerSampleMode(Tracker):
     def record(self, op: Any, args: Any, kwargs: dict[str, Any], derived: bool) -> tuple[Any, Record | None]:
         if innermost_level() != self.level:  # inside a transform of the function's own
             return op(*args, **kwargs), None
+        if op is Tensor.register_hook:
+            raise NotImplementedError(_HOOKED)
         if is_inplace(op) or op is Tensor.__setitem__ or kwargs.get("inplace"):
             if id(args[0] if args else kwargs.get("input")) in self.sources:
                 raise NotImplementedError(_INPLACE.format(op=getattr(op, "__name__", op)))
@@ -222,6 +224,11 @@ class PerSampleMode(Tracker):
 _WRITTEN = (
     "A tensor that {op} received with a parameter, and that its gradient needs, was modified by an inplace "
     "operation afterwards. Use the out-of-place form, or write into a clone."
+)
+_HOOKED = (
+    "The function puts a hook on a parameter, or on a tensor made of parameters alone, whose gradients "
+    "transforms do not compute. Change the values in place of the gradients (weight * mask), or use "
+    "gramjd.Engine."
 )
 _INPLACE = (
     "The function writes into a parameter, or into a tensor made of parameters alone, in place ({op}), "

@@ -7,11 +7,12 @@ from gramjd.decompositions import (
 )
 from gramjd.decompositions.registry import DECOMPOSITIONS, decomposition_of, is_fused, register_decomposition
 from gramjd.rules import conv, einsum, elementwise, embedding, linear, norm, shape  # noqa: F401
-from gramjd.rules.fallback import dense_rows, tensors_of
+from gramjd.rules.fallback import SEPARABLE, dense_rows, tensors_of
 from gramjd.rules.registry import Call, register_rule, registered
 
 __all__ = [
     "DECOMPOSITIONS",
+    "SEPARABLE",
     "Call",
     "decomposition_of",
     "dense_rows",

@@ -14,6 +14,25 @@ from gramjd.blocks import Dense
 from gramjd.decompositions.registry import decomposition_of
 from gramjd.rules.registry import Call, op_name
 
+# Ops of which a sample's result, and its share of each gradient, follow from that sample alone, whatever
+# the data are. For others (index_add, scatter, batch normalisation) that holds for some batches only.
+_SEPARABLE = {
+    torch: """
+        addcdiv addcmul atan2 baddbmm bmm cat cdist clamp concat concatenate copysign cosine_similarity
+        einsum fmax fmin hstack hypot ldexp lerp logaddexp logaddexp2 matmul maximum minimum pow prelu stack
+        tensordot true_divide vstack where xlogy
+    """,
+    F: """
+        bilinear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d cosine_similarity
+        group_norm instance_norm layer_norm linear pairwise_distance prelu scaled_dot_product_attention
+    """,
+    Tensor: """
+        __matmul__ __pow__ __rmatmul__ __rpow__ addcdiv addcmul atan2 bmm clamp copysign fmax fmin hypot ldexp
+        lerp logaddexp logaddexp2 matmul maximum minimum pow where xlogy
+    """,
+}
+SEPARABLE = frozenset(getattr(home, name) for home, names in _SEPARABLE.items() for name in names.split())
+
 
 def dense_rows(call: Call, index: int, canonical: Sequence[Any], cs: Sequence[Tensor | None]) -> Dense:
     """Rows of one argument of an op, which is a pure function of it for each sample.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gramjd import pytree
 from gramjd.blocks import Block, Dense, fits, with_origin
-from gramjd.rules import Call, dense_rows
+from gramjd.rules import SEPARABLE, Call, dense_rows
 from gramjd.rules.registry import Entry, op_name
 
 
@@ -79,6 +79,16 @@ class Record:
         except TypeError:
             return None
         return key
+
+    @cached_property
+    def is_opaque(self) -> bool:
+        """Whether it depends on the data if a sample's gradient follows from that sample's values alone."""
+        return None in self.entries and not self.derived and self.call.op not in SEPARABLE
+
+    @cached_property
+    def needed(self) -> tuple[int, ...]:
+        """The leaves whose values a node saves: those that rules read, and the slots."""
+        return (*self.saved, *[slot.index for slot in self.slots])
 
     @cached_property
     def kind(self) -> Hashable:

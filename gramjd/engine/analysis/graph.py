@@ -96,5 +96,6 @@ def walk(output: Tensor) -> Graph:
         structure.append(tuple(edges))
     nodes.sort(key=lambda node: node.record.number)
     recorded = tuple([numbers[node] for node in nodes])
-    hooked = bool(hooks_of(output)) or any(getattr(node.record, "hooks", ()) for node in nodes)
+    hooks = [getattr(node.record, "hooks", ()) for node in nodes]
+    hooked = bool(hooks_of(output)) or any(hooks)
     return Graph(nodes, leaves, (output.ndim, recorded, tuple(structure)), order, numbers, hooked, batched)

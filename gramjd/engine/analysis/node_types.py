@@ -76,16 +76,17 @@ _POINTWISE = """
     ConjPhysical:01 Cos Cosh Deg2Rad Digamma Div:01 Erf Erfc Erfinv Exp Exp2 Expm1 Fmod:01 Frac Hypot Ldexp
     Lerp:01 Lgamma Lift LiftFresh Log Log10 Log1P Log2 Logaddexp Logaddexp2 Mul:01 Neg NegView Polar Rad2Deg
     Reciprocal Remainder:01 Rsqrt Rsub:01 Sigmoid Silu Mish Sin Sinh Softplus Sqrt Sub:01 Tan Tanh ToCopy Gelu
-    LogSigmoid NativeDropout FusedDropout Elu:01 Celu:01 LeakyRelu:01 PreluKernel RreluWithNoise:01
+    LogSigmoid NativeDropout FusedDropout Elu:01 Celu:01 LeakyRelu:01 RreluWithNoise:01
     RreluWithNoiseFunctional SigmoidBackward TanhBackward SoftplusBackward GeluBackward SoftmaxBackwardData
     LogSoftmaxBackwardData MseLoss SmoothL1Loss HuberLoss SoftMarginLoss BinaryCrossEntropy
     BinaryCrossEntropyWithLogits ViewAsReal ViewAsComplex
 """
 _SELECTING = """
     Clamp:01 ClampMin:01 ClampMax:01 Fmax Fmin Maximum Minimum Hardshrink Softshrink Hardsigmoid Hardswish
-    Hardtanh Logit MaskedFill:01 Pow:012 Relu Sinc Threshold:01 Where Xlogy:012 NanToNum ThresholdBackward
+    Hardtanh Logit MaskedFill:01 Pow:012 PreluKernel Relu Sgn Sinc Threshold:01 Where Xlogy:012 NanToNum
+    ThresholdBackward
 """
-_CONSTANT = "Ceil Fill:0123 Floor Round:01 Sgn Sign Trunc Zero"
+_CONSTANT = "Ceil Fill:0123 Floor Round:01 Sign Trunc Zero"
 # Sums of products over whole dimensions.
 _PRODUCTS = """
     Addbmm Addmm Addmv Addr Baddbmm Bmm Dot Linear LinalgCross Matmul Mm Mv Vdot WeightNormInterface

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -82,9 +82,10 @@ class Aliases:
         """
         base = None if target is None else base_of(target)
         for memory, group in self.groups.items():
-            apart = [marked for marked, original in group if marked is not original]
-            written = version_of(group[0][0]) != self.versions[memory] and (apart or len(group) > 1)
-            if written or any(base is marked for marked in apart):
+            if len(group) == 1:  # autograd knows the history of the only one
+                continue
+            unseen_view = any(base is marked is not original for marked, original in group)
+            if unseen_view or version_of(group[0][0]) != self.versions[memory]:
                 self.groups.clear()  # or the end of the call would raise it again
                 raise NotCoveredError(_UNSEEN.format(list(group[0][0].shape)))
 
@@ -111,12 +112,17 @@ def replaced(tree: Any, others: dict[int, Tensor]) -> Any:
     if isinstance(tree, Tensor):
         return others.get(id(tree), tree)
     if isinstance(tree, dict):
-        items = {name: replaced(value, others) for name, value in tree.items()}
-        return items if any(items[name] is not value for name, value in tree.items()) else tree
+        values = replaced([*tree.values()], others)
+        return dict(zip(tree, values, strict=True)) if differ(values, tree.values()) else tree
     if type(tree) in (list, tuple):
         found = [replaced(value, others) for value in tree]
-        return type(tree)(found) if any(a is not b for a, b in zip(found, tree, strict=True)) else tree
+        return type(tree)(found) if differ(found, tree) else tree
     return tree
+
+
+def differ(one: Iterable[Any], other: Iterable[Any]) -> bool:
+    """Whether two lists do not have the same objects."""
+    return [*map(id, one)] != [*map(id, other)]
 
 
 def written(func: Callable[..., Any], args: Any, kwargs: Any) -> Tensor | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gramjd.internals import (
+    innermost_transform,
     is_wrapped,
     leaf_of,
     node_type,
@@ -80,9 +81,12 @@ def attach(
         torch.empty_strided(t.shape, (0,) * t.ndim, dtype=t.dtype, device=t.device, requires_grad=True)
         for t in outputs
     ]
-    with outside_transforms():  # where a checkpoint is computed again under vmap
-        apply = Node.apply if True in map(is_wrapped, outputs) else _APPLY
-        found = apply(record, saved, inplace, *outputs, *taps)
+    if innermost_transform() is None:
+        found = _APPLY(record, saved, inplace, *outputs, *taps)
+    else:  # a checkpoint is computed again under vmap
+        with outside_transforms():
+            apply = Node.apply if True in map(is_wrapped, outputs) else _APPLY
+            found = apply(record, saved, inplace, *outputs, *taps)
     return [found] if isinstance(found, Tensor) else list(found)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress, count
+from operator import attrgetter
 from types import NoneType
 from typing import Any
 
@@ -21,7 +22,8 @@ from gramjd.uses.use import Record, describe
 
 HOOK = "a hook on a tensor"
 
-_NUMBERS = itertools.count()  # of marks, in the order of the forward
+_REQUIRES_GRAD = attrgetter("requires_grad")
+_NUMBERS = count()  # of marks, in the order of the forward
 
 
 @dataclass(frozen=True)
@@ -134,11 +136,11 @@ def mark_fused(record: Record, leaves: Sequence[Any], out: Any, rng_state: Tenso
 def mark_op(record: Record, leaves: Sequence[Any], out: Any, arguments: tuple[Any, ...], inplace: bool,
             batch_independent: bool, lost: str = "", hooks: Sequence[str] = ()) -> Any:  # fmt: skip
     """The output of an op with a node for its record behind it."""
-    outs = tensors_of(out)
-    live = tuple([t.requires_grad for t in outs])
-    saved = [leaves[i] for i in record.saved] + [leaves[slot.index] for slot in record.slots]
+    outs = [out] if isinstance(out, Tensor) else tensors_of(out)
+    live = tuple(map(_REQUIRES_GRAD, outs))
+    saved = [leaves[i] for i in record.needed]
     mark = OpMark(next(_NUMBERS), record, live, batch_independent, None, lost, arguments, hooks)
-    return _replace_live(out, attach(mark, saved, [t for t in outs if t.requires_grad], inplace))
+    return _replace_live(out, attach(mark, saved, [*compress(outs, live)], inplace))
 
 
 def lose(tensor: Tensor, cause: str) -> None:

@@ -125,6 +125,11 @@ class Recorder(Tracker):
         """A hook on a tensor that the forward computed may change gradients in some steps only."""
         if args[0].grad_fn is not None:
             self.hooks.append(HOOK)
+        torchs_own = str(getattr(args[-1], "__module__", "")).startswith("torch.")  # as of fully_shard
+        if (
+            isinstance(self.sources.get(id(args[0])), Derived) and not torchs_own
+        ):  # which may change gradients
+            lose(args[0], "computed a tensor that has a hook")
         return func, args, kwargs
 
     def _write(self, func: Any, types: Any, args: Any, kwargs: dict[str, Any], target: Tensor,
@@ -195,8 +200,10 @@ class Recorder(Tracker):
         """
         leaves_alone = isinstance(arguments, list)  # no containers among them
         if self.outer is None and not self.known_around and leaves_alone:
-            known = self.known  # as a comprehension, which takes one call
-            return not [leaf for leaf in arguments if isinstance(leaf, Tensor) and id(leaf) not in known]
+            for leaf in arguments:  # noqa: SIM110 - a generator takes a call for each
+                if isinstance(leaf, Tensor) and id(leaf) not in self.known:
+                    return False
+            return True
         return all(map(self._is_batch_independent, tensors_of(arguments)))
 
     def _is_batch_independent(self, tensor: Tensor) -> bool:
@@ -212,7 +219,11 @@ class Recorder(Tracker):
         if _have_hooks(args):
             self.hooks.append(HOOK)
         out = op(*args, **kwargs)
-        if not _is_live(out) or saved_tensors_hook() != self.hook or (inplace and out is not args[0]):
+        if (
+            not _is_live(out)
+            or saved_tensors_hook() != self.hook
+            or (inplace and out is not _first(args, kwargs))
+        ):
             return out, None
         # after the call: if the op refuses its arguments, the error is the op's own
         record, leaves = self.known_calls.describe(op, args, kwargs, self.sources, derived)
@@ -232,9 +243,10 @@ class Recorder(Tracker):
 
     def _without_node(self, op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Call an op that writes where no node can be; what it wrote says that this use is not known."""
-        others = [self._lost(arg, _WRITTEN) for arg in args[1:]]
-        named = {name: self._lost(arg, _WRITTEN) for name, arg in kwargs.items()}
-        return op(args[0], *others, **named)
+        target = _first(args, kwargs)
+        others = [arg if arg is target else self._lost(arg, _WRITTEN) for arg in args]
+        named = {name: arg if arg is target else self._lost(arg, _WRITTEN) for name, arg in kwargs.items()}
+        return op(*others, **named)
 
     def _note_aliases(
         self,
@@ -267,10 +279,10 @@ class Recorder(Tracker):
         if (
             saved_tensors_hook() != self.hook
             or not torch.is_grad_enabled()
-            or not isinstance(args[0], Tensor)
+            or not isinstance(_first(args, kwargs), Tensor)
         ):
             return False
-        if op is Tensor.__setitem__ or is_view(args[0]):
+        if op is Tensor.__setitem__ or is_view(_first(args, kwargs)):
             return True
         return None in describe(op, args, kwargs, self.sources, False)[0].entries
 
@@ -290,7 +302,8 @@ class Recorder(Tracker):
         """Whether the call of a module, in this frame or the one around it, is one that is recorded."""
         if self.opaque not in (None, frame, frame.f_back):
             return False
-        return self.hook == saved_tensors_hook() and not is_elsewhere(self.level)
+        inside = innermost_transform() is not None or self.level
+        return self.hook == saved_tensors_hook() and not (inside and is_elsewhere(self.level))
 
     def end(self, hidden: set[int], outermost: bool) -> None:
         """A call has ended, and hides uses of some parameters from the call around it."""
@@ -364,6 +377,11 @@ def _writes(args: Any, kwargs: dict[str, Any]) -> bool:
 _WRITTEN = "wrote it into a part of another tensor"
 
 
+def _first(args: Any, kwargs: dict[str, Any]) -> Any:
+    """The first argument of a call, by place or by name."""
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
 def _drew(before: Tensor) -> str:
     """The reason not to record an op, if it drew random numbers since the generator had this state."""
     drew = not torch.equal(before, torch.get_rng_state())
@@ -372,7 +390,10 @@ def _drew(before: Tensor) -> str:
 
 def _have_hooks(args: Any) -> bool:
     """Whether there is a hook on a tensor that the forward computed."""
-    return bool([a for a in args if isinstance(a, Tensor) and hooks_of(a) and a.grad_fn is not None])
+    for value in args:  # noqa: SIM110 - a generator takes a call for each
+        if isinstance(value, Tensor) and hooks_of(value) and value.grad_fn is not None:
+            return True
+    return False
 
 
 def _is_live(out: Any) -> bool:

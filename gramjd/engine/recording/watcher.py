@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from gramjd.engine.recording.recorded import is_markable, is_marked, mark_call
 from gramjd.engine.recording.recorder import Recorder, active_recorder, start_recorder
-from gramjd.engine.sharded import is_unit
+from gramjd.engine.sharded import shards
 from gramjd.internals import (
     held_by,
     hides_ops,
     in_backward,
-    inside_transform,
+    innermost_transform,
     is_dynamo_tracing,
     saved_tensors_hook,
 )
@@ -40,7 +40,7 @@ class Watcher:
 
     def before(self, module: nn.Module, frame: FrameType) -> None:
         """Start recording, or remember the state that the call starts from."""
-        if not torch.is_grad_enabled() or (inside_transform() and not in_backward()):
+        if not torch.is_grad_enabled() or (innermost_transform() is not None and not in_backward()):
             return
         if "ops" in self.strategies:
             self._record(module, frame)
@@ -68,11 +68,12 @@ class Watcher:
 
     def _introduce(self, recorder: Recorder, module: nn.Module) -> None:
         """Tell a recorder which tensors to follow."""
+        kind: Any = type(module)
         if id(self) not in recorder.watchers:
             held = self.held()
             recorder.add(*held)
             recorder.watch(id(self), self.known_calls, held[0])
-        elif is_unit(module):  # its parameters have just been gathered
+        elif shards(kind):  # its parameters have just been gathered
             recorder.add(*self.held(module))
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, out: Any, frame: FrameType) -> Any:

@@ -58,8 +58,12 @@ class Part:
         return self.precision(node) is None and self.region[self.places[node]] in opened
 
     def pattern(self, layouts: Sequence[Layouts]) -> Pattern:
-        """The layouts of all outputs with samples; besides the recorded uses, blocks depend only on these."""
-        kinds = [tuple([_kind(layout) for layout in mine]) for mine in layouts]
+        """The layouts of all outputs with samples; besides the recorded uses, blocks depend only on these.
+
+        A single sample is a kind of its own: wherever samples lie among the arguments, one is right.
+        """
+        alone = ["alone"] if self.problem.batch_dim is not None and self.problem.samples == 1 else []
+        kinds = [(*alone, *[_kind(layout) for layout in mine]) for mine in layouts]
         marks = [node.record for node in self.nodes]
         ops = [mark.record.call.op if isinstance(mark, OpMark) else mark.names for mark in marks]
         return frozenset(zip(self.places, ops, kinds, strict=True))

@@ -6,7 +6,8 @@ rounding alone, which is measured so.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -48,12 +49,21 @@ class Pass:
 class Passes:
     """Backward passes of the objectives weighted at random, each run when it is first asked for.
 
-    While another one is in progress (``busy``), asking for one that was not run raises ``Later``.
+    While another one is in progress (:meth:`waiting`), asking for one that was not run raises ``Later``.
     """
 
     def __init__(self, problem: Problem, calls: int, checking: bool, projected: bool = True) -> None:
         self.problem, self.calls, self.checking = problem, calls, checking
         self.projected, self.busy = projected, False
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A context in which a backward pass is in progress, so that no other can run."""
+        self.busy = True
+        try:
+            yield
+        finally:
+            self.busy = False
 
     @cached_property
     def v(self) -> Tensor:

@@ -39,8 +39,8 @@ class Problem:
 
     @cached_property
     def is_opaque(self) -> bool:
-        """Whether the graph has calls of modules that are replayed as a whole."""
-        return any(isinstance(node.record, CallMark) for node in self.graph.nodes)
+        """Whether the graph has nodes of which nothing can be proven for the next step: :func:`is_opaque`."""
+        return True in [is_opaque(node, self.batch_dim) for node in self.graph.nodes]
 
     @cached_property
     def fewest_digits(self) -> torch.dtype:
@@ -48,6 +48,17 @@ class Problem:
         dtypes = {self.output.dtype, *dtypes_of(self.graph.order)}
         floating = [dtype for dtype in dtypes if dtype.is_floating_point]
         return max(floating, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def is_opaque(node: Any, batch_dim: int | None) -> bool:
+    """Whether a node's blocks are exact depends on the data, so that they are verified in each step.
+
+    Those of a call that is replayed as a whole, or of an op without a rule that may take all samples at once.
+    """
+    mark = node.record
+    if isinstance(mark, CallMark):
+        return True
+    return batch_dim is not None and mark.record.is_opaque and mark.replay is None
 
 
 def is_fused(node: Any) -> bool:

@@ -62,7 +62,8 @@ def refuse_dependence(
         f"{first}{found} the {problem.samples} entries of dimension {dim} as independent samples. Either "
         "batch_dim is not the batch dimension, or the loss or a layer makes samples depend on each other (a "
         "mean over the batch, batch normalisation in training mode), or an input of that size has no batch "
-        "dimension (give it one of size 1: [1, ...]). Correct it, or use Engine(..., batch_dim=None), which "
+        "dimension (give it one of size 1: [1, ...]), or samples lie in two dimensions of an input (flatten "
+        "them before the model: x.flatten(0, 1)). Correct it, or use Engine(..., batch_dim=None), which "
         "is exact for any computation."
     )
 

@@ -226,18 +226,23 @@ def _reach(node: Any, facts: NodeType, gradient: Tensor) -> Sequence[int]:
     return range(first, rank)
 
 
+def _nan_like(gradient: Tensor) -> complex | float:
+    """NaN; in complex numbers in both parts, of which either may be what goes on."""
+    return complex(math.nan, math.nan) if gradient.is_complex() else math.nan
+
+
 def _with_nan(gradient: Tensor, lost: Sequence[Tensor], along: Sequence[int]) -> Tensor:
     """A gradient with NaN where masks of outputs lead, along some dimensions everywhere."""
     lines = [1 if dim in along else size for dim, size in enumerate(gradient.shape)]
     for mask in lost:
-        gradient = gradient.masked_fill(_aligned(mask, lines, along), math.nan)
+        gradient = gradient.masked_fill(_aligned(mask, lines, along), _nan_like(gradient))
     return gradient
 
 
 def _with_nan_before_index(node: Any, gradient: Tensor, lost: Sequence[Tensor]) -> Tensor:
     """The gradient of an indexed tensor with NaN wherever other indices could have taken it from."""
     for mask in lost:
-        gradient = gradient.masked_fill(before(mask, sources(node, mask.ndim)), math.nan)
+        gradient = gradient.masked_fill(before(mask, sources(node, mask.ndim)), _nan_like(gradient))
     return gradient
 
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import Any
 
 from torch import Tensor
 
 from gramjd.blocks import Block
 from gramjd.engine.recording.nodes import Cotangents, forget
-from gramjd.engine.recording.recorded import CallMark
 from gramjd.engine.sharded import Lockstep, needs_weights
 from gramjd.engine.solving import backward, finite, refusals
 from gramjd.engine.solving.lay_out import Finding, Laid, lay_out
 from gramjd.engine.solving.part import Part, part_of
 from gramjd.engine.solving.passes import Passes
-from gramjd.engine.solving.problem import Problem
+from gramjd.engine.solving.problem import Problem, is_opaque
 from gramjd.engine.solving.program import Known, Layouts, Pattern, Program, Separation, Solution
 from gramjd.engine.solving.separation import Masks, patterns, patterns_for, spread, stays_within
 from gramjd.engine.solving.strategies import FROM_USES, STRATEGIES, Found, Material, are_few
@@ -103,7 +101,7 @@ class _Run:
         problem, known = request.problem, request.known
         self.request, self.problem, self.known, self.program = request, problem, known, program
         self.emit = emit
-        # replays of opaque calls run the user's code anew
+        # what is opaque may be exact in one step, and not in the next
         due = problem.is_opaque or not program.complete or bool(known.audit)
         checking = request.check and due
         self.probing = checking or (problem.batch_dim is not None and known.layouts is None)
@@ -121,10 +119,9 @@ class _Run:
         masks = self._run_passes(lockstep)
         nodes = problem.graph.nodes
         stream = Stream(nodes, self.program.regions, self._early(), self._solve_region)
-        passes.busy = True
-        basis = backward.basis(problem.output, problem.batch_dim)
-        backward.stream(problem.output, nodes, basis, stream, problem.graph.batched)
-        passes.busy = False
+        with passes.waiting():
+            basis = backward.basis(problem.output, problem.batch_dim)
+            backward.stream(problem.output, nodes, basis, stream, problem.graph.batched)
         with nullcontext() if lockstep is None else lockstep.gather(self._weighted()):
             if not problem.samples:
                 return Solution(self.program)
@@ -227,10 +224,10 @@ class _Run:
     def _verifier(self, part: Part, laid: Laid, verified: bool) -> Callable[[str, Sequence[Block]], bool]:
         """The comparison of blocks with autograd's gradient.
 
-        Where the same was ``verified`` before, a difference in an audit is an error, but for replayed calls.
+        Where the same was ``verified`` before, a difference in an audit is an error, but for opaque nodes.
         """
         passes = self.passes if self.passes.checking else self.passes.with_gradients
-        opaque = any(isinstance(node.record, CallMark) for node in part.nodes)
+        opaque = any(is_opaque(node, self.problem.batch_dim) for node in part.nodes)
         message = self.known.audit if verified and not opaque else ""
         precision = self.problem.fewest_digits if message else None
 
@@ -255,9 +252,9 @@ class _Run:
         left = {name: p for name, p in problem.parameters.items() if id(p) not in strategies}
         if left:
             found = _rest(request, found, left, Finding.of([each.finding for each in laid]), self.emit)
-        proven = self.checking and all(each.seen for each in laid) and self.passes.conclusive
+        proven = self.checking and False not in [each.seen for each in laid] and self.passes.conclusive
         found = replace(found, complete=program.complete or proven or not request.check)
-        if problem.batch_dim is None or not found.complete or not all(each.lasts for each in laid):
+        if problem.batch_dim is None or not found.complete or False in [each.lasts for each in laid]:
             return Solution(found)
         layouts = {solved.number: solved.laid.layouts for solved in self.solved}
         return Solution(found, _separation(request, found, layouts, masks))
@@ -272,7 +269,10 @@ class _Run:
 
 def _joined(found: Sequence[Mapping[int, str]]) -> dict[int, str]:
     """What was found of the parameters of each region, as one."""
-    return dict(chain.from_iterable(each.items() for each in found))
+    joined: dict[int, str] = {}
+    for each in found:
+        joined |= each
+    return joined
 
 
 def _separation(request: Request, program: Program, layouts: Mapping[int, Sequence[Layouts]],
