@@ -6,7 +6,6 @@ Both captures are trackers: :mod:`gramjd.functional.per_sample_mode` under ``vma
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -130,7 +129,6 @@ def _is_random(func: Any) -> bool:
 
 
 @constant_in_graphs
-@functools.lru_cache(maxsize=4096)  # asked of every op
 def is_inplace(func: Any) -> bool:
     """Whether an op writes into its first argument."""
     name = getattr(func, "__name__", "")
