@@ -2,11 +2,19 @@
 
 import pytest
 import torch
+from oracle import OLD
 
 from gramjd import prepared
 from gramjd.verification.schedule import forget
 
 torch.set_num_threads(1)  # tiny tensors: threads only get into each other's way
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let be what torch 2.1 warns of itself: of attention under ``vmap``, and in complex backward passes."""
+    if OLD:
+        for message in ("There is a performance drop because", "Casting complex values to real"):
+            config.addinivalue_line("filterwarnings", f"ignore:{message}:UserWarning")
 
 
 @pytest.fixture(autouse=True)

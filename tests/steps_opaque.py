@@ -96,6 +96,18 @@ def hooks_on_weight_expressions() -> tuple[nn.Module, At]:
     return net, at
 
 
+@family(False, False, True, False, True)
+def hooks_that_are_functions_of_torch() -> tuple[nn.Module, At]:
+    def forward(m: Any, x: Tensor, normalised: bool) -> Tensor:
+        w = m.f.weight * 1.5
+        if normalised:
+            w.register_hook(F.normalize)
+        return F.linear(x, w).tanh().sum(1)
+
+    net = Net(forward, f=nn.Linear(6, 6, bias=False))
+    return net, lambda normalised: net(draw(4, 6), normalised)
+
+
 @family(1.0, 1.0, -1.0, 1.0, -1.0, mixed=lambda sign: sign < 0, why="the slope is that of all samples")
 def slopes_of_prelu() -> tuple[nn.Module, At]:
     def forward(m: Any, x: Tensor, sign: float) -> Tensor:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
+from exactness import Net, parameter
 from oracle import assert_close, dense_gramian, needs_shapes
 from torch import Tensor, nn
 
 import gramjd
 from gramjd import Engine
+from gramjd.blocks import Dense
 from gramjd.engine.analysis.graph import walk
 from gramjd.engine.analysis.signature import Unlisted, separation_key
 from gramjd.engine.solving import separation, solve
@@ -297,3 +300,25 @@ def test_keys_that_differ(name: str) -> None:
     first, second = DIFFERENT[name]
     assert key(first(), 4) == key(first(), 4)
     assert key(first(), 4) != key(second(), 4)
+
+
+def only_once(x: Tensor, p: Tensor) -> Tensor:
+    """An op with a rule that is right for a single sample alone."""
+    if torch.overrides.has_torch_function((x, p)):
+        found: Tensor = torch.overrides.handle_torch_function(only_once, (x, p), x, p)
+        return found
+    return (x * p).sum(-1)
+
+
+def test_a_proof_for_one_sample_is_none_for_several() -> None:
+    @gramjd.register_rule(only_once, wrt="p", needs=["x"])
+    def rule(c: Tensor, x: Tensor, p: Tensor) -> Dense:
+        return Dense((c.unsqueeze(-1) * x[0]).sum(2))
+
+    model = Net(lambda m, x: only_once(x, m.p), p=parameter(5))
+    engine = Engine(model, batch_dim=0, audit=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", gramjd.SlowPathWarning)
+        for samples in (1, 1, 1, 1, 6, 6, 1, 4):
+            losses = model(draw(samples, 5)).sin()
+            assert_close(engine.compute_gramian(losses), dense_gramian(losses, model.parameters()))

@@ -277,6 +277,12 @@ def as_another(m: Any, x: Tensor) -> Tensor:
     return h + same * m.w[0] + view
 
 
+def unseen_before_a_view(m: Any, x: Tensor) -> Tensor:
+    w = m.g * 2
+    torch._foreach_mul_([w], 3.0)
+    return x @ w + x @ w.T
+
+
 def as_another_twice(m: Any, x: Tensor) -> Tensor:
     w = m.g.clone()
     same = w.to(m.w).to(m.w)
@@ -338,6 +344,7 @@ ORDINARY: dict[str, Any] = {
     "inplace=True by position": written_positionally,
     "as another": as_another,
     "written by the batch": written_by_the_batch,
+    "an unseen write before a view": unseen_before_a_view,
     "as another, twice": as_another_twice,
     "views of views": views_of_views,
     "views after a write": views_after_a_write,

@@ -30,7 +30,7 @@ from gramjd.internals import (
 )
 from gramjd.rules import DECOMPOSITIONS, tensors_of
 from gramjd.uses.known_calls import KnownCalls
-from gramjd.uses.tracker import QUESTIONS, Tracker, is_inplace
+from gramjd.uses.tracker import QUESTIONS, Tracker, first_argument, is_inplace
 from gramjd.uses.use import Record, describe
 
 Function = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Sequence[Tensor]]]
@@ -143,7 +143,7 @@ class PerSampleMode(Tracker):
         if op is Tensor.register_hook:
             raise NotImplementedError(_HOOKED)
         if is_inplace(op) or op is Tensor.__setitem__ or kwargs.get("inplace"):
-            if id(args[0] if args else kwargs.get("input")) in self.sources:
+            if id(first_argument(args, kwargs)) in self.sources:
                 raise NotImplementedError(_INPLACE.format(op=getattr(op, "__name__", op)))
             return op(*args, **kwargs), None
         known = describe if self.known_calls is None else self.known_calls.describe

@@ -6,7 +6,7 @@ Both captures are trackers: :mod:`gramjd.functional.per_sample_mode` under ``vma
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -133,6 +133,13 @@ def is_inplace(func: Any) -> bool:
     """Whether an op writes into its first argument."""
     name = getattr(func, "__name__", "")
     return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+
+
+def first_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The tensor that an op in place writes into: its first argument, by place or by one of torch's names."""
+    if args:
+        return args[0]
+    return next((kwargs[name] for name in ("input", "tensor", "self") if name in kwargs), None)
 
 
 # Written in Python on top of ops that have rules: their bodies are followed, not the call itself.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gramjd.errors import NotCoveredError
 from gramjd.internals import base_of, memory_of, version_kept, version_of
-from gramjd.uses.tracker import is_inplace
+from gramjd.uses.tracker import first_argument, is_inplace
 
 _UNSEEN = (
     "A tensor of shape {} that is computed from parameters, or a view of it, was written in place by what "
@@ -58,8 +58,10 @@ class Aliases:
     def add(self, marked: Tensor, original: Tensor) -> None:
         """Remember a tensor with a node, and the same without."""
         memory = memory_of(marked)
-        self.groups.setdefault(memory, []).append((marked, original))
-        self.versions.setdefault(memory, version_of(marked))
+        group = self.groups.setdefault(memory, [])
+        group.append((marked, original))
+        if len(group) <= 2:  # of one alone, autograd knows the history whatever wrote into it
+            self.versions[memory] = version_of(marked)
         if marked is not original:
             self.originals[id(marked)] = original
 
@@ -127,7 +129,7 @@ def differ(one: Iterable[Any], other: Iterable[Any]) -> bool:
 
 def written(func: Callable[..., Any], args: Any, kwargs: Any) -> Tensor | None:
     """The tensor that an op is asked to write into, if there is one."""
-    first = args[0] if args else kwargs.get("input")
+    first = first_argument(args, kwargs)
     if func is Tensor.__setitem__ or is_inplace(func) or kwargs.get("inplace") or _is_asked_to(func, args):
         target = first
     else:

@@ -39,7 +39,7 @@ from gramjd.internals import (
 )
 from gramjd.rules import is_fused, tensors_of
 from gramjd.uses.known_calls import KnownCalls
-from gramjd.uses.tracker import QUESTIONS, Tracker, is_inplace
+from gramjd.uses.tracker import QUESTIONS, Tracker, first_argument, is_inplace
 from gramjd.uses.use import Derived, Record, describe, roots
 
 _THREAD = threading.local()  # .recorder: the one switched on in this thread
@@ -125,10 +125,8 @@ class Recorder(Tracker):
         """A hook on a tensor that the forward computed may change gradients in some steps only."""
         if args[0].grad_fn is not None:
             self.hooks.append(HOOK)
-        torchs_own = str(getattr(args[-1], "__module__", "")).startswith("torch.")  # as of fully_shard
-        if (
-            isinstance(self.sources.get(id(args[0])), Derived) and not torchs_own
-        ):  # which may change gradients
+        is_derived = isinstance(self.sources.get(id(args[0])), Derived)
+        if is_derived and not _is_of_fully_shard(args[-1]):  # its gradient need not be that of its uses
             lose(args[0], "computed a tensor that has a hook")
         return func, args, kwargs
 
@@ -222,7 +220,7 @@ class Recorder(Tracker):
         if (
             not _is_live(out)
             or saved_tensors_hook() != self.hook
-            or (inplace and out is not _first(args, kwargs))
+            or (inplace and out is not first_argument(args, kwargs))
         ):
             return out, None
         # after the call: if the op refuses its arguments, the error is the op's own
@@ -243,7 +241,7 @@ class Recorder(Tracker):
 
     def _without_node(self, op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Call an op that writes where no node can be; what it wrote says that this use is not known."""
-        target = _first(args, kwargs)
+        target = first_argument(args, kwargs)
         others = [arg if arg is target else self._lost(arg, _WRITTEN) for arg in args]
         named = {name: arg if arg is target else self._lost(arg, _WRITTEN) for name, arg in kwargs.items()}
         return op(*others, **named)
@@ -279,10 +277,10 @@ class Recorder(Tracker):
         if (
             saved_tensors_hook() != self.hook
             or not torch.is_grad_enabled()
-            or not isinstance(_first(args, kwargs), Tensor)
+            or not isinstance(first_argument(args, kwargs), Tensor)
         ):
             return False
-        if op is Tensor.__setitem__ or is_view(_first(args, kwargs)):
+        if op is Tensor.__setitem__ or is_view(first_argument(args, kwargs)):
             return True
         return None in describe(op, args, kwargs, self.sources, False)[0].entries
 
@@ -377,9 +375,9 @@ def _writes(args: Any, kwargs: dict[str, Any]) -> bool:
 _WRITTEN = "wrote it into a part of another tensor"
 
 
-def _first(args: Any, kwargs: dict[str, Any]) -> Any:
-    """The first argument of a call, by place or by name."""
-    return args[0] if args else next(iter(kwargs.values()), None)
+def _is_of_fully_shard(hook: Any) -> bool:
+    """Whether a hook is one by which ``fully_shard`` gathers parameters; these return no other gradients."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp.")
 
 
 def _drew(before: Tensor) -> str:
