@@ -29,6 +29,7 @@ ADAPTED = 2**25 - 2**13  # bytes: the largest block that glibc adapts to, less w
 
 _AVAILABLE = hasattr(mmap, "MADV_FREE") and hasattr(mmap, "MAP_ANONYMOUS")  # not on Windows
 _freed: list[mmap.mmap] = []  # the block freed last comes last
+_used: dict[int, tuple[weakref.ref[memoryview], mmap.mmap]] = {}  # by the id of the reference to a view of it
 
 
 def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -51,7 +52,8 @@ def again(shape: tuple[int, ...], like: Tensor) -> Tensor:
     if block is None:
         return like.new_empty(shape)
     view = memoryview(block)  # the tensor's storage keeps it alive
-    weakref.finalize(view, _free, block).atexit = False
+    reference = weakref.ref(view, _free)
+    _used[id(reference)] = reference, block
     return torch.frombuffer(view, dtype=like.dtype, count=prod(shape)).view(shape)
 
 
@@ -95,8 +97,9 @@ def let_malloc_adapt() -> None:
     torch.empty(ADAPTED, dtype=torch.uint8, device="cpu")
 
 
-def _free(block: mmap.mmap) -> None:
+def _free(reference: weakref.ref[memoryview]) -> None:
     """Hold a block whose last tensor is gone. Only after the system was told may another tensor use it."""
+    block = _used.pop(id(reference))[1]
     try:
         block.madvise(mmap.MADV_FREE)
     except OSError:  # the system cannot take the pages back: the block is unmapped with its last reference

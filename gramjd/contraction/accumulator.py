@@ -1,15 +1,16 @@
-"""The Gramian as a running sum, for blocks that are not kept."""
+"""What becomes of the blocks of an output: a Gramian as a running sum, or factors that are kept."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gramjd import contraction, prepared, pytree
-from gramjd.blocks import Block, flatten, is_zero, unflatten
+from gramjd.blocks import Block, Structure, flatten, is_zero, unflatten
 from gramjd.complexes import real_block, real_dtype
 from gramjd.contraction import Options, products
 from gramjd.contraction.outputs import Output, Outputs
@@ -18,55 +19,102 @@ from gramjd.gramians import symmetric
 _MOST = 2**14  # elements of short rows that wait for others
 
 
-class GramianSum:
-    """Adds up the shares of parameters in the Gramian of one output."""
+class Sink:
+    """Takes the blocks of some parameters after the others: in two steps, the first one by prepared ops."""
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
+    key: Hashable = "factors"  # of all that the ops of `reduce` depend on besides the blocks
+
+    def add(self, blocks: Mapping[str, Sequence[Block]]) -> None:
+        """Take the blocks of some parameters, by name."""
+        raise NotImplementedError
+
+    def reduce(self, each: Sequence[Sequence[Block]]) -> tuple[list[Tensor], Any]:
+        """What is left of the blocks of some parameters: tensors, and the rest. It takes nothing yet."""
+        return flatten(each, origins=True)
+
+    def take(self, names: Sequence[str], tensors: Sequence[Tensor], rest: Any) -> None:
+        """Take what is left of the blocks of these parameters."""
+        self.add(dict(zip(names, unflatten(rest, tensors), strict=True)))
+
+
+class Factors(Sink):
+    """Keeps all blocks."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[str, Sequence[Block]] = {}
+
+    def add(self, blocks: Mapping[str, Sequence[Block]]) -> None:
+        self.blocks.update(blocks)
+
+
+class GramianSum(Sink):
+    """Adds up the shares of parameters in the Gramian of one output, on a device."""
+
+    def __init__(self, options: Options, device: torch.device) -> None:
+        self.options, self.key = options, ("share", *options.on(device))
         self.total: Tensor | None = None  # [K, B, K, B]
-        self.waiting: list[Sequence[Block]] = []  # of parameters with short rows
+        self.waiting: list[tuple[Sequence[Tensor], Structure]] = []  # blocks of short rows
         self.elements = 0  # of these rows
 
     def add(self, blocks: Mapping[str, Sequence[Block]]) -> None:
-        """Add the share of some parameters."""
-        each = [mine for mine in blocks.values() if mine]
-        tensors, structure = flatten(each)
+        tensors, structure = flatten(list(blocks.values()))
         if not tensors:
             return
-        options, (K, samples) = self.options, each[0][0].rows
-        whole = options.memory_budget is None  # one tile
 
-        def contract(tensors: Sequence[Tensor]) -> tuple[list[Tensor], tuple[Sequence[int], int]]:
-            return _share(unflatten(structure, tensors), options, whole)
+        def reduce(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
+            return self.reduce(unflatten(structure, tensors))
 
-        key = "share", structure, options.on(tensors[0].device)
-        share, (short, elements) = prepared.call(contract, key, tensors)
-        for tile in share:
+        found = prepared.call(reduce, (structure, self.key), tensors)
+        self.take([*blocks], *found)
+
+    def reduce(self, each: Sequence[Sequence[Block]]) -> tuple[list[Tensor], Any]:
+        """The share as one tile, if there is memory for it, or the blocks, and the blocks of short rows."""
+        given = [mine for mine in each if mine]
+        if not given:
+            return [], None
+        blocks = [_real(mine) for mine in given]
+        groups = contraction.groups_of(blocks, self.options)
+        short = [blocks[n] for n in groups.short]
+        elements = sum(prod(block.rows) * prod(block.shape) for (block,) in short)
+        places, groups = groups.without_short(len(blocks)) if short else (range(len(blocks)), groups)
+        rest, tile = [blocks[n] for n in places], None
+        if self.options.memory_budget is None:
+            rest, tile = [], contraction.sum_of(contraction.gramians(rest, self.options, groups))
+        tiles = [] if tile is None else [tile]
+        (left, of_left), (waiting, of_waiting) = flatten(rest), flatten(short)
+        counts = len(tiles), len(tiles) + len(left)
+        return [*tiles, *left, *waiting], (given[0][0].rows, counts, of_left, of_waiting, elements)
+
+    def take(self, names: Sequence[str], tensors: Sequence[Tensor], rest: Any) -> None:
+        if rest is None:
+            return
+        (K, samples), (tiles, start), left, short, elements = rest
+        for tile in tensors[:tiles]:
             self._add_tile(tile, slice(0, samples), slice(0, samples), K, samples)
-        if not whole:
-            self._add_tiles([_real(mine) for n, mine in enumerate(each) if n not in short], K, samples)
-        self.waiting += [each[n] for n in short]
-        self.elements += elements
-        if self.elements > _MOST:
-            self._add_waiting()
+        if left:
+            self._add_tiles(unflatten(left, tensors[tiles:start]), K, samples)
+        if short:
+            self.waiting.append((tensors[start:], short))
+            self.elements += elements
+            if self.elements > _MOST:
+                self._add_waiting()
 
     def _add_waiting(self) -> None:
         waiting, self.waiting, self.elements = self.waiting, [], 0
-        if not waiting:
+        tensors = [tensor for mine, _ in waiting for tensor in mine]
+        if not tensors:
             return
-        options, (K, samples) = self.options, waiting[0][0].rows
+        structure = tuple([block for _, mine in waiting for block in mine])
+        options, (K, samples) = self.options, tensors[0].shape[:2]
         if options.memory_budget is not None:
-            self._add_tiles([_real(mine) for mine in waiting], K, samples)
+            self._add_tiles(unflatten(structure, tensors), K, samples)
             return
-        tensors, structure = flatten(waiting)
 
         def contract(tensors: Sequence[Tensor]) -> tuple[list[Tensor], None]:
-            blocks = [block for mine in unflatten(structure, tensors) for block in _real(mine)]
+            blocks = [block for (block,) in unflatten(structure, tensors)]
             return [contraction.short_rows(blocks, options)], None
 
-        (tile,), _ = prepared.call(
-            contract, ("short rows", structure, options.on(tensors[0].device)), tensors
-        )
+        (tile,), _ = prepared.call(contract, ("short rows", structure, self.key), tensors)
         self._add_tile(tile, slice(0, samples), slice(0, samples), K, samples)
 
     def _add_tiles(self, each: Sequence[Sequence[Block]], K: int, samples: int) -> None:
@@ -106,16 +154,16 @@ class GramianSum:
         return found
 
 
-class FactorsOrSum:
+class FactorsOrSum(Sink):
     """Keeps the blocks of all parameters, or, where these are more than a budget, adds up their Gramian."""
 
-    def __init__(self, options: Options, budget: int) -> None:
-        self.total, self.budget = GramianSum(options), budget  # in bytes
+    def __init__(self, options: Options, device: torch.device, budget: int) -> None:
+        self.total, self.budget = GramianSum(options, device), budget  # in bytes
         self.blocks: dict[str, Sequence[Block]] | None = {} if budget else None
+        self.key = Sink.key if budget else self.total.key
         self.storages: dict[int, int] = {}  # the bytes of each, by its address: blocks share some
 
     def add(self, blocks: Mapping[str, Sequence[Block]]) -> None:
-        """Add the blocks of some parameters."""
         if self.blocks is None:
             self.total.add(blocks)
             return
@@ -123,25 +171,17 @@ class FactorsOrSum:
         storages = [tensor.untyped_storage() for tensor in flatten(list(blocks.values()))[0]]
         self.storages.update((storage.data_ptr(), storage.nbytes()) for storage in storages)
         if sum(self.storages.values()) > self.budget:
-            kept, self.blocks = self.blocks, None
+            kept, self.blocks, self.key = self.blocks, None, self.total.key
             self.total.add(kept)
 
+    def reduce(self, each: Sequence[Sequence[Block]]) -> tuple[list[Tensor], Any]:
+        return super().reduce(each) if self.blocks is not None else self.total.reduce(each)
 
-def _share(given: Sequence[Sequence[Block]], options: Options, whole: bool
-           ) -> tuple[list[Tensor], tuple[Sequence[int], int]]:  # fmt: skip
-    """The share of some parameters, if it is asked for as a ``whole``, without those with short rows.
-
-    Of these, the places and the number of elements.
-    """
-    each = [_real(mine) for mine in given]
-    groups = contraction.groups_of(each, options)
-    rest, groups_of_rest = groups.without_short(len(each)) if groups.short else (range(len(each)), groups)
-    short = [each[n][0] for n in groups.short]
-    elements = sum(prod(block.rows) * prod(block.shape) for block in short)
-    if not whole:
-        return [], (groups.short, elements)
-    found = contraction.sum_of(contraction.gramians([each[n] for n in rest], options, groups_of_rest))
-    return [] if found is None else [found], (groups.short, elements)
+    def take(self, names: Sequence[str], tensors: Sequence[Tensor], rest: Any) -> None:
+        if self.blocks is not None:
+            super().take(names, tensors, rest)
+        else:
+            self.total.take(names, tensors, rest)
 
 
 def _real(blocks: Sequence[Block]) -> list[Block]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramjd.internals import weight_norm_op
-from gramjd.rules.registry import Op, rules_of
+from gramjd.rules.registry import Op
 
 E = TypeVar("E", bound=Callable[..., Any])
 
@@ -42,11 +42,6 @@ def decomposition_of(op: Op) -> Callable[..., Any] | None:
         return DECOMPOSITIONS.get(op)
     except TypeError:  # an unhashable callable has none
         return None
-
-
-def is_fused(op: Op) -> bool:
-    """Whether an op has a decomposition and no rule."""
-    return decomposition_of(op) is not None and rules_of(op) is None
 
 
 def expanded() -> list[Op]:

@@ -27,12 +27,12 @@ from gramjd.engine.solving import finite
 from gramjd.engine.solving.problem import Problem
 from gramjd.engine.solving.program import Program, Solution
 from gramjd.engine.solving.proofs import Proofs, describe
-from gramjd.engine.solving.solve import Emit, Request, solve
+from gramjd.engine.solving.solve import Request, solve
 from gramjd.engine.solving.strategies import STRATEGIES
 from gramjd.engine.step import Scaled, Step, Weightings
 from gramjd.errors import NotCoveredError, NotFiniteError, SlowPathWarning
 from gramjd.explanation import Explanation, explanation
-from gramjd.jacobian import FactorsOrSum, GramianSum, Jacobian, Output, SketchSum, groups
+from gramjd.jacobian import Factors, FactorsOrSum, GramianSum, Jacobian, Output, Sink, SketchSum, groups
 from gramjd.jacobian.lazy import Groups, Per
 from gramjd.jacobian.projection import Projection
 from gramjd.objectives import Losses, Weights, joined
@@ -179,10 +179,11 @@ class Engine:
         if group is None:
             distributed.refuse_rows(rows)
             _refuse_empty(output)
+            self._validate(output)
         if sketch is not None:
             return self._sketched(output, Projection.of(sketch), flat, group)
         if group is None:
-            gramian = self._streamed(output, GramianSum(self._options))
+            gramian = self._streamed(output, GramianSum(self._options, output.device))
         else:
             gramian = self._gramian_of_ranks(self._jacobian_of_ranks(output, group), None, group, rows)
         finite_output = torch.isfinite(output.detach()).all().to(gramian.device)
@@ -326,7 +327,7 @@ class Engine:
     @own_precision
     def _streamed(self, output: Tensor, total: GramianSum | SketchSum) -> Tensor:
         """The result of a sum that is given the blocks of each region as the backward pass leaves it."""
-        problem = self._solve(output, total.add, deferred=True)[0].problem
+        problem = self._solve(output, total, deferred=True)[0].problem
         shape = Output(0, tuple(output.shape), problem.batch_dim)
         return total.result(shape, next(iter(problem.parameters.values())))
 
@@ -354,8 +355,8 @@ class Engine:
             budget = 0
         elif step.per is not None or self._registry.shards.units:  # ranks in step all do the same
             budget = sys.maxsize
-        found = FactorsOrSum(self._options, budget)
-        request = self._solve(output, found.add)[0]
+        found = FactorsOrSum(self._options, output.device, budget)
+        request = self._solve(output, found)[0]
         if found.blocks is not None:
             jac = self._jacobian_of(found.blocks, request)
             return jac, jac.gramian(step.per, **asdict(self._options))
@@ -365,9 +366,9 @@ class Engine:
     @own_precision
     def _jacobian(self, output: Tensor) -> tuple[Jacobian[Tensor, dict[str, Tensor]], Request, Solution]:
         """The lazy Jacobian, and what is known of its graph."""
-        found: dict[str, Sequence[Block]] = {}
-        request, solution = self._solve(output, found.update)
-        return self._jacobian_of(found, request), request, solution
+        found = Factors()
+        request, solution = self._solve(output, found)
+        return self._jacobian_of(found.blocks, request), request, solution
 
     def _jacobian_of(self, found: Mapping[str, Sequence[Block]], request: Request
                      ) -> Jacobian[Tensor, dict[str, Tensor]]:  # fmt: skip
@@ -379,8 +380,8 @@ class Engine:
         blocks = [by_id[id(p)] for p in parameters]
         return Jacobian.of(blocks, parameters, spec, [shape], pytree.LEAF, problem.samples)
 
-    def _solve(self, output: Tensor, emit: Emit, deferred: bool = False) -> tuple[Request, Solution]:
-        """Give ``emit`` the blocks of the parameters that an output depends on.
+    def _solve(self, output: Tensor, sink: Sink, deferred: bool = False) -> tuple[Request, Solution]:
+        """Give ``sink`` the blocks of the parameters that an output depends on.
 
         If ``deferred``, the caller looks whether the output is finite, where nothing is left to prove: on a
         GPU, each such question waits for the device.
@@ -394,7 +395,7 @@ class Engine:
                     lockstep.agree(False, [], 0, error)
                 raise
             try:
-                solution = solve(request, emit)
+                solution = solve(request, sink)
             finally:
                 forget(request.problem.graph.nodes)
             if self._check != "always":

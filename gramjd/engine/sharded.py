@@ -15,13 +15,14 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gramjd.distributed import is_sharded
+from gramjd.distributed import are_sharded, is_sharded
 from gramjd.engine.analysis.regions import parameter_ids
 from gramjd.engine.recording.recorded import CallMark
 from gramjd.errors import NotCoveredError, RankFailedError, RanksDisagreeError
@@ -91,8 +92,9 @@ def refuse_parallel(named: dict[str, Tensor], leaves: dict[int, Tensor]) -> None
     Raises:
         NotCoveredError: tensor parallelism.
     """
-    for name, p in named.items():
-        if is_sharded(p) and id(p) in leaves:
+    sharded = compress(named.items(), are_sharded([*named.values()]))
+    for name, p in sharded:
+        if id(p) in leaves:
             raise NotCoveredError(_IN_USE.format(name))
 
 

@@ -75,14 +75,11 @@ def is_ours(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and not is_wrapped(tensor) and not tensor.requires_grad
 
 
-def is_watched() -> bool:
-    """Whether a mode sees every op below autograd."""
-    return bool(torch._C._len_torch_dispatch_stack())
+# Does a mode see every op below autograd? How many do.
+is_watched: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
-
-def is_profiled() -> bool:
-    """Whether one of torch's profilers is recording, perhaps what is allocated, too."""
-    return bool(torch._C._autograd._profiler_enabled())
+# Is one of torch's profilers recording, perhaps what is allocated, too?
+is_profiled: Callable[[], bool] = torch._C._autograd._profiler_enabled
 
 
 def runs_plainly(tensors: Sequence[Tensor]) -> bool:

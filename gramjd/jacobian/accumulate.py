@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gramjd.internals import innermost_transform, plain_apply
+
 
 def accumulate(leaves: Sequence[Tensor], gradients: list[Tensor]) -> None:
     """Add to the leaves' ``.grad``, as a backward pass would add it; ``gradients`` is empty afterwards.
@@ -17,7 +19,7 @@ def accumulate(leaves: Sequence[Tensor], gradients: list[Tensor]) -> None:
     """
     if leaves:
         with torch.enable_grad():
-            end = _HandOver.apply(gradients, *leaves)
+            end = (_APPLY if innermost_transform() is None else _HandOver.apply)(gradients, *leaves)
         end.backward()
 
 
@@ -34,3 +36,6 @@ class _HandOver(torch.autograd.Function):
         given = tuple(ctx.gradients)
         ctx.gradients.clear()
         return None, *given
+
+
+_APPLY = plain_apply(_HandOver)  # without a search among all leaves for wrappers of transforms

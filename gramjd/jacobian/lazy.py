@@ -508,7 +508,9 @@ class Jacobian(Typed[Out, In]):
             RuntimeError: the parameters are not leaf tensors that require gradients.
         """
         # without samples as autograd: zeros, which the ranks of a process group wait for
-        wanted = [self.samples == 0 or is_sharded for is_sharded in distributed.are_sharded(self.parameters)]
+        wanted = distributed.are_sharded(self.parameters)
+        if not self.samples:
+            wanted = [True] * len(wanted)
         for part in self.parts:
             wanted = [is_wanted or bool(mine) for is_wanted, mine in zip(wanted, part.blocks, strict=True)]
         used = [n for n, is_wanted in enumerate(wanted) if is_wanted]

@@ -5,7 +5,7 @@ from gramjd.decompositions import (
     grouped,  # noqa: F401
     recurrent,  # noqa: F401
 )
-from gramjd.decompositions.registry import DECOMPOSITIONS, decomposition_of, is_fused, register_decomposition
+from gramjd.decompositions.registry import DECOMPOSITIONS, decomposition_of, register_decomposition
 from gramjd.rules import conv, einsum, elementwise, embedding, linear, norm, shape  # noqa: F401
 from gramjd.rules.fallback import SEPARABLE, dense_rows, tensors_of
 from gramjd.rules.registry import Call, register_rule, registered
@@ -16,7 +16,6 @@ __all__ = [
     "Call",
     "decomposition_of",
     "dense_rows",
-    "is_fused",
     "register_decomposition",
     "register_rule",
     "registered",

@@ -59,7 +59,8 @@ class Tracker(TorchFunctionMode):
         if func is torch.einsum and len(args) == 2 and isinstance(args[1], (list, tuple)):
             args = (args[0], *args[1])  # one way to write it
         tracked, batch_independent, known = False, True, self.known
-        for value in args:  # as in _classify: every op comes by here, and a call takes as long as all of this
+        # as in _classify: every op comes by here, and a call takes as long as all of this
+        for value in (*args, *kwargs.values()) if kwargs else args:
             if isinstance(value, Tensor):
                 if id(value) not in known:
                     batch_independent = False
@@ -68,9 +69,6 @@ class Tracker(TorchFunctionMode):
             elif isinstance(value, (list, tuple)):
                 inner = self._classify(value)
                 tracked, batch_independent = tracked or inner[0], batch_independent and inner[1]
-        if kwargs:
-            inner = self._classify(kwargs.values())
-            tracked, batch_independent = tracked or inner[0], batch_independent and inner[1]
         if not tracked:
             out = func(*args, **kwargs)
             if batch_independent:

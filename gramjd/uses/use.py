@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import NoneType
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class Derived:
 
 
 Source = Tensor | Derived
+_SETTINGS = (bool, int, str, NoneType)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +81,15 @@ class Record:
         except TypeError:
             return None
         return key
+
+    @cached_property
+    def signature(self) -> Hashable:
+        """A key that is equal for the same op with the same settings and sources in the same places."""
+        slots = [(slot.index, id(s) if isinstance(s := slot.source, Tensor) else s.output)
+                 for slot in self.slots]  # fmt: skip
+        # without numbers that only scale: steps may change them
+        settings = [leaf if isinstance(leaf, _SETTINGS) else type(leaf) for leaf in self.leaves]
+        return self.call.op, tuple(slots), self.entries, self.saved, () if self.derived else tuple(settings)
 
     @cached_property
     def is_opaque(self) -> bool:

@@ -55,7 +55,7 @@ def transforming() -> bool:
 
 def watched() -> bool:
     """Whether a mode sees every operation, to trace it for instance: nothing may go past it."""
-    return is_watched()
+    return bool(is_watched())
 
 
 def is_constant(*tensors: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -49,6 +50,9 @@ _STATIC = (
 )
 
 
+_NUMBER = attrgetter("record.number")  # the place in the forward
+
+
 def walk(output: Tensor) -> Graph:
     """Visit every node that ``output`` was computed by.
 
@@ -77,7 +81,8 @@ def walk(output: Tensor) -> Graph:
         elif kind is LEAF_TYPE:
             leaf = leaf_of(node)
             leaves[id(leaf)] = leaf
-            structure.append(id(leaf) if isinstance(leaf, torch.nn.Parameter) else 0)
+            is_parameter = type(leaf) is not Tensor and isinstance(leaf, torch.nn.Parameter)
+            structure.append(id(leaf) if is_parameter else 0)
         elif is_reentrant_checkpoint(kind):
             raise NotCoveredError(_REENTRANT)
         elif kind is DDP_SINK_TYPE and learns_static_graph(node):
@@ -94,7 +99,7 @@ def walk(output: Tensor) -> Graph:
             below: Any = type(child)
             batched = batched and not (number and takes_one_cotangent(below))
         structure.append(tuple(edges))
-    nodes.sort(key=lambda node: node.record.number)
+    nodes.sort(key=_NUMBER)
     recorded = tuple([numbers[node] for node in nodes])
     hooks = [getattr(node.record, "hooks", ()) for node in nodes]
     hooked = bool(hooks_of(output)) or any(hooks)

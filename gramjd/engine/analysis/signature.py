@@ -33,7 +33,7 @@ from gramjd.engine.recording.nodes import NODE_TYPE
 from gramjd.internals import LEAF_TYPE, name_of_type, saved_value, shapes_of
 
 Shape = tuple[int, ...]
-_NESTED = (list, tuple)  # attributes of nodes that may contain lists
+_NESTED = frozenset({list, tuple})  # attributes of nodes that may contain lists
 
 
 class Unlisted(Exception):
@@ -77,7 +77,10 @@ def separation_key(order: Sequence[Any], numbers: dict[Any, int], output: Shape,
             parts.append(_hashable(value) if type(value) in _NESTED else value)
         if facts.sizes is Sizes.ANY:
             continue
-        inputs = [found[numbers[child]][n] for child, n in node.next_functions if child is not None]
+        inputs = []
+        for child, n in node.next_functions:  # no comprehension: that is a call for each node
+            if child is not None:
+                inputs.append(found[numbers[child]][n])
         if facts.sizes is Sizes.RESHAPE:
             token, those = _reshape(inputs[0], mine[0], samples)
             for size, form in those:
@@ -208,4 +211,6 @@ def _canonical(shapes: tuple[Shape, ...], samples: int) -> Hashable:
 
 
 def _hashable(value: Any) -> Hashable:
-    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
+    if not isinstance(value, (list, tuple)):
+        return value
+    return tuple(value if _NESTED.isdisjoint(map(type, value)) else map(_hashable, value))

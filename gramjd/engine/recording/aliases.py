@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable
+from types import NoneType
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 from gramjd.errors import NotCoveredError
 from gramjd.internals import base_of, memory_of, version_kept, version_of
 from gramjd.uses.tracker import first_argument, is_inplace
+
+_SETTINGS = frozenset({int, bool, float, str, NoneType})
 
 _UNSEEN = (
     "A tensor of shape {} that is computed from parameters, or a view of it, was written in place by what "
@@ -67,8 +70,11 @@ class Aliases:
 
     def call(self, op: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> Any:
         """Call an op that returns views on the tensors without nodes, because autograd knows their views."""
-        mine, named = replaced(args, self.originals), replaced(kwargs, self.originals)
-        return out if mine is args and named is kwargs else op(*mine, **named)
+        for value in (*args, *kwargs.values()):
+            if id(value) in self.originals or isinstance(value, (list, tuple, dict)):
+                mine, named = replaced(args, self.originals), replaced(kwargs, self.originals)
+                return out if mine is args and named is kwargs else op(*mine, **named)
+        return out
 
     def of(self, target: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The tensors that share a tensor's memory, each with its original."""
@@ -117,7 +123,7 @@ def replaced(tree: Any, others: dict[int, Tensor]) -> Any:
         values = replaced([*tree.values()], others)
         return dict(zip(tree, values, strict=True)) if differ(values, tree.values()) else tree
     if type(tree) in (list, tuple):
-        found = [replaced(value, others) for value in tree]
+        found = [value if type(value) in _SETTINGS else replaced(value, others) for value in tree]
         return type(tree)(found) if differ(found, tree) else tree
     return tree
 
@@ -129,9 +135,8 @@ def differ(one: Iterable[Any], other: Iterable[Any]) -> bool:
 
 def written(func: Callable[..., Any], args: Any, kwargs: Any) -> Tensor | None:
     """The tensor that an op is asked to write into, if there is one."""
-    first = first_argument(args, kwargs)
     if func is Tensor.__setitem__ or is_inplace(func) or kwargs.get("inplace") or _is_asked_to(func, args):
-        target = first
+        target = first_argument(args, kwargs)
     else:
         target = kwargs.get("out")
     return target if isinstance(target, Tensor) else None
@@ -145,8 +150,10 @@ def may_write(func: Callable[..., Any]) -> bool:
 
 def _is_asked_to(func: Any, args: Any) -> bool:
     """Whether ``inplace=True`` is among the positional arguments."""
-    place = _place_of_inplace(func) if True in [arg is True for arg in args] else None
-    return place is not None and place < len(args) and args[place] is True
+    for place, arg in enumerate(args):  # noqa: SIM110 - a generator takes a call for each
+        if arg is True and place == _place_of_inplace(func):
+            return True
+    return False
 
 
 @functools.lru_cache(maxsize=1024)

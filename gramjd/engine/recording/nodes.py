@@ -9,6 +9,7 @@ of the cotangents then is up to the *sink* that the node has for the time of the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class Node(torch.autograd.Function):
         if inplace:
             ctx.mark_dirty(*outputs)
         else:  # not a view of its argument as far as autograd is concerned: users may write into it
-            outputs = tuple([t.detach() for t in outputs])
+            outputs = tuple(map(Tensor.detach, outputs))
         return outputs if len(outputs) > 1 else outputs[0]
 
     @staticmethod
@@ -55,7 +56,9 @@ class Node(torch.autograd.Function):
         if ctx.sink is not None:
             if ctx.hooked and ctx.values is None:
                 ctx.values = ctx.saved_tensors  # outside of a backward pass, each would be computed anew
-            taps = ctx.sink(ctx, [_dense(g) for g in grads])
+            taps = ctx.sink(
+                ctx, [g if g is None or g.layout is torch.strided else g.to_dense() for g in grads]
+            )
         return (None, None, None, *grads, *taps)
 
     @staticmethod
@@ -64,11 +67,7 @@ class Node(torch.autograd.Function):
         return outputs if len(outputs) > 1 else outputs[0]
 
 
-def _dense(gradient: Tensor | None) -> Tensor | None:
-    """Sparse gradients, as of ``to_sparse``, written out."""
-    return gradient if gradient is None or gradient.layout is torch.strided else gradient.to_dense()
-
-
+_FIRST = itemgetter(0)
 NODE_TYPE: Any = node_type(Node)
 _APPLY = plain_apply(Node)
 
@@ -77,10 +76,10 @@ def attach(
     record: Any, saved: Sequence[Tensor], outputs: Sequence[Tensor], inplace: bool = False
 ) -> list[Tensor]:
     """The outputs with a node that holds ``record`` and ``saved`` behind them."""
-    taps = [
-        torch.empty_strided(t.shape, (0,) * t.ndim, dtype=t.dtype, device=t.device, requires_grad=True)
-        for t in outputs
-    ]
+    taps = []
+    for t in outputs:
+        strides = (0,) * t.ndim
+        taps.append(torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device, requires_grad=True))
     if innermost_transform() is None:
         found = _APPLY(record, saved, inplace, *outputs, *taps)
     else:  # a checkpoint is computed again under vmap
@@ -92,7 +91,7 @@ def attach(
 
 def values_of(node: Any) -> list[Tensor]:
     """The values that a node saved, detached."""
-    return [t.detach() for t in (node.saved_tensors if node.values is None else node.values)]
+    return [*map(Tensor.detach, node.saved_tensors if node.values is None else node.values)]
 
 
 def forget(nodes: Sequence[Any]) -> None:
@@ -104,4 +103,4 @@ def forget(nodes: Sequence[Any]) -> None:
 def taps_of(node: Any) -> list[Tensor]:
     """The taps of a node, one for each output."""
     edges = node.next_functions
-    return [leaf_of(edge[0]) for edge in edges[len(edges) // 2 :]]
+    return [*map(leaf_of, map(_FIRST, edges[len(edges) // 2 :]))]

@@ -7,7 +7,6 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress, count
 from operator import attrgetter
-from types import NoneType
 from typing import Any
 
 import torch
@@ -62,12 +61,8 @@ class OpMark:
     @property
     def signature(self) -> Hashable:
         """A key that is equal for the same op with the same settings and parameters in the same places."""
-        record = self.record
-        slots = tuple([(slot.index, id(s) if isinstance(s := slot.source, Tensor) else s.output)
-                       for slot in record.slots])  # fmt: skip
-        settings = () if record.derived else _settings(record.leaves)
-        kind = record.derived, self.batch_independent, self.live, self.lost, self.replay is not None
-        return record.call.op, slots, record.entries, record.saved, settings, kind
+        kind = self.record.derived, self.batch_independent, self.live, self.lost, self.replay is not None
+        return self.record.signature, kind
 
 
 @dataclass(frozen=True)
@@ -93,11 +88,6 @@ class CallMark:
     def signature(self) -> Hashable:
         """A key that is equal for calls of the same module."""
         return ("call", id(self.module), self.names, tuple(self.autocasts.items()))
-
-
-def _settings(leaves: Sequence[Any]) -> Hashable:
-    """The arguments of a call that are no tensors, without numbers that only scale: steps may change them."""
-    return tuple([leaf if isinstance(leaf, (bool, int, str, NoneType)) else type(leaf) for leaf in leaves])
 
 
 def computed_by(values: Iterable[Any]) -> tuple[Any, ...]:
@@ -138,9 +128,10 @@ def mark_op(record: Record, leaves: Sequence[Any], out: Any, arguments: tuple[An
     """The output of an op with a node for its record behind it."""
     outs = [out] if isinstance(out, Tensor) else tensors_of(out)
     live = tuple(map(_REQUIRES_GRAD, outs))
-    saved = [leaves[i] for i in record.needed]
+    saved = [*map(leaves.__getitem__, record.needed)]
     mark = OpMark(next(_NUMBERS), record, live, batch_independent, None, lost, arguments, hooks)
-    return _replace_live(out, attach(mark, saved, [*compress(outs, live)], inplace))
+    marked = attach(mark, saved, [*compress(outs, live)], inplace)
+    return marked[0] if isinstance(out, Tensor) else _replace_live(out, marked)
 
 
 def lose(tensor: Tensor, cause: str) -> None:

@@ -28,6 +28,7 @@ from gramjd.engine.recording.recorded import (
 from gramjd.internals import (
     below_transforms,
     has_plain_layout,
+    hides_ops,
     hooks_of,
     innermost_mode,
     innermost_transform,
@@ -37,10 +38,14 @@ from gramjd.internals import (
     saved_tensors_hook,
     transform_level,
 )
-from gramjd.rules import is_fused, tensors_of
+from gramjd.rules import DECOMPOSITIONS, tensors_of
+from gramjd.rules.registry import rules_of
 from gramjd.uses.known_calls import KnownCalls
 from gramjd.uses.tracker import QUESTIONS, Tracker, first_argument, is_inplace
 from gramjd.uses.use import Derived, Record, describe, roots
+
+# Of a module; ids of the parameters whose uses it hides, see `Recorder.hide`; does it hide all ops inside?
+Call = tuple[nn.Module, set[int], bool]
 
 _THREAD = threading.local()  # .recorder: the one switched on in this thread
 
@@ -64,7 +69,7 @@ class Recorder(Tracker):
         self.level = transform_level()  # not 0 where a checkpoint is computed again under vmap
         self.aliases, self.writing = Aliases(), False
         self.hooks: list[str] = []  # on tensors that the forward computed; shared with its nodes
-        self.calls: list[tuple[nn.Module, set[int]]] = []  # in progress, and what they hide: see `hide`
+        self.calls: list[Call] = []  # in progress
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -175,21 +180,17 @@ class Recorder(Tracker):
             if isinstance(source, Derived):
                 lose(tensor, "is used where no op shows")
 
-    def enter(self, module: nn.Module) -> None:
-        """A call of a module begins."""
-        self.calls.append((module, set()))
-
-    def leave(self, module: nn.Module) -> set[int]:
-        """A call of a module ends; returns the ids of the parameters whose uses it hides."""
-        hidden: set[int] = set()
+    def leave(self, module: nn.Module) -> Call:
+        """A call of a module ends; with what it hides."""
         if self.calls and self.calls[-1][0] is module:
-            return self.calls.pop()[1]
-        while any(mine is module for mine, _ in self.calls):  # hooks of others may have raised in between
+            return self.calls.pop()
+        hidden: set[int] = set()
+        while any(call[0] is module for call in self.calls):  # hooks of others may have raised in between
             found = self.calls.pop()
             hidden |= found[1]
             if found[0] is module:
                 break
-        return hidden
+        return module, hidden, hides_ops(module)
 
     def _are_batch_independent(self, arguments: Any) -> bool:
         """Whether all these tensors are known, here or around the checkpoint, to be batch-independent.
@@ -209,16 +210,18 @@ class Recorder(Tracker):
         return known or (self.outer is not None and self.outer._is_batch_independent(tensor))
 
     def record(self, op: Any, args: Any, kwargs: dict[str, Any], derived: bool) -> tuple[Any, Record | None]:
-        inplace = is_inplace(op)
+        inplace = may_write(op) and is_inplace(op)
         if (inplace or op is Tensor.__setitem__) and self._cannot_mark(op, args, kwargs):
             return self._without_node(op, args, kwargs), None
-        before = torch.get_rng_state()
+        before = torch.default_generator.get_state()
         arguments = computed_by((*args, *kwargs.values()))
-        if _have_hooks(args):
-            self.hooks.append(HOOK)
+        for value in args:  # one is enough
+            if isinstance(value, Tensor) and hooks_of(value) and value.grad_fn is not None:
+                self.hooks.append(HOOK)
+                break
         out = op(*args, **kwargs)
         if (
-            not _is_live(out)
+            not (out.requires_grad if type(out) is Tensor else _is_live(out))
             or saved_tensors_hook() != self.hook
             or (inplace and out is not first_argument(args, kwargs))
         ):
@@ -228,8 +231,9 @@ class Recorder(Tracker):
         if not is_markable(out):
             self.hide(leaves[slot.index] for slot in record.slots)
             return out, None
-        self.seen.update([id(slot.source) for slot in record.slots])
-        if not derived and is_fused(op):
+        for slot in record.slots:
+            self.seen.add(id(slot.source))
+        if not derived and op in DECOMPOSITIONS and rules_of(op) is None:
             return mark_fused(record, leaves, out, before, arguments), record
         # an op that has a rule draws no random numbers
         lost = _drew(before) if None in record.entries else ""
@@ -382,16 +386,8 @@ def _is_of_fully_shard(hook: Any) -> bool:
 
 def _drew(before: Tensor) -> str:
     """The reason not to record an op, if it drew random numbers since the generator had this state."""
-    drew = not torch.equal(before, torch.get_rng_state())
+    drew = not torch.equal(before, torch.default_generator.get_state())
     return "drew random numbers when it used it" if drew else ""
-
-
-def _have_hooks(args: Any) -> bool:
-    """Whether there is a hook on a tensor that the forward computed."""
-    for value in args:  # noqa: SIM110 - a generator takes a call for each
-        if isinstance(value, Tensor) and hooks_of(value) and value.grad_fn is not None:
-            return True
-    return False
 
 
 def _is_live(out: Any) -> bool:

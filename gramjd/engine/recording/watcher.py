@@ -42,39 +42,34 @@ class Watcher:
         """Start recording, or remember the state that the call starts from."""
         if not torch.is_grad_enabled() or (innermost_transform() is not None and not in_backward()):
             return
-        if "ops" in self.strategies:
-            self._record(module, frame)
-        elif (
-            "functional" in self.strategies
-            and saved_tensors_hook() is None
-            and getattr(self.outermost, "frame", None) is None
-        ):
-            self.outermost.frame, self.outermost.rng_state = frame, torch.get_rng_state()
-
-    def _record(self, module: nn.Module, frame: FrameType) -> None:
-        """Switch a recorder on, if this call is the outermost one; let it know of the call."""
+        if "ops" not in self.strategies:
+            self._before_unrecorded(frame)
+            return
+        kind: Any = type(module)
         recorder = active_recorder()
         outermost = recorder is None or (recorder.opaque is None and recorder.hook != saved_tensors_hook())
         if recorder is None or outermost:
             recorder = start_recorder(Recorder(frame, self.known_calls, recorder))
-        self._introduce(recorder, module)
-        recorder.enter(module)
-        if recorder.opaque is not None:
-            return
-        if hides_ops(module):
-            recorder.pause(frame)
-        elif outermost:  # last: it would see all that is asked of the parameters above
-            recorder.__enter__()
-
-    def _introduce(self, recorder: Recorder, module: nn.Module) -> None:
-        """Tell a recorder which tensors to follow."""
-        kind: Any = type(module)
         if id(self) not in recorder.watchers:
             held = self.held()
             recorder.add(*held)
             recorder.watch(id(self), self.known_calls, held[0])
         elif shards(kind):  # its parameters have just been gathered
             recorder.add(*self.held(module))
+        hidden = hides_ops(module)
+        recorder.calls.append((module, set(), hidden))
+        if recorder.opaque is not None:
+            return
+        if hidden:
+            recorder.pause(frame)
+        elif outermost:  # last: it would see all that is asked of the parameters above
+            recorder.__enter__()
+
+    def _before_unrecorded(self, frame: FrameType) -> None:
+        if "functional" not in self.strategies or saved_tensors_hook() is not None:
+            return
+        if getattr(self.outermost, "frame", None) is None:
+            self.outermost.frame, self.outermost.rng_state = frame, torch.get_rng_state()
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, out: Any, frame: FrameType) -> Any:
         """Mark calls whose inside was not seen; stop recording with the call that started it."""
@@ -84,13 +79,15 @@ class Watcher:
         if recorder is None or not recorder.takes_part(frame):
             return None
         ours = recorder.frame in (frame, frame.f_back)  # the latter where the forward raised
-        unseen, hidden = _unseen(recorder, module, out, ours), recorder.leave(module)
+        _, hidden, hides = recorder.leave(module)
+        unseen = _unseen(recorder, module, out, ours, hides)
         markable = bool(unseen or hidden) and out is not None and is_markable(out)
         if hidden and markable:
             found = {name: p for name, p in module.named_parameters() if id(p) in hidden}
             unseen.update(found)
             hidden = hidden.difference(map(id, found.values()))
-        recorder.end(hidden, ours)
+        if hidden or ours or recorder.opaque is not None:
+            recorder.end(hidden, ours)
         if not unseen or not markable or is_marked(module, out):  # another engine's hook was first
             return None
         return mark_call(module, args, kwargs, out, unseen)
@@ -106,13 +103,13 @@ class Watcher:
         return mark_call(module, args, kwargs, out, named, self.outermost.rng_state)
 
 
-def _unseen(recorder: Recorder, module: nn.Module, out: Any, ours: bool) -> dict[str, Tensor]:
-    """The parameters of a call, by name, that no op has shown.
+def _unseen(recorder: Recorder, module: nn.Module, out: Any, ours: bool, hides: bool) -> dict[str, Tensor]:
+    """The parameters of a call, by name, that no op has shown; all its inner ones, if it ``hides`` its ops.
 
     One that is returned as it is may be seen later, but for the outermost call.
     """
-    unseen = {}
-    for name, p in _own_parameters(module):
+    unseen, (parameters, _, children) = {}, held_by(module)
+    for name, p in _own_parameters(module, hides) if hides or children else parameters.items():
         if p is not None and id(p) in recorder.sources and id(p) not in recorder.seen:
             unseen[name] = p
     if unseen and not ours and recorder.opaque is None:
@@ -121,9 +118,9 @@ def _unseen(recorder: Recorder, module: nn.Module, out: Any, ours: bool) -> dict
     return unseen
 
 
-def _own_parameters(module: nn.Module) -> Iterable[tuple[str, Tensor | None]]:
+def _own_parameters(module: nn.Module, hides: bool) -> Iterable[tuple[str, Tensor | None]]:
     """The parameters that no call inside a call of the module answers for, by name."""
-    if hides_ops(module):
+    if hides:
         return module.named_parameters()
     parameters, _, children = held_by(module)
     own: list[tuple[str, Tensor | None]] = []

@@ -85,7 +85,8 @@ def _kind(layout: Layout | None) -> str:
 def part_of(
     problem: Problem,
     region: Sequence[int],
-    ids: frozenset[int],
+    parameters: Mapping[str, Tensor],
+    nodes: Sequence[Any],
     cotangents: Sequence[Cotangents],
     passes: Passes,
     measuring: bool,
@@ -96,16 +97,15 @@ def part_of(
     Args:
         problem: all of it.
         region: indices of its nodes.
-        ids: of its parameters.
-        cotangents: at its nodes.
+        parameters: of the region, by name.
+        nodes: of the region.
+        cotangents: at these nodes.
         passes: weighted backward passes.
         measuring: whether the layouts of the nodes are not known.
         replayed: whether some nodes are of ops that only a replay shows the inside of.
     """
-    nodes = [problem.graph.nodes[index] for index in region]
-    mine = {name: p for name, p in problem.parameters.items() if id(p) in ids}
     probed = passes.first.of(region) if measuring else ()
-    part = Part(problem, region, mine, nodes, range(len(nodes)), cotangents, probed)
+    part = Part(problem, region, parameters, nodes, range(len(nodes)), cotangents, probed)
     return _replayed(part, passes) if replayed else part
 
 

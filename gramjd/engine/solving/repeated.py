@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain, count, islice
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from gramjd import prepared
-from gramjd.blocks import Block, Structure, flatten, unflatten
+from gramjd.contraction.accumulator import Sink
 from gramjd.engine.analysis.layouts import Layout
 from gramjd.engine.recording.nodes import values_of
 from gramjd.engine.recording.recorded import OpMark
@@ -19,6 +20,7 @@ from gramjd.engine.solving.part import Part
 if TYPE_CHECKING:
     from gramjd.engine.solving.strategies import Candidate, Material
 
+_SOURCE = attrgetter("source")
 Build = Callable[["Material", Mapping[str, Tensor]], "Candidate"]
 
 
@@ -26,21 +28,23 @@ class _Incomplete(Exception):
     """Raised if a parameter gets no blocks: the reason is for an ordinary call to find."""
 
 
-def blocks_of_region(build: Build, material: Material, parameters: Mapping[str, Tensor]
-                     ) -> dict[str, list[Block]] | None:  # fmt: skip
-    """The blocks that ``build`` returns for parameters; ``None`` where it has to be called."""
+def give_blocks(build: Build, material: Material, parameters: Mapping[str, Tensor], sink: Sink) -> bool:
+    """Give a sink the blocks that ``build`` returns for parameters, if the same may be asked for again.
+
+    What the sink reduces them to is prepared together with them. Otherwise ``build`` has to be called.
+    """
     part = material.part
-    key = None if part is None or not material.program.complete else _key(part, material.layouts, parameters)
+    key = None if part is None else _key(part, material.layouts, parameters)
     if part is None or key is None:
-        return None
+        return False
     try:
         given: list[Sequence[Tensor | None]] = [*part.cotangents, *map(values_of, part.nodes)]
     except RuntimeError:  # written in place
-        return None
+        return False
     sizes = [*map(len, given)]
     tensors = [*chain.from_iterable(given)]
 
-    def blocks(tensors: Sequence[Any]) -> tuple[list[Tensor], Structure]:
+    def reduced(tensors: Sequence[Any]) -> tuple[Sequence[Tensor], Any]:
         rest = iter(tensors)
         own = [[*islice(rest, size)] for size in sizes]
         nodes = len(part.nodes)
@@ -48,13 +52,14 @@ def blocks_of_region(build: Build, material: Material, parameters: Mapping[str, 
         found = build(replace(material, part=mine), parameters)
         if found.causes or len(found.blocks) < len(parameters):
             raise _Incomplete
-        return flatten([found.blocks[name] for name in parameters], origins=True)
+        return sink.reduce([found.blocks[name] for name in parameters])
 
     try:
-        found, structure = prepared.call(blocks, (key, *sizes), tensors)
+        found = prepared.call(reduced, (key, sink.key, *sizes), tensors)
     except _Incomplete:
-        return None
-    return dict(zip(parameters, unflatten(structure, found), strict=True))
+        return False
+    sink.take([*parameters], *found)
+    return True
 
 
 def _key(part: Part, layouts: Sequence[Sequence[Layout | None]], parameters: Mapping[str, Tensor]
@@ -63,7 +68,7 @@ def _key(part: Part, layouts: Sequence[Sequence[Layout | None]], parameters: Map
     problem = part.problem
     if part.precisions or problem.lockstep is not None:
         return None
-    places = {id(p): n for n, p in enumerate(parameters.values())}
+    places = dict(zip(map(id, parameters.values()), count()))
     key: list[Hashable] = [problem.samples, problem.batch_dim is None]
     for layout in chain.from_iterable(layouts):
         if type(layout) is not Layout:
@@ -76,5 +81,5 @@ def _key(part: Part, layouts: Sequence[Sequence[Layout | None]], parameters: Map
         record = mark.record
         if record.key is None:
             return None
-        key += [record.key, mark.live, *[places.get(id(slot.source)) for slot in record.slots]]
+        key += [record.key, mark.live, *map(places.get, map(id, map(_SOURCE, record.slots)))]
     return tuple(key)

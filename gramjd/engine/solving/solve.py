@@ -10,6 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from gramjd.blocks import Block
+from gramjd.contraction.accumulator import Sink
+from gramjd.engine.analysis.layouts import Layout
+from gramjd.engine.analysis.regions import Region
 from gramjd.engine.recording.nodes import Cotangents, forget
 from gramjd.engine.sharded import Lockstep, needs_weights
 from gramjd.engine.solving import backward, finite, refusals
@@ -18,16 +21,15 @@ from gramjd.engine.solving.part import Part, part_of
 from gramjd.engine.solving.passes import Passes
 from gramjd.engine.solving.problem import Problem, is_opaque
 from gramjd.engine.solving.program import Known, Layouts, Pattern, Program, Separation, Solution
+from gramjd.engine.solving.repeated import give_blocks
 from gramjd.engine.solving.separation import Masks, patterns, patterns_for, spread, stays_within
-from gramjd.engine.solving.strategies import FROM_USES, STRATEGIES, Found, Material, are_few
+from gramjd.engine.solving.strategies import FROM_USES, STRATEGIES, Found, Material, are_few, blocks_by_ops
 from gramjd.engine.solving.stream import Later, Stream
 from gramjd.engine.solving.verify import agrees
 from gramjd.errors import CheckFailedError
 
 _PATTERNS_A_CALL = 2  # backward passes of the proof of separation; until it is whole, layouts are measured
 _RANKS = {strategy: rank for rank, strategy in enumerate(STRATEGIES)}
-
-Emit = Callable[[Mapping[str, list[Block]]], None]  # blocks of some parameters, by name
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class Solved:
     causes: Mapping[int, str] = field(default_factory=dict)  # why others have none
 
 
-def solve(request: Request, emit: Emit) -> Solution:
-    """Give ``emit`` the blocks of every parameter, by the first strategy that is exact for it.
+def solve(request: Request, sink: Sink) -> Solution:
+    """Give ``sink`` the blocks of every parameter, by the first strategy that is exact for it.
 
     Those of a region as soon as the backward pass has been through it, where that is possible. Measures
     and verifies what is not known yet.
@@ -69,38 +71,38 @@ def solve(request: Request, emit: Emit) -> Solution:
     if not problem.samples and problem.lockstep is None:
         return Solution(program)
     if "losses" in request.strategies and are_few(problem, request.rows_budget):
-        return Solution(_whole(request, program, "losses", problem.parameters, emit))
+        return Solution(_whole(request, program, "losses", problem.parameters, sink))
     if not set(FROM_USES) & set(request.strategies) and problem.lockstep is None:
-        return Solution(_rest(request, program, problem.parameters, Finding(), emit))
-    return _Run(request, request.known.program or Program.of(problem), emit).solution()
+        return Solution(_rest(request, program, problem.parameters, Finding(), sink))
+    return _Run(request, request.known.program or Program.of(problem), sink).solution()
 
 
-def _whole(request: Request, program: Program, strategy: str, parameters: Mapping[str, Tensor], emit: Emit
+def _whole(request: Request, program: Program, strategy: str, parameters: Mapping[str, Tensor], sink: Sink
            ) -> Program:  # fmt: skip
     """Blocks by a strategy that differentiates the whole output; what it adds to the program."""
     material = Material(request.problem, program, program.causes)
-    emit(STRATEGIES[strategy](material, parameters).blocks)
+    sink.add(STRATEGIES[strategy](material, parameters).blocks)
     chosen = dict.fromkeys(map(id, parameters.values()), strategy)
     return replace(program, strategies={**program.strategies, **chosen})
 
 
-def _rest(request: Request, program: Program, left: Mapping[str, Tensor], finding: Finding, emit: Emit
+def _rest(request: Request, program: Program, left: Mapping[str, Tensor], finding: Finding, sink: Sink
           ) -> Program:  # fmt: skip
     """Rows of the parameters that are left, if this strategy is allowed."""
     if "rows" not in request.strategies:
         raise refusals.no_strategy(request.problem, program, left, request.strategies)
     if len(request.strategies) > 1:  # rows alone are exact whatever batch_dim is
         refusals.refuse_dependence(request.problem, program, left, finding)
-    return _whole(request, program, "rows", left, emit)
+    return _whole(request, program, "rows", left, sink)
 
 
 class _Run:
     """Solves the regions of a problem one after the other, as its backward pass reaches them."""
 
-    def __init__(self, request: Request, program: Program, emit: Emit) -> None:
+    def __init__(self, request: Request, program: Program, sink: Sink) -> None:
         problem, known = request.problem, request.known
         self.request, self.problem, self.known, self.program = request, problem, known, program
-        self.emit = emit
+        self.sink = sink
         # what is opaque may be exact in one step, and not in the next
         due = problem.is_opaque or not program.complete or bool(known.audit)
         checking = request.check and due
@@ -110,6 +112,11 @@ class _Run:
         # ranks in step cannot ask for all entries later
         self.passes = Passes(problem, known.calls, self.checking, projected=problem.lockstep is None)
         self.from_uses = [each for each in request.strategies if each in FROM_USES]
+        self.parameters = _of_regions(problem, program)
+        # nothing to prove: the blocks of these parameters come from their recorded uses alone
+        steady = program.complete and not self.probing and problem.lockstep is None
+        self.by_ops = _by_ops(program) if steady and "ops" in self.from_uses else frozenset()
+        self.repeated: list[Tensor] = []  # parameters whose uses were solved as those of an earlier call
         self.solved: list[Solved] = []
         self.late: set[int] = set()
 
@@ -169,15 +176,18 @@ class _Run:
             raise finite.unexplained("gradient")
         raise finite.of_gradient(self.problem.output, self.problem.batch_dim)
 
-    def _solve_region(self, number: int, cotangents: list[Cotangents]) -> None:
-        """Lay out, build and verify a region, and emit its blocks."""
+    def _solve_region(self, number: int, nodes: list[Any], cotangents: list[Cotangents]) -> None:
+        """Lay out, build and verify a region, and give its blocks to the sink."""
         problem, program, passes = self.problem, self.program, self.passes
         region, known = program.regions[number], self.known.layouts
+        parameters = self.parameters[number]
         layouts = None if known is None else known[number]
+        if region.parameters <= self.by_ops and self._repeat(region, nodes, cotangents, layouts, parameters):
+            return
         measuring, waits = problem.batch_dim is not None and layouts is None, number in program.waiting
         try:
             part = part_of(
-                problem, region.nodes, region.parameters, cotangents, passes, measuring, replayed=waits
+                problem, region.nodes, parameters, nodes, cotangents, passes, measuring, replayed=waits
             )
             laid = lay_out(part, passes, layouts)
             # that of proven layouts was verified when they were proven
@@ -187,10 +197,29 @@ class _Run:
             self.late.add(number)  # also the next time: the order of the sum decides on its rounding
             raise
         self.solved.append(solved)
-        self.emit(blocks)
+        self.sink.add(blocks)
         forget(part.nodes)
         if self.probing:
             passes.forget(region.nodes)
+
+    def _repeat(
+        self,
+        region: Region,
+        nodes: Sequence[Any],
+        cotangents: Sequence[Cotangents],
+        layouts: Sequence[Layouts] | None,
+        parameters: Mapping[str, Tensor],
+    ) -> bool:
+        """Solve a region of which all is proven, if its recorded uses are alike to those of earlier calls."""
+        if layouts is None:
+            layouts = [(Layout(0),) * len(cs) for cs in cotangents]  # without a batch dimension
+        part = Part(self.problem, region.nodes, parameters, nodes, range(len(nodes)), cotangents)
+        material = Material(self.problem, self.program, part=part, layouts=layouts)
+        if not give_blocks(blocks_by_ops, material, parameters, self.sink):
+            return False
+        self.repeated += parameters.values()
+        forget(nodes)
+        return True
 
     def _build(self, number: int, part: Part, laid: Laid, pattern: Pattern | None) -> tuple[Found, Solved]:
         """Blocks of a region's parameters by the ops or by replays of calls, where these are exact."""
@@ -199,7 +228,7 @@ class _Run:
         verifies = self.checking or (self.request.check and not verified)
         verify = self._verifier(part, laid, verified) if verifies else None
         causes = dict(part.causes)
-        blocks: Found = {}
+        blocks: dict[str, Sequence[Block]] = {}
         strategies: dict[int, str] = {}
         for strategy in self.from_uses:
             planned = {name: p for name, p in part.parameters.items()
@@ -245,13 +274,14 @@ class _Run:
         request, problem, program = self.request, self.problem, self.program
         laid = [solved.laid for solved in self.solved]
         strategies = _joined([solved.strategies for solved in self.solved])
+        strategies |= dict.fromkeys(map(id, self.repeated), "ops")
         causes = _joined([solved.causes for solved in self.solved])
         found = replace(program, late=program.late | self.late, patterns=self._patterns(),
                         strategies={**program.strategies, **strategies},
                         causes={**causes, **program.causes})  # fmt: skip
         left = {name: p for name, p in problem.parameters.items() if id(p) not in strategies}
         if left:
-            found = _rest(request, found, left, Finding.of([each.finding for each in laid]), self.emit)
+            found = _rest(request, found, left, Finding.of([each.finding for each in laid]), self.sink)
         proven = self.checking and False not in [each.seen for each in laid] and self.passes.conclusive
         found = replace(found, complete=program.complete or proven or not request.check)
         if problem.batch_dim is None or not found.complete or False in [each.lasts for each in laid]:
@@ -265,6 +295,21 @@ class _Run:
         new = {solved.number: known.get(solved.number, frozenset()) | {solved.pattern}
                for solved in self.solved if solved.pattern is not None}  # fmt: skip
         return {**known, **new} if new else known
+
+
+def _of_regions(problem: Problem, program: Program) -> list[dict[str, Tensor]]:
+    """The parameters of each region, by name."""
+    home = {p: number for number, region in enumerate(program.regions) for p in region.parameters}
+    found: list[dict[str, Tensor]] = [{} for _ in program.regions]
+    for name, p in problem.parameters.items():
+        if id(p) in home:
+            found[home[id(p)]][name] = p
+    return found
+
+
+def _by_ops(program: Program) -> frozenset[int]:
+    """Ids of the parameters whose uses are all recorded, and give their blocks."""
+    return frozenset([p for p, strategy in program.strategies.items() if strategy == "ops"]) - program.outside
 
 
 def _joined(found: Sequence[Mapping[int, str]]) -> dict[int, str]:

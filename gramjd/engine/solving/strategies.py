@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gramjd.blocks import Block, Dense
+from gramjd.contraction.accumulator import Factors
 from gramjd.engine.analysis.layouts import ZERO, Layout
 from gramjd.engine.recording.nodes import values_of
 from gramjd.engine.recording.recorded import CallMark, OpMark
@@ -18,11 +19,11 @@ from gramjd.engine.solving.canonical import Unusable, use_of
 from gramjd.engine.solving.part import Part
 from gramjd.engine.solving.problem import Problem
 from gramjd.engine.solving.program import Layouts, Program
-from gramjd.engine.solving.repeated import blocks_of_region
+from gramjd.engine.solving.repeated import give_blocks
 from gramjd.uses.accumulation import blocks_of
 from gramjd.uses.use import Derived, Record, Source, Use, roots
 
-Found = dict[str, list[Block]]  # by name of the parameter; those not covered are missing
+Found = Mapping[str, Sequence[Block]]  # by name of the parameter; those not covered are missing
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,14 @@ Strategy = Callable[[Material, Mapping[str, Tensor]], Candidate]
 
 def by_ops(material: Material, parameters: Mapping[str, Tensor]) -> Candidate:
     """Strategy ``"ops"``: the uses that the forward recorded."""
-    found = blocks_of_region(_by_ops, material, parameters)
-    return _by_ops(material, parameters) if found is None else Candidate(found)
+    factors = Factors()
+    if material.program.complete and give_blocks(blocks_by_ops, material, parameters, factors):
+        return Candidate(factors.blocks)
+    return blocks_by_ops(material, parameters)
 
 
-def _by_ops(material: Material, parameters: Mapping[str, Tensor]) -> Candidate:
+def blocks_by_ops(material: Material, parameters: Mapping[str, Tensor]) -> Candidate:
+    """The blocks of recorded uses, and the causes of those that have none."""
     part = material.part
     assert part is not None
     causes: dict[int, str] = {}

@@ -26,14 +26,16 @@ class Stream:
         nodes: of the graph.
         regions: of these nodes.
         early: numbers of the regions that may be handed on while the pass is in progress.
-        hand_on: is given the number of a region and the cotangents of its nodes. A region that it
+        hand_on: is given the number of a region, its nodes, and their cotangents. A region that it
             raises :class:`Later` for is left for :meth:`finish`.
     """
 
     def __init__(self, nodes: Sequence[Any], regions: Sequence[Region], early: Collection[int],
-                 hand_on: Callable[[int, list[Cotangents]], None]) -> None:  # fmt: skip
+                 hand_on: Callable[[int, list[Any], list[Cotangents]], None]) -> None:  # fmt: skip
         self.early, self.hand_on = early, hand_on
-        self.nodes = {n: [nodes[i] for i in region.nodes] for n, region in enumerate(regions)}  # yet to do
+        self.nodes = {
+            n: [*map(nodes.__getitem__, region.nodes)] for n, region in enumerate(regions)
+        }  # yet to do
         self.left = {n: set(mine) for n, mine in self.nodes.items()}  # those that nothing has come for
         self.region = {node: n for n, mine in self.nodes.items() for node in mine}
         self.cotangents: dict[Any, Cotangents] = {}
@@ -69,6 +71,7 @@ class Stream:
             self._done(number)
 
     def _done(self, number: int) -> None:
-        self.hand_on(number, [self.cotangents[node] for node in self.nodes[number]])
+        nodes = self.nodes[number]
+        self.hand_on(number, nodes, [*map(self.cotangents.__getitem__, nodes)])
         for node in self.nodes.pop(number):
             del self.cotangents[node]

@@ -27,6 +27,7 @@ from gramjd import gramians
 from gramjd.blocks import Block, Lookup, is_zero, merge
 from gramjd.complexes import real_block, real_dtype
 from gramjd.contraction import Options
+from gramjd.contraction.accumulator import Sink
 from gramjd.contraction.options import Limits
 from gramjd.contraction.outputs import Output
 from gramjd.contraction.products import Part
@@ -66,7 +67,7 @@ def sketch(parts: Sequence[Part], names: Sequence[str], shapes: Sequence[Sequenc
     return torch.cat(found, 1) / projection.dim**0.5
 
 
-class SketchSum:
+class SketchSum(Sink):
     """Adds up the shares of parameters in the sketch of one output, for blocks that are not kept."""
 
     def __init__(self, projection: Projection, options: Options) -> None:
