@@ -79,8 +79,10 @@ def capture(
         raise RuntimeError(
             f"torch {torch.__version__} gives gradients of zero in inference mode: use torch.no_grad()."
         )
-    # An alias apiece: tied entries stay apart, as torch.func.grad keeps them apart.
-    raw = [p.view_as(p) for p in parameters]
+    raw = [*parameters]
+    if is_compiling() or {*map(type, raw)} != {Tensor} or len({*map(id, raw)}) < len(raw):
+        # an alias apiece: tied entries stay apart, as torch.func.grad keeps them apart
+        raw = [p.view_as(p) for p in parameters]
     known = None if is_compiling() else known_calls or KnownCalls()
     sources = raw if known is None else known.sources(len(raw))
     run = by_perturbations if known is None else partial(by_edges, known_calls=known.of(sources, alone=True))
@@ -100,7 +102,8 @@ def capture(
     else:
         found = _batched(per_sample, batched, given, randomness)
     cs, saved, values, aux = found
-    uses, rows = _uses(trace, iter([c.transpose(0, 1) for c in cs]), iter(saved))
+    rows_first = [c.unsqueeze(0) if trace.one_objective else c.transpose(0, 1) for c in cs]
+    uses, rows = _uses(trace, iter(rows_first), iter(saved))
     blocks = blocks_of(uses, sources)
     for mine, row in zip(blocks, rows, strict=True):
         if row is not None:

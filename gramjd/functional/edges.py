@@ -80,7 +80,10 @@ def by_edges(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor],
 
 def _pull(outputs: Sequence[Tensor], inputs: Sequence[Any], cotangents: Sequence[Tensor], trace: Trace
           ) -> Sequence[Tensor]:  # fmt: skip
-    """Cotangents ``[K, ...]`` of those inputs that the outputs depend on; ``trace`` learns which."""
+    """Cotangents ``[K, ...]`` of those inputs that the outputs depend on; ``trace`` learns which.
+
+    Those of one objective have no such dimension, as ``trace`` learns, too.
+    """
     live = [n for n, out in enumerate(outputs) if depends_on_innermost_transform(out)]
     if not live:
         trace.reached = [False] * len(inputs)
@@ -100,7 +103,8 @@ def _pull(outputs: Sequence[Tensor], inputs: Sequence[Any], cotangents: Sequence
     each = [cotangents[n] for n in live]
     K = len(each[0])
     if K == 1:
-        return [g.unsqueeze(0) for g in grad(*[c[0] for c in each])]
+        trace.one_objective = True
+        return grad(*[c[0] for c in each])
     if not trace.one_level:
         return list(torch.vmap(grad)(*each))
     rows = [grad(*(c[k] for c in each), keep=k < K - 1) for k in range(K)]

@@ -49,6 +49,7 @@ class Trace:
     constants: list[list[Tensor]] = field(default_factory=list)  # values saved by derived records
     outputs: list[int] = field(default_factory=list)  # how many each record has
     reached: list[bool] = field(default_factory=list)  # does the output depend on each edge, parameter?
+    one_objective: bool = False  # the cotangents that were had have no dimension of objectives
     one_level: bool = False  # is there an op that tolerates one level of vmap alone?
 
 
@@ -57,7 +58,7 @@ class Run:
     """The result of a run of the function for one sample."""
 
     trace: Trace
-    cs: list[Tensor]  # [K, ...], of the uses and parameters that were reached
+    cs: list[Tensor]  # [K, ...], or [...] of one objective, of the uses and parameters that were reached
     saved: list[Tensor]  # arguments of the uses that their rules need, one use after the other
     outputs: list[Tensor]
     aux: list[Tensor]
