@@ -212,6 +212,28 @@ def test_an_audit_finds_a_hook_that_begins_to_mix_samples(audit: int | None, fou
     assert steps_until(gramjd.CheckFailedError, at, engine, 40) == found
 
 
+@pytest.mark.parametrize("audit", [256, 5])
+def test_after_a_failed_audit_each_call_is_verified(audit: int) -> None:
+    """The structure is trusted no more: samples depend on each other in every second call, and it says so."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    engine = Engine(model, batch_dim=0, audit=audit)
+
+    def at(number: int, mixes: bool) -> Tensor:
+        h = model[0](draw(6, 3))
+        h.register_hook(lambda g: g + g.roll(1, -2) if mixes else g)
+        return model[2](torch.tanh(h))[:, 0]
+
+    steps_until(gramjd.CheckFailedError, lambda number: at(number, number > 10), engine, 40)
+    for number in range(12):
+        losses = at(number, number % 2 == 1)
+        if number % 2:
+            with pytest.raises(gramjd.NotSeparableError):
+                engine.compute_gramian(losses)
+        else:
+            assert_close(engine.compute_gramian(losses), dense_gramian(losses, model.parameters()))
+    assert "of which an audit failed" in engine.explain(at(0, False)).proof
+
+
 def test_audits_are_rare() -> None:
     proofs = Proofs(256)
     due = [call for call in range(2, 2000) if proofs._is_due(call)]

@@ -154,6 +154,22 @@ def test_a_failed_audit_says_since_when(wrong: Wrong) -> None:
         gramian(p, draw(B, D))
 
 
+def test_after_a_failed_audit_each_result_is_verified(wrong: Wrong) -> None:
+    wrong.active = False
+    gramian, p = gramjd.gramian(scaled), parameters()
+    gramian(p, draw(B, D))
+    wrong.active = True
+    with pytest.raises(CheckFailedError, match="since call 2"):
+        gramian(p, draw(B, D))
+    for wrong.active in (False, True) * 3:
+        if wrong.active:
+            with pytest.raises(CheckFailedError) as raised:
+                gramian(p, draw(B, D))
+            assert "since call" not in str(raised.value)
+        else:
+            gramian(p, draw(B, D))
+
+
 def test_structures(wrong: Wrong) -> None:
     """What may change the rules is a structure of its own; the values and the number of samples are not."""
 

@@ -30,7 +30,7 @@ from gramjd.engine.solving.proofs import Proofs, describe
 from gramjd.engine.solving.solve import Request, solve
 from gramjd.engine.solving.strategies import STRATEGIES
 from gramjd.engine.step import Scaled, Step, Weightings
-from gramjd.errors import NotCoveredError, NotFiniteError, SlowPathWarning
+from gramjd.errors import CheckFailedError, NotCoveredError, NotFiniteError, SlowPathWarning
 from gramjd.explanation import Explanation, explanation
 from gramjd.jacobian import Factors, FactorsOrSum, GramianSum, Jacobian, Output, Sink, SketchSum, groups
 from gramjd.jacobian.lazy import Groups, Per
@@ -396,6 +396,10 @@ class Engine:
                 raise
             try:
                 solution = solve(request, sink)
+            except CheckFailedError:
+                if request.known.audit:
+                    self._proofs.refute(request.known)
+                raise
             finally:
                 forget(request.problem.graph.nodes)
             if self._check != "always":

@@ -25,6 +25,7 @@ class Seen:
 
     calls: int = 0
     verified: int = 0  # the call of the function, counted from 1, whose result was verified last
+    refuted: bool = False  # has an audit failed? Then each result is verified
 
 
 @dataclass
@@ -85,13 +86,17 @@ class Verifier:
         memory = self._memory = self._memory or self._of_function()
         memory.calls += 1
         key = structure(call.given, found)
-        seen = memory.seen.pop(key, None) or Seen()
+        seen = memory.seen[key] = memory.seen.pop(key, None) or Seen()
         seen.calls += 1
         if self.check == "always" or not seen.verified or is_due(seen.calls, self.audit):
             memory.verifications += 1
-            if self._prove(replace(call, seed=memory.verifications), found, seen, memory.calls):
+            try:
+                proven = self._prove(replace(call, seed=memory.verifications), found, seen, memory.calls)
+            except CheckFailedError:
+                seen.refuted, seen.verified = seen.refuted or seen.verified > 0, 0
+                raise
+            if proven and not seen.refuted:
                 seen.verified = memory.calls
-        memory.seen[key] = seen
         if len(memory.seen) > _STRUCTURES:
             del memory.seen[next(iter(memory.seen))]
 

@@ -29,8 +29,11 @@ _FAILED = (
     "An audit failed: in call {calls} of a graph of this structure the blocks no longer add up to autograd's "
     "gradient for {{!r}}, though they did {proven}. The Gramians of {since} may be wrong. Something that the "
     "graph does not show decides on what it computes: a hook, a custom autograd.Function, a compiled part. "
-    "Use Engine(..., check='always'), and please report the model."
+    "From now on each call of this structure is verified, as by Engine(..., check='always'). Please report "
+    "the model."
 )
+
+_REFUTED = "a graph of this structure, of which an audit failed"
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,15 @@ class Proofs:
     def __init__(self, audit: int | None) -> None:
         self.audit = audit
         self.known: dict[Hashable, Proof] = {}
+        self.refuted: dict[Hashable, None] = {}  # structures of which an audit failed, in order
 
     def recall(
         self, graph: Graph, held: tuple[int, ...], shape: tuple[int, ...], samples: int | None
     ) -> Known:
         """Look up what is known of a graph; ``samples`` is ``None`` without a batch dimension."""
         structure = graph.structure, held
+        if structure in self.refuted:
+            return Known(structure, unlisted=_REFUTED)
         key, unlisted = _separation_key(graph, shape, samples)
         proof = self.known.get(structure)
         if proof is None:
@@ -69,7 +75,7 @@ class Proofs:
 
     def keep(self, known: Known, solution: Solution) -> None:
         """Remember what a call that succeeded has proven."""
-        if not solution.program.complete:
+        if not solution.program.complete or known.structure in self.refuted:
             return
         before = self.known.get(known.structure)
         calls = 1 if before is None else before.calls + 1
@@ -80,6 +86,12 @@ class Proofs:
             _forget_first(separations, _SEPARATIONS)
         self.known[known.structure] = Proof(solution.program, separations, calls, audited)
         _forget_first(self.known, _STRUCTURES)
+
+    def refute(self, known: Known) -> None:
+        """Trust no later graph of this structure: an audit failed."""
+        self.known.pop(known.structure, None)
+        self.refuted[known.structure] = None
+        _forget_first(self.refuted, _STRUCTURES)
 
     def _is_due(self, call: int) -> bool:
         """Whether a call since a proof is audited: the second, fourth, eighth …, and each ``audit``-th."""
