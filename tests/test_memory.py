@@ -345,7 +345,7 @@ def test_wrong_options_of_engine(option: dict[str, Any]) -> None:
 def test_short_rows_keep_to_the_budget() -> None:
     """Those of biases wait for others; the Gramian of all that waited is added up in tiles, too."""
     total = GramianSum(Options(memory_budget=MiB), torch.device("cpu"))
-    values = [torch.randn(1, 1024, 32) for _ in range(3)]
+    values = [torch.randn(1, 1024, 64) for _ in range(3)]
     with Allocations() as allocations:
         for rows in values:
             total.add({"bias": [Dense(rows)]})

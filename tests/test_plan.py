@@ -69,9 +69,40 @@ def convolutions(K: int = K, B: int = B) -> dict[str, Block]:
     }
 
 
+def reshaped(K: int = K, B: int = B) -> dict[str, Block]:
+    """Blocks of one parameter ``[8, 3]`` whose uses reshape it to other matrices and tables."""
+    shape = (8, 3)
+
+    def outer(o: int, i: int, T: int, G: int = 1, **transposed: bool) -> Block:
+        return Outer(randn(K, B, T, G, o), randn(B, T, G, i), shape, **transposed)
+
+    def lookup(entries: int, T: int) -> Block:
+        return Lookup(randn(K, B, T, 24 // entries), torch.randint(0, entries, (B, T)), shape)
+
+    return {
+        "as it is": outer(8, 3, 2),
+        "a column": outer(24, 1, 1),
+        "a row": outer(1, 24, 3),
+        "wider": outer(6, 4, 2),
+        "wide": outer(3, 8, 5),
+        "transposed as it is": outer(3, 8, 2, transposed=True),
+        "transposed otherwise": outer(2, 12, 4, transposed=True),
+        "grouped": outer(4, 3, 2, G=2),
+        "grouped otherwise": outer(2, 4, 2, G=3),
+        "lookup": lookup(8, 4),
+        "lookup of fewer": lookup(4, 5),
+        "lookup of more": lookup(12, 2),
+        "dense": Dense(randn(K, B, *shape)),
+    }
+
+
 PAIRS = [
-    pytest.param(kinds, left, right, budget, id=f"{left}-{right}-{budget}")
-    for kinds, budgets in ((matrices, [1, 700, None]), (convolutions, [700, None]))
+    pytest.param(kinds, left, right, budget, id=f"{kinds.__name__}-{left}-{right}-{budget}")
+    for kinds, budgets in (
+        (matrices, [1, 700, None]),
+        (convolutions, [700, None]),
+        (reshaped, [1, 700, None]),
+    )
     for left, right in itertools.combinations_with_replacement(kinds(), 2)
     for budget in budgets
 ]

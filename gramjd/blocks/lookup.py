@@ -45,7 +45,7 @@ class Lookup:
     @property
     def kind(self) -> Hashable:
         """A key that is equal for blocks that can be joined."""
-        return self.c.dtype
+        return self.grain, self.c.dtype
 
     def samples(self, start: int, stop: int) -> Lookup:
         return replace(self, c=self.c[:, start:stop], ids=self.ids[start:stop])

@@ -16,7 +16,7 @@ from gramjd.contraction import Options, products
 from gramjd.contraction.outputs import Output, Outputs
 from gramjd.gramians import symmetric
 
-_MOST = 2**14  # elements of short rows that wait for others
+_MOST = 2**15  # elements of short rows that wait for others
 
 
 class Sink:

@@ -27,6 +27,7 @@ _PLANS: dict[tuple[type, type], Sequence[Plan]] = {
     (Lookup, Lookup): (
         Plan("pairwise", lookup.pairwise_cost, lookup.pairwise),
         Plan("distinct", lookup.distinct_cost, lookup.distinct),
+        Plan("rows", lambda u, v: None if u.grain == v.grain else rows_cost(u, v), rows),
     ),
     (Lookup, Outer): (Plan("picked", lookup.picked_cost, lookup.picked), _ROWS),
     (Dense, Dense): (Plan("rows", rows_cost, dense_rows),),

@@ -17,7 +17,7 @@ from gramjd.contraction.tiles import added, over_positions, ranges, root
 
 def diagonal(u: Block, v: Block, limits: Limits) -> Tensor:
     """``[K, B]``, by the cheaper of two plans."""
-    if isinstance(u, Lookup) and isinstance(v, Lookup):
+    if isinstance(u, Lookup) and isinstance(v, Lookup) and u.grain == v.grain:
         return pairwise(u, v, limits)
     if isinstance(u, Outer) and isinstance(v, Outer) and _fewer_pairs(u, v):
         return pairwise(u, v, limits)

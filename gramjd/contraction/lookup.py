@@ -17,8 +17,10 @@ SLAB = 2**21  # elements of the rows over distinct entries that are built at onc
 FEATURES = 16  # though no fewer features of them than these
 
 
-def pairwise_cost(u: Lookup, v: Lookup) -> Cost:
+def pairwise_cost(u: Lookup, v: Lookup) -> Cost | None:
     """The cost of :func:`pairwise`: ``(n T)²·d`` multiply-adds."""
+    if u.grain != v.grain:  # tables of other sizes
+        return None
     (K1, B1, T1, d), (K2, B2, T2) = u.c.shape, v.c.shape[:3]
     pairs = half(u is v, K1 * B1 * T1 * K2 * B2 * T2, K1 * B1 * T1)
     return Cost(pairs * (d + 1), 5 * pairs, 8 * (1 + 2 * pairs // CACHED), 3 * pairs)
@@ -42,8 +44,10 @@ def _pairs(x: Lookup, y: Lookup, dtype: torch.dtype) -> Tensor:
     return both.sum(5).sum(2)
 
 
-def distinct_cost(u: Lookup, v: Lookup) -> Cost:
+def distinct_cost(u: Lookup, v: Lookup) -> Cost | None:
     """``n²·D·d`` for ``D`` entries that were looked up at all."""
+    if u.grain != v.grain:
+        return None
     (K1, B1, T1, d), (K2, B2, T2) = u.c.shape, v.c.shape[:3]
     D, n1, n2 = _entries(u, v), K1 * B1, K2 * B2
     built = n1 if u is v else n1 + n2
@@ -98,7 +102,7 @@ def _ranks(u: Lookup, v: Lookup, entries: int) -> tuple[Tensor, Tensor]:
 
 def picked_cost(u: Lookup, v: Outer) -> Cost | None:
     """The cost of :func:`picked`: at most ``n₁ T₁ · n₂ T₂ · d`` multiply-adds."""
-    if v.c.shape[3] > 1:
+    if v.c.shape[3] > 1 or v.sides != (u.entries, u.grain):
         return None
     (K1, B1, T1, d), (K2, B2, T2) = u.c.shape, v.c.shape[:3]
     pairs, K = B1 * T1 * B2 * T2, K1 * K2 if v.transposed else K1
@@ -135,7 +139,7 @@ def gathered_cost(u: Lookup, v: Dense) -> Cost:
 def gathered(u: Lookup, v: Dense, limits: Limits) -> Tensor:
     """Each sample's cotangents against the dense rows at its ids."""
     (K1, B1, T1, d), (K2, B2) = u.c.shape, v.rows
-    table = v.values.reshape(K2 * B2, *u.shape)
+    table = v.values.reshape(K2 * B2, u.entries, d)
 
     def piece(sample: int, start: int, stop: int) -> Tensor:
         rows = table[:, u.ids[sample, start:stop]].to(limits.dtype).flatten(1)  # [K₂ B₂, t d]

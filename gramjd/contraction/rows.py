@@ -73,6 +73,8 @@ def _narrow_first(u: Block, v: Block, limits: Limits) -> tuple[Block, Block]:
     """Reorder the entries of the rows, so that the product that builds them is faster."""
     if not (isinstance(u, Outer) and isinstance(v, Outer)) or u.transposed != v.transposed:
         return u, v
+    if u.sides != v.sides:  # as matrices of other sizes, they would be reordered in other ways
+        return u, v
     if any(block.c.shape[3] > 1 or block.sides[0] <= block.grain for block in (u, v)):
         return u, v
     n = u.rows[0] * u.rows[1] + (0 if u is v else v.rows[0] * v.rows[1])

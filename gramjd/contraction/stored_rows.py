@@ -92,7 +92,7 @@ def _rows(blocks: Sequence[Block], few: Limits) -> Tensor:
     def of_one(block: Block) -> Tensor:
         return matrix(block, few, block.workspace(few.dtype), lambda b: b.part(0, entries, few.dtype))
 
-    rows = of_one(first)
+    rows = of_one(first).contiguous()  # groups come in another order
     for block in others:
         if isinstance(block, Lookup):
             block.add_to(rows)

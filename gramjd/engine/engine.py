@@ -177,9 +177,7 @@ class Engine:
         if flat and rows == "local":
             raise ValueError("The rows of one rank are no square matrix: leave flat=True out.")
         if group is None:
-            distributed.refuse_rows(rows)
-            _refuse_empty(output)
-            self._validate(output)
+            self._refuse_alone(output, rows)
         if sketch is not None:
             return self._sketched(output, Projection.of(sketch), flat, group)
         if group is None:
@@ -188,9 +186,7 @@ class Engine:
             gramian = self._gramian_of_ranks(self._jacobian_of_ranks(output, group), None, group, rows)
         finite_output = torch.isfinite(output.detach()).all().to(gramian.device)
         right = torch.isfinite(gramian).all() & finite_output
-        if group is not None and rows == "local":  # where one rank raises, all do
-            right = distributed.everywhere(group, right)
-        if not bool(right):
+        if not bool(right if rows != "local" else distributed.everywhere(group, right)):  # one for all
             raise self._not_finite(gramian, output, group is not None)
         gramian = gramian.to(output.device)
         return gramians.flatten(gramian) if flat else gramian
@@ -394,31 +390,32 @@ class Engine:
                 if lockstep is not None:  # the others must not wait
                     lockstep.agree(False, [], 0, error)
                 raise
-            try:
-                solution = solve(request, sink)
-            except CheckFailedError:
-                if request.known.audit:
-                    self._proofs.refute(request.known)
-                raise
-            finally:
-                forget(request.problem.graph.nodes)
-            if self._check != "always":
-                self._proofs.keep(request.known, solution)
+            solution = self._solution(request, sink)
         before = request.known.program
         warned = before is not None and "rows" in before.strategies.values()
         if request.problem.samples and not warned and self._strategies != ("rows",):
             _warn_of_rows(request.problem, solution.program, closed=not self._finalizer.alive)
         return request, solution
 
+    def _solution(self, request: Request, sink: Sink) -> Solution:
+        """Solve what is requested, and remember what that proves or refutes."""
+        try:
+            solution = solve(request, sink)
+        except CheckFailedError:
+            if request.known.audit:
+                self._proofs.refute(request.known)
+            raise
+        finally:
+            forget(request.problem.graph.nodes)
+        if self._check != "always":
+            self._proofs.keep(request.known, solution)
+        return solution
+
     def _request(self, output: Tensor, lockstep: Lockstep | None, deferred: bool) -> Request:
         """The output's graph, and what is known of its like."""
         batch_dim = self._validate(output)
         graph = walk(output)
-        named = self._registry.named(whole=True)
-        refuse_parallel(named, graph.leaves)
-        named = {n: p for n, p in named.items() if id(p) in graph.leaves}
-        if not named:
-            self._raise_not_covered()
+        named = self._used(graph.leaves)
         _refuse_complex(output)
         held = tuple(map(id, self._registry.held()[0]))
         samples = None if batch_dim is None else output.shape[batch_dim]
@@ -429,6 +426,15 @@ class Engine:
         problem = Problem(output, batch_dim, graph, named, lockstep)
         budget = self._options.rows_budget(output.device)
         return Request(problem, known, self._strategies, self._check != "never", budget)
+
+    def _used(self, leaves: dict[int, Tensor]) -> dict[str, Tensor]:
+        """The parameters, by name, that are among the leaves of a graph."""
+        named = self._registry.named(whole=True)
+        refuse_parallel(named, leaves)
+        used = {name: p for name, p in named.items() if id(p) in leaves}
+        if not used:
+            self._raise_not_covered()
+        return used
 
     def explain(self, output: Losses, /) -> Explanation:
         """Explain the Gramian of an output: every use of every parameter, with its op and its plan.
@@ -468,6 +474,12 @@ class Engine:
             "strategies": self._strategies,
         }
         return _rebuild, (given, {**keywords, **asdict(self._options)})
+
+    def _refuse_alone(self, output: Any, rows: str) -> None:
+        """Raise for what one process cannot compute the Gramian of."""
+        distributed.refuse_rows(rows)
+        _refuse_empty(output)
+        self._validate(output)
 
     def _validate(self, output: Any) -> int | None:
         """The batch dimension as a dimension of this output."""
@@ -577,11 +589,7 @@ def _warn_of_rows(problem: Problem, program: Program, closed: bool) -> None:
     slow = [name for name, p in problem.parameters.items() if program.strategies[id(p)] == "rows"]
     if not slow:
         return
-    cause = program.causes.get(id(problem.parameters[slow[0]]), "it was not used in a registered module")
-    if not problem.graph.nodes:
-        cause = _CLOSED if closed else _LATE
-    elif any(node.differentiated for node in problem.graph.nodes):
-        cause = _DERIVATIVES
+    cause = _cause_of_rows(problem, program, problem.parameters[slow[0]], closed)
     more = f" (and {len(slow) - 1} more)" if len(slow) > 1 else ""
     warnings.warn(
         f"The Jacobian of parameter {slow[0]!r}{more} is computed one row at a time, which is exact "
@@ -589,3 +597,11 @@ def _warn_of_rows(problem: Problem, program: Program, closed: bool) -> None:
         SlowPathWarning,
         stacklevel=6,
     )
+
+
+def _cause_of_rows(problem: Problem, program: Program, parameter: Tensor, closed: bool) -> str:
+    if not problem.graph.nodes:
+        return _CLOSED if closed else _LATE
+    if True in [node.differentiated for node in problem.graph.nodes]:
+        return _DERIVATIVES
+    return program.causes.get(id(parameter), "it was not used in a registered module")

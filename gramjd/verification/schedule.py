@@ -86,7 +86,7 @@ class Verifier:
         memory = self._memory = self._memory or self._of_function()
         memory.calls += 1
         key = structure(call.given, found)
-        seen = memory.seen[key] = memory.seen.pop(key, None) or Seen()
+        seen = memory.seen[key] = memory.seen.pop(key, Seen())
         seen.calls += 1
         if self.check == "always" or not seen.verified or is_due(seen.calls, self.audit):
             memory.verifications += 1

@@ -198,9 +198,13 @@ def dims_of(kind: Any, named: Any, rank: int) -> tuple[int, ...]:
         return (1,) if rank > 1 else (0,)
     if named is None or named == ():
         return tuple(range(rank))
-    # saved as unsigned numbers: -1 is 2**64 - 1
-    dims = [d - 2**64 if d >= 2**63 else d for d in ([named] if isinstance(named, int) else named)]
+    dims = map(_signed, [named] if isinstance(named, int) else named)
     return tuple([d % rank if rank else 0 for d in dims])
+
+
+def _signed(dim: int) -> int:
+    """A dimension as it was given: torch saves unsigned numbers, -1 as 2**64 - 1."""
+    return dim - 2**64 if dim >= 2**63 else dim
 
 
 def first_spatial(kind: type, rank: int) -> int:

@@ -45,7 +45,7 @@ class StandIn:
             return self.call(*args, **kwargs)
         if getattr(_REPLAY, "on", False):
             return plain_call(module, *args, **kwargs)
-        watchers, out = [found for each in self.watchers if (found := each()) is not None], None
+        watchers, out = [*filter(None, [each() for each in self.watchers])], None
         for watcher in watchers:
             watcher.before(module, sys._getframe())  # in no variable: the frame would keep itself alive
         try:
@@ -80,9 +80,9 @@ class StandIns:
     def remove(self) -> None:
         """Give the modules their own calls back, unless another engine watches them."""
         modules, self.modules = self.modules or [], None
-        for module in [ref() for ref in modules]:
-            call: Any = None if module is None else compiled_call(module)
-            if module is None or not isinstance(call, StandIn) or self.watcher not in call.watchers:
+        for module in [module for ref in modules if (module := ref()) is not None]:
+            call: Any = compiled_call(module)
+            if not isinstance(call, StandIn) or self.watcher not in call.watchers:
                 continue
             call.watchers.remove(self.watcher)
             if not call.watchers:

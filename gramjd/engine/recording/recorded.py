@@ -153,8 +153,8 @@ def _follow(node: Any, mark: OpMark) -> bool:
 
     def replace_gradient(gradients: Sequence[Tensor | None], _: Any) -> tuple[Tensor | None, ...] | None:
         use, gradient = reference(), gradients[index]
-        g = None if use is None else use.received
-        if use is None or g is None or gradient is None:
+        g = getattr(use, "received", None)
+        if g is None or gradient is None:
             return None
         if not gradient.requires_grad or not torch.is_grad_enabled():
             return None
@@ -195,15 +195,13 @@ def mark_call(module: nn.Module, args: Any, kwargs: Any, out: Any, named: Mappin
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     names, parameters = tuple(named), tuple(named.values())
     mark = CallMark(next(_NUMBERS), module, names, parameters, static, spec,
-                    tuple(t.requires_grad for t in outs), computed_by(tensors),
+                    tuple(map(_REQUIRES_GRAD, outs)), computed_by(tensors),
                     rng_state, autocasts())  # fmt: skip
     return _replace_live(out, attach(mark, [*tensors, *parameters, *live], live))
 
 
 def is_markable(out: Any) -> bool:
     """Whether nodes can be put behind all tensors of an output that require gradients."""
-    if type(out) is Tensor and out.layout is torch.strided and not out.is_nested:  # most, in few calls
-        return True
     return all(has_plain_layout(t) for t in tensors_of(out) if t.requires_grad)
 
 

@@ -210,8 +210,7 @@ class Recorder(Tracker):
         return known or (self.outer is not None and self.outer._is_batch_independent(tensor))
 
     def record(self, op: Any, args: Any, kwargs: dict[str, Any], derived: bool) -> tuple[Any, Record | None]:
-        inplace = may_write(op) and is_inplace(op)
-        if (inplace or op is Tensor.__setitem__) and self._cannot_mark(op, args, kwargs):
+        if may_write(op) and self._cannot_mark(op, args, kwargs):
             return self._without_node(op, args, kwargs), None
         before = torch.default_generator.get_state()
         arguments = computed_by((*args, *kwargs.values()))
@@ -220,15 +219,24 @@ class Recorder(Tracker):
                 self.hooks.append(HOOK)
                 break
         out = op(*args, **kwargs)
-        if (
-            not (out.requires_grad if type(out) is Tensor else _is_live(out))
-            or saved_tensors_hook() != self.hook
-            or (inplace and out is not first_argument(args, kwargs))
-        ):
+        live = out.requires_grad if type(out) is Tensor else _is_live(out)
+        if not live or saved_tensors_hook() != self.hook:
             return out, None
         # after the call: if the op refuses its arguments, the error is the op's own
+        return self._mark(op, args, kwargs, out, derived, before, arguments)
+
+    def _mark(self, op: Any, args: Any, kwargs: dict[str, Any], out: Any, derived: bool, before: Tensor,
+              arguments: tuple[Any, ...]) -> tuple[Any, Record | None]:  # fmt: skip
+        """Put a node behind the output of an op, and describe the call.
+
+        ``before`` is the state of the random generator, ``arguments`` are the nodes behind the arguments.
+        """
+        inplace = may_write(op) and is_inplace(op)
+        if inplace and out is not first_argument(args, kwargs):
+            return out, None
         record, leaves = self.known_calls.describe(op, args, kwargs, self.sources, derived)
-        if not is_markable(out):
+        plain = type(out) is Tensor and out.layout is torch.strided and not out.is_nested  # most
+        if not plain and not is_markable(out):
             self.hide(leaves[slot.index] for slot in record.slots)
             return out, None
         for slot in record.slots:
@@ -278,11 +286,9 @@ class Recorder(Tracker):
 
     def _cannot_mark(self, op: Any, args: Any, kwargs: dict[str, Any]) -> bool:
         """Whether no node can mark an op: it writes into a view, or cannot be called again."""
-        if (
-            saved_tensors_hook() != self.hook
-            or not torch.is_grad_enabled()
-            or not isinstance(first_argument(args, kwargs), Tensor)
-        ):
+        if not (op is Tensor.__setitem__ or is_inplace(op)) or saved_tensors_hook() != self.hook:
+            return False
+        if not torch.is_grad_enabled() or not isinstance(first_argument(args, kwargs), Tensor):
             return False
         if op is Tensor.__setitem__ or is_view(first_argument(args, kwargs)):
             return True

@@ -142,17 +142,23 @@ def _dims(record: Record, values: Sequence[Tensor], slots: Sequence[Tensor], out
     if entry is None:
         return last
     names = record.call.names if record.spec is None else names_of_leaves(record.call)
-    arguments: dict[Any, Any] = dict(zip(names, record.leaves, strict=True))
-    arguments["output"] = output
-    for index, value in zip(record.saved, values, strict=True):
-        arguments[names[index]] = value.shape
-    for slot, tensor in zip(record.slots, slots, strict=True):
-        arguments[slot.name] = tensor.shape
+    arguments = {**_arguments(record, names, values, slots), "output": output}
     found: list[int | None] = []
     for index, place in zip(record.saved, last, strict=True):
         name = names[index]
         found.append(place if name is None else entry.meets(arguments, str(name), dim))
     return found
+
+
+def _arguments(record: Record, names: Sequence[str | int | None], values: Sequence[Tensor],
+               slots: Sequence[Tensor]) -> dict[Any, Any]:  # fmt: skip
+    """The arguments of a call by name, shapes in place of tensors."""
+    arguments: dict[Any, Any] = dict(zip(names, record.leaves, strict=True))
+    for index, value in zip(record.saved, values, strict=True):
+        arguments[names[index]] = value.shape
+    for slot, tensor in zip(record.slots, slots, strict=True):
+        arguments[slot.name] = tensor.shape
+    return arguments
 
 
 def _rule(record: Record) -> Entry | None:

@@ -76,6 +76,11 @@ def lay_out(part: Part, passes: Passes, known: Sequence[Layouts] | None) -> Laid
         return _without_samples(part, passes)
     if known is not None:  # what was found of them did not make the call fail that proved them
         return Laid(known, _NOTHING)
+    return _measured(part, passes)
+
+
+def _measured(part: Part, passes: Passes) -> Laid:
+    """The layouts that the weighted passes show."""
     found = [
         [_layout(part, passes, index, which) for which in range(len(cs))]
         for index, cs in enumerate(part.cotangents)

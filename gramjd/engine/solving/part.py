@@ -13,7 +13,7 @@ from gramjd.engine.analysis.layouts import ZERO, Layout, measure
 from gramjd.engine.recording.nodes import Cotangents
 from gramjd.engine.recording.recorded import OpMark
 from gramjd.engine.solving.passes import Passes, rounding_of
-from gramjd.engine.solving.problem import Problem, is_fused
+from gramjd.engine.solving.problem import Problem, is_fused, is_opaque
 from gramjd.engine.solving.program import Layouts, Pattern
 from gramjd.engine.solving.projected import Probed
 from gramjd.engine.solving.replay import Replayed, replay
@@ -43,6 +43,11 @@ class Part:
     def is_replayed(self) -> bool:
         """Whether some nodes are those of replays."""
         return any(precision is not None for precision in self.precisions)
+
+    @property
+    def is_opaque(self) -> bool:
+        """Whether there is a node of which nothing can be proven for the next step."""
+        return True in [is_opaque(node, self.problem.batch_dim) for node in self.nodes]
 
     def precision(self, node: int) -> torch.dtype | None:
         """The precision of the replayed op of a node; ``None`` for a node of the user's forward."""

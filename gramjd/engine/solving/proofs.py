@@ -77,10 +77,10 @@ class Proofs:
         """Remember what a call that succeeded has proven."""
         if not solution.program.complete or known.structure in self.refuted:
             return
-        before = self.known.get(known.structure)
-        calls = 1 if before is None else before.calls + 1
-        audited = calls if before is None or known.audit else before.audited
-        separations = {} if before is None else dict(before.separations)
+        before = self.known.get(known.structure) or Proof(solution.program, calls=0)
+        calls = before.calls + 1
+        audited = before.audited if before.calls and not known.audit else calls
+        separations = dict(before.separations)
         if solution.separation is not None and known.key is not None:
             separations[known.key] = solution.separation
             _forget_first(separations, _SEPARATIONS)

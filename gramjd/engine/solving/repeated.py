@@ -34,8 +34,9 @@ def give_blocks(build: Build, material: Material, parameters: Mapping[str, Tenso
     What the sink reduces them to is prepared together with them. Otherwise ``build`` has to be called.
     """
     part = material.part
-    key = None if part is None else _key(part, material.layouts, parameters)
-    if part is None or key is None:
+    assert part is not None
+    key = _key(part, material.layouts, parameters)
+    if key is None:
         return False
     try:
         given: list[Sequence[Tensor | None]] = [*part.cotangents, *map(values_of, part.nodes)]

@@ -12,14 +12,13 @@ from torch import Tensor
 from gramjd.blocks import Block
 from gramjd.contraction.accumulator import Sink
 from gramjd.engine.analysis.layouts import Layout
-from gramjd.engine.analysis.regions import Region
 from gramjd.engine.recording.nodes import Cotangents, forget
 from gramjd.engine.sharded import Lockstep, needs_weights
 from gramjd.engine.solving import backward, finite, refusals
 from gramjd.engine.solving.lay_out import Finding, Laid, lay_out
 from gramjd.engine.solving.part import Part, part_of
 from gramjd.engine.solving.passes import Passes
-from gramjd.engine.solving.problem import Problem, is_opaque
+from gramjd.engine.solving.problem import Problem
 from gramjd.engine.solving.program import Known, Layouts, Pattern, Program, Separation, Solution
 from gramjd.engine.solving.repeated import give_blocks
 from gramjd.engine.solving.separation import Masks, patterns, patterns_for, spread, stays_within
@@ -178,41 +177,39 @@ class _Run:
 
     def _solve_region(self, number: int, nodes: list[Any], cotangents: list[Cotangents]) -> None:
         """Lay out, build and verify a region, and give its blocks to the sink."""
-        problem, program, passes = self.problem, self.program, self.passes
-        region, known = program.regions[number], self.known.layouts
-        parameters = self.parameters[number]
+        region, known = self.program.regions[number], self.known.layouts
         layouts = None if known is None else known[number]
-        if region.parameters <= self.by_ops and self._repeat(region, nodes, cotangents, layouts, parameters):
+        if region.parameters <= self.by_ops and self._repeat(number, nodes, cotangents, layouts):
             return
-        measuring, waits = problem.batch_dim is not None and layouts is None, number in program.waiting
         try:
-            part = part_of(
-                problem, region.nodes, parameters, nodes, cotangents, passes, measuring, replayed=waits
-            )
-            laid = lay_out(part, passes, layouts)
-            # that of proven layouts was verified when they were proven
-            pattern = part.pattern(laid.layouts) if measuring or waits or not program.complete else None
-            blocks, solved = self._build(number, part, laid, pattern)
+            self._solve_anew(number, nodes, cotangents, layouts)
         except Later:
             self.late.add(number)  # also the next time: the order of the sum decides on its rounding
             raise
+
+    def _solve_anew(self, number: int, nodes: Sequence[Any], cotangents: Sequence[Cotangents],
+                    layouts: Sequence[Layouts] | None) -> None:  # fmt: skip
+        """Solve a region whose layouts are not known, or whose blocks are not proven or not repeated."""
+        problem, program, passes = self.problem, self.program, self.passes
+        region, parameters = program.regions[number], self.parameters[number]
+        measuring, waits = problem.batch_dim is not None and layouts is None, number in program.waiting
+        part = part_of(problem, region.nodes, parameters, nodes, cotangents, passes, measuring, waits)
+        laid = lay_out(part, passes, layouts)
+        # that of proven layouts was verified when they were proven
+        pattern = part.pattern(laid.layouts) if measuring or waits or not program.complete else None
+        blocks, solved = self._build(number, part, laid, pattern)
         self.solved.append(solved)
         self.sink.add(blocks)
         forget(part.nodes)
         if self.probing:
             passes.forget(region.nodes)
 
-    def _repeat(
-        self,
-        region: Region,
-        nodes: Sequence[Any],
-        cotangents: Sequence[Cotangents],
-        layouts: Sequence[Layouts] | None,
-        parameters: Mapping[str, Tensor],
-    ) -> bool:
+    def _repeat(self, number: int, nodes: Sequence[Any], cotangents: Sequence[Cotangents],
+                layouts: Sequence[Layouts] | None) -> bool:  # fmt: skip
         """Solve a region of which all is proven, if its recorded uses are alike to those of earlier calls."""
         if layouts is None:
             layouts = [(Layout(0),) * len(cs) for cs in cotangents]  # without a batch dimension
+        region, parameters = self.program.regions[number], self.parameters[number]
         part = Part(self.problem, region.nodes, parameters, nodes, range(len(nodes)), cotangents)
         material = Material(self.problem, self.program, part=part, layouts=layouts)
         if not give_blocks(blocks_by_ops, material, parameters, self.sink):
@@ -256,8 +253,7 @@ class _Run:
         Where the same was ``verified`` before, a difference in an audit is an error, but for opaque nodes.
         """
         passes = self.passes if self.passes.checking else self.passes.with_gradients
-        opaque = any(is_opaque(node, self.problem.batch_dim) for node in part.nodes)
-        message = self.known.audit if verified and not opaque else ""
+        message = self.known.audit if verified and not part.is_opaque else ""
         precision = self.problem.fewest_digits if message else None
 
         def verify(name: str, blocks: Sequence[Block]) -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from gramjd.blocks import Block
 from gramjd.engine.solving.lay_out import ROUNDINGS
 from gramjd.engine.solving.part import NOISE
-from gramjd.engine.solving.passes import Passes, rounding_of
+from gramjd.engine.solving.passes import Pass, Passes, rounding_of
 from gramjd.rounding import tolerance
 
 
@@ -40,10 +41,7 @@ def agrees(
     off = wanted.norm(wanted.less(blocks, weights))
     if off <= most:
         return True
-    # A gradient that is nothing but rounding (an attention's key bias) is noise of the whole's size.
-    bound = sum(float(block.bound(weights.abs())) for block in blocks)
-    largest = max(gradient.size for gradient in weighted.gradients.values())
-    slack = 64 * torch.finfo(precision).eps * (bound + largest)
+    slack = 64 * torch.finfo(precision).eps * _size_of_rounding(blocks, weights, weighted)
     if off <= most + slack:
         return True
     if off > NOISE * size:
@@ -52,3 +50,9 @@ def agrees(
     alone = [each.gradients[name].values for each in (passes.first, passes.again)]
     rounding = max(rounding_of(*alone), passes.rounding)
     return off <= ROUNDINGS * rounding * size + slack
+
+
+def _size_of_rounding(blocks: Sequence[Block], weights: Tensor, weighted: Pass) -> float:
+    """The size of a gradient that is nothing but rounding (an attention's key bias): that of the whole."""
+    bound = sum(float(block.bound(weights.abs())) for block in blocks)
+    return bound + max(gradient.size for gradient in weighted.gradients.values())
