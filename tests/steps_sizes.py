@@ -191,3 +191,29 @@ def tokens_in_blocks_across_samples() -> tuple[nn.Module, At]:
 
     net = Net(forward, f=nn.Linear(3, 4))
     return net, lambda batch: net(draw(batch, 3)).square().sum(1)
+
+
+# One entry of the parameter for each place, or, when the batch has as many samples, for each sample.
+PER_ENTRY: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "divided": lambda x, s, t: x / s,
+    "dividing": lambda x, s, t: t / (x.square() + s),
+    "addcmul": lambda x, s, t: torch.addcmul(x, s, t),
+    "addcdiv": lambda x, s, t: torch.addcdiv(x, s, t),
+    "lerp": lambda x, s, t: torch.lerp(x, s, t),
+    "where": lambda x, s, t: torch.where(x > 0, s, t),
+    "power": lambda x, s, t: x.abs().add(1) ** s,
+    "matmul": lambda x, s, t: (x.reshape(len(x), -1, 1) * s) @ t,
+    "mv": lambda x, s, t: torch.mv(x.reshape(len(x), -1).expand(-1, 4), t),
+}
+for _name, _op in PER_ENTRY.items():
+    family(
+        (5, 4), (5, 4), (5, 4), (4,), (4, 4), (4,), (3, 4), (4, 1),
+        mixed=lambda shape: shape[0] == 4,
+        why="each sample uses an entry of its own",
+        name=f"as many samples as entries, {_name}",
+    )(lambda op=_op: _per_entry(op))  # fmt: skip
+
+
+def _per_entry(op: Callable[[Tensor, Tensor, Tensor], Tensor]) -> tuple[nn.Module, At]:
+    net = Net(lambda m, x: op(x, m.s, m.t), s=parameter(4), t=parameter(4))
+    return net, lambda shape: net(draw(*shape)).reshape(shape[0], -1).tanh().square().sum(1)

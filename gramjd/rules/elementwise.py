@@ -75,12 +75,12 @@ def div_input(c: Tensor, input: Tensor, other: Tensor | float, rounding_mode: No
 
 @register_rule(*DIVS, wrt="other", needs=["input"], align="right", when=_exact)
 def div_other(c: Tensor, input: Tensor, other: Tensor, rounding_mode: None = None) -> Dense:
-    return broadcast_rows(-c / other.square(), input, other)
+    return Dense(broadcast_rows(-c, input, other).values / other.square())
 
 
 @register_rule(Tensor.__rtruediv__, wrt="input", needs=["other"], align="right")  # other / input
 def rdiv_input(c: Tensor, input: Tensor, other: Tensor | float) -> Dense:
-    return broadcast_rows(-c / input.square(), other, input)
+    return Dense(broadcast_rows(-c, other, input).values / input.square())
 
 
 @register_rule(Tensor.__rtruediv__, wrt="other", needs=["input"], align="right")

@@ -52,7 +52,7 @@ def linear_bias(c: Tensor, input: Tensor, weight: Tensor, bias: Tensor) -> Dense
 @register_rule(*MATMULS, wrt="other", needs=["input"], when=_right)
 def matmul_right(c: Tensor, input: Tensor, other: Tensor) -> Block:
     if other.ndim == 1:
-        return broadcast_rows(c.unsqueeze(-1), input, other)
+        return broadcast_rows(c.unsqueeze(-1).expand(*c.shape, len(other)), input, other)
     if other.ndim == 3:
         return _one_each(c, input, other, transposed=True)
     return outer(c, input, other, transposed=True)
@@ -69,7 +69,7 @@ def matmul_left(c: Tensor, input: Tensor, other: Tensor) -> Outer:
 
 @register_rule(*MVS, wrt="vec", needs=["input"])
 def mv_right(c: Tensor, input: Tensor, vec: Tensor) -> Dense:
-    return broadcast_rows(c.unsqueeze(-1), input, vec)
+    return broadcast_rows(c.unsqueeze(-1).expand(*c.shape, len(vec)), input, vec)
 
 
 @register_rule(*MVS, wrt="input", needs=["vec"])

@@ -32,7 +32,10 @@ def times(c: Tensor, other: Tensor | float) -> Tensor:
     """``c [K, B, *y]`` times a number or what broadcasts against ``y`` for each sample, ``[B, ...]``."""
     if isinstance(other, Tensor) and other.ndim < c.ndim - 1:  # line the sample dimension up with that of c
         other = other.reshape(other.shape[0], *[1] * (c.ndim - 1 - other.ndim), *other.shape[1:])
-    return c * other
+    found = c * other
+    if found.shape != c.shape:  # a factor of the op is never larger than its output
+        raise ValueError("a parameter has entries of several samples where the output has one sample's")
+    return found
 
 
 def broadcast_rows(c: Tensor, other: Tensor | float | None, param: Tensor) -> Dense:
