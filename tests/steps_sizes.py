@@ -195,19 +195,19 @@ def tokens_in_blocks_across_samples() -> tuple[nn.Module, At]:
 
 # One entry of the parameter for each place, or, when the batch has as many samples, for each sample.
 PER_ENTRY: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "divided": lambda x, s, t: x / s,
+    "divided": lambda x, s, t: x / s + t,
     "dividing": lambda x, s, t: t / (x.square() + s),
     "addcmul": lambda x, s, t: torch.addcmul(x, s, t),
     "addcdiv": lambda x, s, t: torch.addcdiv(x, s, t),
     "lerp": lambda x, s, t: torch.lerp(x, s, t),
     "where": lambda x, s, t: torch.where(x > 0, s, t),
-    "power": lambda x, s, t: x.abs().add(1) ** s,
+    "power": lambda x, s, t: x.abs().add(1) ** s - t,
     "matmul": lambda x, s, t: (x.reshape(len(x), -1, 1) * s) @ t,
-    "mv": lambda x, s, t: torch.mv(x.reshape(len(x), -1).expand(-1, 4), t),
+    "mv": lambda x, s, t: torch.mv(x.reshape(len(x), -1).expand(-1, 4), t) + s[0],
 }
 for _name, _op in PER_ENTRY.items():
     family(
-        (5, 4), (5, 4), (5, 4), (4,), (4, 4), (4,), (3, 4), (4, 1),
+        *[(5, 4)] * 6, (4,), (4, 4), (4,), (3, 4), (4, 1),
         mixed=lambda shape: shape[0] == 4,
         why="each sample uses an entry of its own",
         name=f"as many samples as entries, {_name}",
