@@ -40,7 +40,7 @@ from benchmarks.problem import Outcome, Problem, Step, sgd
 from benchmarks.setting import setting
 from gramjd import Engine
 from gramjd.engine.analysis.graph import walk
-from gramjd.engine.analysis.signature import separation_key
+from gramjd.engine.analysis.signature import separation_keys
 
 RESULTS = Path(__file__).parent / "results"
 WARM_UP = 10  # calls
@@ -219,7 +219,7 @@ def key_cost(problem: Problem, budget: float = 8.0) -> KeyCost:
 
     def key() -> None:
         graph = walk(losses)
-        separation_key(graph.order, graph.numbers, tuple(losses.shape), len(losses))
+        separation_keys(graph.order, graph.numbers, tuple(losses.shape), len(losses))
 
     key()
     calls = python_calls(key) - 1  # but for the function that asks

@@ -217,3 +217,50 @@ for _name, _op in PER_ENTRY.items():
 def _per_entry(op: Callable[[Tensor, Tensor, Tensor], Tensor]) -> tuple[nn.Module, At]:
     net = Net(lambda m, x: op(x, m.s, m.t), s=parameter(4), t=parameter(4))
     return net, lambda shape: net(draw(*shape)).reshape(shape[0], -1).tanh().square().sum(1)
+
+
+# Functions of runs of hidden values ``[n, width, F]`` that mix the entries of each run.
+IN_RUNS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda h: h.softmax(1),
+    "mean": lambda h: h - h.mean(1, keepdim=True),
+    "running sum": lambda h: h.cumsum(1),
+    "maximum": lambda h: h + h.amax(1, keepdim=True),
+}
+for _name, _mix in IN_RUNS.items():
+    family(
+        *[7] * 6, 28, 14, 7, 28,
+        mixed=lambda width: width > 14,
+        why="runs have entries of two samples",
+        name=f"runs of a part of the batch, {_name}",
+    )(lambda mix=_mix: _runs_of_a_part(mix))  # fmt: skip
+    family(
+        *[2] * 6, 8, 4, 2, 8, 1,
+        mixed=lambda width: width > 4,
+        why="windows reach over two samples",
+        name=f"windows over padded positions, {_name}",
+    )(lambda mix=_mix: _padded_windows(mix))  # fmt: skip
+
+
+def _runs_of_a_part(mix: Callable[[Tensor], Tensor]) -> tuple[nn.Module, At]:
+    """The first four of ten samples, 14 entries each, joined with the others again."""
+    net = Net(lambda m, x: m.first(x), first=nn.Linear(3, 14))
+
+    def at(width: int) -> Tensor:
+        h = net(draw(10, 3))
+        part = mix(h[:4].reshape(-1, width, 1)).reshape(4, 14)
+        return torch.cat([part, h[4:]]).square().sum(1)
+
+    return net, at
+
+
+def _padded_windows(mix: Callable[[Tensor], Tensor]) -> tuple[nn.Module, At]:
+    """Three samples of eight positions, one after the other, behind four more that are zero."""
+    net = Net(lambda m, x: m.first(x), first=nn.Linear(3, 5))
+
+    def at(width: int) -> Tensor:
+        h = F.pad(net(draw(24, 3)), (0, 0, 4, 20))  # [48, 5]
+        h = h.reshape(3, 16 // width, width, 5)
+        h = mix(h.transpose(1, 2)).transpose(1, 2).reshape(48, 5)[4:28]
+        return h.reshape(3, -1).square().sum(1)
+
+    return net, at

@@ -15,7 +15,7 @@ import gramjd
 from gramjd import Engine
 from gramjd.blocks import Dense
 from gramjd.engine.analysis.graph import walk
-from gramjd.engine.analysis.signature import Unlisted, separation_key
+from gramjd.engine.analysis.signature import Unlisted, separation_keys
 from gramjd.engine.solving import separation, solve
 from gramjd.engine.solving.proofs import Proofs, describe
 from gramjd.engine.solving.separation import patterns, patterns_for
@@ -249,7 +249,7 @@ def test_audits_that_are_no_number_of_calls_are_refused(audit: object) -> None:
 def key(x: Tensor, samples: int) -> object:
     losses = x.flatten(1).sum(1) if x.ndim > 1 else x
     graph = walk(losses)
-    return graph.structure, separation_key(graph.order, graph.numbers, tuple(losses.shape), samples)
+    return graph.structure, separation_keys(graph.order, graph.numbers, tuple(losses.shape), samples)[0]
 
 
 def leaf(*shape: int) -> Tensor:

@@ -40,8 +40,11 @@ class Unlisted(Exception):
     """A graph has a node that nothing is known of; its name is the message."""
 
 
-def separation_key(order: Sequence[Any], numbers: dict[Any, int], output: Shape, samples: int) -> Hashable:
-    """The key of a graph.
+def separation_keys(order: Sequence[Any], numbers: dict[Any, int], output: Shape, samples: int
+                    ) -> tuple[Hashable, Hashable]:  # fmt: skip
+    """The key of a graph: for graphs that keep samples in whole dimensions, and for any graph.
+
+    The first is equal for more graphs: sizes that cannot move a sample are left out.
 
     Args:
         order: its nodes, in the order of a walk.
@@ -89,7 +92,8 @@ def separation_key(order: Sequence[Any], numbers: dict[Any, int], output: Shape,
             token = _sizes_of(node, facts, tuple(inputs), tuple(mine), samples)
         parts.append(token)
     exact = any({"first", "last", "several"} <= form for form in forms.values())
-    return tuple(parts), tuple(shapes) if exact else _canonical(tuple(shapes), samples)
+    whole = tuple(parts), tuple(shapes)
+    return whole if exact else (whole[0], _canonical(whole[1], samples)), whole
 
 
 def _refuse_unlisted(node: Any) -> None:

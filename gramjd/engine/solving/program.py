@@ -66,6 +66,8 @@ class Separation:
     passed: int  # patterns of samples
     needed: int
     failed: bool = False  # in the next pattern: with these layouts it would fail again
+    displaced: bool = False  # are samples sliced, joined or padded? Then other sizes need another proof
+    everywhere: frozenset[Hashable] = frozenset()  # outputs of such nodes that NaN from any samples fills
 
     @property
     def is_whole(self) -> bool:
@@ -78,7 +80,8 @@ class Known:
     """The proofs of earlier graphs that hold for this one, and the keys under which they are kept."""
 
     structure: Hashable = None
-    key: Hashable = None  # of the separation
+    key: Hashable = None  # of the separation, for graphs that keep samples in whole dimensions
+    exact: Hashable = None  # the same for any graph
     program: Program | None = None
     separation: Separation | None = None
     calls: int = 0  # of this structure since it was proven, before this one

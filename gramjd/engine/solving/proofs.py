@@ -5,7 +5,8 @@ Two things are proven of the graph of an output, each with a key of its own:
 - *Completeness*, for graphs of one structure (the same nodes over the same parameters, recorded in the same
   order): the blocks of the recorded uses, in the right layouts, add up to autograd's gradients.
 - *Separation*, for graphs of one separation key (:mod:`gramjd.engine.analysis.signature`): no sample can
-  reach a place that the layouts give to another one, whatever the data are.
+  reach a place that the layouts give to another one, whatever the data are. Where the proof finds samples in
+  a slice, a concatenation or a pad, the key has all sizes.
 
 Where the second is not proven, the layouts are measured in every call. Both are audited as they are used.
 """
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gramjd.engine.analysis.graph import Graph
-from gramjd.engine.analysis.signature import Unlisted, separation_key
+from gramjd.engine.analysis.signature import Unlisted, separation_keys
 from gramjd.engine.recording.recorded import HOOK
 from gramjd.engine.solving.program import Known, Program, Separation, Solution
 from gramjd.engine.solving.solve import Request
@@ -33,6 +34,7 @@ _FAILED = (
     "the model."
 )
 
+_NO_KEYS = None, None
 _REFUTED = "a graph of this structure, of which an audit failed"
 
 
@@ -65,13 +67,15 @@ class Proofs:
         structure = graph.structure, held
         if structure in self.refuted:
             return Known(structure, unlisted=_REFUTED)
-        key, unlisted = _separation_key(graph, shape, samples)
+        (key, exact), unlisted = _separation_keys(graph, shape, samples)
         proof = self.known.get(structure)
         if proof is None:
-            return Known(structure, key, unlisted=unlisted)
+            return Known(structure, key, exact, unlisted=unlisted)
         audit = _message(proof) if self._is_due(proof.calls + 1) else ""
         separation = proof.separations.get(key)
-        return Known(structure, key, proof.program, separation, proof.calls, audit, unlisted)
+        if separation is not None and separation.displaced:
+            separation = proof.separations.get(exact)
+        return Known(structure, key, exact, proof.program, separation, proof.calls, audit, unlisted)
 
     def keep(self, known: Known, solution: Solution) -> None:
         """Remember what a call that succeeded has proven."""
@@ -83,6 +87,8 @@ class Proofs:
         separations = dict(before.separations)
         if solution.separation is not None and known.key is not None:
             separations[known.key] = solution.separation
+            if solution.separation.displaced:  # the other key then says no more than that
+                separations[known.exact] = solution.separation
             _forget_first(separations, _SEPARATIONS)
         self.known[known.structure] = Proof(solution.program, separations, calls, audited)
         _forget_first(self.known, _STRUCTURES)
@@ -100,20 +106,21 @@ class Proofs:
         return call % self.audit == 0 or (call < self.audit and call & (call - 1) == 0)
 
 
-def _separation_key(graph: Graph, shape: tuple[int, ...], samples: int | None) -> tuple[Hashable, str]:
-    """The separation key, if there is one; else why not."""
+def _separation_keys(graph: Graph, shape: tuple[int, ...], samples: int | None
+                     ) -> tuple[tuple[Hashable, Hashable], str]:  # fmt: skip
+    """The separation keys, if there are any; else why not."""
     if not samples:  # a rank may have none
-        return None, ""
+        return _NO_KEYS, ""
     if graph.hooked:
-        return None, HOOK
+        return _NO_KEYS, HOOK
     try:
-        return separation_key(graph.order, graph.numbers, shape, samples), ""
+        return separation_keys(graph.order, graph.numbers, shape, samples), ""
     except Unlisted as error:
-        return None, str(error)
+        return _NO_KEYS, str(error)
 
 
 def _forget_first(known: dict[Hashable, Any], most: int) -> None:
-    if len(known) > most:
+    while len(known) > most:
         known.pop(next(iter(known)))
 
 

@@ -10,7 +10,7 @@ Nodes that choose by value pass NaN on to all that they choose from
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import set_detect_anomaly
 
 from gramjd import gramians
 from gramjd.engine.analysis.indexing import before, sources
 from gramjd.engine.analysis.layouts import ZERO, Layout, candidates
-from gramjd.engine.analysis.node_types import Nan, NodeType, dims_of, facts_of, first_spatial
+from gramjd.engine.analysis.node_types import Nan, NodeType, Sizes, dims_of, facts_of, first_spatial
 from gramjd.engine.recording.nodes import forget
 from gramjd.engine.solving import backward
 from gramjd.engine.solving.problem import Problem, is_fused
@@ -52,7 +53,15 @@ class Reached:
         return replace(layout, dim=0).split(self.along[layout.dim], 0, number).flatten(1).any(1)
 
 
-Masks = dict[Any, list[Reached | None]]  # of the outputs of each node
+@dataclass(frozen=True)
+class Masks:
+    """Where NaN comes from some samples."""
+
+    nodes: Mapping[Any, list[Reached | None]]  # at the outputs of each node of a use
+    displaced: bool  # does a node slice, join or pad a tensor where samples are?
+    everywhere: frozenset[Hashable]  # outputs of such nodes that NaN fills: of no sample, or of these alone
+
+
 Gradients = Sequence[Tensor | None]
 
 
@@ -85,8 +94,9 @@ def spread(problem: Problem, chosen: Sequence[Tensor], first: bool = True) -> li
     masks: list[Masks] = []
     for number, each in enumerate(chosen):
         watched = first and not number
-        with _passed_on(problem.graph.order, watched) as dropped, torch.autograd.set_detect_anomaly(False):
-            found = _run(problem, each)
+        moves = _Moves(problem)
+        with _passed_on(problem.graph.order, watched) as dropped, moves.watched(), set_detect_anomaly(False):
+            found = _run(problem, each, moves)
         if found is not None and not dropped:
             masks.append(found)
         elif problem.lockstep is None:
@@ -113,7 +123,7 @@ def _is_within(chosen: Tensor, masks: Masks, by_node: Iterable[tuple[Any, Layout
             for each in (candidates(reached.shape, len(chosen)) if layouts is None else [layouts[n]])
         )
         for node, layouts in by_node
-        for n, reached in enumerate(masks.get(node, ()))
+        for n, reached in enumerate(masks.nodes.get(node, ()))
         if reached is not None
     )
 
@@ -136,9 +146,9 @@ def _by_node(problem: Problem, program: Program, layouts: Mapping[int, Sequence[
             yield from zip(nodes, layouts[number], strict=True)
 
 
-def _run(problem: Problem, chosen: Tensor) -> Masks | None:
+def _run(problem: Problem, chosen: Tensor, moves: _Moves) -> Masks | None:
     """A backward pass of the objectives of some samples, NaN each; ``None`` if a hook on a tensor raises."""
-    found: Masks = {}
+    found: dict[Any, list[Reached | None]] = {}
     own: list[Exception] = []  # errors that are none of a hook's
 
     def note(node: Any, grads: Gradients) -> Sequence[None]:
@@ -160,7 +170,65 @@ def _run(problem: Problem, chosen: Tensor) -> Masks | None:
             if own:
                 raise
             return None
-    return found
+    return Masks(found, moves.displaced, frozenset(moves.everywhere))
+
+
+class _Moves:
+    """Whether nodes slice, join or pad tensors in dimensions in which samples lie.
+
+    Behind such a node samples need not lie in whole dimensions, so that other sizes are another case.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.displaced = False
+        self.everywhere: set[Hashable] = set()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """A context in which backward passes are watched."""
+        handles = []
+        for number, node in enumerate(self.problem.graph.order if self.problem.samples > 1 else ()):
+            kind: Any = type(node)
+            facts = facts_of(kind)
+            if facts is not None and facts.sizes in _MOVING:
+                handles.append(node.register_hook(partial(self._note, number, node, facts)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _note(self, number: int, node: Any, facts: NodeType, found: Gradients, given: Gradients) -> None:
+        for place, g in enumerate(given):
+            if g is None or not g.numel():
+                continue
+            mask = g.isnan()
+            if bool(mask.all()):
+                self.everywhere.add((number, place))
+            elif not bool(mask.any()) or _varies(mask, _moved(node, facts, found, g)):
+                self.displaced = True
+
+
+_MOVING = (Sizes.ALONG, Sizes.EXACT, Sizes.WINDOW)
+
+
+def _moved(node: Any, facts: NodeType, found: Gradients, gradient: Tensor) -> Sequence[int]:
+    """The dimensions of an output along which a node may have moved entries."""
+    inputs = [g for g in found if g is not None]
+    if facts.sizes is Sizes.ALONG:
+        rank = max([g.ndim for g in inputs], default=0)
+        if rank > gradient.ndim:  # one entry of the dimension is left
+            return ()
+        return dims_of(type(node), getattr(node, facts.dims) if facts.dims else None, gradient.ndim)
+    alike = all(g.shape[:1] == gradient.shape[:1] for g in inputs)  # samples come first, as many as before
+    return range(int(alike), gradient.ndim)
+
+
+def _varies(mask: Tensor, dims: Sequence[int]) -> bool:
+    """Whether a mask is not the same along some dimensions."""
+    along = tuple(dims)
+    return bool(along) and not torch.equal(mask.amax(along), mask.amin(along))
 
 
 def _is_sparse(node: Any) -> bool:

@@ -330,7 +330,7 @@ def _separation(request: Request, program: Program, layouts: Mapping[int, Sequen
     samples, lockstep = problem.samples, problem.lockstep
     needed = patterns_for(samples if lockstep is None else lockstep.most)
     if not request.check:
-        return Separation(layouts, samples, needed, needed)
+        return Separation(layouts, samples, needed, needed, displaced=True)  # nobody has looked
     if before is None or lockstep is not None or (before.samples, before.layouts) != (samples, layouts):
         before = Separation(layouts, samples, 0, needed)
     if before.failed:
@@ -341,4 +341,6 @@ def _separation(request: Request, program: Program, layouts: Mapping[int, Sequen
         masks = spread(problem, chosen, first=not before.passed)
     if masks is None or not stays_within(problem, program, layouts, chosen, masks):
         return replace(before, failed=True)
-    return replace(before, passed=until)
+    everywhere = before.everywhere if before.passed else masks[0].everywhere
+    displaced = before.displaced or any(mask.displaced or mask.everywhere != everywhere for mask in masks)
+    return replace(before, passed=until, displaced=displaced, everywhere=everywhere)
