@@ -61,6 +61,7 @@ def separation_keys(order: Sequence[Any], numbers: dict[Any, int], output: Shape
     shapes: dict[Shape, int] = {(samples,): 0, output: 1}  # in order of appearance
     forms: dict[int, set[str]] = {}  # of each size that is reshaped: the places of B among its factors
     parts: list[Hashable] = []
+    moving: list[int] = []  # parts that are sizes in dimensions that are sliced or joined
     for node, mine in zip(order, found, strict=True):
         for shape in mine:
             parts.append(shapes.setdefault(shape, len(shapes)))
@@ -90,10 +91,14 @@ def separation_keys(order: Sequence[Any], numbers: dict[Any, int], output: Shape
                 forms.setdefault(size, set()).add(form)
         else:
             token = _sizes_of(node, facts, tuple(inputs), tuple(mine), samples)
+            if facts.sizes is Sizes.ALONG:
+                moving.append(len(parts))
         parts.append(token)
     exact = any({"first", "last", "several"} <= form for form in forms.values())
     whole = tuple(parts), tuple(shapes)
-    return whole if exact else (whole[0], _canonical(whole[1], samples)), whole
+    for place in moving:
+        parts[place] = None
+    return (tuple(parts), whole[1] if exact else _canonical(whole[1], samples)), whole
 
 
 def _refuse_unlisted(node: Any) -> None:

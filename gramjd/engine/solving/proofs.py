@@ -14,7 +14,7 @@ Where the second is not proven, the layouts are measured in every call. Both are
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gramjd.engine.analysis.graph import Graph
@@ -74,7 +74,7 @@ class Proofs:
         audit = _message(proof) if self._is_due(proof.calls + 1) else ""
         separation = proof.separations.get(key)
         if separation is not None and separation.displaced:
-            separation = proof.separations.get(exact)
+            separation = proof.separations.get(exact, replace(separation, passed=0, failed=False))
         return Known(structure, key, exact, proof.program, separation, proof.calls, audit, unlisted)
 
     def keep(self, known: Known, solution: Solution) -> None:

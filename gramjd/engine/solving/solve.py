@@ -332,7 +332,7 @@ def _separation(request: Request, program: Program, layouts: Mapping[int, Sequen
     if not request.check:
         return Separation(layouts, samples, needed, needed, displaced=True)  # nobody has looked
     if before is None or lockstep is not None or (before.samples, before.layouts) != (samples, layouts):
-        before = Separation(layouts, samples, 0, needed)
+        before = Separation(layouts, samples, 0, needed, displaced=before is not None and before.displaced)
     if before.failed:
         return before
     until = needed if lockstep is not None else min(needed, before.passed + _PATTERNS_A_CALL)
@@ -343,4 +343,6 @@ def _separation(request: Request, program: Program, layouts: Mapping[int, Sequen
         return replace(before, failed=True)
     everywhere = before.everywhere if before.passed else masks[0].everywhere
     displaced = before.displaced or any(mask.displaced or mask.everywhere != everywhere for mask in masks)
+    if displaced and not before.displaced and before.passed:  # in graphs of other sizes, perhaps
+        until = 0
     return replace(before, passed=until, displaced=displaced, everywhere=everywhere)
