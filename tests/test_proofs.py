@@ -12,8 +12,8 @@ from oracle import assert_close, dense_gramian, needs_shapes
 from torch import Tensor, nn
 
 import gramjd
-from gramjd import Engine
-from gramjd.blocks import Dense
+from gramjd import Engine, contraction
+from gramjd.blocks import Block, Dense
 from gramjd.engine.analysis.graph import walk
 from gramjd.engine.analysis.signature import Unlisted, separation_keys
 from gramjd.engine.solving import separation, solve
@@ -344,3 +344,24 @@ def test_a_proof_for_one_sample_is_none_for_several() -> None:
         for samples in (1, 1, 1, 1, 6, 6, 1, 4):
             losses = model(draw(samples, 5)).sin()
             assert_close(engine.compute_gramian(losses), dense_gramian(losses, model.parameters()))
+
+
+@pytest.mark.parametrize(("width", "length"), [(64, 1), (2, 30)])  # pairwise, by rows
+def test_a_wrong_contraction_is_an_error(monkeypatch: pytest.MonkeyPatch, width: int, length: int) -> None:
+    """The gradients are right, and so they say nothing of it."""
+    model, x = nn.Linear(width, width, bias=False).double(), draw(3, length, width)
+    right = contraction.contract
+
+    def wrong(u: Block, v: Block, options: contraction.Options = contraction.DEFAULT) -> Tensor:
+        found = right(u, v, options).clone()
+        found[0, 0, 0, 1] += 0.1 * found.abs().max()
+        return found
+
+    def loss(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        return (x @ p["w"]).square().sum()
+
+    monkeypatch.setattr(contraction, "contract", wrong)
+    with pytest.raises(gramjd.CheckFailedError, match="with respect to weight"):
+        Engine(model, batch_dim=0).compute_gramian(model(x).square().sum((1, 2)))
+    with pytest.raises(gramjd.CheckFailedError, match="The Gramian with respect to"):
+        gramjd.gramian(loss)({"w": draw(width, 5)}, x)

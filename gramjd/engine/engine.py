@@ -174,10 +174,7 @@ class Engine:
             RankFailedError: another rank could not take part; it raises what it failed by.
         """
         output: Tensor = joined(losses, self._batch_dim)
-        if flat and rows == "local":
-            raise ValueError("The rows of one rank are no square matrix: leave flat=True out.")
-        if group is None:
-            self._refuse_alone(output, rows)
+        self._refuse(output, group, rows, flat)
         if sketch is not None:
             return self._sketched(output, Projection.of(sketch), flat, group)
         if group is None:
@@ -424,8 +421,7 @@ class Engine:
         if not waits and not bool(torch.isfinite(output.detach()).all()):
             raise finite.of_output(output, batch_dim)
         problem = Problem(output, batch_dim, graph, named, lockstep)
-        budget = self._options.rows_budget(output.device)
-        return Request(problem, known, self._strategies, self._check != "never", budget)
+        return Request(problem, known, self._strategies, self._check != "never", self._options)
 
     def _used(self, leaves: dict[int, Tensor]) -> dict[str, Tensor]:
         """The parameters, by name, that are among the leaves of a graph."""
@@ -475,11 +471,14 @@ class Engine:
         }
         return _rebuild, (given, {**keywords, **asdict(self._options)})
 
-    def _refuse_alone(self, output: Any, rows: str) -> None:
-        """Raise for what one process cannot compute the Gramian of."""
-        distributed.refuse_rows(rows)
-        _refuse_empty(output)
-        self._validate(output)
+    def _refuse(self, output: Any, group: Any, rows: str, flat: bool) -> None:
+        """Raise for options that contradict each other, and what one process can have no Gramian of."""
+        if flat and rows == "local":
+            raise ValueError("The rows of one rank are no square matrix: leave flat=True out.")
+        if group is None:
+            distributed.refuse_rows(rows)
+            _refuse_empty(output)
+            self._validate(output)
 
     def _validate(self, output: Any) -> int | None:
         """The batch dimension as a dimension of this output."""

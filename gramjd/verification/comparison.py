@@ -12,6 +12,8 @@ from torch import Tensor
 from gramjd import pytree
 from gramjd.blocks import Block
 from gramjd.complexes import real_block
+from gramjd.contraction import Options
+from gramjd.contraction.consistency import INCONSISTENT, is_consistent
 from gramjd.errors import CheckFailedError
 from gramjd.functional.capture import Captured
 from gramjd.internals import autocasts
@@ -61,7 +63,9 @@ class Call(Repeatable):
                 if again is not None and ops_of(again) == ops_of(found):
                     return twin.difference(again) or ""
         if not bad:
-            return ""
+            w = torch.cat([x.reshape(len(x), -1).T for x in weights])  # [K, B]
+            right = is_consistent(blocks, w, Options())
+            return "" if right else INCONSISTENT.format("the parameters").rstrip(". ")
         repeated = self.gradients(found.outputs, weights)
         if not _same(repeated.outputs, first.outputs, max(map(tolerance, dtypes))):
             return (

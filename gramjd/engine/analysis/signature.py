@@ -11,8 +11,10 @@ so that a proof for one batch size, or length, holds for others:
   first or last factor, or all its factors and ``B`` stand in the key. (Where some reshapes of one size have
   it first and others last, as ``[B·T]`` and ``[T·B]``, and one has more than two factors, all shapes do: what
   is a run of one sample in the first could be cut otherwise in the second);
-- slices, concatenations and windows have the sizes in the dimensions that they move along in the key, and
-  ``B`` if samples may be there.
+- windows have the sizes in the dimensions that they move along in the key, and ``B`` if samples may be there.
+  So have slices and concatenations, if the proof finds samples in what is sliced, joined or padded. They need
+  not lie in runs of whole samples behind that: the key has all sizes, then. If it finds none, these sizes
+  are no part of the key.
 
 A graph with a node that is not listed in :mod:`gramjd.engine.analysis.node_types` has no key, unless the node
 is over leaves alone.

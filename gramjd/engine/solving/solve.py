@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from gramjd.blocks import Block
+from gramjd.contraction import Options
 from gramjd.contraction.accumulator import Sink
+from gramjd.contraction.consistency import INCONSISTENT, is_consistent
 from gramjd.engine.analysis.layouts import Layout
 from gramjd.engine.recording.nodes import Cotangents, forget
 from gramjd.engine.sharded import Lockstep, needs_weights
@@ -28,6 +30,7 @@ from gramjd.engine.solving.verify import agrees
 from gramjd.errors import CheckFailedError
 
 _PATTERNS_A_CALL = 2  # backward passes of the proof of separation; until it is whole, layouts are measured
+_ROWS = 'Until then, Engine(..., strategies=("rows",)) is exact.'
 _RANKS = {strategy: rank for rank, strategy in enumerate(STRATEGIES)}
 
 
@@ -39,7 +42,7 @@ class Request:
     known: Known
     strategies: Sequence[str]  # that are allowed
     check: bool  # whether results are verified
-    rows_budget: int = 0  # bytes that the rows of all parameters together may take
+    options: Options  # of the contraction
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def solve(request: Request, sink: Sink) -> Solution:
         request = replace(request, strategies=[each for each in request.strategies if each != "rows"])
     if not problem.samples and problem.lockstep is None:
         return Solution(program)
-    if "losses" in request.strategies and are_few(problem, request.rows_budget):
+    if "losses" in request.strategies and are_few(problem, request.options):
         return Solution(_whole(request, program, "losses", problem.parameters, sink))
     if not set(FROM_USES) & set(request.strategies) and problem.lockstep is None:
         return Solution(_rest(request, program, problem.parameters, Finding(), sink))
@@ -198,11 +201,18 @@ class _Run:
         # that of proven layouts was verified when they were proven
         pattern = part.pattern(laid.layouts) if measuring or waits or not program.complete else None
         blocks, solved = self._build(number, part, laid, pattern)
+        if self.checking and problem.lockstep is None:  # with ranks in step, none may fail alone
+            self._verify_contraction(blocks)
         self.solved.append(solved)
         self.sink.add(blocks)
         forget(part.nodes)
         if self.probing:
             passes.forget(region.nodes)
+
+    def _verify_contraction(self, blocks: Found) -> None:
+        """Raise where the Gramian of some parameters is not that of their gradients, which are verified."""
+        if not is_consistent([*blocks.values()], self.passes.v, self.request.options):
+            raise CheckFailedError(INCONSISTENT.format(", ".join(blocks)) + _ROWS)
 
     def _repeat(self, number: int, nodes: Sequence[Any], cotangents: Sequence[Cotangents],
                 layouts: Sequence[Layouts] | None) -> bool:  # fmt: skip
@@ -333,16 +343,21 @@ def _separation(request: Request, program: Program, layouts: Mapping[int, Sequen
         return Separation(layouts, samples, needed, needed, displaced=True)  # nobody has looked
     if before is None or lockstep is not None or (before.samples, before.layouts) != (samples, layouts):
         before = Separation(layouts, samples, 0, needed, displaced=before is not None and before.displaced)
-    if before.failed:
-        return before
+    return before if before.failed else _extended(before, problem, program, masks)
+
+
+def _extended(before: Separation, problem: Problem, program: Program, masks: list[Masks] | None
+              ) -> Separation:  # fmt: skip
+    """The proof with the next patterns; ``masks`` as of :func:`_separation`."""
+    lockstep, needed = problem.lockstep, before.needed
     until = needed if lockstep is not None else min(needed, before.passed + _PATTERNS_A_CALL)
-    chosen = patterns(samples, needed)[before.passed : until]
+    chosen = patterns(problem.samples, needed)[before.passed : until]
     if lockstep is None:
         masks = spread(problem, chosen, first=not before.passed)
-    if masks is None or not stays_within(problem, program, layouts, chosen, masks):
+    if masks is None or not stays_within(problem, program, before.layouts, chosen, masks):
         return replace(before, failed=True)
     everywhere = before.everywhere if before.passed else masks[0].everywhere
-    displaced = before.displaced or any(mask.displaced or mask.everywhere != everywhere for mask in masks)
+    displaced = True in [mask.displaced or mask.everywhere != everywhere for mask in masks]
     if displaced and not before.displaced and before.passed:  # in graphs of other sizes, perhaps
         until = 0
-    return replace(before, passed=until, displaced=displaced, everywhere=everywhere)
+    return replace(before, passed=until, displaced=displaced or before.displaced, everywhere=everywhere)

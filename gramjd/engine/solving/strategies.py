@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gramjd.blocks import Block, Dense
+from gramjd.contraction import Options
 from gramjd.contraction.accumulator import Factors
 from gramjd.engine.analysis.layouts import ZERO, Layout
 from gramjd.engine.recording.nodes import values_of
@@ -154,13 +155,13 @@ def _of_call(part: Part, index: int, layouts: Layouts) -> list[list[Block]]:
     return call_blocks(node.record, values_of(node), cs, mine, problem.samples)
 
 
-def are_few(problem: Problem, budget: int) -> bool:
+def are_few(problem: Problem, options: Options) -> bool:
     """Whether each loss gets a backward pass: few losses, no samples, and memory for all rows."""
     output = problem.output
     if problem.batch_dim is not None or problem.lockstep is not None or output.numel() > backward.FEW:
         return False
     rows = sum(p.numel() * p.element_size() for p in problem.parameters.values())
-    return rows * output.numel() <= budget
+    return rows * output.numel() <= options.rows_budget(output.device)
 
 
 def by_losses(material: Material, parameters: Mapping[str, Tensor]) -> Candidate:
