@@ -20,6 +20,7 @@ from gramjd import contraction
 from gramjd.blocks import Block, Conv, Dense, Lookup, Outer
 from gramjd.contraction import Options, options, tiles
 from gramjd.contraction.choice import plans, swapped
+from gramjd.contraction.consistency import is_consistent
 from gramjd.contraction.conv import METHODS, Method
 from gramjd.contraction.options import Limits, limits
 
@@ -408,3 +409,20 @@ def test_convolutions_that_round_to_tf32_are_no_plan() -> None:
     done = subprocess.run([sys.executable, "-c", TF32], capture_output=True, text=True, check=True)
     found = [line.split() for line in done.stdout.splitlines()]
     assert found == [[cuda, "True"] for cuda in ("False", "True", "False", "True", "True")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_right_contraction_is_consistent(dtype: torch.dtype) -> None:
+    """Also of thousands of positions, which few digits do not add up."""
+    c, ids = torch.randn(1, 8, 4000, 16), torch.zeros(8, 4000, dtype=torch.long)
+    a = torch.randn(8, 4000, 3).abs()
+    blocks = [
+        [Lookup(c.abs().to(dtype), ids, (20, 16))],
+        [
+            Outer(c[:, :, :, None].to(dtype), a[:, :, None].to(dtype), (16, 3)),
+            Dense(c[:, :, :16, :3].to(dtype)),
+        ],
+        [Dense(torch.randn(1, 8, 16).to(dtype))],
+    ]
+    w = torch.rand(1, 8, dtype=torch.float64) + 0.5
+    assert is_consistent(blocks, w, Options())

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from gramjd import contraction
-from gramjd.blocks import Block, flatten, is_zero
+from gramjd.blocks import Block, flatten, is_zero, unflatten
 from gramjd.complexes import real_block
-from gramjd.contraction.options import Options
+from gramjd.contraction.options import SMALL_FLOATS, Options, rounds_float32
 from gramjd.rounding import own_precision, tolerance
 
 INCONSISTENT = (
@@ -47,15 +47,28 @@ def is_consistent(each: Sequence[Sequence[Block]], w: Tensor, options: Options) 
     gramian, weights = share.reshape(w.numel(), -1).double(), w.flatten().double()
     off = float(weights @ gramian @ weights) - sum(_squared_norm(mine, w) for mine in given)
     size = float(weights.abs() @ gramian.abs() @ weights.abs())  # of what may cancel
-    dtypes = [t.dtype for t in flatten(given)[0] if t.is_floating_point()]
-    return not isfinite(off) or abs(off) <= max(map(tolerance, dtypes)) * size  # NaN has an error of its own
+    return not isfinite(off) or abs(off) <= _tolerance(given) * size  # NaN has an error of its own
+
+
+def _tolerance(given: Sequence[Sequence[Block]]) -> float:
+    """The tolerance of contractions of some blocks."""
+    tensors = flatten(given)[0]
+    dtypes = {t.dtype for t in tensors if t.is_floating_point()}
+    if torch.float32 in dtypes and rounds_float32(tensors[0].device):
+        dtypes.add(torch.bfloat16)
+    return max(map(tolerance, dtypes))
+
+
+def _weighted(block: Block, w: Tensor) -> Tensor:
+    """``Jᵀ w``, of small floats in float32: as a sum of many terms in few digits it would be wrong."""
+    tensors, structure = flatten([[block]])
+    wide = [t.float() if t.dtype in SMALL_FLOATS else t for t in tensors]
+    return unflatten(structure, wide)[0][0].vjp(w.to(wide[0].dtype))
 
 
 def _squared_norm(blocks: Sequence[Block], w: Tensor) -> float:
     """The squared norm of ``Jᵀ w`` of one parameter."""
-    first, *others = blocks
-    gradient = first.vjp(w.to(flatten([[first]])[0][0].dtype))
-    for block in others:
-        gradient = gradient + block.vjp(w.to(flatten([[block]])[0][0].dtype))
+    first, *others = [_weighted(block, w) for block in blocks]
+    gradient = sum(others, first)
     # torch adds up many float32 numbers with an error of 1e-3
     return sum(float(part.double().square().sum()) for part in gradient.flatten().split(2**18))

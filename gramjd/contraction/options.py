@@ -119,6 +119,15 @@ def allows_tf32() -> bool:
         return torch.backends.cudnn.conv.fp32_precision != "ieee"  # type: ignore[attr-defined]
 
 
+def rounds_float32(device: torch.device) -> bool:
+    """Whether products of float32 numbers may be rounded to fewer digits on a device."""
+    try:
+        rounded = torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # set by its newer names
+        return True
+    return rounded or (device.type == "cuda" and allows_tf32())
+
+
 def default_budget(device: torch.device) -> int:
     """A sane budget from the memory that is free."""
     enough = ENOUGH.get(device.type, ENOUGH["cpu"])
