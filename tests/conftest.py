@@ -11,9 +11,13 @@ torch.set_num_threads(1)  # tiny tensors: threads only get into each other's way
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let be what torch 2.1 warns of itself: of attention under ``vmap``, and in complex backward passes."""
+    """Let be what torch 2.1 warns of itself: of attention under ``vmap``, and in some backward passes."""
     if OLD:
-        for message in ("There is a performance drop because", "Casting complex values to real"):
+        for message in (
+            "There is a performance drop because",
+            "Casting complex values to real",
+            "An output with one or more elements was resized",
+        ):
             config.addinivalue_line("filterwarnings", f"ignore:{message}:UserWarning")
 
 
