@@ -22,6 +22,7 @@ INCONSISTENT = (
     "agree with autograd's. This is an error of gramjd, or of a user's rule; please report the model. "
 )
 MOST = 1024  # rows; with more, the Gramian would take as long as all other proofs
+WORK = 2**27  # multiply-adds of a parameter with one block; with more, it is of a common kind
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def is_consistent(each: Sequence[Sequence[Block]], w: Tensor, options: Options) 
         options: of the contraction.
     """
     given = [[real_block(block) for block in mine if not is_zero(block)] for mine in each]
-    given = [mine for mine in given if mine]
+    given = [mine for mine in given if mine and (len(mine) > 1 or _work(mine, options) <= WORK)]
     largest = max([prod(mine[0].shape) for mine in given], default=0)
     budget = options.memory_budget
     if not given or w.numel() > MOST or (budget is not None and 16 * largest > budget):
@@ -48,6 +49,11 @@ def is_consistent(each: Sequence[Sequence[Block]], w: Tensor, options: Options) 
     off = float(weights @ gramian @ weights) - sum(_squared_norm(mine, w) for mine in given)
     size = float(weights.abs() @ gramian.abs() @ weights.abs())  # of what may cancel
     return not isfinite(off) or abs(off) <= _tolerance(given) * size  # NaN has an error of its own
+
+
+def _work(blocks: Sequence[Block], options: Options) -> int:
+    """The multiply-adds of the contraction of one parameter."""
+    return sum(step.multiply_adds for step in contraction.steps(blocks, options))
 
 
 def _tolerance(given: Sequence[Sequence[Block]]) -> float:
