@@ -20,7 +20,11 @@ _MOST = 2**15  # elements of short rows that wait for others
 
 
 class Sink:
-    """Takes the blocks of some parameters after the others: in two steps, the first one by prepared ops."""
+    """Takes the blocks of the parameters, some at a time.
+
+    :meth:`add` takes blocks. Where the same come again, prepared ops build and reduce them together, and
+    :meth:`take` takes the result.
+    """
 
     key: Hashable = "factors"  # of all that the ops of `reduce` depend on besides the blocks
 

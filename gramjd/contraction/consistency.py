@@ -21,8 +21,8 @@ INCONSISTENT = (
     "The Gramian with respect to {} does not agree with the gradients of weighted objectives, though these "
     "agree with autograd's. This is an error of gramjd, or of a user's rule; please report the model. "
 )
-MOST = 1024  # rows; with more, the Gramian would take as long as all other proofs
-WORK = 2**27  # multiply-adds of a parameter with one block; with more, it is of a common kind
+MOST = 1024  # rows: a second Gramian of more takes much time and memory
+WORK = 2**27  # multiply-adds for a parameter with one block: the plans are tested, and large layers take time
 
 
 @torch.no_grad()

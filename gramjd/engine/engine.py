@@ -23,14 +23,15 @@ from gramjd.engine.recording.nodes import forget
 from gramjd.engine.recording.watcher import AfterHook, BeforeHook, Watcher
 from gramjd.engine.registry import Registry
 from gramjd.engine.sharded import Lockstep, refuse_flat, refuse_parallel
+from gramjd.engine.slow_path import warn_of_rows
 from gramjd.engine.solving import finite
 from gramjd.engine.solving.problem import Problem
-from gramjd.engine.solving.program import Program, Solution
+from gramjd.engine.solving.program import Solution
 from gramjd.engine.solving.proofs import Proofs, describe
 from gramjd.engine.solving.solve import Request, solve
 from gramjd.engine.solving.strategies import STRATEGIES
 from gramjd.engine.step import Scaled, Step, Weightings
-from gramjd.errors import CheckFailedError, NotCoveredError, NotFiniteError, SlowPathWarning
+from gramjd.errors import CheckFailedError, NotCoveredError, NotFiniteError
 from gramjd.explanation import Explanation, explanation
 from gramjd.jacobian import Factors, FactorsOrSum, GramianSum, Jacobian, Output, Sink, SketchSum, groups
 from gramjd.jacobian.lazy import Groups, Per
@@ -391,7 +392,7 @@ class Engine:
         before = request.known.program
         warned = before is not None and "rows" in before.strategies.values()
         if request.problem.samples and not warned and self._strategies != ("rows",):
-            _warn_of_rows(request.problem, solution.program, closed=not self._finalizer.alive)
+            warn_of_rows(request.problem, solution.program, closed=not self._finalizer.alive)
         return request, solution
 
     def _solution(self, request: Request, sink: Sink) -> Solution:
@@ -569,38 +570,3 @@ def _rebuild(modules: Sequence[Any], keywords: dict[str, Any]) -> Engine:
 def _remove(handles: Sequence[Any]) -> None:
     for handle in handles:
         handle.remove()
-
-
-_DERIVATIVES = (
-    "the output contains derivatives of the model (create_graph=True), whose uses of parameters are known "
-    "for linear, matmul and mul alone. The function transforms (gramjd.jacobian, gramjd.ntk) take such "
-    "losses, with torch.func.grad inside, in one pass, whatever the ops"
-)
-_CLOSED = "the engine is closed: calls of its modules are no longer recorded"
-_LATE = (
-    "no call of a registered module was recorded: create the engine before the forward pass, and compute the "
-    "output from what its modules return"
-)
-
-
-def _warn_of_rows(problem: Problem, program: Program, closed: bool) -> None:
-    """Say which parameters need per-row backward passes, and why."""
-    slow = [name for name, p in problem.parameters.items() if program.strategies[id(p)] == "rows"]
-    if not slow:
-        return
-    cause = _cause_of_rows(problem, program, problem.parameters[slow[0]], closed)
-    more = f" (and {len(slow) - 1} more)" if len(slow) > 1 else ""
-    warnings.warn(
-        f"The Jacobian of parameter {slow[0]!r}{more} is computed one row at a time, which is exact "
-        f"but slow, because {cause}.",
-        SlowPathWarning,
-        stacklevel=6,
-    )
-
-
-def _cause_of_rows(problem: Problem, program: Program, parameter: Tensor, closed: bool) -> str:
-    if not problem.graph.nodes:
-        return _CLOSED if closed else _LATE
-    if True in [node.differentiated for node in problem.graph.nodes]:
-        return _DERIVATIVES
-    return program.causes.get(id(parameter), "it was not used in a registered module")

@@ -56,11 +56,11 @@ class Watcher:
             recorder.watch(id(self), self.known_calls, held[0])
         elif shards(kind):  # its parameters have just been gathered
             recorder.add(*self.held(module))
-        hidden = hides_ops(module)
-        recorder.calls.append((module, set(), hidden))
+        hides = hides_ops(module)
+        recorder.calls.append((module, set(), hides))
         if recorder.opaque is not None:
             return
-        if hidden:
+        if hides:
             recorder.pause(frame)
         elif outermost:  # last: it would see all that is asked of the parameters above
             recorder.__enter__()
