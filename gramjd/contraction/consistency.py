@@ -22,6 +22,7 @@ INCONSISTENT = (
     "agree with autograd's. This is an error of gramjd, or of a user's rule; please report the model. "
 )
 MOST = 1024  # rows: a second Gramian of more takes much time and memory
+LARGEST = 2**22  # entries of a parameter, whose gradient is memory that a first call has no room for
 WORK = 2**27  # multiply-adds for a parameter with one block: the plans are tested, and large layers take time
 
 
@@ -38,7 +39,8 @@ def is_consistent(each: Sequence[Sequence[Block]], w: Tensor, options: Options) 
         options: of the contraction.
     """
     given = [[real_block(block) for block in mine if not is_zero(block)] for mine in each]
-    given = [mine for mine in given if mine and (len(mine) > 1 or _work(mine, options) <= WORK)]
+    given = [mine for mine in given if mine and prod(mine[0].shape) <= LARGEST]
+    given = [mine for mine in given if len(mine) > 1 or _work(mine, options) <= WORK]
     largest = max([prod(mine[0].shape) for mine in given], default=0)
     budget = options.memory_budget
     if not given or w.numel() > MOST or (budget is not None and 16 * largest > budget):
