@@ -9,7 +9,8 @@ below autograd are recorded and written as a Python function, one line for each 
   everything else that the ops depend on.
 - **Refused.** A function is called as it is, always, if an op decides by the values of tensors, has a result
   of a size that depends on them, draws random numbers, writes into an argument, or reads a tensor that is no
-  argument.
+  argument. A tensor that is the same in all calls is an exception, if :func:`fetched` gets it: the prepared
+  ops get it again, and do not keep it.
 - **Verified.** Prepared ops are kept if their first run gives the bits that the function gave.
 - **Views.** A reshape of a reshape is one view of the memory, ``as_strided``, since the strides are known.
 - **Memory.** A tensor is freed after the last line that reads it.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -100,6 +102,12 @@ def _remember(key: Hashable, known: Prepared | int | str) -> None:
             _known.popitem(last=False)
 
 
+def fetched(get: Callable[[], Tensor]) -> Tensor:
+    """``get()``, a tensor that depends on a key of :func:`call` alone; prepared ops call ``get`` again."""
+    recording: _Recording | None = getattr(_running, "recording", None)
+    return get() if recording is None else recording.fetched(get)
+
+
 def all_ops() -> list[Prepared]:
     """All prepared ops, those that were recorded last come last; ``print(ops.source)`` shows them."""
     return [each for each in _known.values() if isinstance(each, Prepared)]
@@ -115,8 +123,13 @@ def record(
 ) -> tuple[tuple[Tensors, Any], Prepared | str]:
     """The result of ``function(tensors)``, and its ops prepared, or why they cannot be."""
     recording = _Recording(tensors)
-    with torch.no_grad(), SeenReads(recording.refuse), SeenOps(recording.see):
-        found, others = function(tensors)
+    outer = getattr(_running, "recording", None)
+    _running.recording = recording
+    try:
+        with torch.no_grad(), SeenReads(recording.refuse), SeenOps(recording.see):
+            found, others = function(tensors)
+    finally:
+        _running.recording = outer
     outputs = [recording.text(t) for t in found]
     if recording.refusal is not None:
         return (found, others), recording.refusal
@@ -140,11 +153,15 @@ def _digest(t: Tensor) -> tuple[Any, ...]:
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # sums of these do not overflow
 
 
+_running = threading.local()  # the recording of each thread
+
+
 class _Recording:
     """The lines, as the ops run."""
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         self.refusal: str | None = None
+        self.pauses = False
         self.lines: list[_Line] = []
         self.constants: dict[str, Any] = {}
         self.count = 0
@@ -166,11 +183,12 @@ class _Recording:
 
     def refuse(self, function: str) -> None:
         """Note that a function has read the values of a tensor."""
-        self.refusal = self.refusal or f"{function} depends on the values of tensors"
+        if not self.pauses:
+            self.refusal = self.refusal or f"{function} depends on the values of tensors"
 
     def see(self, op: Any, args: Sequence[Any], kwargs: dict[str, Any], found: Any) -> None:
         """Note one op that has run."""
-        if self.refusal is not None:
+        if self.refusal is not None or self.pauses:
             return
         if len(self.lines) >= LONGEST:
             self.refusal = f"it has more than {LONGEST} ops"
@@ -200,6 +218,20 @@ class _Recording:
             self.lines.append(_Line(text, names, several=True))
         else:
             self.refusal = f"{op} returns no tensor"
+
+    def fetched(self, get: Callable[[], Tensor]) -> Tensor:
+        """``get()``, whose ops are no lines; there is one that calls it."""
+        self.pauses = True
+        try:
+            found = get()
+        finally:
+            self.pauses = False
+        if self._known(found) is None:
+            name = f"get{len(self.constants)}"
+            self.constants[name] = get
+            self._add(f"{name}()", [self._new(found)])
+            self.arguments.add(memory_of(found))
+        return found
 
     def prepared(self, outputs: Sequence[str], others: Any) -> Prepared:
         """The lines as a function that returns these tensors."""

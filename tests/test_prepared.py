@@ -308,6 +308,29 @@ def test_no_tensors_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [r() for r in references] == [None, None]
 
 
+def test_what_is_the_same_in_all_calls_is_fetched_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not kept; neither are the ops, nor the reads, by which it is made."""
+    monkeypatch.setattr(prepared, "OFTEN", 0)
+    prepared.forget()
+    made: list[weakref.ref[Tensor]] = []
+
+    def get() -> Tensor:
+        found = torch.full((3,), float(len(torch.ones(2).tolist())))
+        made.append(weakref.ref(found))
+        return found
+
+    def function(given: Given) -> tuple[list[Tensor], None]:
+        return [given[0] * prepared.fetched(get) + prepared.fetched(get)], None
+
+    for _ in range(3):
+        x = torch.randn(4, 3)
+        assert torch.equal(prepared.call(function, "key", [x])[0][0], x * 2 + 2)
+        assert [each() for each in made] == [None] * len(made)
+    (ops,) = prepared.all_ops()
+    assert len(made) == 8  # two of the recording, and of each run
+    assert "full" not in ops.source and "ones" not in ops.source
+
+
 def test_those_that_were_not_used_for_longest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     function, _ = counted(monkeypatch)
     monkeypatch.setattr(prepared, "MOST", 3)

@@ -139,3 +139,45 @@ def test_refused(work: Work) -> None:
     work.x[3] = torch.inf
     with pytest.raises(NotFiniteError, match="NaN or infinite"):
         engine.compute_gramian(work.losses, sketch=4)
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "countsketch", "factored"])
+def test_steps(work: Work, kind: str) -> None:
+    """Whose data move, with a projection that changes midway."""
+    engine, jacobian = Engine(work.model, batch_dim=0), gramjd.jacobian(work.func)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(12):
+        given = Projection(16, seed=int(step in (7, 8)), kind=kind)
+        work.x = torch.randn(30, 6, dtype=torch.float64, generator=generator)
+        J = jacobian(work.params, work.x, work.y)
+        want = J.sketch(16, seed=given.seed, kind=kind, memory_budget=2**30)  # never prepared
+        found = engine.compute_gramian(work.losses, sketch=given).sketch
+        torch.testing.assert_close(found, want)
+        torch.testing.assert_close(J.sketch(16, seed=given.seed, kind=kind), want)
+
+
+@pytest.mark.parametrize("kind", ["countsketch", "factored"])
+def test_parameters_of_one_shape(kind: str) -> None:
+    """Their ops differ by the names that random numbers depend on."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(5, 5) for _ in range(3))).double()
+    engine, given = Engine(model, batch_dim=0), Projection(16, kind=kind)
+    for _ in range(8):
+        losses = model(torch.randn(7, 5, dtype=torch.float64)).square().sum(1)
+        want = engine.jacobian(losses).sketch(16, kind=kind, memory_budget=2**30)
+        torch.testing.assert_close(engine.compute_gramian(losses, sketch=given).sketch, want)
+
+
+@pytest.mark.parametrize("dim", [3, 8, 16, 50])
+@pytest.mark.parametrize(("start", "stop"), [(0, 50), (5, 37), (20, 31), (16, 32)])
+def test_ranges(dim: int, start: int, stop: int) -> None:
+    """Entries go to the same columns, in runs or one by one."""
+    given, cpu = Projection(dim, kind="countsketch"), torch.device("cpu")
+    found, signs = given.places("a", start, stop, cpu, torch.float64, False)
+    columns = given.columns_of(("a",), start, stop, cpu, False)
+    if isinstance(found, Tensor):
+        assert stop - start > 4 * dim and torch.equal(found, columns)
+    else:
+        each = [torch.arange(column, column + end - begin) for begin, end, column in found]
+        assert torch.equal(torch.cat(each), columns)
+    assert torch.equal(signs.abs(), torch.full((stop - start,), dim**0.5, dtype=torch.float64))

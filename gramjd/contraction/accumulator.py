@@ -27,14 +27,28 @@ class Sink:
     """
 
     key: Hashable = "factors"  # of all that the ops of `reduce` depend on besides the blocks
+    by_name = False  # whether they depend on the names of the parameters, too
 
     def add(self, blocks: Mapping[str, Sequence[Block]]) -> None:
         """Take the blocks of some parameters, by name."""
         raise NotImplementedError
 
-    def reduce(self, each: Sequence[Sequence[Block]]) -> tuple[list[Tensor], Any]:
+    def reduce(self, blocks: Mapping[str, Sequence[Block]]) -> tuple[list[Tensor], Any]:
         """What is left of the blocks of some parameters: tensors, and the rest. It takes nothing yet."""
-        return flatten(each, origins=True)
+        return flatten([*blocks.values()], origins=True)
+
+    def add_prepared(self, blocks: Mapping[str, Sequence[Block]]) -> None:
+        """Take the blocks of some parameters, reduced by prepared ops."""
+        tensors, structure = flatten([*blocks.values()])
+        if not tensors:
+            return
+        names = [*blocks]
+
+        def reduce(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
+            return self.reduce(dict(zip(names, unflatten(structure, tensors), strict=True)))
+
+        key = structure, self.key, *(names if self.by_name else ())
+        self.take(names, *prepared.call(reduce, key, tensors))
 
     def take(self, names: Sequence[str], tensors: Sequence[Tensor], rest: Any) -> None:
         """Take what is left of the blocks of these parameters."""
@@ -61,27 +75,19 @@ class GramianSum(Sink):
         self.elements = 0  # of these rows
 
     def add(self, blocks: Mapping[str, Sequence[Block]]) -> None:
-        tensors, structure = flatten(list(blocks.values()))
-        if not tensors:
-            return
+        self.add_prepared(blocks)
 
-        def reduce(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
-            return self.reduce(unflatten(structure, tensors))
-
-        found = prepared.call(reduce, (structure, self.key), tensors)
-        self.take([*blocks], *found)
-
-    def reduce(self, each: Sequence[Sequence[Block]]) -> tuple[list[Tensor], Any]:
+    def reduce(self, blocks: Mapping[str, Sequence[Block]]) -> tuple[list[Tensor], Any]:
         """The share as one tile, if there is memory for it, or the blocks, and the blocks of short rows."""
-        given = [mine for mine in each if mine]
+        given = [mine for mine in blocks.values() if mine]
         if not given:
             return [], None
-        blocks = [_real(mine) for mine in given]
-        groups = contraction.groups_of(blocks, self.options)
-        short = [blocks[n] for n in groups.short]
+        real = [_real(mine) for mine in given]
+        groups = contraction.groups_of(real, self.options)
+        short = [real[n] for n in groups.short]
         elements = sum(prod(block.rows) * prod(block.shape) for (block,) in short)
-        places, groups = groups.without_short(len(blocks)) if short else (range(len(blocks)), groups)
-        rest, tile = [blocks[n] for n in places], None
+        places, groups = groups.without_short(len(real)) if short else (range(len(real)), groups)
+        rest, tile = [real[n] for n in places], None
         if self.options.memory_budget is None:
             rest, tile = [], contraction.sum_of(contraction.gramians(rest, self.options, groups))
         tiles = [] if tile is None else [tile]
@@ -178,8 +184,8 @@ class FactorsOrSum(Sink):
             kept, self.blocks, self.key = self.blocks, None, self.total.key
             self.total.add(kept)
 
-    def reduce(self, each: Sequence[Sequence[Block]]) -> tuple[list[Tensor], Any]:
-        return super().reduce(each) if self.blocks is not None else self.total.reduce(each)
+    def reduce(self, blocks: Mapping[str, Sequence[Block]]) -> tuple[list[Tensor], Any]:
+        return super().reduce(blocks) if self.blocks is not None else self.total.reduce(blocks)
 
     def take(self, names: Sequence[str], tensors: Sequence[Tensor], rest: Any) -> None:
         if self.blocks is not None:

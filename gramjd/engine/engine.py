@@ -283,7 +283,7 @@ class Engine:
     def _sketched(self, output: Tensor, projection: Projection, flat: bool, group: Any) -> SketchedGramian:
         if group is not None:
             raise ValueError("A sketched Gramian is of one process: leave group out.")
-        rows = self._streamed(output, SketchSum(projection, self._options)).to(output.device)
+        rows = self._streamed(output, SketchSum(projection, self._options, output.device)).to(output.device)
         if not bool(torch.isfinite(output.detach()).all()) and not self._registry.shards.units:
             raise finite.of_output(output, self._batch_dim)
         if not bool(torch.isfinite(rows).all()):

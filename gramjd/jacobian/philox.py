@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from gramjd.internals import constant_in_graphs
 
 Key = tuple[int, int]
+Number = TypeVar("Number", Tensor, int)
 
 _ROUNDS = 10
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
@@ -32,7 +34,7 @@ def key_of(*parts: object) -> Key:
     return int.from_bytes(found[:4], "little"), int.from_bytes(found[4:], "little")
 
 
-def philox(counter: Sequence[Tensor], key: Key) -> list[Tensor]:
+def philox(counter: Sequence[Number], key: Key) -> list[Number]:
     """Four words of 32 random bits for counters of four such words, all in int64."""
     a, b, c, d = counter
     (first, second), (k, l) = _MULTIPLIERS, key  # noqa: E741
@@ -66,6 +68,11 @@ def normals(rows: Tensor, dim: int, key: Key, dtype: torch.dtype) -> Tensor:
 def words(rows: Tensor, key: Key) -> Tensor:
     """``[len(rows)]`` integers of 32 random bits, by position."""
     return _words(rows, 1, key)[0].flatten()
+
+
+def word(row: int, key: Key) -> int:
+    """The integer of 32 random bits of one position."""
+    return philox([row & _LOW, row >> 32, 0, 0], key)[0]
 
 
 def _words(rows: Tensor, calls: int, key: Key) -> list[Tensor]:

@@ -11,14 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramjd.jacobian.philox import SIGNS, key_of, normals, signs, words
+from gramjd import prepared
+from gramjd.jacobian.philox import SIGNS, key_of, normals, signs, word, words
 
 _KINDS = {"rademacher": signs, "gaussian": normals, "factored": signs, "countsketch": signs}
 _RATIO = 16  # of the columns of a shorter side to those of a longer one
 _FEW = 4  # entries for each column, up to which a count sketch draws one for each
 _VERSIONS = {"factored": 2}  # of Ω, where it was another one before
 
-Places = tuple[Tensor, Tensor]  # columns of entries, and signs
+_RUNS = 8  # of entries with columns one after the other, up to which each is added as it is
+
+Ranges = list[tuple[int, int, int]]  # entries from … to … go to columns one after the other, from … on
+Places = tuple[Tensor | Ranges, Tensor]  # columns of entries, and signs
 
 
 @dataclass(frozen=True)
@@ -84,13 +88,14 @@ class Projection:
         known: dict[str, Any] = {"dim": self.dim, "seed": self.seed, "kind": self.kind}
         return {**known, "version": _VERSIONS[self.kind]} if self.kind in _VERSIONS else known
 
-    def span(self, name: str, start: int, stop: int, like: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
+    def span(self, name: str, start: int, stop: int, device: torch.device, dtype: torch.dtype, keep: bool
+             ) -> Tensor:  # fmt: skip
         """Rows of ``Ω`` for the entries from ``start`` to ``stop``; ``keep`` them for later calls."""
 
         def make() -> Tensor:
-            return self.rows(name, torch.arange(start, stop, device=like.device), dtype)
+            return self.rows(name, torch.arange(start, stop, device=device), dtype)
 
-        return _kept_of(self).get((name, start, stop, dtype, like.device), make) if keep else make()
+        return self._get((name, start, stop, dtype, device), make) if keep else make()
 
     def rows(self, name: str, entries: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of ``Ω`` for these entries of a parameter, ``[len(entries), dim]``."""
@@ -100,68 +105,84 @@ class Projection:
         """Numbers of this dtype whose memory making an entry of ``Ω`` takes, itself included."""
         return (72 if self.kind == "gaussian" else 16) // dtype.itemsize
 
-    def places(self, name: str, start: int, stop: int, like: Tensor, dtype: torch.dtype, keep: bool,
-               side: int = -1) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def places(self, name: str, start: int, stop: int, device: torch.device, dtype: torch.dtype, keep: bool,
+               side: int = -1) -> Places:  # fmt: skip
         """To which columns the entries from ``start`` to ``stop`` of a vector go, and with which signs.
 
         Runs of ``dim`` entries fill the columns in turn, each run from a random one on: entries of one run
         share no column, and others do with a probability of ``1 / dim``.
 
         Returns:
-            The columns and the signs, both ``[stop - start]``; signs are of length ``√dim``.
+            The columns, ``[stop - start]`` or, if these are few, ranges of entries with columns one after
+            the other; and the signs ``[stop - start]``, of length ``√dim``.
         """
-
         of = (name, side) if side >= 0 else (name,)
-
-        def columns() -> Tensor:
-            runs = torch.arange(start // self.dim, -(-stop // self.dim), device=like.device)
-            first = words(runs, key_of(self.seed, *of, "places"))
-            entries = torch.arange(start, stop, device=like.device)
-            return (first[entries // self.dim - start // self.dim] + entries) % self.dim
+        runs = range(start // self.dim, -(-stop // self.dim))
 
         def drawn() -> Tensor:
             begin = start // SIGNS
-            calls = torch.arange(begin, -(-stop // SIGNS), device=like.device)
+            calls = torch.arange(begin, -(-stop // SIGNS), device=device)
             found = signs(calls, SIGNS, key_of(self.seed, *of), dtype).flatten()
             return found[start - begin * SIGNS : stop - begin * SIGNS] * self.dim**0.5
 
-        if not keep:
-            return columns(), drawn()
-        kept, key = _kept_of(self), (*of, start, stop, dtype, like.device)
-        return kept.get(("columns", *key), columns), kept.get(("signs", *key), drawn)
+        mine = self._get(("signs", *of, start, stop, dtype, device), drawn) if keep else drawn()
+        if len(runs) > _RUNS:
+            return self.columns_of(of, start, stop, device, keep), mine
+        ranges = []
+        for run in runs:
+            first = word(run, key_of(self.seed, *of, "places")) % self.dim
+            turn = (run + 1) * self.dim - first  # the entry of column 0
+            for begin, end, column in ((run * self.dim, turn, first), (turn, (run + 1) * self.dim, 0)):
+                a, b = max(begin, start), min(end, stop)
+                if a < b:
+                    ranges.append((a - start, b - start, column + a - begin))
+        return ranges, mine
 
-    def places_of_sides(self, name: str, sizes: tuple[int, int], like: Tensor, dtype: torch.dtype, keep: bool
-                        ) -> tuple[Places, Places]:  # fmt: skip
+    def columns_of(self, of: tuple[object, ...], start: int, stop: int, device: torch.device, keep: bool
+                 ) -> Tensor:  # fmt: skip
+        """The columns of entries, as in ``places``."""
+
+        def make() -> Tensor:
+            runs = torch.arange(start // self.dim, -(-stop // self.dim), device=device)
+            first = words(runs, key_of(self.seed, *of, "places"))
+            entries = torch.arange(start, stop, device=device)
+            return (first[entries // self.dim - start // self.dim] + entries) % self.dim
+
+        return self._get(("columns", *of, start, stop, device), make) if keep else make()
+
+    def places_of_sides(self, name: str, sizes: tuple[int, int], device: torch.device, dtype: torch.dtype,
+                        keep: bool) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:  # fmt: skip
         """Columns and signs of both sides of a matrix: an entry goes to the sum of its two columns.
 
         Those of the first side are independent of each other.
         """
 
         def columns() -> Tensor:
-            entries = torch.arange(sizes[0], device=like.device)
+            entries = torch.arange(sizes[0], device=device)
             return words(entries, key_of(self.seed, name, 0, "places")) % self.dim
 
         def drawn() -> Tensor:
-            entries = torch.arange(sizes[0], device=like.device)
+            entries = torch.arange(sizes[0], device=device)
             return signs(entries, 1, key_of(self.seed, name, 0), dtype).flatten()
 
-        rest = self.places(name, 0, sizes[1], like, dtype, keep, side=1)
+        columns_of_rest = self.columns_of((name, 1), 0, sizes[1], device, keep)
+        rest = columns_of_rest, self.places(name, 0, sizes[1], device, dtype, keep, side=1)[1]
         if not keep:
             return (columns(), drawn()), rest
-        kept, key = _kept_of(self), (name, sizes, dtype, like.device)
-        return (kept.get(("columns", *key), columns), kept.get(("signs", *key), drawn)), rest
+        key = (name, sizes, dtype, device)
+        return (self._get(("columns", *key), columns), self._get(("signs", *key), drawn)), rest
 
     def by_sides(self, sizes: tuple[int, int]) -> bool:
         """Whether a count sketch has a column for each side of a matrix, and not for each entry."""
         return min(sizes) > 1 and prod(sizes) > _FEW * self.dim
 
-    def factors(self, name: str, sizes: tuple[int, int], like: Tensor, dtype: torch.dtype, keep: bool
+    def factors(self, name: str, sizes: tuple[int, int], device: torch.device, dtype: torch.dtype, keep: bool
                 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
         """``Lᵀ [l, sizes[0]]`` and ``Rᵀ [r, sizes[1]]`` of the ``columns``; None for a side that stays."""
         columns = self.columns(sizes)
 
         def make(side: int) -> Tensor:
-            entries = torch.arange(sizes[side], device=like.device)
+            entries = torch.arange(sizes[side], device=device)
             drawn = signs(entries, columns[side], key_of(self.seed, name, side), dtype)
             return drawn.mT.contiguous() / columns[side] ** 0.5
 
@@ -170,9 +191,13 @@ class Projection:
                 return None
             if not keep:
                 return make(side)
-            return _kept_of(self).get((side, name, sizes, dtype, like.device), partial(make, side))
+            return self._get((side, name, sizes, dtype, device), partial(make, side))
 
         return get(0), get(1)
+
+    def _get(self, key: tuple[object, ...], make: Callable[[], Tensor]) -> Tensor:
+        """A part of ``Ω`` that is kept for later calls."""
+        return prepared.fetched(lambda: _kept_of(self).get(key, make))
 
     def columns(self, sizes: tuple[int, int]) -> tuple[int, int]:
         """To how many columns a factored sketch projects each side of a matrix; its size, if it is not."""

@@ -53,10 +53,11 @@ def give_blocks(build: Build, material: Material, parameters: Mapping[str, Tenso
         found = build(replace(material, part=mine), parameters)
         if found.causes or len(found.blocks) < len(parameters):
             raise _Incomplete
-        return sink.reduce([found.blocks[name] for name in parameters])
+        return sink.reduce({name: found.blocks[name] for name in parameters})
 
     try:
-        found = prepared.call(reduced, (key, sink.key, *sizes), tensors)
+        full = (key, sink.key, *sizes, *(parameters if sink.by_name else ()))
+        found = prepared.call(reduced, full, tensors)
     except _Incomplete:
         return False
     sink.take([*parameters], *found)

@@ -16,15 +16,16 @@ For rows ``x`` and ``y`` of ``J``, ``E[⟨xΩ, yΩ⟩] = ⟨x, y⟩``. With ``n`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gramjd import gramians
-from gramjd.blocks import Block, Lookup, is_zero, merge
+from gramjd import gramians, prepared
+from gramjd.blocks import Block, Lookup, flatten, is_zero, merge, unflatten
 from gramjd.complexes import real_block, real_dtype
 from gramjd.contraction import Options
 from gramjd.contraction.accumulator import Sink
@@ -33,7 +34,7 @@ from gramjd.contraction.outputs import Output
 from gramjd.contraction.products import Part
 from gramjd.internals import is_ours, runs_plainly
 from gramjd.jacobian.projection import Projection
-from gramjd.jacobian.sketches.common import Live, Shares, factor_of
+from gramjd.jacobian.sketches.common import Live, Sketches, factor_of
 from gramjd.jacobian.sketches.counting import counted
 from gramjd.jacobian.sketches.dense import by_lookups, by_products
 from gramjd.jacobian.sketches.factoring import factored
@@ -55,35 +56,77 @@ def sketch(parts: Sequence[Part], names: Sequence[str], shapes: Sequence[Sequenc
     if len(set(names)) < len(names):
         twice = next(name for name in names if list(names).count(name) > 1)
         raise ValueError(f"A sketch knows parameters by name, and two are named {twice!r}: rename one.")
-    limits, keep = _limits(projection, options, like)
-    zeros = torch.zeros(K, sum(part.samples for part in parts), projection.dim, dtype=limits.dtype,
-                        device=like.device)  # fmt: skip
-    found = list(zeros.split([part.samples for part in parts], 1))
-    for number, (name, shape) in enumerate(zip(names, shapes, strict=True)):
-        live = [(n, block) for n, part in enumerate(parts) for block in merge(part.live(number))]
-        if live:
-            for n, share in _shares(live, name, tuple(shape), projection, limits, keep):
-                found[n] = found[n] + share
-    return torch.cat(found, 1) / projection.dim**0.5
+    plain, samples = runs_plainly([like]), [part.samples for part in parts]
+    keep = plain and _keeps(projection, options)
+    tensors, structure = flatten([part.live(number) for number in range(len(names)) for part in parts])
+
+    def sketched(tensors: Sequence[Tensor]) -> tuple[list[Tensor], None]:
+        limits = _limits(options, like)
+        kind: Any = {"dtype": limits.dtype, "device": like.device}
+        totals = [torch.zeros(K, size, projection.dim, **kind) for size in samples]
+        sketches = Sketches(projection, limits, keep, plain, totals)
+        mine = unflatten(structure, tensors)
+        for number, (name, shape) in enumerate(zip(names, shapes, strict=True)):
+            some = mine[number * len(parts) : (number + 1) * len(parts)]
+            live = [(n, block) for n, blocks in enumerate(some) for block in merge(blocks)]
+            if live:
+                _add(live, name, tuple(shape), sketches)
+        return [torch.cat(sketches.totals, 1) / projection.dim**0.5], None
+
+    if not keep:
+        return sketched(tensors)[0][0]
+    sizes = *map(tuple, shapes), K, *samples
+    key = _key(projection, options, like.device), structure, *names, *sizes, like.dtype
+    return prepared.call(sketched, key, tensors)[0][0]
 
 
 class SketchSum(Sink):
     """Adds up the shares of parameters in the sketch of one output, for blocks that are not kept."""
 
-    def __init__(self, projection: Projection, options: Options) -> None:
+    def __init__(self, projection: Projection, options: Options, device: torch.device) -> None:
         self.projection, self.options = projection, options
         self.total: Tensor | None = None  # [K, B, dim]
+        self.plain = runs_plainly([])
+        self.by_name = self.keep = self.plain and _keeps(projection, options)
+        if self.keep:
+            self.key = _key(projection, options, device)
 
     def add(self, blocks: Mapping[str, Sequence[Block]]) -> None:
-        """Add the share of some parameters."""
+        if self.keep:
+            self.add_prepared(blocks)
+        else:
+            self._add_share(self._share(blocks))
+
+    def reduce(self, blocks: Mapping[str, Sequence[Block]]) -> tuple[list[Tensor], Any]:
+        """The sum of the shares of these parameters; the blocks where ``Ω`` is made anew in each call."""
+        if not self.keep:
+            return super().reduce(blocks)
+        share = self._share(blocks)
+        return ([] if share is None else [share]), None
+
+    def take(self, names: Sequence[str], tensors: Sequence[Tensor], rest: Any) -> None:
+        if not self.keep:
+            super().take(names, tensors, rest)
+        for share in tensors if self.keep else ():
+            self._add_share(share)
+
+    def _share(self, blocks: Mapping[str, Sequence[Block]]) -> Tensor | None:
         each = {name: list(map(real_block, mine)) for name, mine in blocks.items() if mine}
         if not each:
-            return
-        limits, keep = _limits(self.projection, self.options, factor_of(next(iter(each.values()))[0]))
+            return None
+        first = next(iter(each.values()))[0]
+        limits = _limits(self.options, factor_of(first))
+        total = factor_of(first).new_zeros(*first.rows, self.projection.dim, dtype=limits.dtype)
+        sketches = Sketches(self.projection, limits, self.keep, self.plain, [total])
         for name, mine in each.items():
             live = [(0, block) for block in merge([block for block in mine if not is_zero(block)])]
-            for _, share in _shares(live, name, mine[0].shape, self.projection, limits, keep) if live else ():
-                self.total = share if self.total is None else self.total + share  # of another dtype, perhaps
+            if live:
+                _add(live, name, mine[0].shape, sketches)
+        return sketches.totals[0]
+
+    def _add_share(self, share: Tensor | None) -> None:
+        if share is not None:
+            self.total = share if self.total is None else self.total + share
 
     def result(self, output: Output, like: Tensor) -> Tensor:
         """The sum of all shares, ``[*shape, dim]``, at least in the dtype for a parameter ``like`` this."""
@@ -95,34 +138,45 @@ class SketchSum(Sink):
         return gramians.from_rows(total, output.shape, output.batch_dim)
 
 
-def _limits(projection: Projection, options: Options, like: Tensor) -> tuple[Limits, bool]:
-    """The limits of a sketch of factors like this one, and whether parts of ``Ω`` are kept."""
+def _limits(options: Options, like: Tensor) -> Limits:
+    """The limits of a sketch of factors like this one."""
     dtype = options.accumulated(like.dtype)
-    limits = Limits(max(1, options.budget(like.device) // dtype.itemsize), dtype)
-    # For few samples, making the factors of Ω takes as long as their products. A budget has no room for them.
+    return Limits(max(1, options.budget(like.device) // dtype.itemsize), dtype)
+
+
+def _keeps(projection: Projection, options: Options) -> bool:
+    """Whether parts of ``Ω`` are kept for later calls, if nothing transforms them.
+
+    For few samples, making the factors of Ω takes as long as their products. A budget has no room for them.
+    """
     keep = projection.kind in ("factored", "countsketch") and options.memory_budget is None
-    return limits, keep and runs_plainly([like]) and not torch.is_inference_mode_enabled()
+    return keep and not torch.is_inference_mode_enabled()
 
 
-def _shares(live: Live, name: str, shape: tuple[int, ...], projection: Projection, limits: Limits,
-            keep: bool) -> Shares:  # fmt: skip
-    """The shares of one parameter in the sketch."""
+def _key(projection: Projection, options: Options, device: torch.device) -> Hashable:
+    """All that the ops of a sketch depend on besides blocks and names of parameters."""
+    return "sketch", projection, *options.on(device)
+
+
+def _add(live: Live, name: str, shape: tuple[int, ...], sketches: Sketches) -> None:
+    """Add the shares of one parameter."""
+    projection, limits = sketches.projection, sketches.limits
     sides = (shape[0], prod(shape[1:])) if shape else (1, 1)
     if projection.kind == "factored" and projection.columns(sides) != sides:  # whatever the blocks are
-        yield from factored(live, name, sides, projection, limits, keep)
+        factored(live, name, sides, sketches)
         return
     if projection.kind in ("factored", "countsketch"):
-        yield from counted(live, name, sides, projection, limits, keep)
+        counted(live, name, sides, sketches)
         return
     looked_up = [(n, b) for n, b in live if isinstance(b, Lookup) and is_ours(b.ids)]
     for n, block in looked_up:  # of a table, rows of Ω for the entries that are used
         used, ids = block.ids.unique(return_inverse=True)
         if ids.device.type == "cpu" and len(used) > _SPARSE * ids.shape[1]:
-            yield n, by_lookups(block, ids, used, name, projection, limits)
+            sketches.add(n, by_lookups(block, ids, used, name, projection, limits), (0, block.rows[1]))
             continue
         few = replace(block, ids=ids, shape=(len(used), block.grain))
-        yield from by_products([(n, few)], name, projection, limits, keep, used)
+        by_products([(n, few)], name, sketches, used)
     done = {id(b) for _, b in looked_up}
     rest = [(n, b) for n, b in live if id(b) not in done]
     if rest:
-        yield from by_products(rest, name, projection, limits, keep)
+        by_products(rest, name, sketches)

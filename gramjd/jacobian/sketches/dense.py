@@ -5,7 +5,6 @@ from __future__ import annotations
 from math import lcm, prod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gramjd.blocks import Lookup
@@ -13,15 +12,15 @@ from gramjd.contraction import ranges
 from gramjd.contraction.options import Limits
 from gramjd.contraction.rows import matrix
 from gramjd.jacobian.projection import Projection
-from gramjd.jacobian.sketches.common import COPIES, Live, Shares, factor_of, part_of
+from gramjd.jacobian.sketches.common import COPIES, Live, Sketches, factor_of, part_of
 
 _CACHED = 2**20  # elements of Ω that are made at once
 
 
-def by_products(live: Live, name: str, projection: Projection, limits: Limits, keep: bool,
-              used: Tensor | None = None) -> Shares:  # fmt: skip
+def by_products(live: Live, name: str, sketches: Sketches, used: Tensor | None = None) -> None:
     """Rows by ``Ω``, some entries at a time; ``used``: which pieces of ``grain`` entries theirs are."""
-    like, entries = factor_of(live[0][1]), prod(live[0][1].shape)
+    projection, limits, keep = sketches.projection, sketches.limits, sketches.keep
+    device, entries = factor_of(live[0][1]).device, prod(live[0][1].shape)
     grain = lcm(*(block.grain for _, block in live))
     most, half = max(prod(block.rows) for _, block in live), max(1, limits.elements // 2)
     most_of_omega = max(1, half // (projection.dim * projection.working(limits.dtype)))  # entries
@@ -31,8 +30,8 @@ def by_products(live: Live, name: str, projection: Projection, limits: Limits, k
     def omega_of(start: int, stop: int) -> Tensor:
         """Rows of Ω for some of the entries."""
         if used is None:
-            return projection.span(name, start, stop, like, limits.dtype, keep)
-        which = torch.arange(start, stop, device=like.device)
+            return projection.span(name, start, stop, device, limits.dtype, keep)
+        which = torch.arange(start, stop, device=device)
         return projection.rows(name, used[which // grain] * grain + which % grain, limits.dtype)
 
     for begin, end in ranges(entries // grain, step):
@@ -48,7 +47,7 @@ def by_products(live: Live, name: str, projection: Projection, limits: Limits, k
                 for a, b in slabs:
                     mine = omega_of(start + a, start + b) if omega is None else omega
                     share = (rows[:, a:b] @ mine).unflatten(0, (some[1] - some[0], K)).transpose(0, 1)
-                    yield n, F.pad(share, (0, 0, some[0], B - some[1]))
+                    sketches.add(n, share, some)
 
 
 def by_lookups(block: Lookup, ids: Tensor, used: Tensor, name: str, projection: Projection, limits: Limits

@@ -13,27 +13,23 @@ from gramjd.blocks.conv import covered
 from gramjd.blocks.lookup import scattered
 from gramjd.contraction import ranges, sum_of
 from gramjd.contraction.options import Limits
-from gramjd.jacobian.projection import Projection
-from gramjd.jacobian.sketches.common import Live, Shares, Sides, factor_of, positions
-from gramjd.jacobian.sketches.counting import added
+from gramjd.jacobian.sketches.common import Live, Sides, Sketches, factor_of, positions
 
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _POSITIONS = 16  # of a sample, from which on products for each of them are the fastest
 
 
-def factored(live: Live, name: str, sides: Sides, projection: Projection, limits: Limits, keep: bool
-           ) -> Shares:  # fmt: skip
+def factored(live: Live, name: str, sides: Sides, sketches: Sketches) -> None:
     """A factored sketch of matrices: projected from both sides, or one, before entries go to columns."""
-    like, columns = factor_of(live[0][1]), projection.columns(sides)
-    left, right = projection.factors(name, sides, like, limits.dtype, keep)
-    places = projection.places(name, 0, prod(columns), like, limits.dtype, keep)
+    projection, limits, keep = sketches.projection, sketches.limits, sketches.keep
+    device, columns = factor_of(live[0][1]).device, projection.columns(sides)
+    left, right = projection.factors(name, sides, device, limits.dtype, keep)
+    places = projection.places(name, 0, prod(columns), device, limits.dtype, keep)
     for n, block in live:
-        shares = []
         for some in ranges(block.rows[1], _samples(block, columns, projection.dim, limits)):
             grid = _factored(block.samples(*some), sides, left, right, limits)
             grid = (grid if columns[0] <= columns[1] else grid.mT).flatten(2)
-            shares.append(added(grid.flatten(0, 1), *places, projection.dim).unflatten(0, grid.shape[:2]))
-        yield n, torch.cat(shares, 1)
+            sketches.add_entries(n, grid, places, some)
 
 
 def _samples(block: Block, columns: Sides, dim: int, limits: Limits) -> int:
