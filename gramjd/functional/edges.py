@@ -72,7 +72,7 @@ def by_edges(function: Function, raw: Sequence[Tensor], batch: Sequence[Tensor],
         # as vjp returns auxiliary values, without its walks over nested containers
         cs, saved, outputs, aux = (below_transform(each, level) for each in (cs, tracker.saved, outputs, aux))
         found.append(Run(trace, cs, saved, outputs, aux))
-        return torch.zeros(())
+        return zero  # what it returns to torch is of no interest
 
     torch.func.vjp(run, torch.zeros(()))
     return found[0]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gramjd import pytree
 from gramjd.functional.guard import COUNTED, Guard
+from gramjd.functional.losses import cross_entropy
 from gramjd.functional.strides import with_usual_strides
 from gramjd.internals import (
     below_transform,
@@ -37,7 +38,7 @@ Function = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor]
 
 # Their derivatives are wrong, or fail, under two levels of vmap: torch's own defects.
 _ONE_LEVEL = {"cdist", "pdist", "prelu", "rrelu"}
-_SPECIAL = (F.group_norm, F.scaled_dot_product_attention)
+_SPECIAL = (F.group_norm, F.scaled_dot_product_attention, F.cross_entropy)
 
 
 @dataclass
@@ -132,6 +133,8 @@ class PerSampleMode(Tracker):
         if func is F.scaled_dot_product_attention and args and args[0].device.type == "cpu":
             with unfused_attention():  # the fused kernel has no batching rule there
                 return super().__torch_function__(func, types, args, kwargs)
+        if func is F.cross_entropy:
+            func = cross_entropy
         decomposition = DECOMPOSITIONS.get(func)
         if decomposition is None:
             return super().__torch_function__(func, types, args, kwargs)
