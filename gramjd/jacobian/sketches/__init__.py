@@ -125,7 +125,11 @@ class SketchSum(Sink):
         return sketches.totals[0]
 
     def _add_share(self, share: Tensor | None) -> None:
-        if share is not None:
+        if share is None:
+            return
+        if self.total is not None and self.plain and share.dtype == self.total.dtype:
+            self.total.add_(share)
+        else:  # the first share is new memory
             self.total = share if self.total is None else self.total + share
 
     def result(self, output: Output, like: Tensor) -> Tensor:
