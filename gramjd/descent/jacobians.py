@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 
 from gramjd import gramians, pytree
 from gramjd.blocks import Block, Dense
-from gramjd.descent.rows import rows
+from gramjd.descent.rows import gradients, rows
 from gramjd.distributed import is_sharded
 from gramjd.engine import Engine
 from gramjd.engine.analysis.reach import reach
+from gramjd.engine.solving.compiled_code import refuse_unrepeatable
 from gramjd.errors import NoGraphError, NotCoveredError, NotFiniteError, SlowPathWarning
 from gramjd.jacobian import Jacobian, Output
 from gramjd.objectives import Losses, combined, joined
@@ -126,7 +128,10 @@ def jacobian_of(output: Tensor, tensors: Sequence[Tensor], names: Sequence[str],
     slow = [name for name, t in rest.items() if id(t) in found.leaves]
     if slow and batch_dim is not None and output.shape[batch_dim] > 1:
         _warn_of_rows(output, slow)
-    for t, values in zip(rest.values(), rows(output, list(rest.values()), chunk_size), strict=True):
+    inputs = list(rest.values())
+    if inputs:
+        refuse_unrepeatable(found.compiled, output, rest, partial(gradients, output, inputs))
+    for t, values in zip(inputs, rows(output, inputs, chunk_size), strict=True):
         row = None if values is None else gramians.rows_first(values, batch_dim, output.ndim)
         blocks[id(t)] = [] if row is None else [Dense(row, origin="rows by autograd")]
     if not any(blocks.values()):

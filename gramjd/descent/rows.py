@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gramjd.complexes import as_real
-from gramjd.engine.solving.backward import FEW
+from gramjd.engine.solving.backward import FEW, graph_error
 from gramjd.errors import NoGraphError
 from gramjd.internals import without_hooks
 from gramjd.rounding import own_precision, tolerance
@@ -64,12 +64,10 @@ def gradients(
                 is_grads_batched=batched,
             )
         except RuntimeError as error:
-            if "backward through the graph a second time" in str(error):
-                raise NoGraphError(
-                    "The graph of the losses has been freed by an earlier backward pass: take the Jacobian "
-                    "first, or keep the graph with backward(retain_graph=True)."
-                ) from error
-            raise
+            known = graph_error(error)
+            if known is None:
+                raise
+            raise known from error
     return [g if g is None else g.to_dense() if g.is_sparse else g for g in found]
 
 

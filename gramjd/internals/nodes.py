@@ -31,6 +31,9 @@ def node_type(function: type[torch.autograd.Function]) -> Any:
 # Copies of the class, as other libraries have them, go by the same name.
 _CHECKPOINT = name_of_type(node_type(torch.utils.checkpoint.CheckpointFunction))
 
+# Each call of ``torch.compile`` makes a class of that name.
+_COMPILED = "CompiledFunctionBackward"
+
 # The type of those of ``DistributedDataParallel`` between a model and its loss.
 DDP_SINK_TYPE: Any = node_type(_DDPSink)
 # With derivatives of its mean and deviation, as a loss of gradients has them, torch's batching rule is wrong.
@@ -38,6 +41,17 @@ _GROUP_NORM = "NativeGroupNormBackward0"
 
 
 @functools.lru_cache(maxsize=1024)
+def is_special(kind: Any) -> bool:
+    """Whether nodes of this type are reentrant checkpoints or run compiled code."""
+    return name_of_type(kind) in (_CHECKPOINT, _COMPILED)
+
+
+@functools.lru_cache(maxsize=1024)
+def is_compiled(kind: Any) -> bool:
+    """Whether nodes of this type run compiled code; each that is compiled has a type of its own."""
+    return name_of_type(kind) == _COMPILED
+
+
 def is_reentrant_checkpoint(kind: Any) -> bool:
     """Whether nodes of this type are reentrant checkpoints, which hide the graph behind them."""
     return name_of_type(kind) == _CHECKPOINT

@@ -17,6 +17,7 @@ from gramjd.internals import (
     LEAF_TYPE,
     hooks_of,
     is_reentrant_checkpoint,
+    is_special,
     leaf_of,
     learns_static_graph,
     takes_one_cotangent,
@@ -34,6 +35,7 @@ class Graph:
     numbers: dict[Any, int]  # the place of each in that order
     hooked: bool  # is there a hook on the output, or on a tensor that a recorded op received or came before?
     batched: bool  # can its backward pass take several cotangents at once?
+    compiled: list[Any]  # the types of its nodes that run compiled code
 
 
 _REENTRANT = (
@@ -71,7 +73,7 @@ def walk(output: Tensor) -> Graph:
     nodes: list[Any] = []
     leaves: dict[int, Tensor] = {}
     structure: list[Hashable] = []
-    batched = True
+    batched, compiled = True, []
     for node in order:  # grows on the way
         kind: Any = type(node)
         structure.append(kind)
@@ -83,8 +85,10 @@ def walk(output: Tensor) -> Graph:
             leaves[id(leaf)] = leaf
             is_parameter = type(leaf) is not Tensor and isinstance(leaf, torch.nn.Parameter)
             structure.append(id(leaf) if is_parameter else 0)
-        elif is_reentrant_checkpoint(kind):
-            raise NotCoveredError(_REENTRANT)
+        elif is_special(kind):
+            if is_reentrant_checkpoint(kind):
+                raise NotCoveredError(_REENTRANT)
+            compiled.append(kind)
         elif kind is DDP_SINK_TYPE and learns_static_graph(node):
             raise NotCoveredError(_STATIC)
         edges: list[tuple[int, int] | None] = []
@@ -103,4 +107,5 @@ def walk(output: Tensor) -> Graph:
     recorded = tuple([numbers[node] for node in nodes])
     hooks = [getattr(node.record, "hooks", ()) for node in nodes]
     hooked = bool(hooks_of(output)) or any(hooks)
-    return Graph(nodes, leaves, (output.ndim, recorded, tuple(structure)), order, numbers, hooked, batched)
+    key = output.ndim, recorded, tuple(structure)
+    return Graph(nodes, leaves, key, order, numbers, hooked, batched, compiled)

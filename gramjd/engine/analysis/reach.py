@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gramjd.engine.recording.nodes import NODE_TYPE
 from gramjd.engine.recording.recorded import CallMark
-from gramjd.internals import LEAF_TYPE, leaf_of, saved_value
+from gramjd.internals import LEAF_TYPE, is_compiled, leaf_of, saved_value
 from gramjd.uses.use import roots
 
 Edge = tuple[Any, int]  # a node of autograd's graph, and which of its outputs
@@ -24,6 +24,7 @@ class Reach:
     met: set[int]  # ids of the tensors at which it stopped
     recorded: set[int]  # ids of the leaves that are used in recorded ops or calls alone
     sparse: bool  # does it give sparse gradients?
+    compiled: list[Any]  # the types of its nodes that run compiled code
 
 
 def reach(tensors: Sequence[Tensor], stops: Sequence[Tensor] = ()) -> Reach:
@@ -40,7 +41,8 @@ def reach(tensors: Sequence[Tensor], stops: Sequence[Tensor] = ()) -> Reach:
     met |= ids & leaves.keys()
     kept = {n: t for n, t in leaves.items() if n not in ids}
     recorded = (set().union(*used) & kept.keys()) - outside.keys()
-    return Reach(kept, met, recorded, any(saved_value(node, "sparse") for node in nodes))
+    sparse = any(saved_value(node, "sparse") for node in nodes)
+    return Reach(kept, met, recorded, sparse, [kind for kind in map(type, nodes) if is_compiled(kind)])
 
 
 def _leaves(nodes: Iterable[Any]) -> dict[int, Tensor]:

@@ -110,12 +110,29 @@ def _grad(output: Any, inputs: Sequence[Tensor], cotangent: Tensor, batched: boo
                 output, inputs, cotangent, retain_graph=True, allow_unused=True, is_grads_batched=batched
             )
     except RuntimeError as error:
-        if "backward through the graph a second time" in str(error):
-            raise NoGraphError(
-                "The graph of the output has been freed by an earlier backward pass. Call "
-                "compute_gramian before backward, or keep the graph with backward(retain_graph=True)."
-            ) from error
-        raise
+        known = graph_error(error)
+        if known is None:
+            raise
+        raise known from error
+
+
+def graph_error(error: RuntimeError) -> NoGraphError | None:
+    """The error to raise where torch says that a backward pass has no graph, or may not keep it."""
+    if "backward through the graph a second time" in str(error):
+        return NoGraphError(_FREED)
+    return NoGraphError(_DONATED) if "donated buffer" in str(error) else None
+
+
+_FREED = (
+    "The graph of the output has been freed by an earlier backward pass. Compute its Gramian or Jacobian "
+    "before backward, or keep the graph with backward(retain_graph=True)."
+)
+_DONATED = (
+    "A compiled part of the output's graph gives its memory away in the first backward pass, and a Gramian "
+    "takes more than one. Start anew with torch._functorch.config.donated_buffer = False, set before the "
+    "first call of what is compiled, and with an empty cache of the compiler (another "
+    "TORCHINDUCTOR_CACHE_DIR): torch may take code from it that was compiled without that setting."
+)
 
 
 def stream(

@@ -17,6 +17,7 @@ from gramjd.engine.analysis.layouts import Layout
 from gramjd.engine.recording.nodes import Cotangents, forget
 from gramjd.engine.sharded import Lockstep, needs_weights
 from gramjd.engine.solving import backward, finite, refusals
+from gramjd.engine.solving.compiled_code import refuse_unrepeatable
 from gramjd.engine.solving.lay_out import Finding, Laid, lay_out
 from gramjd.engine.solving.part import Part, part_of
 from gramjd.engine.solving.passes import Passes
@@ -72,6 +73,10 @@ def solve(request: Request, sink: Sink) -> Solution:
         request = replace(request, strategies=[each for each in request.strategies if each != "rows"])
     if not problem.samples and problem.lockstep is None:
         return Solution(program)
+    if problem.graph.compiled and request.check and problem.lockstep is None:  # ranks in step must not differ
+        output, inputs = problem.output, [*problem.parameters.values()]
+        refuse_unrepeatable(problem.graph.compiled, output, problem.parameters,
+                            lambda v: backward.gradients(output, inputs, v.unsqueeze(0)))  # fmt: skip
     if "losses" in request.strategies and are_few(problem, request.options):
         return Solution(_whole(request, program, "losses", problem.parameters, sink))
     if not set(FROM_USES) & set(request.strategies) and problem.lockstep is None:
