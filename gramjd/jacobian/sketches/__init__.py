@@ -107,7 +107,8 @@ class SketchSum(Sink):
     def take(self, names: Sequence[str], tensors: Sequence[Tensor], rest: Any) -> None:
         if not self.keep:
             super().take(names, tensors, rest)
-        for share in tensors if self.keep else ():
+            return
+        for share in tensors:
             self._add_share(share)
 
     def _share(self, blocks: Mapping[str, Sequence[Block]]) -> Tensor | None:
