@@ -657,17 +657,15 @@ def reentrant() -> None:
     assert not internals.is_reentrant_checkpoint(type(x.sin().grad_fn))
 
 
-@contract("is_special", "is_compiled")
+@contract("is_compiled")
 def compiled_code() -> None:
     x = leaf(2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch 2.1, whatever is compiled next
         node = torch.compile(torch.sin, backend="aot_eager")(x).grad_fn
         other = torch.compile(torch.cos, backend="aot_eager")(x).grad_fn
-    assert internals.is_special(type(node)) and internals.is_compiled(type(node))
+    assert internals.is_compiled(type(node))
     assert type(node) is not type(other) and internals.is_compiled(type(other))
-    assert internals.is_special(type(checkpoint(torch.sin, x, use_reentrant=True).grad_fn))
-    assert not internals.is_special(type(x.sin().grad_fn))
     assert not internals.is_compiled(type(x.sin().grad_fn))
 
 

@@ -41,17 +41,12 @@ _GROUP_NORM = "NativeGroupNormBackward0"
 
 
 @functools.lru_cache(maxsize=1024)
-def is_special(kind: Any) -> bool:
-    """Whether nodes of this type are reentrant checkpoints or run compiled code."""
-    return name_of_type(kind) in (_CHECKPOINT, _COMPILED)
-
-
-@functools.lru_cache(maxsize=1024)
 def is_compiled(kind: Any) -> bool:
     """Whether nodes of this type run compiled code; each that is compiled has a type of its own."""
     return name_of_type(kind) == _COMPILED
 
 
+@functools.lru_cache(maxsize=1024)
 def is_reentrant_checkpoint(kind: Any) -> bool:
     """Whether nodes of this type are reentrant checkpoints, which hide the graph behind them."""
     return name_of_type(kind) == _CHECKPOINT

@@ -16,8 +16,8 @@ from gramjd.internals import (
     DDP_SINK_TYPE,
     LEAF_TYPE,
     hooks_of,
+    is_compiled,
     is_reentrant_checkpoint,
-    is_special,
     leaf_of,
     learns_static_graph,
     takes_one_cotangent,
@@ -85,9 +85,9 @@ def walk(output: Tensor) -> Graph:
             leaves[id(leaf)] = leaf
             is_parameter = type(leaf) is not Tensor and isinstance(leaf, torch.nn.Parameter)
             structure.append(id(leaf) if is_parameter else 0)
-        elif is_special(kind):
-            if is_reentrant_checkpoint(kind):
-                raise NotCoveredError(_REENTRANT)
+        elif is_reentrant_checkpoint(kind):
+            raise NotCoveredError(_REENTRANT)
+        elif is_compiled(kind):
             compiled.append(kind)
         elif kind is DDP_SINK_TYPE and learns_static_graph(node):
             raise NotCoveredError(_STATIC)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gramjd import gramians, host_memory
 from gramjd.engine.recording.nodes import Cotangents, taps_of
+from gramjd.engine.solving.compiled_code import REMEDY
 from gramjd.engine.solving.stream import Stream
 from gramjd.errors import NoGraphError
 from gramjd.internals import (
@@ -129,9 +130,7 @@ _FREED = (
 )
 _DONATED = (
     "A compiled part of the output's graph gives its memory away in the first backward pass, and a Gramian "
-    "takes more than one. Start anew with torch._functorch.config.donated_buffer = False, set before the "
-    "first call of what is compiled, and with an empty cache of the compiler (another "
-    "TORCHINDUCTOR_CACHE_DIR): torch may take code from it that was compiled without that setting."
+    "takes more than one. " + REMEDY
 )
 
 

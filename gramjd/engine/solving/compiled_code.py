@@ -16,6 +16,12 @@ from torch import Tensor
 from gramjd.errors import CheckFailedError
 from gramjd.rounding import tolerance
 
+REMEDY = (
+    "Start anew with torch._functorch.config.donated_buffer = False, set before the first call of what is "
+    "compiled, and with an empty cache of the compiler (another TORCHINDUCTOR_CACHE_DIR): torch may take "
+    "code from it that was compiled without that setting."
+)
+
 _repeatable: weakref.WeakSet[Any] = weakref.WeakSet()  # types of nodes
 
 
@@ -49,7 +55,5 @@ def refuse_unrepeatable(compiled: Iterable[Any], output: Tensor, names: Iterable
 
 _WRITES = (
     "A second backward pass through compiled code gives another gradient of {!r} than the first, since it "
-    "writes into what it saved. Set torch._functorch.config.donated_buffer = False before the first call of "
-    "what is compiled, and take an empty cache of the compiler (another TORCHINDUCTOR_CACHE_DIR): torch may "
-    "take code from it that was compiled without that setting."
+    "writes into what it saved. " + REMEDY
 )

@@ -18,7 +18,7 @@ Live = Sequence[tuple[int, Block]]  # blocks, and of which part they are
 Sides = tuple[int, int]  # of a parameter as a matrix: its first dimension, and all others
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sketches:
     """The sums of the sketches of some parts, and how they are made."""
 
