@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Concatenate, Literal, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,35 +16,33 @@ from gramjd.jacobian import Jacobian
 from gramjd.objectives import Weights, not_finite
 from gramjd.pytree import PyTree
 
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict, Unpack
+
+    class _Options(TypedDict, total=False):
+        randomness: str
+        chunk_size: int | None
+        flat: bool
+
 
 # fmt: off
 @overload
-def grad(
-    func: Callable[Concatenate[In, Rest], Out], weighting: Weights, argnums: Literal[0] = 0,
-    in_dims: InDims = ..., *, has_aux: Literal[False] = False, randomness: str = ...,
-    chunk_size: int | None = ..., flat: bool = ...,
-) -> Callable[..., In]: ...
+def grad(func: Callable[Concatenate[In, Rest], Out], weighting: Weights, argnums: Literal[0] = 0,
+         in_dims: InDims = ..., *, has_aux: Literal[False] = False, **options: Unpack[_Options]
+         ) -> Callable[..., In]: ...
 @overload
-def grad(
-    func: Callable[Concatenate[In, Rest], tuple[Out, Any]], weighting: Weights, argnums: Literal[0] = 0,
-    in_dims: InDims = ..., *, has_aux: Literal[True], randomness: str = ...,
-    chunk_size: int | None = ..., flat: bool = ...,
-) -> Callable[..., tuple[In, Any]]: ...
+def grad(func: Callable[Concatenate[In, Rest], tuple[Out, Any]], weighting: Weights, argnums: Literal[0] = 0,
+         in_dims: InDims = ..., *, has_aux: Literal[True], **options: Unpack[_Options]
+         ) -> Callable[..., tuple[In, Any]]: ...
 @overload
-def grad(
-    func: Callable[..., Out], weighting: Weights, argnums: Argnums, in_dims: InDims = ..., *,
-    has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ..., flat: bool = ...,
-) -> Callable[..., Any]: ...
+def grad(func: Callable[..., Out], weighting: Weights, argnums: Argnums, in_dims: InDims = ..., *,
+         has_aux: Literal[False] = False, **options: Unpack[_Options]) -> Callable[..., Any]: ...
 @overload
-def grad(
-    func: Callable[..., tuple[Out, Any]], weighting: Weights, argnums: Argnums, in_dims: InDims = ..., *,
-    has_aux: Literal[True], randomness: str = ..., chunk_size: int | None = ..., flat: bool = ...,
-) -> Callable[..., tuple[Any, Any]]: ...
+def grad(func: Callable[..., tuple[Out, Any]], weighting: Weights, argnums: Argnums, in_dims: InDims = ..., *,
+         has_aux: Literal[True], **options: Unpack[_Options]) -> Callable[..., tuple[Any, Any]]: ...
 @overload
-def grad(
-    func: Callable[..., Any], weighting: Weights, argnums: Argnums = ..., in_dims: InDims = ..., *,
-    has_aux: bool, randomness: str = ..., chunk_size: int | None = ..., flat: bool = ...,
-) -> Callable[..., Any]: ...
+def grad(func: Callable[..., Any], weighting: Weights, argnums: Argnums = ..., in_dims: InDims = ..., *,
+         has_aux: bool, **options: Unpack[_Options]) -> Callable[..., Any]: ...
 # fmt: on
 
 
@@ -98,32 +96,25 @@ def grad(
 
 # fmt: off
 @overload
-def grad_and_value(
-    func: Callable[Concatenate[In, Rest], Out], weighting: Weights, argnums: Literal[0] = 0,
-    in_dims: InDims = ..., *, has_aux: Literal[False] = False, randomness: str = ...,
-    chunk_size: int | None = ..., flat: bool = ...,
-) -> Callable[..., tuple[In, Out]]: ...
+def grad_and_value(func: Callable[Concatenate[In, Rest], Out], weighting: Weights, argnums: Literal[0] = 0,
+                   in_dims: InDims = ..., *, has_aux: Literal[False] = False, **options: Unpack[_Options]
+                   ) -> Callable[..., tuple[In, Out]]: ...
 @overload
-def grad_and_value(
-    func: Callable[Concatenate[In, Rest], tuple[Out, Any]], weighting: Weights, argnums: Literal[0] = 0,
-    in_dims: InDims = ..., *, has_aux: Literal[True], randomness: str = ...,
-    chunk_size: int | None = ..., flat: bool = ...,
-) -> Callable[..., tuple[In, tuple[Out, Any]]]: ...
+def grad_and_value(func: Callable[Concatenate[In, Rest], tuple[Out, Any]], weighting: Weights,
+                   argnums: Literal[0] = 0, in_dims: InDims = ..., *, has_aux: Literal[True],
+                   **options: Unpack[_Options]) -> Callable[..., tuple[In, tuple[Out, Any]]]: ...
 @overload
-def grad_and_value(
-    func: Callable[..., Out], weighting: Weights, argnums: Argnums, in_dims: InDims = ..., *,
-    has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ..., flat: bool = ...,
-) -> Callable[..., tuple[Any, Out]]: ...
+def grad_and_value(func: Callable[..., Out], weighting: Weights, argnums: Argnums, in_dims: InDims = ..., *,
+                   has_aux: Literal[False] = False, **options: Unpack[_Options]
+                   ) -> Callable[..., tuple[Any, Out]]: ...
 @overload
-def grad_and_value(
-    func: Callable[..., tuple[Out, Any]], weighting: Weights, argnums: Argnums, in_dims: InDims = ..., *,
-    has_aux: Literal[True], randomness: str = ..., chunk_size: int | None = ..., flat: bool = ...,
-) -> Callable[..., tuple[Any, tuple[Out, Any]]]: ...
+def grad_and_value(func: Callable[..., tuple[Out, Any]], weighting: Weights, argnums: Argnums,
+                   in_dims: InDims = ..., *, has_aux: Literal[True], **options: Unpack[_Options]
+                   ) -> Callable[..., tuple[Any, tuple[Out, Any]]]: ...
 @overload
-def grad_and_value(
-    func: Callable[..., Any], weighting: Weights, argnums: Argnums = ..., in_dims: InDims = ..., *,
-    has_aux: bool, randomness: str = ..., chunk_size: int | None = ..., flat: bool = ...,
-) -> Callable[..., tuple[Any, Any]]: ...
+def grad_and_value(func: Callable[..., Any], weighting: Weights, argnums: Argnums = ...,
+                   in_dims: InDims = ..., *, has_aux: bool, **options: Unpack[_Options]
+                   ) -> Callable[..., tuple[Any, Any]]: ...
 # fmt: on
 
 

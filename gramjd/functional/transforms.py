@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
 from torch import Tensor
 
@@ -28,37 +28,36 @@ Rest = ParamSpec("Rest")  # its other arguments
 Key = TypeVar("Key")
 Several = Mapping[Any, Any] | Sequence[Any]  # a PyTree that is no tensor, for type checkers
 
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict, Unpack
+
+    class _Options(TypedDict, total=False):
+        randomness: str
+        chunk_size: int | None
+        check: Check
+        audit: int | None
+
 
 # fmt: off
 @overload
-def jacobian(
-    func: Callable[Concatenate[In, Rest], Out], argnums: Literal[0] = 0, in_dims: InDims = ..., *,
-    has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ...,
-    check: Check = ..., audit: int | None = ...,
-) -> Callable[..., Jacobian[Out, In]]: ...
+def jacobian(func: Callable[Concatenate[In, Rest], Out], argnums: Literal[0] = 0, in_dims: InDims = ..., *,
+             has_aux: Literal[False] = False, **options: Unpack[_Options]
+             ) -> Callable[..., Jacobian[Out, In]]: ...
 @overload
-def jacobian(
-    func: Callable[Concatenate[In, Rest], tuple[Out, Any]], argnums: Literal[0] = 0, in_dims: InDims = ...,
-    *, has_aux: Literal[True], randomness: str = ..., chunk_size: int | None = ..., check: Check = ...,
-    audit: int | None = ...,
-) -> Callable[..., tuple[Jacobian[Out, In], Any]]: ...
+def jacobian(func: Callable[Concatenate[In, Rest], tuple[Out, Any]], argnums: Literal[0] = 0,
+             in_dims: InDims = ..., *, has_aux: Literal[True], **options: Unpack[_Options]
+             ) -> Callable[..., tuple[Jacobian[Out, In], Any]]: ...
 @overload
-def jacobian(
-    func: Callable[..., Out], argnums: Argnums, in_dims: InDims = ..., *,
-    has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ...,
-    check: Check = ..., audit: int | None = ...,
-) -> Callable[..., Jacobian[Out]]: ...
+def jacobian(func: Callable[..., Out], argnums: Argnums, in_dims: InDims = ..., *,
+             has_aux: Literal[False] = False, **options: Unpack[_Options]
+             ) -> Callable[..., Jacobian[Out]]: ...
 @overload
-def jacobian(
-    func: Callable[..., tuple[Out, Any]], argnums: Argnums, in_dims: InDims = ..., *,
-    has_aux: Literal[True], randomness: str = ..., chunk_size: int | None = ..., check: Check = ...,
-    audit: int | None = ...,
-) -> Callable[..., tuple[Jacobian[Out], Any]]: ...
+def jacobian(func: Callable[..., tuple[Out, Any]], argnums: Argnums, in_dims: InDims = ..., *,
+             has_aux: Literal[True], **options: Unpack[_Options]
+             ) -> Callable[..., tuple[Jacobian[Out], Any]]: ...
 @overload
-def jacobian(
-    func: Callable[..., Any], argnums: Argnums = ..., in_dims: InDims = ..., *, has_aux: bool,
-    randomness: str = ..., chunk_size: int | None = ..., check: Check = ..., audit: int | None = ...,
-) -> Callable[..., Any]: ...
+def jacobian(func: Callable[..., Any], argnums: Argnums = ..., in_dims: InDims = ..., *, has_aux: bool,
+             **options: Unpack[_Options]) -> Callable[..., Any]: ...
 # fmt: on
 
 
@@ -138,34 +137,25 @@ def jacobian(
 
 # fmt: off
 @overload
-def jacobian_and_value(
-    func: Callable[Concatenate[In, Rest], Out], argnums: Literal[0] = 0, in_dims: InDims = ..., *,
-    has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ...,
-    check: Check = ..., audit: int | None = ...,
-) -> Callable[..., tuple[Jacobian[Out, In], Out]]: ...
+def jacobian_and_value(func: Callable[Concatenate[In, Rest], Out], argnums: Literal[0] = 0,
+                       in_dims: InDims = ..., *, has_aux: Literal[False] = False, **options: Unpack[_Options]
+                       ) -> Callable[..., tuple[Jacobian[Out, In], Out]]: ...
 @overload
-def jacobian_and_value(
-    func: Callable[Concatenate[In, Rest], tuple[Out, Any]], argnums: Literal[0] = 0, in_dims: InDims = ...,
-    *, has_aux: Literal[True], randomness: str = ..., chunk_size: int | None = ..., check: Check = ...,
-    audit: int | None = ...,
-) -> Callable[..., tuple[Jacobian[Out, In], tuple[Out, Any]]]: ...
+def jacobian_and_value(func: Callable[Concatenate[In, Rest], tuple[Out, Any]], argnums: Literal[0] = 0,
+                       in_dims: InDims = ..., *, has_aux: Literal[True], **options: Unpack[_Options]
+                       ) -> Callable[..., tuple[Jacobian[Out, In], tuple[Out, Any]]]: ...
 @overload
-def jacobian_and_value(
-    func: Callable[..., Out], argnums: Argnums, in_dims: InDims = ..., *,
-    has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ...,
-    check: Check = ..., audit: int | None = ...,
-) -> Callable[..., tuple[Jacobian[Out], Out]]: ...
+def jacobian_and_value(func: Callable[..., Out], argnums: Argnums, in_dims: InDims = ..., *,
+                       has_aux: Literal[False] = False, **options: Unpack[_Options]
+                       ) -> Callable[..., tuple[Jacobian[Out], Out]]: ...
 @overload
-def jacobian_and_value(
-    func: Callable[..., tuple[Out, Any]], argnums: Argnums, in_dims: InDims = ..., *,
-    has_aux: Literal[True], randomness: str = ..., chunk_size: int | None = ..., check: Check = ...,
-    audit: int | None = ...,
-) -> Callable[..., tuple[Jacobian[Out], tuple[Out, Any]]]: ...
+def jacobian_and_value(func: Callable[..., tuple[Out, Any]], argnums: Argnums, in_dims: InDims = ..., *,
+                       has_aux: Literal[True], **options: Unpack[_Options]
+                       ) -> Callable[..., tuple[Jacobian[Out], tuple[Out, Any]]]: ...
 @overload
-def jacobian_and_value(
-    func: Callable[..., Any], argnums: Argnums = ..., in_dims: InDims = ..., *, has_aux: bool,
-    randomness: str = ..., chunk_size: int | None = ..., check: Check = ..., audit: int | None = ...,
-) -> Callable[..., tuple[Jacobian[Any], Any]]: ...
+def jacobian_and_value(func: Callable[..., Any], argnums: Argnums = ..., in_dims: InDims = ..., *,
+                       has_aux: bool, **options: Unpack[_Options]
+                       ) -> Callable[..., tuple[Jacobian[Any], Any]]: ...
 # fmt: on
 
 
@@ -244,53 +234,37 @@ def jacobian_and_value(
 
 # fmt: off
 @overload
-def gramian(
-    func: Callable[..., Tensor], argnums: Argnums = ..., in_dims: InDims = ..., *,
-    has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ...,
-    check: Check = ..., audit: int | None = ..., sketch: None = None,
-) -> Callable[..., Tensor]: ...
+def gramian(func: Callable[..., Tensor], argnums: Argnums = ..., in_dims: InDims = ..., *,
+            has_aux: Literal[False] = False, sketch: None = None, **options: Unpack[_Options]
+            ) -> Callable[..., Tensor]: ...
 @overload
-def gramian(
-    func: Callable[..., Tensor], argnums: Argnums = ..., in_dims: InDims = ..., *,
-    has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ...,
-    check: Check = ..., audit: int | None = ..., sketch: int | Projection,
-) -> Callable[..., SketchedGramian]: ...
+def gramian(func: Callable[..., Tensor], argnums: Argnums = ..., in_dims: InDims = ..., *,
+            has_aux: Literal[False] = False, sketch: int | Projection, **options: Unpack[_Options]
+            ) -> Callable[..., SketchedGramian]: ...
 @overload
-def gramian(
-    func: Callable[..., tuple[Tensor, Any]], argnums: Argnums = ..., in_dims: InDims = ..., *,
-    has_aux: Literal[True], randomness: str = ..., chunk_size: int | None = ..., check: Check = ...,
-    audit: int | None = ..., sketch: None = None,
-) -> Callable[..., tuple[Tensor, Any]]: ...
+def gramian(func: Callable[..., tuple[Tensor, Any]], argnums: Argnums = ..., in_dims: InDims = ..., *,
+            has_aux: Literal[True], sketch: None = None, **options: Unpack[_Options]
+            ) -> Callable[..., tuple[Tensor, Any]]: ...
 @overload
-def gramian(
-    func: Callable[..., tuple[Tensor, Any]], argnums: Argnums = ..., in_dims: InDims = ..., *,
-    has_aux: Literal[True], randomness: str = ..., chunk_size: int | None = ..., check: Check = ...,
-    audit: int | None = ..., sketch: int | Projection,
-) -> Callable[..., tuple[SketchedGramian, Any]]: ...
+def gramian(func: Callable[..., tuple[Tensor, Any]], argnums: Argnums = ..., in_dims: InDims = ..., *,
+            has_aux: Literal[True], sketch: int | Projection, **options: Unpack[_Options]
+            ) -> Callable[..., tuple[SketchedGramian, Any]]: ...
 @overload
-def gramian(
-    func: Callable[..., dict[Key, Tensor]], argnums: Argnums = ..., in_dims: InDims = ..., *,
-    has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ...,
-    check: Check = ..., audit: int | None = ..., sketch: None = None,
-) -> Callable[..., dict[Key, dict[Key, Tensor]]]: ...
+def gramian(func: Callable[..., dict[Key, Tensor]], argnums: Argnums = ..., in_dims: InDims = ..., *,
+            has_aux: Literal[False] = False, sketch: None = None, **options: Unpack[_Options]
+            ) -> Callable[..., dict[Key, dict[Key, Tensor]]]: ...
 @overload
-def gramian(
-    func: Callable[..., list[Tensor]], argnums: Argnums = ..., in_dims: InDims = ..., *,
-    has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ...,
-    check: Check = ..., audit: int | None = ..., sketch: None = None,
-) -> Callable[..., list[list[Tensor]]]: ...
+def gramian(func: Callable[..., list[Tensor]], argnums: Argnums = ..., in_dims: InDims = ..., *,
+            has_aux: Literal[False] = False, sketch: None = None, **options: Unpack[_Options]
+            ) -> Callable[..., list[list[Tensor]]]: ...
 @overload
-def gramian(
-    func: Callable[..., tuple[Tensor, ...]], argnums: Argnums = ..., in_dims: InDims = ..., *,
-    has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ...,
-    check: Check = ..., audit: int | None = ..., sketch: None = None,
-) -> Callable[..., tuple[tuple[Tensor, ...], ...]]: ...
+def gramian(func: Callable[..., tuple[Tensor, ...]], argnums: Argnums = ..., in_dims: InDims = ..., *,
+            has_aux: Literal[False] = False, sketch: None = None, **options: Unpack[_Options]
+            ) -> Callable[..., tuple[tuple[Tensor, ...], ...]]: ...
 @overload
-def gramian(
-    func: Callable[..., Several], argnums: Argnums = ..., in_dims: InDims = ..., *, has_aux: bool = ...,
-    randomness: str = ..., chunk_size: int | None = ..., check: Check = ..., audit: int | None = ...,
-    sketch: int | Projection | None = ...,
-) -> Callable[..., Any]: ...
+def gramian(func: Callable[..., Several], argnums: Argnums = ..., in_dims: InDims = ..., *,
+            has_aux: bool = ..., sketch: int | Projection | None = ..., **options: Unpack[_Options]
+            ) -> Callable[..., Any]: ...
 # fmt: on
 
 
@@ -341,53 +315,37 @@ def gramian(
 
 # fmt: off
 @overload
-def gramian_and_value(
-    func: Callable[..., Tensor], argnums: Argnums = ..., in_dims: InDims = ..., *,
-    has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ...,
-    check: Check = ..., audit: int | None = ..., sketch: None = None,
-) -> Callable[..., tuple[Tensor, Tensor]]: ...
+def gramian_and_value(func: Callable[..., Tensor], argnums: Argnums = ..., in_dims: InDims = ..., *,
+                      has_aux: Literal[False] = False, sketch: None = None, **options: Unpack[_Options]
+                      ) -> Callable[..., tuple[Tensor, Tensor]]: ...
 @overload
-def gramian_and_value(
-    func: Callable[..., Tensor], argnums: Argnums = ..., in_dims: InDims = ..., *,
-    has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ...,
-    check: Check = ..., audit: int | None = ..., sketch: int | Projection,
-) -> Callable[..., tuple[SketchedGramian, Tensor]]: ...
+def gramian_and_value(func: Callable[..., Tensor], argnums: Argnums = ..., in_dims: InDims = ..., *,
+                      has_aux: Literal[False] = False, sketch: int | Projection, **options: Unpack[_Options]
+                      ) -> Callable[..., tuple[SketchedGramian, Tensor]]: ...
 @overload
-def gramian_and_value(
-    func: Callable[..., tuple[Tensor, Any]], argnums: Argnums = ..., in_dims: InDims = ..., *,
-    has_aux: Literal[True], randomness: str = ..., chunk_size: int | None = ..., check: Check = ...,
-    audit: int | None = ..., sketch: None = None,
-) -> Callable[..., tuple[Tensor, tuple[Tensor, Any]]]: ...
+def gramian_and_value(func: Callable[..., tuple[Tensor, Any]], argnums: Argnums = ..., in_dims: InDims = ...,
+                      *, has_aux: Literal[True], sketch: None = None, **options: Unpack[_Options]
+                      ) -> Callable[..., tuple[Tensor, tuple[Tensor, Any]]]: ...
 @overload
-def gramian_and_value(
-    func: Callable[..., tuple[Tensor, Any]], argnums: Argnums = ..., in_dims: InDims = ..., *,
-    has_aux: Literal[True], randomness: str = ..., chunk_size: int | None = ..., check: Check = ...,
-    audit: int | None = ..., sketch: int | Projection,
-) -> Callable[..., tuple[SketchedGramian, tuple[Tensor, Any]]]: ...
+def gramian_and_value(func: Callable[..., tuple[Tensor, Any]], argnums: Argnums = ..., in_dims: InDims = ...,
+                      *, has_aux: Literal[True], sketch: int | Projection, **options: Unpack[_Options]
+                      ) -> Callable[..., tuple[SketchedGramian, tuple[Tensor, Any]]]: ...
 @overload
-def gramian_and_value(
-    func: Callable[..., dict[Key, Tensor]], argnums: Argnums = ..., in_dims: InDims = ..., *,
-    has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ...,
-    check: Check = ..., audit: int | None = ..., sketch: None = None,
-) -> Callable[..., tuple[dict[Key, dict[Key, Tensor]], dict[Key, Tensor]]]: ...
+def gramian_and_value(func: Callable[..., dict[Key, Tensor]], argnums: Argnums = ..., in_dims: InDims = ...,
+                      *, has_aux: Literal[False] = False, sketch: None = None, **options: Unpack[_Options]
+                      ) -> Callable[..., tuple[dict[Key, dict[Key, Tensor]], dict[Key, Tensor]]]: ...
 @overload
-def gramian_and_value(
-    func: Callable[..., list[Tensor]], argnums: Argnums = ..., in_dims: InDims = ..., *,
-    has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ...,
-    check: Check = ..., audit: int | None = ..., sketch: None = None,
-) -> Callable[..., tuple[list[list[Tensor]], list[Tensor]]]: ...
+def gramian_and_value(func: Callable[..., list[Tensor]], argnums: Argnums = ..., in_dims: InDims = ..., *,
+                      has_aux: Literal[False] = False, sketch: None = None, **options: Unpack[_Options]
+                      ) -> Callable[..., tuple[list[list[Tensor]], list[Tensor]]]: ...
 @overload
-def gramian_and_value(
-    func: Callable[..., tuple[Tensor, ...]], argnums: Argnums = ..., in_dims: InDims = ..., *,
-    has_aux: Literal[False] = False, randomness: str = ..., chunk_size: int | None = ...,
-    check: Check = ..., audit: int | None = ..., sketch: None = None,
-) -> Callable[..., tuple[tuple[tuple[Tensor, ...], ...], tuple[Tensor, ...]]]: ...
+def gramian_and_value(func: Callable[..., tuple[Tensor, ...]], argnums: Argnums = ..., in_dims: InDims = ...,
+                      *, has_aux: Literal[False] = False, sketch: None = None, **options: Unpack[_Options]
+                      ) -> Callable[..., tuple[tuple[tuple[Tensor, ...], ...], tuple[Tensor, ...]]]: ...
 @overload
-def gramian_and_value(
-    func: Callable[..., Several], argnums: Argnums = ..., in_dims: InDims = ..., *, has_aux: bool = ...,
-    randomness: str = ..., chunk_size: int | None = ..., check: Check = ..., audit: int | None = ...,
-    sketch: int | Projection | None = ...,
-) -> Callable[..., tuple[Any, Any]]: ...
+def gramian_and_value(func: Callable[..., Several], argnums: Argnums = ..., in_dims: InDims = ..., *,
+                      has_aux: bool = ..., sketch: int | Projection | None = ..., **options: Unpack[_Options]
+                      ) -> Callable[..., tuple[Any, Any]]: ...
 # fmt: on
 
 

@@ -26,6 +26,16 @@ from gramjd.sketched import SketchedGramian
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
+    from typing_extensions import TypedDict, Unpack
+
+    class _Options(TypedDict, total=False):
+        memory_budget: int | None
+        accumulate_dtype: torch.dtype | None
+
+    class _GramianOptions(_Options, total=False):
+        group: Any
+        rows: str
+
 
 Groups = str | Mapping[str, Sequence[str]] | Callable[[str], str]
 Per = Groups | None
@@ -160,13 +170,11 @@ class Jacobian(Typed[Out, In]):
 
     # fmt: off
     @overload
-    def gramian(self: Jacobian[Tensor, In], per: None = None, *, memory_budget: int | None = ...,
-                accumulate_dtype: torch.dtype | None = ..., group: Any = ..., rows: str = ...,
-                sketch: None = None) -> Tensor: ...
+    def gramian(self: Jacobian[Tensor, In], per: None = None, *, sketch: None = None,
+                **options: Unpack[_GramianOptions]) -> Tensor: ...
     @overload
-    def gramian(self: Jacobian[Tensor, In], per: Groups, *, memory_budget: int | None = ...,
-                accumulate_dtype: torch.dtype | None = ..., group: Any = ..., rows: str = ...,
-                sketch: None = None) -> dict[str, Tensor]: ...
+    def gramian(self: Jacobian[Tensor, In], per: Groups, *, sketch: None = None,
+                **options: Unpack[_GramianOptions]) -> dict[str, Tensor]: ...
     @overload
     def gramian(self, per: None = None, *, memory_budget: int | None = ..., accumulate_dtype: None = None,
                 group: None = None, rows: str = ..., sketch: int | Projection) -> SketchedGramian: ...
@@ -175,33 +183,26 @@ class Jacobian(Typed[Out, In]):
                 group: None = None, rows: str = ..., sketch: int | Projection
                 ) -> dict[str, SketchedGramian]: ...
     @overload
-    def gramian(self: Jacobian[dict[Key, Tensor], In], per: None = None, *, memory_budget: int | None = ...,
-                accumulate_dtype: torch.dtype | None = ..., group: Any = ..., rows: str = ...,
-                sketch: None = None) -> dict[Key, dict[Key, Tensor]]: ...
+    def gramian(self: Jacobian[dict[Key, Tensor], In], per: None = None, *, sketch: None = None,
+                **options: Unpack[_GramianOptions]) -> dict[Key, dict[Key, Tensor]]: ...
     @overload
-    def gramian(self: Jacobian[dict[Key, Tensor], In], per: Groups, *, memory_budget: int | None = ...,
-                accumulate_dtype: torch.dtype | None = ..., group: Any = ..., rows: str = ...,
-                sketch: None = None) -> dict[str, dict[Key, dict[Key, Tensor]]]: ...
+    def gramian(self: Jacobian[dict[Key, Tensor], In], per: Groups, *, sketch: None = None,
+                **options: Unpack[_GramianOptions]) -> dict[str, dict[Key, dict[Key, Tensor]]]: ...
     @overload
-    def gramian(self: Jacobian[list[Tensor], In], per: None = None, *, memory_budget: int | None = ...,
-                accumulate_dtype: torch.dtype | None = ..., group: Any = ..., rows: str = ...,
-                sketch: None = None) -> list[list[Tensor]]: ...
+    def gramian(self: Jacobian[list[Tensor], In], per: None = None, *, sketch: None = None,
+                **options: Unpack[_GramianOptions]) -> list[list[Tensor]]: ...
     @overload
-    def gramian(self: Jacobian[list[Tensor], In], per: Groups, *, memory_budget: int | None = ...,
-                accumulate_dtype: torch.dtype | None = ..., group: Any = ..., rows: str = ...,
-                sketch: None = None) -> dict[str, list[list[Tensor]]]: ...
+    def gramian(self: Jacobian[list[Tensor], In], per: Groups, *, sketch: None = None,
+                **options: Unpack[_GramianOptions]) -> dict[str, list[list[Tensor]]]: ...
     @overload
-    def gramian(self: Jacobian[Tuple, In], per: None = None, *, memory_budget: int | None = ...,
-                accumulate_dtype: torch.dtype | None = ..., group: Any = ..., rows: str = ...,
-                sketch: None = None) -> tuple[tuple[Tensor, ...], ...]: ...
+    def gramian(self: Jacobian[Tuple, In], per: None = None, *, sketch: None = None,
+                **options: Unpack[_GramianOptions]) -> tuple[tuple[Tensor, ...], ...]: ...
     @overload
-    def gramian(self: Jacobian[Tuple, In], per: Groups, *, memory_budget: int | None = ...,
-                accumulate_dtype: torch.dtype | None = ..., group: Any = ..., rows: str = ...,
-                sketch: None = None) -> dict[str, tuple[tuple[Tensor, ...], ...]]: ...
+    def gramian(self: Jacobian[Tuple, In], per: Groups, *, sketch: None = None,
+                **options: Unpack[_GramianOptions]) -> dict[str, tuple[tuple[Tensor, ...], ...]]: ...
     @overload
-    def gramian(self, per: Per = None, *, memory_budget: int | None = ...,
-                accumulate_dtype: torch.dtype | None = ..., group: Any = ..., rows: str = ...,
-                sketch: int | Projection | None = ...) -> Any: ...
+    def gramian(self, per: Per = None, *, sketch: int | Projection | None = ...,
+                **options: Unpack[_GramianOptions]) -> Any: ...
     # fmt: on
 
     def gramian(self, per: Per = None, *, memory_budget: int | None = None,
@@ -271,22 +272,19 @@ class Jacobian(Typed[Out, In]):
 
     # fmt: off
     @overload
-    def cross(self: Jacobian[Tensor, In], other: Jacobian[Tensor, In], *, memory_budget: int | None = ...,
-              accumulate_dtype: torch.dtype | None = ...) -> Tensor: ...
+    def cross(self: Jacobian[Tensor, In], other: Jacobian[Tensor, In], **options: Unpack[_Options]
+              ) -> Tensor: ...
     @overload
-    def cross(self: Jacobian[dict[Key, Tensor], In], other: Jacobian[dict[OtherKey, Tensor], In], *,
-              memory_budget: int | None = ..., accumulate_dtype: torch.dtype | None = ...
-              ) -> dict[Key, dict[OtherKey, Tensor]]: ...
+    def cross(self: Jacobian[dict[Key, Tensor], In], other: Jacobian[dict[OtherKey, Tensor], In],
+              **options: Unpack[_Options]) -> dict[Key, dict[OtherKey, Tensor]]: ...
     @overload
-    def cross(self: Jacobian[list[Tensor], In], other: Jacobian[list[Tensor], In], *,
-              memory_budget: int | None = ..., accumulate_dtype: torch.dtype | None = ...
+    def cross(self: Jacobian[list[Tensor], In], other: Jacobian[list[Tensor], In], **options: Unpack[_Options]
               ) -> list[list[Tensor]]: ...
     @overload
-    def cross(self: Jacobian[Tuple, In], other: Jacobian[OtherTuple, In], *, memory_budget: int | None = ...,
-              accumulate_dtype: torch.dtype | None = ...) -> tuple[tuple[Tensor, ...], ...]: ...
+    def cross(self: Jacobian[Tuple, In], other: Jacobian[OtherTuple, In], **options: Unpack[_Options]
+              ) -> tuple[tuple[Tensor, ...], ...]: ...
     @overload
-    def cross(self, other: Jacobian[Any, In], *, memory_budget: int | None = ...,
-              accumulate_dtype: torch.dtype | None = ...) -> Any: ...
+    def cross(self, other: Jacobian[Any, In], **options: Unpack[_Options]) -> Any: ...
     # fmt: on
 
     def cross(self, other: Jacobian[Any, Any], *, memory_budget: int | None = None,
