@@ -141,6 +141,8 @@ class GramianSum(Sink):
             return
         if self.total is None:
             self.total = tile.new_zeros(K, samples, K, samples)
+        if tile.device != self.total.device:  # of a parameter elsewhere
+            tile = tile.to(self.total.device)
         if tile.dtype != self.total.dtype:
             self.total = self.total.to(torch.promote_types(self.total.dtype, tile.dtype))
         if tile.shape == self.total.shape:

@@ -47,7 +47,7 @@ def is_consistent(each: Sequence[Sequence[Block]], w: Tensor, options: Options) 
         return True
     share = contraction.sum_of(contraction.gramians(given, options))
     assert share is not None
-    gramian, weights = share.reshape(w.numel(), -1).double(), w.flatten().double()
+    gramian, weights = share.reshape(w.numel(), -1).double(), w.flatten().to(share.device).double()
     off = float(weights @ gramian @ weights) - sum(_squared_norm(mine, w) for mine in given)
     size = float(weights.abs() @ gramian.abs() @ weights.abs())  # of what may cancel
     return not isfinite(off) or abs(off) <= _tolerance(given) * size  # NaN has an error of its own
@@ -71,7 +71,7 @@ def _weighted(block: Block, w: Tensor) -> Tensor:
     """``Jᵀ w``, of small floats in float32: as a sum of many terms in few digits it would be wrong."""
     tensors, structure = flatten([[block]])
     wide = [t.float() if t.dtype in SMALL_FLOATS else t for t in tensors]
-    return unflatten(structure, wide)[0][0].vjp(w.to(wide[0].dtype))
+    return unflatten(structure, wide)[0][0].vjp(w.to(wide[0]))
 
 
 def _squared_norm(blocks: Sequence[Block], w: Tensor) -> float:

@@ -58,7 +58,8 @@ def short_rows(blocks: Sequence[Block], options: Options) -> Tensor:
     for block in found:
         start += block.values.numel()
         numbers.append(start // max(1, size))
-    groups = groupby(zip(numbers, found, strict=True), key=lambda pair: pair[0])
-    matrices = ([block.matrix().to(most.dtype) for _, block in group] for _, group in groups)
+    devices = [block.values.device for block in found]
+    groups = groupby(zip(numbers, devices, found, strict=True), key=lambda each: each[:2])
+    matrices = ([block.matrix().to(most.dtype) for *_, block in group] for _, group in groups)
     joined = (torch.cat(each, 1) if len(each) > 1 else each[0] for each in matrices)
     return added(product(rows, rows) for rows in joined).view(*found[0].rows, *found[0].rows)

@@ -252,11 +252,11 @@ def _vjp(parts: Sequence[Part], parameters: Sequence[Tensor], w: Tensor) -> list
             if number in short:
                 shares.append(short[number].view(p.shape))
             elif number in part.kept:
-                flat = mine.to(p.dtype).T.reshape(1, -1).mm(part.kept[number])
+                flat = mine.to(p).T.reshape(1, -1).mm(part.kept[number])
                 shares.append(flat.view(p.shape))
             else:
-                shares += [block.vjp(mine.to(p.dtype)) for block in part.blocks[number]]
-        found.append(_sum(shares, p.shape, p).to(p.dtype))
+                shares += [block.vjp(mine.to(p)) for block in part.blocks[number]]
+        found.append(_sum(shares, p.shape, p).to(p))
     return found
 
 
@@ -267,7 +267,7 @@ def _short_vjp(part: Part, w: Tensor) -> dict[int, Tensor]:
         for number, blocks in enumerate(part.blocks)
         if contraction.is_short(blocks)
         for block in blocks
-        if isinstance(block, Dense) and block.values.dtype == w.dtype
+        if isinstance(block, Dense) and (block.values.dtype, block.values.device) == (w.dtype, w.device)
     }
     if len(rows) < 2:
         return {}
@@ -286,7 +286,7 @@ def jvp(parts: Sequence[Part], tangents: Sequence[Tensor], K: int, like: Tensor)
     for part in parts:
         zero = torch.zeros(K, part.samples, dtype=like.dtype, device=like.device)
         shares = [
-            torch.func.vjp(block.vjp, zero.to(v.dtype))[1](v)[0]
+            torch.func.vjp(block.vjp, zero.to(v))[1](v)[0]
             for v, blocks in zip(tangents, part.blocks, strict=True)
             for block in blocks
         ]
@@ -312,9 +312,11 @@ def _cross(u: Part, v: Part, which: Sequence[int], objectives: tuple[int, int], 
 
 
 def _sum(shares: Iterable[Tensor], shape: Sequence[int], like: Tensor) -> Tensor:
-    """The sum of some tensors, zero if there is none."""
+    """The sum of some tensors, zero if there is none, on the device of ``like``."""
     total = contraction.sum_of(shares)
-    return torch.zeros(tuple(shape), dtype=like.dtype, device=like.device) if total is None else total
+    if total is None:
+        return torch.zeros(tuple(shape), dtype=like.dtype, device=like.device)
+    return total if total.device == like.device else total.to(like.device)
 
 
 def _assemble(tiles: Sequence[Sequence[Tensor]]) -> Tensor:

@@ -46,7 +46,7 @@ def over_positions(x: Any, y: Any, side: int, kernel: Callable[[Any, Any], Tenso
 
 
 def added(terms: Iterable[Tensor]) -> Tensor:
-    """The sum of at least one tensor, of which no more than two exist at a time."""
+    """The sum of at least one tensor, of which no more than two exist at a time, where the first one is."""
     total = sum_of(terms)
     assert total is not None
     return total
@@ -58,7 +58,10 @@ def sum_of(terms: Iterable[Tensor]) -> Tensor | None:
     for number, term in enumerate(terms):
         if total is None:
             total = term
-        elif number > 1 and total.dtype == term.dtype and is_ours(total) and is_ours(term):
+            continue
+        if term.device != total.device:  # of a parameter elsewhere
+            term = term.to(total.device)
+        if number > 1 and total.dtype == term.dtype and is_ours(total) and is_ours(term):
             total += term  # the sum of the first two is nobody else's
         else:
             total = total + term

@@ -130,7 +130,8 @@ class Step:
             for name, G in gramians.items()
         }
         for name, names in _members(jac.names, self.per).items():
-            jac.select(names).backward(local(weights[name]).to(jac.dtype))
+            mine = jac.select(names)
+            mine.backward(local(weights[name]).to(mine.device, jac.dtype))
         return weights
 
     def _weighting_of(self, group: str, groups: Mapping[str, Tensor]) -> Weights:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gramjd.internals.tracing import is_dynamo_tracing
 
 _CHANGING = ("data_dependent_output", "dynamic_output_shape", "inplace_view", "nondeterministic_seeded")
+WITH_MEMORY = frozenset({"cpu", "cuda"})  # devices whose tensors are ordinary memory
 _CHANGING_TAGS = frozenset(getattr(torch.Tag, name) for name in _CHANGING if hasattr(torch.Tag, name))
 
 See = Callable[[Any, Sequence[Any], dict[str, Any], Any], None]
@@ -100,7 +101,7 @@ def geometry(tensors: Sequence[Tensor | None]) -> tuple[Hashable, ...] | None:
         if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
             return None
         device = t.device
-        if (grad and t.requires_grad) or t.layout is not torch.strided or device.type not in ("cpu", "cuda"):
+        if (grad and t.requires_grad) or t.layout is not torch.strided or device.type not in WITH_MEMORY:
             return None
         if _functorch.is_functorch_wrapped_tensor(t) or t.is_neg() or t.is_conj() or t.is_nested:
             return None

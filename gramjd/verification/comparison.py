@@ -156,7 +156,7 @@ def _disagreements(blocks: Sequence[Sequence[Block]], outputs: Sequence[Tensor],
     sizes = [float(g.norm()) for g in gradients]
     bad: dict[int, float] = {}
     for n, (mine, gradient) in enumerate(zip(blocks, gradients, strict=True)):
-        left, row = gradient, w.to(gradient.dtype)
+        left, row = gradient, w.to(gradient)
         for block in mine:
             left = left - block.vjp(row).detach()
         off, most = float(left.norm()), max(lost, tolerance(gradient.dtype)) * sizes[n]

@@ -74,7 +74,9 @@ class Scattered(Layout):
     def misfit(self, c: Tensor, probed: Tensor, v: Tensor) -> float:
         """The relative difference that it leaves with other weights; arguments as of :func:`measure`."""
         c, probed = as_real(c), as_real(probed)
-        v = torch.cat([v, v.new_zeros(len(v), 1)], 1).double()  # entries of no sample have cotangents of zero
+        v = (
+            torch.cat([v, v.new_zeros(len(v), 1)], 1).to(c.device).double()
+        )  # entries of no sample have cotangents of zero
         rows = c.movedim(self.dim + 1, 1).flatten(2).double() if c.ndim > 2 else c.unsqueeze(-1).double()
         wanted = (
             probed.movedim(self.dim, 0).flatten(1).double()
@@ -121,7 +123,7 @@ def measure(c: Tensor, probed: Tensor, v: Tensor, last: bool = True) -> tuple[La
     best: tuple[Layout | None, float] = (None, inf)
     for layout in candidates(probed.shape if last else probed.shape[:-1], samples):
         rows = layout.cotangents(c, samples)
-        weights = v.to(c.dtype).reshape(K, samples, *[1] * (rows.ndim - 2))
+        weights = v.to(c).reshape(K, samples, *[1] * (rows.ndim - 2))
         weighted = (rows * weights).sum(0) if K > 1 else rows[0] * weights[0]
         off = float(weighted.sub_(layout.split(probed, layout.dim, samples)).norm()) / size
         if off < best[1]:
@@ -140,7 +142,11 @@ def owned(c: Tensor, probed: Tensor, v: Tensor, noise: float = 0.0) -> Layout | 
     """
     if probed.ndim == 0:
         return None
-    samples, v, slack = v.shape[1], v.double(), min(64 * torch.finfo(c.dtype).eps, tolerance(c.dtype))
+    samples, v, slack = (
+        v.shape[1],
+        v.to(c.device).double(),
+        min(64 * torch.finfo(c.dtype).eps, tolerance(c.dtype)),
+    )
     dims = range(max(1, probed.ndim - 1))  # the last one holds features
     c, probed = as_real(c), as_real(probed)
     for dim in dims:
@@ -166,7 +172,7 @@ def follows_samples(c: Tensor, probed: Tensor, v: Tensor, most: int = 4096) -> b
     step = -(-len(probed) // most)
     c, probed = c[:, ::step], probed[::step]
     left = torch.full_like(probed, inf)
-    for weights in v.to(c.dtype).unbind(1):
+    for weights in v.to(c).unbind(1):
         left = torch.minimum(left, (weights @ c - probed).abs())
     return bool((left <= tolerance(c.dtype) * c.abs().max()).all())
 

@@ -35,7 +35,7 @@ def agrees(
     wanted = weighted.gradients.get(name)
     if wanted is None:
         return not blocks
-    weights, size = v.to(wanted.values.dtype), wanted.size
+    weights, size = v.to(wanted.values), wanted.size
     precision = precision or wanted.values.dtype
     most = tolerance(precision) * size
     off = wanted.norm(wanted.less(blocks, weights))

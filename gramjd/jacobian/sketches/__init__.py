@@ -128,10 +128,14 @@ class SketchSum(Sink):
     def _add_share(self, share: Tensor | None) -> None:
         if share is None:
             return
-        if self.total is not None and self.plain and share.dtype == self.total.dtype:
+        if self.total is None:
+            self.total = share  # it is new memory
+            return
+        share = share.to(self.total.device)  # parameters may lie on several
+        if self.plain and share.dtype == self.total.dtype:
             self.total.add_(share)
-        else:  # the first share is new memory
-            self.total = share if self.total is None else self.total + share
+        else:
+            self.total = self.total + share
 
     def result(self, output: Output, like: Tensor) -> Tensor:
         """The sum of all shares, ``[*shape, dim]``, at least in the dtype for a parameter ``like`` this."""

@@ -31,6 +31,7 @@ class Sketches:
     def add(self, n: int, share: Tensor, samples: tuple[int, int]) -> None:
         """Add a share ``[K, b, dim]`` of some samples of a part."""
         total, (begin, end) = self.totals[n], samples
+        share = share.to(total.device)  # parameters may lie on several
         if self.in_place:
             total[:, begin:end].add_(share)
         else:
@@ -39,7 +40,8 @@ class Sketches:
     def add_entries(self, n: int, rows: Tensor, places: Places, samples: tuple[int, int]) -> None:
         """Add each entry of ``rows [K, b, P]`` of some samples of a part to a column, with a sign."""
         columns, signs = places
-        if self.in_place and not isinstance(columns, Tensor):
+        in_place = self.in_place and rows.device == self.totals[n].device
+        if in_place and not isinstance(columns, Tensor):
             total = self.totals[n][:, slice(*samples)]
             for begin, end, column in columns:
                 total[..., column : column + end - begin].addcmul_(rows[..., begin:end], signs[begin:end])
