@@ -39,6 +39,17 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_steps(library: Path, model: str, places: str) -> None:
-    call = [sys.executable, HERE / "steps.py", library, model, *PLACES[places]]
+    run("steps.py", library, model, *PLACES[places])
+
+
+def test_models_that_accelerate_dispatches(library: Path) -> None:
+    pytest.importorskip("accelerate")
+    pytest.importorskip("transformers")
+    run("dispatched.py", library)
+
+
+def run(script: str, *arguments: Path | str) -> None:
+    """Run a script in a process of its own: the device is there for good."""
+    call = [sys.executable, HERE / script, *arguments]
     done = subprocess.run(call, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]

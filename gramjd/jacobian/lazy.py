@@ -150,7 +150,7 @@ class Jacobian(Typed[Out, In]):
 
     @property
     def device(self) -> torch.device:
-        """The device of products: that of the parameters."""
+        """The device of products: that of the first parameter. Gradients lie where their parameters do."""
         return self._like.device
 
     def _repr_html_(self) -> str:
