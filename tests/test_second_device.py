@@ -48,6 +48,10 @@ def test_models_that_accelerate_dispatches(library: Path) -> None:
     run("dispatched.py", library)
 
 
+def test_what_is_compared_on_a_gpu(library: Path) -> None:
+    run("gpu.py", library)
+
+
 def run(script: str, *arguments: Path | str) -> None:
     """Run a script in a process of its own: the device is there for good."""
     call = [sys.executable, HERE / script, *arguments]

@@ -115,9 +115,10 @@ def _contracted(losses: Sequence[Tensor], cotangents: Sequence[Tensor] | None) -
                 "pass grad_tensors."
             )
         with torch.enable_grad():
-            return torch.stack(list(losses))
+            return torch.stack([loss.to(losses[0].device) for loss in losses])
     if len(cotangents) != len(losses):
         raise ValueError(f"There are {len(cotangents)} grad_tensors for {len(losses)} losses.")
     with torch.enable_grad():
         pairs = zip(losses, cotangents, strict=True)
-        return torch.cat([combined(loss, cotangent.unsqueeze(0)) for loss, cotangent in pairs])
+        each = [combined(loss, cotangent.unsqueeze(0)) for loss, cotangent in pairs]
+        return torch.cat([mine.to(losses[0].device) for mine in each])

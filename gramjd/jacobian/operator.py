@@ -34,7 +34,7 @@ class Transposed:
         else:
             given = jac.outputs.unravel(w)
         leaves = pytree.leaves(jac.vjp(given))
-        flat = torch.cat([as_real(x).reshape(*w.shape[1:], -1) for x in leaves], -1)
+        flat = torch.cat([as_real(x).reshape(*w.shape[1:], -1).to(w.device) for x in leaves], -1)
         return flat.mT if w.ndim == 2 else flat
 
 
@@ -60,7 +60,7 @@ def times(jac: Jacobian[Any], right: Any) -> Tensor:
 def _shaped(flat: Tensor, parameter: Tensor) -> Tensor:
     """A piece of a flat vector as the direction of a parameter."""
     shape = (*parameter.shape, 2) if parameter.is_complex() else parameter.shape
-    return as_given(flat.reshape(shape), parameter)
+    return as_given(flat.reshape(shape).to(parameter.device), parameter)
 
 
 def _rows(crossed: Any, jac: Jacobian[Any]) -> list[Any]:

@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/native/CPUFallback.h>
 #include <ATen/ops/_reshape_alias_native.h>
@@ -84,6 +85,10 @@ Tensor host(const Tensor& t) {
   return t.is_neg() ? at::_neg_view(found) : found;
 }
 
+optional<Tensor> host(const optional<Tensor>& t) {
+  return t && t->defined() ? optional<Tensor>(host(*t)) : std::nullopt;
+}
+
 Tensor empty(c10::IntArrayRef size, optional<at::ScalarType> dtype, optional<at::Layout>, optional<Device>,
              optional<bool>, optional<at::MemoryFormat> format) {
   const c10::DispatchKeySet keys(c10::DispatchKey::PrivateUse1);
@@ -126,7 +131,8 @@ const Tensor& resize_(const Tensor& t, Sizes size, optional<at::MemoryFormat>) {
 
 Tensor as_strided(const Tensor& t, Sizes size, Sizes stride, optional<c10::SymInt> offset) {
   const auto start = offset ? optional<int64_t>(offset->expect_int()) : std::nullopt;
-  return at::native::as_strided_tensorimpl(t, C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride), start);
+  const auto sizes = C10_AS_INTARRAYREF_SLOW(size), strides = C10_AS_INTARRAYREF_SLOW(stride);
+  return at::native::as_strided_tensorimpl(t, sizes, strides, start);
 }
 
 Tensor view(const Tensor& t, Sizes size) { return at::native::view(t, C10_AS_INTARRAYREF_SLOW(size)); }
@@ -149,8 +155,7 @@ Tensor& set_(Tensor& t, at::Storage source, c10::SymInt offset, Sizes size, Size
 Tensor convolution(const Tensor& x, const Tensor& w, const optional<Tensor>& b, Sizes stride, Sizes padding,
                    Sizes dilation, bool transposed, Sizes output_padding, c10::SymInt groups) {
   TORCH_CHECK(x.device() == w.device(), "convolution of tensors on ", x.device(), " and ", w.device());
-  const auto bias = b && b->defined() ? optional<Tensor>(host(*b)) : std::nullopt;
-  return lifted(at::convolution_symint(host(x), host(w), bias, stride, padding, dilation, transposed,
+  return lifted(at::convolution_symint(host(x), host(w), host(b), stride, padding, dilation, transposed,
                                        output_padding, groups));
 }
 
@@ -160,8 +165,18 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(
   TORCH_CHECK(x.device() == w.device() && c.device() == x.device(), "convolution on several devices");
   const std::vector<c10::SymInt> channels{transposed ? w.sym_size(1) * groups : w.sym_size(0)};
   const auto [dx, dw, db] = at::convolution_backward_symint(
-      host(c), host(x), host(w), Sizes(channels), stride, padding, dilation, transposed, output_padding, groups, mask);
+      host(c), host(x), host(w), Sizes(channels), stride, padding, dilation, transposed, output_padding, groups,
+      mask);
   return {lifted(dx), lifted(dw), lifted(db)};
+}
+
+// As on CUDA, contiguous whatever the input's memory format is.
+std::tuple<Tensor, Tensor, Tensor> group_norm(
+    const Tensor& x, const optional<Tensor>& weight, const optional<Tensor>& bias, c10::SymInt n,
+    c10::SymInt channels, c10::SymInt size, int64_t groups, double eps) {
+  const auto [out, mean, rstd] = at::native_group_norm_symint(
+      host(x).contiguous(), host(weight), host(bias), n, channels, size, groups, eps);
+  return {lifted(out), lifted(mean), lifted(rstd)};
 }
 
 // Scalars of the CPU may meet any tensor, and indices may lie there.
@@ -204,6 +219,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("convolution_overrideable", convolution);
   m.impl("empty.memory_format", empty);
   m.impl("empty_strided", empty_strided);
+  m.impl("native_group_norm", group_norm);
   m.impl("resize_", resize_);
   m.impl("set_.source_Storage_storage_offset", set_);
   m.impl("unfold", at::native::unfold);
@@ -213,6 +229,18 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
 }
 
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&on_cpu>()); }
+
+// The casts of CUDA's autocast.
+TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) { m.fallback(torch::CppFunction::makeFallthrough()); }
+
+TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
+#define IN_FEW_DIGITS(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, lower_precision_fp)
+#define IN_FLOAT32(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, fp32)
+#define IN_THE_WIDEST(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, promote)
+  AT_FORALL_LOWER_PRECISION_FP(IN_FEW_DIGITS)
+  AT_FORALL_FP32(IN_FLOAT32)
+  AT_FORALL_PROMOTE(IN_THE_WIDEST)
+}
 
 TORCH_LIBRARY(second, m) {
   m.def("start() -> ()", [] { at::RegisterPrivateUse1HooksInterface(new Hooks()); });

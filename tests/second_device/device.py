@@ -40,6 +40,7 @@ def start(library: Path) -> None:
         get_rng_state=lambda device=None: torch.zeros(1, dtype=torch.uint8),
         set_rng_state=lambda state, device=None: None,
         manual_seed_all=lambda seed: None,
+        get_amp_supported_dtype=lambda: [torch.float16, torch.bfloat16],
     )
     torch._register_device_module(NAME, module)
     torch.ops.load_library(str(library))

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from device import NAME, reads, start
 from models import MODELS
-from torch import Tensor
+from torch import Tensor, nn
 
 import gramjd
 
@@ -114,6 +114,13 @@ def by_jacobian(steps: Steps) -> None:
             v = {name: torch.randn_like(p) for name, p in steps.parameters.items()}
             _close(J.jvp(v).flatten(), dense @ torch.cat([_flat(t) for t in v.values()]))
             _close(torch.cat([_flat(t).view(len(dense), -1) for t in J.dense().values()], 1), dense)
+            flat = torch.cat([v[name].flatten().to(J.device) for name in J.names])
+            _close(J @ flat, J.jvp(v).flatten().cpu().double())
+            each = dict(
+                zip(steps.names, dense.split([*map(torch.numel, steps.net.parameters())], 1), strict=True)
+            )
+            columns = torch.cat([each[name] for name in J.names], 1)
+            _close(J.T @ w.flatten().to(J.device), w.double().flatten() @ columns)
             for device in ("cpu", NAME):
                 _is_gramian(J.to(device).gramian(), dense)
             if before is not None and w.ndim == 1:
@@ -181,6 +188,22 @@ def by_losses(steps: Steps) -> None:
             _is_gramian(gramjd.jac(losses, steps.net).gramian(), J)
 
 
+def heads(places: list[str]) -> None:
+    """Tasks whose heads, and losses, lie on devices of their own."""
+    trunk, first, second = (
+        nn.Linear(*sizes).to(p) for sizes, p in zip(((4, 6), (6, 1), (6, 1)), places, strict=False)
+    )
+    for wrt in ("shared", "features"):
+        for _ in range(STEPS):
+            features = trunk(torch.randn(9, 4, device=places[0])).tanh()
+            losses = [head(features.to(head.weight.device)).square().mean() for head in (first, second)]
+            rows = [torch.autograd.grad(loss, trunk.weight, retain_graph=True)[0] for loss in losses]
+            weights = gramjd.mtl_backward(losses, features, gramjd.weighting.mgda, wrt=wrt)
+            want = sum(w * _flat(row) for w, row in zip(weights.cpu().double(), rows, strict=True))
+            _close(_flat(trunk.weight.grad), want)
+            trunk.zero_grad()
+
+
 CASES: list[Callable[[Steps], None]] = [
     by_compute_gramian, by_budget, always_checked, by_rows, by_jacobian, by_step, by_transform, by_sketch,
     by_losses,
@@ -193,6 +216,7 @@ def main(library: str, model: str, *places: str) -> None:
     for case in CASES:
         case(Steps(model, list(places)))
         print(case.__name__, flush=True)
+    heads(list(places))
 
 
 if __name__ == "__main__":
