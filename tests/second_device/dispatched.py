@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import dispatch_model
-from device import start
+from device import end, start
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
@@ -64,3 +64,4 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     steps(GPT2LMHeadModel(GPT2), "gpt2")
     steps(BertForSequenceClassification(BERT), "bert")
+    end()

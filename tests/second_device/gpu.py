@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
-from device import NAME, start
+from device import NAME, end, start
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import gpu
@@ -17,3 +17,4 @@ if __name__ == "__main__":
     start(Path(sys.argv[1]))
     found = gpu.equality(gpu.Run(torch.device(NAME), math.inf, 0.1))
     assert found and all(each.get("equal") for each in found)
+    end()

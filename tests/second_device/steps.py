@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from device import NAME, reads, start
+from device import NAME, end, reads, start
 from models import MODELS
 from torch import Tensor, nn
 
@@ -221,3 +221,4 @@ def main(library: str, model: str, *places: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    end()
