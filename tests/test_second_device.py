@@ -7,12 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from second_device import device
 
 HERE = Path(__file__).parent / "second_device"
-sys.path.insert(0, str(HERE))
-
-import device  # noqa: E402
-
 PLACES = {
     "second": ["second"] * 4,
     "losses elsewhere": ["second", "second", "second", "cpu"],
