@@ -74,9 +74,8 @@ class Scattered(Layout):
     def misfit(self, c: Tensor, probed: Tensor, v: Tensor) -> float:
         """The relative difference that it leaves with other weights; arguments as of :func:`measure`."""
         c, probed = as_real(c), as_real(probed)
-        v = (
-            torch.cat([v, v.new_zeros(len(v), 1)], 1).to(c.device).double()
-        )  # entries of no sample have cotangents of zero
+        v = v.to(c.device).double()
+        v = torch.cat([v, v.new_zeros(len(v), 1)], 1)  # entries of no sample have cotangents of zero
         rows = c.movedim(self.dim + 1, 1).flatten(2).double() if c.ndim > 2 else c.unsqueeze(-1).double()
         wanted = (
             probed.movedim(self.dim, 0).flatten(1).double()
@@ -142,11 +141,8 @@ def owned(c: Tensor, probed: Tensor, v: Tensor, noise: float = 0.0) -> Layout | 
     """
     if probed.ndim == 0:
         return None
-    samples, v, slack = (
-        v.shape[1],
-        v.to(c.device).double(),
-        min(64 * torch.finfo(c.dtype).eps, tolerance(c.dtype)),
-    )
+    samples, v = v.shape[1], v.to(c.device).double()
+    slack = min(64 * torch.finfo(c.dtype).eps, tolerance(c.dtype))
     dims = range(max(1, probed.ndim - 1))  # the last one holds features
     c, probed = as_real(c), as_real(probed)
     for dim in dims:

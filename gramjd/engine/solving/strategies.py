@@ -174,12 +174,13 @@ def by_losses(material: Material, parameters: Mapping[str, Tensor]) -> Candidate
     rows = backward.loss_gradients(problem.output, list(parameters.values()))
     found = [row for row in rows if row is not None]
     # a sum reads them once, and has NaN or infinity where they have; or it overflows itself
-    sums = (
-        torch.stack([row.sum().abs().float().to(problem.output.device) for row in found])
-        if found
-        else torch.zeros(0)
-    )
-    if not bool(sums.isfinite().all()) and not all(bool(row.isfinite().all()) for row in found):
+    device = problem.output.device
+    sums = [row.sum().abs().float().to(device) for row in found]
+    if (
+        found
+        and not bool(torch.stack(sums).isfinite().all())
+        and not all(bool(row.isfinite().all()) for row in found)
+    ):
         raise finite.of_gradient(problem.output, problem.batch_dim)
     origin = "one of few losses (a backward pass for each is the fastest)"
     return Candidate(_dense(parameters, rows, [origin] * len(rows)))
