@@ -3,9 +3,10 @@
     python -m benchmarks.first_step
 
 Batch 8 of 128 tokens, random weights, without dropout. A step is a forward, ``compute_gramian`` and
-``losses.backward`` with mean weights, or plain SGD. Times are in SGD steps of the same process, of an
-engine that is new each time. Memory is the peak of what is resident in a process of its own, in which
-blocks of a mebibyte and more go back to the system when they are freed (``MALLOC_MMAP_THRESHOLD_``).
+``losses.backward`` with mean weights, or plain SGD. Each call takes turns with an SGD step of a copy of the
+model, and its time is in that step's; the engine is new in each of three rounds. Memory is the peak of what
+is resident in a process of its own, in which blocks of a mebibyte and more go back to the system when they
+are freed (``MALLOC_MMAP_THRESHOLD_``).
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,10 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.timing import seconds
 from gramjd import Engine
 
 TABLE = Path(__file__).parent / "results" / "first_step.md"
-BATCH, TOKENS, CALLS, ROUNDS = 8, 128, 10, 2
+CPU = torch.device("cpu")
+BATCH, TOKENS, CALLS, ROUNDS = 8, 128, 10, 3
 STEPS = {
     "SGD": "plain SGD",
     "engine": "compute_gramian, losses.backward(w)",
@@ -79,7 +81,7 @@ def main() -> None:
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         return
     peaks = {kind: peak(kind) for kind in STEPS}
-    times = times_of(Setting())
+    times = times_of()
     lines = [
         "# First steps of an engine",
         "",
@@ -106,27 +108,24 @@ def peak(kind: str) -> int:
     return int(done.stdout.split()[-1])
 
 
-def times_of(setting: Setting) -> dict[str, list[float]]:
-    """Medians of the calls of new engines, in medians of SGD steps."""
-    seconds: dict[str, list[list[float]]] = {kind: [] for kind in STEPS}
-    timed(setting.step("SGD"), 2)
-    for _ in range(ROUNDS):
-        for kind in STEPS:
-            seconds[kind].append(timed(setting.step(kind), CALLS))
-    plain = statistics.median(t for calls in seconds["SGD"] for t in calls)
+def times_of() -> dict[str, list[float]]:
+    """Of each call of a new engine, the median over the rounds of its time in SGD steps."""
+    setting, plain = Setting(), Setting().step("SGD")
+    for _ in range(2):
+        plain()
+    rounds = [{kind: ratios(setting.step(kind), plain) for kind in STEPS} for _ in range(ROUNDS)]
     return {
-        kind: [statistics.median(calls) / plain for calls in zip(*rounds, strict=True)]
-        for kind, rounds in seconds.items()
+        kind: [statistics.median(calls) for calls in zip(*(each[kind] for each in rounds), strict=True)]
+        for kind in STEPS
     }
 
 
-def timed(step: Callable[[], object], calls: int) -> list[float]:
-    """Seconds of each of some calls."""
+def ratios(step: Callable[[], object], plain: Callable[[], object]) -> list[float]:
+    """Of each of some calls, its time to that of the plain step before it."""
     found = []
-    for _ in range(calls):
-        start = time.perf_counter()
-        step()
-        found.append(time.perf_counter() - start)
+    for _ in range(CALLS):
+        beside = seconds(plain, CPU)
+        found.append(seconds(step, CPU) / beside)
     return found
 
 
