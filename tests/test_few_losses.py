@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gramjd
-from gramjd import Engine
+from gramjd import Engine, SlowPathWarning
+from gramjd.engine.analysis.graph import walk
 
 
 class Calls(TorchDispatchMode):
@@ -103,3 +105,60 @@ def test_the_gradient_follows_from_the_rows() -> None:
     want = torch.autograd.grad(reduced(model, x) @ weights, list(model.parameters()))
     found = [p.grad for p in model.parameters()]
     assert_close(torch.cat([g.flatten() for g in found]), torch.cat([g.flatten() for g in want]))
+
+
+def recorded(out: Tensor) -> bool:
+    return bool(walk(out).nodes)
+
+
+def test_an_engine_that_has_met_few_losses_alone_records_nothing() -> None:
+    model = network()
+    engine, other = Engine(model, batch_dim=None), Engine(model, batch_dim=None)
+    for step in range(4):
+        x = torch.randn(5, 2, 6, 6, dtype=torch.float64)
+        out = reduced(model, x)
+        assert recorded(out) == (step == 0)
+        for each in (engine, other):
+            each.backward(out, lambda gramian: torch.ones(10).double(), retain_graph=True)
+            assert_close(each.compute_gramian(out), dense_gramian(out, model.parameters()))
+
+
+def test_more_losses_than_few_are_exact_without_records_once_and_recorded_from_then_on() -> None:
+    model = network().eval()
+    engine = Engine(model, batch_dim=None)
+    for step in range(6):
+        x = torch.randn(20, 2, 6, 6, dtype=torch.float64)
+        out = reduced(model, x) if step in (0, 4) else model(x)[:, 0]
+        assert recorded(out) == (step != 1)
+        with pytest.warns(SlowPathWarning, match="this engine records all") if step == 1 else nullcontext():
+            assert_close(engine.compute_gramian(out), dense_gramian(out, model.parameters()))
+
+
+def test_an_engine_that_records_nothing_leaves_the_records_of_others() -> None:
+    model = nn.Sequential(
+        nn.Linear(3, 4), nn.Sequential(nn.Tanh(), nn.Linear(4, 4)), nn.Linear(4, 2)
+    ).double()
+    tasks, samples, part = (
+        Engine(model, batch_dim=None), Engine(model, batch_dim=0), Engine(model[1], batch_dim=0)
+    )  # fmt: skip
+    for step in range(8):
+        x = torch.randn(5 + step % 2, 3, dtype=torch.float64)
+        y = model(x)
+        each, few = y.square().sum(1), y.square().mean(0)
+        assert recorded(each)
+        assert_close(tasks.compute_gramian(few), dense_gramian(few, model.parameters()))
+        if step < 5:
+            assert_close(samples.compute_gramian(each), dense_gramian(each, model.parameters()))
+        assert_close(part.compute_gramian(each), dense_gramian(each, model[1].parameters()))
+        if step == 4:
+            samples.close()  # from then on, calls of a part of the model alone are recorded
+
+
+def test_strategies_that_need_records_get_them() -> None:
+    model = network().eval()
+    engine = Engine(model, batch_dim=None, strategies=("losses", "ops"))
+    for step in range(4):
+        out = (reduced if step % 2 == 0 else lambda m, x: m(x)[:, 0])(
+            model, torch.randn(20, 2, 6, 6, dtype=torch.float64)
+        )
+        assert_close(engine.compute_gramian(out), dense_gramian(out, model.parameters()))

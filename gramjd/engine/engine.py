@@ -63,8 +63,9 @@ class Engine:
             call of a structure and in each ``audit``-th one; ``None`` for no audits.
         strategies: the allowed strategies to obtain blocks, best first. ``"losses"``: one ordinary
             backward pass for each loss, for up to sixteen losses without a batch dimension, if all rows
-            fit into memory. ``"ops"``: the ops that the forward pass ran. ``"functional"``: a replay of a
-            module call under ``vmap(vjp)``. ``"rows"``: one backward pass for each row of ``J``.
+            fit into memory; as long as an engine has met no other outputs, it records no further forward
+            passes. ``"ops"``: the ops that the forward pass ran. ``"functional"``: a replay of a module call
+            under ``vmap(vjp)``. ``"rows"``: one backward pass for each row of ``J``.
         memory_budget: bytes of working memory that the products of :meth:`compute_gramian` may use beside
             the result, and that the factors of :meth:`backward` may take; ``None``: parts of the free memory.
         accumulate_dtype: the dtype in which products are added up, and of the Gramian; ``None``: float32
@@ -366,8 +367,10 @@ class Engine:
 
     def _jacobian_of(self, found: Mapping[str, Sequence[Block]], request: Request
                      ) -> Jacobian[Tensor, dict[str, Tensor]]:  # fmt: skip
-        problem, held = request.problem, self._registry.named()  # of sharded ones what the optimizer has
-        named = {name: held[name] for name in problem.parameters}
+        problem, named = request.problem, request.problem.parameters
+        if self._registry.shards.units:  # the parameters that the optimizer has
+            held = self._registry.named()
+            named = {name: held[name] for name in problem.parameters}
         by_id = {id(p): found.get(name, []) for name, p in named.items()}
         parameters, spec = pytree.flatten(named)
         shape = Output(0, tuple(problem.output.shape), problem.batch_dim)
@@ -380,7 +383,7 @@ class Engine:
         If ``deferred``, the caller looks whether the output is finite, where nothing is left to prove: on a
         GPU, each such question waits for the device.
         """
-        lockstep = self._registry.lockstep()
+        lockstep, skipped = self._registry.lockstep(), self._watcher.skips
         with torch.no_grad():
             try:
                 request = self._request(output, lockstep, deferred)
@@ -392,7 +395,8 @@ class Engine:
         before = request.known.program
         warned = before is not None and "rows" in before.strategies.values()
         if request.problem.samples and not warned and self._strategies != ("rows",):
-            warn_of_rows(request.problem, solution.program, closed=not self._finalizer.alive)
+            closed = not self._finalizer.alive
+            warn_of_rows(request.problem, solution.program, closed=closed, skipped=skipped)
         return request, solution
 
     def _solution(self, request: Request, sink: Sink) -> Solution:
@@ -407,6 +411,7 @@ class Engine:
             forget(request.problem.graph.nodes)
         if self._check != "always":
             self._proofs.keep(request.known, solution)
+        self._watcher.learn(has_read={*solution.program.strategies.values()} != {"losses"})
         return solution
 
     def _request(self, output: Tensor, lockstep: Lockstep | None, deferred: bool) -> Request:

@@ -37,16 +37,29 @@ class Watcher:
         self.strategies = strategies
         self.outermost = threading.local()  # .frame, .rng_state: of a call that is marked as a whole
         self.known_calls = KnownCalls()
+        self.skips = False  # are calls left unrecorded?
+        self.has_read = False  # has an output needed their records?
+
+    def learn(self, has_read: bool) -> None:
+        """Learn whether an output needed the records of the calls that it came of.
+
+        As long as none did (each had few losses), the next calls are not recorded. The first output that does
+        is exact without them, but slow; from then on, all calls are recorded.
+        """
+        self.has_read = self.has_read or has_read
+        self.skips = not self.has_read and "rows" in self.strategies
 
     def before(self, module: nn.Module, frame: FrameType) -> None:
         """Start recording, or remember the state that the call starts from."""
         if not torch.is_grad_enabled() or (innermost_transform() is not None and not in_backward()):
             return
+        recorder = active_recorder()
+        if self.skips and recorder is None:  # inside a call that is recorded, all are
+            return
         if "ops" not in self.strategies:
             self._before_unrecorded(frame)
             return
         kind: Any = type(module)
-        recorder = active_recorder()
         outermost = recorder is None or (recorder.opaque is None and recorder.hook != saved_tensors_hook())
         if recorder is None or outermost:
             recorder = start_recorder(Recorder(frame, self.known_calls, recorder))
