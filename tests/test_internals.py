@@ -576,6 +576,34 @@ def counted_items() -> None:
     assert torch.compile(function, backend="eager", fullgraph=True)(torch.zeros(3))[1] == 2
 
 
+@contract("zeros_that_require_gradients", "gradients_in_graphs", "reached_in_graphs")
+def gradients_that_dynamo_traces() -> None:
+    if OLD:
+        return
+
+    def function(w: Tensor, x: Tensor) -> Any:
+        def run(w: Tensor) -> Any:
+            used, unused = (
+                internals.zeros_that_require_gradients(x.shape, x.dtype, x.device) for _ in range(2)
+            )
+            out = ((x + used) * w.T).sum()  # a property of a tensor, of which modes are shown nothing
+            (x + unused).sin()
+            inputs = [used, unused, w]
+            found = internals.gradients_in_graphs([out], inputs, [torch.ones_like(out)])
+            reached.extend(internals.reached_in_graphs())
+            return torch.zeros(()), list(found)
+
+        reached: list[bool] = []
+        return torch.func.vjp(run, w, has_aux=True)[2], reached
+
+    w, x = torch.randn(2, 3).double(), torch.randn(3, 2).double()
+    (used, unused, of_w), reached = torch.compile(function, backend="eager", fullgraph=True)(w, x)
+    assert reached == [True, False, True]
+    assert_close(used, w.T)
+    assert_close(unused, torch.zeros(3, 2).double())
+    assert_close(of_w, x.T)
+
+
 @contract("saved_tensors_hook")
 def saved_hooks() -> None:
     assert internals.saved_tensors_hook() is None

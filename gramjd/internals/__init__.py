@@ -86,6 +86,7 @@ from gramjd.internals.transforms import (
     differentiable,
     differentiated_outside,
     differentiates,
+    gradients_in_graphs,
     innermost_level,
     innermost_transform,
     inside_transform,
@@ -94,10 +95,12 @@ from gramjd.internals.transforms import (
     outside_batched_gradients,
     outside_transforms,
     outside_vmap,
+    reached_in_graphs,
     stops_functions,
     transform_level,
     vmaps_in_progress,
     without_batch,
+    zeros_that_require_gradients,
 )
 
 __all__ = [
@@ -125,6 +128,7 @@ __all__ = [
     "dtypes_of",
     "edge_behind",
     "geometry",
+    "gradients_in_graphs",
     "grouped_mm_op",
     "has_plain_layout",
     "has_stock_type",
@@ -167,6 +171,7 @@ __all__ = [
     "outside_vmap",
     "plain_apply",
     "plain_call",
+    "reached_in_graphs",
     "runs_plainly",
     "saved_numbers",
     "saved_tensors_hook",
@@ -190,4 +195,5 @@ __all__ = [
     "without_batch",
     "without_hooks",
     "written",
+    "zeros_that_require_gradients",
 ]

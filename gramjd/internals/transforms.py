@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch._functorch import eager_transforms
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
 from gramjd.internals.tracing import constant_in_graphs, is_compiling
@@ -103,6 +104,40 @@ def differentiable(tensors: Sequence[Tensor]) -> list[Tensor]:
         return [_functorch._wrap_for_grad(tensor, level).requires_grad_() for tensor in tensors]
     finally:
         _functorch.set_inplace_requires_grad_allowed(before)
+
+
+def zeros_that_require_gradients(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that the ``grad`` or ``vjp`` in progress differentiates by, as Dynamo can trace it."""
+    found: Tensor = eager_transforms._create_differentiable(torch.zeros(shape, dtype=dtype, device=device))
+    return found
+
+
+def gradients_in_graphs(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+                        ) -> Sequence[Tensor]:  # fmt: skip
+    """Gradients inside the ``grad`` or ``vjp`` in progress, as Dynamo can trace it; zeros for none."""
+    found: Sequence[Tensor] = eager_transforms._autograd_grad(
+        list(outputs), list(inputs), list(cotangents), retain_graph=True, create_graph=True
+    )
+    return found
+
+
+@constant_in_graphs
+def reached_in_graphs() -> tuple[bool, ...]:
+    """Which inputs of the last :func:`gradients_in_graphs` that Dynamo traced the outputs depend on."""
+    from torch._dispatch.python import enable_python_dispatcher
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    traced: Any = InstructionTranslator.current_tx().output
+    grad = eager_transforms._autograd_grad
+    last = next(node for node in reversed(traced.graph.nodes) if node.target is grad)
+    outputs, inputs = ([node.meta["example_value"] for node in given] for given in last.args[:2])
+    ends = [out for out in outputs if out.requires_grad]
+    if not ends:
+        return (False,) * len(inputs)
+    with traced.fake_mode, enable_python_dispatcher():  # as Dynamo runs each op
+        ones = [*map(torch.ones_like, ends)]
+        found = torch.autograd.grad(ends, inputs, ones, retain_graph=True, allow_unused=True)
+    return tuple([g is not None for g in found])
 
 
 def depends_on_innermost_transform(tensor: Tensor) -> bool:
