@@ -147,6 +147,14 @@ def any_entry(op: Op) -> Entry | None:
     return next(iter(known.entries.values()), None) if known else None
 
 
+def weights_of(op: Op) -> frozenset[str]:
+    """The arguments that have rules, of an op whose input, the first, has none: all samples share them."""
+    known = rules_of(op)
+    if known is None or known.names[0] in known.entries:
+        return frozenset()
+    return frozenset([name for name, entry in known.entries.items() if entry.align == "left"])
+
+
 @constant_in_graphs
 def op_name(op: Op) -> str:
     """The readable name of an op: ``linear``, ``Tensor.add``, ``Tensor.T``."""

@@ -35,6 +35,7 @@ from gramjd.internals import (
     is_dynamo_tracing,
     is_elsewhere,
     is_view,
+    memory_of,
     saved_tensors_hook,
     transform_level,
 )
@@ -271,11 +272,15 @@ class Recorder(Tracker):
         ``call`` is ``None`` for an op that drew random numbers: it must not draw again, and what it returns
         views of is its own.
         """
-        if type(out) is Tensor and not record.derived and not is_view(out):  # most: new memory, or as given
-            for leaf in leaves:
-                if leaf is out:
-                    self.aliases.add(marked, self.aliases.originals.get(id(out), out))
-            return
+        if type(out) is Tensor and not record.derived:
+            if not is_view(out):  # most: new memory, or as given
+                for leaf in leaves:
+                    if leaf is out:
+                        self.aliases.add(marked, self.aliases.originals.get(id(out), out))
+                return
+            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and has_plain_layout(leaf)]
+            if memory_of(out) not in map(memory_of, tensors):
+                return  # a view of new memory, of which nobody has another: linear in three dimensions
         if call is not None and any(map(is_view, tensors_of(out))):
             out = self.aliases.call(*call, out)
         for original, mine in zip(tensors_of(out), tensors_of(marked), strict=True):

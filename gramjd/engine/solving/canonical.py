@@ -13,7 +13,7 @@ from gramjd.engine.recording.nodes import Cotangents, values_of
 from gramjd.engine.recording.recorded import OpMark
 from gramjd.engine.solving.part import Part
 from gramjd.engine.solving.program import Layouts
-from gramjd.rules.registry import Entry, any_entry
+from gramjd.rules.registry import Entry, any_entry, weights_of
 from gramjd.uses.use import Derived, Record, Use, names_of_leaves, roots
 
 
@@ -143,10 +143,14 @@ def _dims(record: Record, values: Sequence[Tensor], slots: Sequence[Tensor], out
         return last
     names = record.call.names if record.spec is None else names_of_leaves(record.call)
     arguments = {**_arguments(record, names, values, slots), "output": output}
+    weights = weights_of(record.call.op)
     found: list[int | None] = []
     for index, place in zip(record.saved, last, strict=True):
         name = names[index]
-        found.append(place if name is None else entry.meets(arguments, str(name), dim))
+        if name in weights:  # frozen ones
+            found.append(None)
+        else:
+            found.append(place if name is None else entry.meets(arguments, str(name), dim))
     return found
 
 
