@@ -22,7 +22,8 @@ _SKIPPED = (
 )
 _LATE = (
     "no call of a registered module was recorded: create the engine before the forward pass, and compute the "
-    "output from what its modules return"
+    "output from what its modules return. Calls that run no hooks cannot be recorded: model.forward(x), and "
+    "those of modules with a __call__ of their own, such as gpytorch's"
 )
 
 

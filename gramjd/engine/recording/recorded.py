@@ -45,7 +45,7 @@ class OpMark:
     live: tuple[bool, ...]  # which outputs require gradients, and so have a tap
     batch_independent: bool  # are all arguments the same for all samples?
     replay: Replay | None = None
-    lost: str = ""  # why its blocks cannot follow from it: what the op did
+    lost: str = ""  # why its blocks cannot follow from it
     arguments: tuple[Any, ...] = ()  # the nodes of autograd's graph that computed the op's arguments
     hooks: Sequence[str] = ()  # that its forward put on tensors, also later ones
 
@@ -135,10 +135,11 @@ def mark_op(record: Record, leaves: Sequence[Any], out: Any, arguments: tuple[An
 
 
 def lose(tensor: Tensor, cause: str) -> None:
-    """Let the node behind a derived tensor say that not all uses of the tensor are known."""
+    """Let the node behind a derived tensor say that not all uses of the tensor are known: it ``cause``."""
     node: Any = tensor.grad_fn
     if isinstance(node, NODE_TYPE) and isinstance(node.record, OpMark):
-        node.record = replace(node.record, lost=cause)
+        origin = node.record.record.origin
+        node.record = replace(node.record, lost=f"what {origin} computed {cause}")
 
 
 def _follow(node: Any, mark: OpMark) -> bool:

@@ -133,7 +133,7 @@ class Recorder(Tracker):
             self.hooks.append(HOOK)
         is_derived = isinstance(self.sources.get(id(args[0])), Derived)
         if is_derived and not _is_of_fully_shard(args[-1]):  # its gradient need not be that of its uses
-            lose(args[0], "computed a tensor that has a hook")
+            lose(args[0], "has a hook")
         return func, args, kwargs
 
     def _write(self, func: Any, types: Any, args: Any, kwargs: dict[str, Any], target: Tensor,
@@ -142,7 +142,7 @@ class Recorder(Tracker):
         self.aliases.refuse_unseen_writes(target)
         batch_independent = self._classify([*args, *kwargs.values()])[1]
         for marked, _ in group:  # what is known of them is no longer so
-            lose(marked, "was written into after it was computed")
+            lose(marked, "was written into later")
             self.sources.pop(id(marked), None)
             if id(marked) in self.aliases.originals:
                 self.aliases.stale[id(marked)] = self.aliases.originals[id(marked)]
@@ -245,7 +245,7 @@ class Recorder(Tracker):
         if not derived and op in DECOMPOSITIONS and rules_of(op) is None:
             return mark_fused(record, leaves, out, before, arguments), record
         # an op that has a rule draws no random numbers
-        lost = _drew(before) if None in record.entries else ""
+        lost = _drew(before, record) if None in record.entries else ""
         marked = mark_op(record, leaves, out, arguments, inplace,
                          derived or self._are_batch_independent(leaves), lost, self.hooks)  # fmt: skip
         if not inplace:
@@ -387,7 +387,7 @@ def _writes(args: Any, kwargs: dict[str, Any]) -> bool:
     return args[3] if len(args) > 3 else kwargs.get("inplace", False)
 
 
-_WRITTEN = "wrote it into a part of another tensor"
+_WRITTEN = "it was written into a part of another tensor"
 
 
 def _is_of_fully_shard(hook: Any) -> bool:
@@ -395,10 +395,10 @@ def _is_of_fully_shard(hook: Any) -> bool:
     return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp.")
 
 
-def _drew(before: Tensor) -> str:
+def _drew(before: Tensor, record: Record) -> str:
     """The reason not to record an op, if it drew random numbers since the generator had this state."""
     drew = not torch.equal(before, torch.default_generator.get_state())
-    return "drew random numbers when it used it" if drew else ""
+    return f"{record.origin} drew random numbers when it used it" if drew else ""
 
 
 def _is_live(out: Any) -> bool:

@@ -39,7 +39,7 @@ def use_of(part: Part, index: int, layouts: Layouts, split: Mapping[Record, Layo
     mark: OpMark = part.nodes[index].record
     record, problem = mark.record, part.problem
     if mark.lost:
-        raise Unusable(f"{record.origin} {mark.lost}")
+        raise Unusable(mark.lost)
     if mark.replay is not None and any(c is not None for c in part.cotangents[index]):
         raise Unusable("its fused op could not be replayed")
     values, slots = _saved(part, index)
