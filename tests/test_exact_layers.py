@@ -115,3 +115,56 @@ def test_tokens_of_all_samples_through_frozen_layers(name: str, last: bool) -> N
     for layer in (model.layer, *([model.last] if last else [])):
         layer.requires_grad_(False)
     judge(model, lambda samples: torch.randn(samples, 4, 3).double(), (5, 5, 8, 2, 5, 8, 5, 5, 8, 1))
+
+
+class Masked(nn.Module):
+    """Writes a trained vector, or what is computed from one, into entries of an activation."""
+
+    def __init__(self, write: Callable[[Tensor, Tensor, Tensor], object], derived: bool) -> None:
+        super().__init__()
+        self.write, self.derived = write, derived
+        self.first, self.last = nn.Linear(3, 6), nn.Linear(6, 6)
+        self.token = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        self.write(h, 2 * self.token if self.derived else self.token, x[..., 0] > 0)
+        return torch.tanh(self.last(h))
+
+
+PLACES: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
+    "mask": lambda h, t, mask: h.__setitem__(mask, t),
+    "no entry": lambda h, t, mask: h.__setitem__(mask & ~mask, t),
+    "all entries": lambda h, t, mask: h.__setitem__(mask | ~mask, t),
+    "first position": lambda h, t, mask: h.__setitem__((slice(None), 0), t),
+    "positions": lambda h, t, mask: h.__setitem__((slice(None), [0, 2]), t),
+    "ids": lambda h, t, mask: h.__setitem__(torch.nonzero(mask, as_tuple=True), t),
+    "a part": lambda h, t, mask: h.__setitem__((Ellipsis, slice(0, 2)), t[:2]),
+    "one sample": lambda h, t, mask: h.__setitem__(-1, t),
+    "a view": lambda h, t, mask: h.flatten(0, 1).__setitem__(mask.flatten(), t),
+    "twice": lambda h, t, mask: (h.__setitem__(mask, t), h.__setitem__(~mask, t.tanh())),
+}
+
+
+@pytest.mark.parametrize("derived", [False, True])
+@pytest.mark.parametrize("name", PLACES)
+def test_vectors_that_are_written_into_an_activation(name: str, derived: bool) -> None:
+    model = Masked(PLACES[name], derived)
+    judge(model, lambda samples: torch.randn(samples, 4, 3).double(), (3, 3, 4, 6, 3, 1, 4, 3, 3))
+
+
+@pytest.mark.filterwarnings("ignore::gramjd.SlowPathWarning")
+@pytest.mark.parametrize("samples", [2, 3, 4, 8])
+def test_a_weight_that_is_put_together_by_writes(samples: int) -> None:
+    class Lower(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.diagonal, self.below = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight, at = x.new_zeros(4, 4), torch.tril_indices(4, 4, -1)
+            weight[at[0], at[1]] = self.below
+            weight[range(4), range(4)] = F.softplus(self.diagonal)
+            return F.linear(x, weight)
+
+    judge(Lower(), lambda samples: torch.randn(samples, 4).double(), [samples] * 5)

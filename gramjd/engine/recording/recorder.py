@@ -38,6 +38,7 @@ from gramjd.internals import (
     memory_of,
     saved_tensors_hook,
     transform_level,
+    unseen_by_modes,
 )
 from gramjd.rules import DECOMPOSITIONS, tensors_of
 from gramjd.rules.registry import rules_of
@@ -71,6 +72,7 @@ class Recorder(Tracker):
         self.aliases, self.writing = Aliases(), False
         self.hooks: list[str] = []  # on tensors that the forward computed; shared with its nodes
         self.calls: list[Call] = []  # in progress
+        self.assembled: dict[int, Tensor] = {}  # that tracked tensors were written into, by id
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -255,6 +257,10 @@ class Recorder(Tracker):
     def _without_node(self, op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Call an op that writes where no node can be; what it wrote says that this use is not known."""
         target = first_argument(args, kwargs)
+        spread = self._spread(*args) if op is Tensor.__setitem__ else None
+        if spread is not None:
+            return op(*args[:2], spread)
+        self.assembled[id(target)] = target
         others = [arg if arg is target else self._lost(arg, _WRITTEN) for arg in args]
         named = {name: arg if arg is target else self._lost(arg, _WRITTEN) for name, arg in kwargs.items()}
         return op(*others, **named)
@@ -298,6 +304,26 @@ class Recorder(Tracker):
         if op is Tensor.__setitem__ or is_view(first_argument(args, kwargs)):
             return True
         return None in describe(op, args, kwargs, self.sources, False)[0].entries
+
+    def _spread(self, target: Tensor, index: Any, value: Any) -> Tensor | None:
+        """A tracked value in the shape of the items of an activation that it is written into, as a use of it.
+
+        ``None`` where the target may be a weight that is put together.
+        """
+        if id(value) not in self.sources or not value.requires_grad or not has_plain_layout(value):
+            return None
+        if not target.requires_grad or id(target) in self.sources or id(target) in self.assembled:
+            return None
+        try:
+            with torch.no_grad(), unseen_by_modes():
+                shape = target.detach()[index].shape
+                value.detach().expand(shape)
+        except Exception:  # the op's own words say what is wrong with its arguments
+            return None
+        record, leaves = describe(Tensor.expand, (value, *shape), {}, self.sources, False)
+        self.seen.update(id(slot.source) for slot in record.slots)
+        out = Tensor.expand(value, *shape)
+        return mark_op(record, leaves, out, computed_by([value]), False, False, "", self.hooks)
 
     def _lost(self, arg: Any, cause: str) -> Any:
         """An argument; if it is tracked, with a node that says that this use of it is not known."""
