@@ -11,6 +11,7 @@ import torch
 from oracle import assert_close, dense_gramian, needs_shapes
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import gramjd
 from gramjd import Engine, SlowPathWarning
@@ -162,3 +163,18 @@ def test_strategies_that_need_records_get_them() -> None:
             model, torch.randn(20, 2, 6, 6, dtype=torch.float64)
         )
         assert_close(engine.compute_gramian(out), dense_gramian(out, model.parameters()))
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_what_a_checkpoint_computes_again_is_recorded_like_the_first_time(first: int) -> None:
+    layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)).double()
+    model = nn.Sequential(nn.Linear(3, 4), *layers, nn.Linear(4, 20)).double()
+    engine = Engine(model, batch_dim=None)
+    for step in range(6):
+        h = model[0](torch.randn(5, 3).double())
+        for layer in layers:
+            h = checkpoint(layer, h, use_reentrant=False) if step >= first else layer(h)
+        y = model[4](h)
+        out = y.square().mean(0) if step == 4 else y[:, :2].square().mean(0)
+        assert_close(engine.compute_gramian(out), dense_gramian(out, model.parameters()))
+        out.sum().backward()

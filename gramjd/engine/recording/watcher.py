@@ -53,6 +53,8 @@ class Watcher:
         """Start recording, or remember the state that the call starts from."""
         if not torch.is_grad_enabled() or (innermost_transform() is not None and not in_backward()):
             return
+        if not self.has_read and saved_tensors_hook() is not None:  # a checkpoint computes the same once more
+            self.learn(has_read=True)
         recorder = active_recorder()
         if self.skips and recorder is None:  # inside a call that is recorded, all are
             return
