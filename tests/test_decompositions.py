@@ -182,6 +182,7 @@ def test_every_decomposition_has_a_test() -> None:
                  for cell in ("", "_cell")]  # fmt: skip
     tested: list[Callable[..., Any]] = [*recurrent, F.embedding_bag]
     tested += [F.bilinear, torch._weight_norm]  # in test_rules and test_derived
+    tested += [torch.linalg.solve]  # in test_contractions
     tested += [op for op in [getattr(torch, "_grouped_mm", None)] if op is not None]
     missing = [op_name(op) for op in expanded() if op not in tested]
     assert not missing, f"test {missing} and add them here"

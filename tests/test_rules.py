@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import gramjd
 from gramjd import Engine
 from gramjd.rules import registered
+from gramjd.rules.contractions import INNERS, OUTERS
 from gramjd.rules.conv import CONVS, TRANSPOSED_CONVS
 from gramjd.rules.elementwise import ADDCMULS, ADDS, ADDS_INPLACE, DIVS, LERPS, MULS, SUBS, SUBS_INPLACE
 from gramjd.rules.linear import ADDMMS, BADDBMMS, BMMS, MATMULS, MVS
@@ -202,6 +203,43 @@ CASES[torch.einsum, "first"] = [
 ]
 
 
+def swapped_tensordot(x: Tensor, p: Tensor, dims: object) -> Tensor:
+    """A product with the parameter first; the samples, which its free dimensions come before, put first."""
+    if isinstance(dims, int):
+        dims = [*range(x.ndim - dims, x.ndim)], [*range(dims)]
+    ours, theirs = dims  # type: ignore[misc]
+    return torch.tensordot(p, x, dims=(theirs, ours)).movedim(p.ndim - len(theirs), 0)
+
+
+TENSORDOTS = [
+    ((4, 5), (3, 4), 1), ((3, 4, 5), (2, 3, 4), 2), ((3, 4, 5), (3, 4), ([1, 2], [0, -2])),
+    ((5, 4), (3, 4), ([-1], [1])), ((4, 3), (3, 4), ([1, 2], [1, 0])), ((5, 4), (), 0),
+    ((2, 4, 5), (4,), ([1], [1])), ((1, 5), (4,), 1), ((4, 3), (3, 4), ((2, 1), (0, 1))),
+]  # fmt: skip
+CASES[torch.tensordot, "b"] = [
+    Case(p, s, lambda p, x, dims=dims: torch.tensordot(x, p, dims)) for p, s, dims in TENSORDOTS
+]
+CASES[torch.tensordot, "a"] = [
+    Case(p, s, lambda p, x, dims=dims: swapped_tensordot(x, p, dims)) for p, s, dims in TENSORDOTS
+]
+for op in INNERS:
+    sizes = [(4,), (5, 4), (2, 5, 4), ()]
+    CASES[op, "other"] = [Case(p, (3, 4), lambda p, x, op=op: op(x, p)) for p in sizes]
+    CASES[op, "input"] = [
+        Case(p, (3, 4), lambda p, x, op=op: op(p, x).movedim(p.ndim - (p.ndim > 0), 0)) for p in sizes
+    ]
+for op in OUTERS:
+    CASES[op, "vec2"] = [Case((5,), (), lambda p, x, op=op: op(x, p))]
+    CASES[op, "input"] = [Case((5,), (), lambda p, x, op=op: op(p, x).T)]
+VECDOTS = [((4,), -1), ((3, 4), -1), ((3, 4), 1), ((3, 1), 1), ((1, 3, 4), -1)]
+CASES[torch.linalg.vecdot, "y"] = [
+    Case(p, (3, 4), lambda p, x, dim=dim: torch.linalg.vecdot(x, p, dim=dim)) for p, dim in VECDOTS
+]
+CASES[torch.linalg.vecdot, "x"] = [
+    Case(p, (3, 4), lambda p, x, dim=dim: torch.linalg.vecdot(p, x, dim=dim)) for p, dim in VECDOTS
+]
+
+
 def heads(x: Tensor) -> Tensor:
     """``[n, i]`` twice, ``[2, n, i]``."""
     return torch.stack([x, x.sin()])
@@ -323,6 +361,23 @@ def test_rule(case: Case, several: bool) -> None:
 
     got = gramjd.gramian(per_sample)(model.p.detach(), x)
     assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda p, x: torch.matmul(x, p, out=None),
+        lambda p, x: torch.linalg.vecdot(x, p, out=None),
+        lambda p, x: F.cosine_similarity(x, p, axis=-1),
+        lambda p, x: torch.tensordot(x, p, torch.tensor(1)),
+    ],
+)
+def test_arguments_that_no_rule_knows(call: Callable[[Tensor, Tensor], Tensor]) -> None:
+    case = Case((4,), (4,), call)
+    model, x = Uses(case), draw(case, 3)
+    want = dense_gramian(objectives(model(x), False), model.parameters())
+    with Engine(model, batch_dim=0) as engine, pytest.warns(gramjd.SlowPathWarning, match="argument|dims"):
+        assert_close(engine.compute_gramian(objectives(model(x), False)), want)
 
 
 def test_every_rule_has_a_case() -> None:

@@ -6,7 +6,7 @@ from gramjd.decompositions import (
     recurrent,  # noqa: F401
 )
 from gramjd.decompositions.registry import DECOMPOSITIONS, decomposition_of, register_decomposition
-from gramjd.rules import conv, einsum, elementwise, embedding, linear, norm, shape  # noqa: F401
+from gramjd.rules import alignment, contractions, conv, einsum, elementwise, embedding, linear, norm, shape  # noqa: F401
 from gramjd.rules.fallback import SEPARABLE, dense_rows, tensors_of
 from gramjd.rules.registry import Call, register_rule, registered
 

@@ -47,26 +47,31 @@ def _covers(name: str) -> Any:
         if len(arguments) != 3 or not isinstance(arguments["equation"], str):
             return False
         try:
-            weight, other, out = _parts(arguments["equation"], name, arguments["first"], arguments["second"])
-            sizes = {**_sizes(weight, arguments[name]), **_sizes(other, arguments[_other(name)])}
+            parts = _parts(arguments["equation"], name, arguments["first"], arguments["second"])
+            return is_outer(arguments[name], arguments[_other(name)], *parts)
         except ValueError:  # an equation that does not fit: torch says so
             return False
-        distinct = all(len(set(part)) == len(part) for part in (weight, other, out))
-        whole = sizes == {**sizes, **_sizes(weight, arguments[name])}
-        used = set(weight) <= set(other + out) and set(other) <= set(weight + out)
-        return distinct and whole and used and _split(weight, other, out) is not None
 
     return covers
 
 
+def is_outer(weight: Tensor, activations: Tensor, names: str, other: str, out: str) -> bool:
+    """Whether the rows of a weight are outer products, by subscripts of both operands and the output."""
+    sizes = {**_sizes(names, weight), **_sizes(other, activations)}
+    distinct = all(len(set(part)) == len(part) for part in (names, other, out))
+    whole = sizes == {**sizes, **_sizes(names, weight)}
+    used = set(names) <= set(other + out) and set(other) <= set(names + out)
+    return distinct and whole and used and _split(names, other, out) is not None
+
+
 @register_rule(torch.einsum, wrt="first", needs=["second"], align=_meets, when=_covers("first"))
 def einsum_first(c: Tensor, equation: str, first: Tensor, second: Tensor, *others: Any) -> Outer:
-    return _outer(c, second, first, *_parts(equation, "first", first, second[0]))
+    return outer_of(c, second, first, *_parts(equation, "first", first, second[0]))
 
 
 @register_rule(torch.einsum, wrt="second", needs=["first"], align=_meets, when=_covers("second"))
 def einsum_second(c: Tensor, equation: str, first: Tensor, second: Tensor, *others: Any) -> Outer:
-    return _outer(c, first, second, *_parts(equation, "second", first[0], second))
+    return outer_of(c, first, second, *_parts(equation, "second", first[0], second))
 
 
 def _other(name: str) -> str:
@@ -101,7 +106,7 @@ def _split(weight: str, other: str, out: str) -> tuple[str, str, str, bool] | No
     return None
 
 
-def _outer(c: Tensor, a: Tensor, weight: Tensor, names: str, other: str, out: str) -> Outer:
+def outer_of(c: Tensor, a: Tensor, weight: Tensor, names: str, other: str, out: str) -> Outer:
     """Cotangents as ``[K, B, T, G, o]`` and activations as ``[B, T, G, i]``."""
     parts = _split(names, other, out)
     assert parts is not None

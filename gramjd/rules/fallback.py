@@ -19,9 +19,10 @@ from gramjd.rules.registry import Call, op_name
 _SEPARABLE = {
     torch: """
         addcdiv addcmul atan2 baddbmm bmm cat cdist clamp concat concatenate copysign cosine_similarity
-        einsum fmax fmin hstack hypot ldexp lerp logaddexp logaddexp2 matmul maximum minimum pow prelu stack
-        tensordot true_divide vstack where xlogy
+        einsum fmax fmin hstack hypot inner ldexp lerp logaddexp logaddexp2 matmul maximum minimum pow prelu
+        stack tensordot true_divide vstack where xlogy
     """,
+    torch.linalg: "solve vecdot",
     F: """
         bilinear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d cosine_similarity
         group_norm instance_norm layer_norm linear pairwise_distance prelu scaled_dot_product_attention

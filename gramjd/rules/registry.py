@@ -31,14 +31,6 @@ class Entry:
         """Whether it is a rule of this library: its ops depend on its arguments alone."""
         return self.rule.__module__.startswith(_OURS)
 
-    def meets(self, arguments: Mapping[Any, Any], name: str, dim: int) -> int | None:
-        """The dimension of an argument that holds the samples in dimension ``dim`` of the output."""
-        if callable(self.align):
-            return self.align(arguments, name, dim)
-        if self.align == "right":
-            dim -= len(arguments["output"]) - len(arguments[name])
-        return dim if 0 <= dim < len(arguments[name]) else None
-
 
 @dataclass
 class OpRules:
@@ -48,6 +40,7 @@ class OpRules:
     variadic: bool  # may more positional arguments follow?
     number: int  # its place in the registry
     entries: dict[str, Entry] = field(default_factory=dict)
+    align: Align | None = None  # of an op that may have no rule
     only_structure: bool = True  # do ``when``s ask for settings, shapes and dtypes alone? True of ours
 
 
@@ -101,10 +94,9 @@ def register_rule(
         if wrt not in names:
             raise ValueError(f"The rule {rule.__qualname__} has no argument {wrt!r}; it has {names}.")
         for op in ops:
-            if op not in _RULES:
-                _RULES[op] = OpRules(names, variadic, len(_BY_NUMBER))
-                _BY_NUMBER.append(_RULES[op])
-            known = _RULES[op]
+            known = _known(op, names, variadic)
+            if not known.entries:  # names of its alignment give way
+                known.names, known.variadic = names, variadic
             if known.names != names:
                 raise ValueError(
                     f"The rules of one op must name the same arguments: {rule.__qualname__} has "
@@ -118,6 +110,28 @@ def register_rule(
         return rule
 
     return register
+
+
+def register_alignment(*ops: Op, names: Sequence[str], align: Align) -> None:
+    """Say which dimensions of an op's arguments meet those of its output, where it has no rule.
+
+    So the op can be called for one sample. ``Engine`` does not replay it, even if it has a decomposition.
+
+    Args:
+        ops: the op, as :func:`register_rule` takes it.
+        names: of its arguments, in order.
+        align: see :func:`register_rule`.
+    """
+    for op in ops:
+        _known(op, tuple(names), False).align = align
+
+
+def _known(op: Op, names: tuple[str, ...], variadic: bool) -> OpRules:
+    """The rules of an op, none yet if it is new here."""
+    if op not in _RULES:
+        _RULES[op] = OpRules(names, variadic, len(_BY_NUMBER))
+        _BY_NUMBER.append(_RULES[op])
+    return _RULES[op]
 
 
 def rules_of(op: Op) -> OpRules | None:
@@ -141,10 +155,29 @@ def version() -> int:
     return _VERSION[0]
 
 
-def any_entry(op: Op) -> Entry | None:
-    """Some rule of an op, which knows how its dimensions meet."""
+def alignment(op: Op) -> Align | None:
+    """How the dimensions of an op meet, by one of its rules; ``None`` if nothing is known."""
     known = rules_of(op)
-    return next(iter(known.entries.values()), None) if known else None
+    if known is None:
+        return None
+    return next((entry.align for entry in known.entries.values()), known.align)
+
+
+def meets(align: Align, arguments: Mapping[Any, Any], name: str, dim: int) -> int | None:
+    """The dimension of an argument that holds the samples in dimension ``dim`` of the output.
+
+    Raises:
+        ValueError: the call names arguments that the rules of the op do not know.
+    """
+    try:
+        if callable(align):
+            return align(arguments, name, dim)
+        if align == "right":
+            dim -= len(arguments["output"]) - len(arguments[name])
+        return dim if 0 <= dim < len(arguments[name]) else None
+    except KeyError as error:
+        given = [key for key in arguments if isinstance(key, str) and key != "output"]
+        raise ValueError(f"no rule of the op knows the arguments {given}") from error
 
 
 def weights_of(op: Op) -> frozenset[str]:

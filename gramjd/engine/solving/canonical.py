@@ -13,7 +13,7 @@ from gramjd.engine.recording.nodes import Cotangents, values_of
 from gramjd.engine.recording.recorded import OpMark
 from gramjd.engine.solving.part import Part
 from gramjd.engine.solving.program import Layouts
-from gramjd.rules.registry import Entry, any_entry, weights_of
+from gramjd.rules.registry import Align, alignment, meets, weights_of
 from gramjd.uses.use import Derived, Record, Use, names_of_leaves, roots
 
 
@@ -138,8 +138,8 @@ def _dims(record: Record, values: Sequence[Tensor], slots: Sequence[Tensor], out
     """The dimensions of a call's saved arguments that meet dimension ``dim`` of its output."""
     # as of most ops: the last dimensions meet
     last = [at if (at := dim - len(output) + t.ndim) >= 0 else None for t in values]
-    entry = _rule(record)
-    if entry is None:
+    align = _alignment(record)
+    if align is None:
         return last
     names = record.call.names if record.spec is None else names_of_leaves(record.call)
     arguments = {**_arguments(record, names, values, slots), "output": output}
@@ -150,14 +150,14 @@ def _dims(record: Record, values: Sequence[Tensor], slots: Sequence[Tensor], out
         if name in weights:  # frozen ones
             found.append(None)
         else:
-            found.append(place if name is None else entry.meets(arguments, str(name), dim))
+            found.append(place if name is None else meets(align, arguments, str(name), dim))
     return found
 
 
 def _arguments(record: Record, names: Sequence[str | int | None], values: Sequence[Tensor],
                slots: Sequence[Tensor]) -> dict[Any, Any]:  # fmt: skip
     """The arguments of a call by name, shapes in place of tensors."""
-    arguments: dict[Any, Any] = dict(zip(names, record.leaves, strict=True))
+    arguments: dict[Any, Any] = dict(zip(record.call.names, record.call.values, strict=True))
     for index, value in zip(record.saved, values, strict=True):
         arguments[names[index]] = value.shape
     for slot, tensor in zip(record.slots, slots, strict=True):
@@ -165,7 +165,7 @@ def _arguments(record: Record, names: Sequence[str | int | None], values: Sequen
     return arguments
 
 
-def _rule(record: Record) -> Entry | None:
-    """A rule of the op for one of its slots, or else for any of its arguments; ``None`` without one."""
-    known = [entry for entry in record.entries if entry is not None]
-    return known[0] if known else any_entry(record.call.op)
+def _alignment(record: Record) -> Align | None:
+    """How dimensions meet, by the rule of a slot, or else by what is known of the op."""
+    known = (entry.align for entry in record.entries if entry is not None)
+    return next(known, alignment(record.call.op))
