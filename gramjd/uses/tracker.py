@@ -6,7 +6,7 @@ Both captures are trackers: :mod:`gramjd.functional.per_sample_mode` under ``vma
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ class Tracker(TorchFunctionMode):
             elif id(out) in self.known or self.known_around or func is Tensor.__setitem__:
                 self._forget(args[0] if func is Tensor.__setitem__ else out)
             return out
-        if func in _COMPOSITE:
+        if func in _COMPOSITE and "out" not in kwargs:
             with self:
                 return _COMPOSITE[func](*args, **kwargs)
         derived = batch_independent and not _is_random(func) and not is_inplace(func)
@@ -140,5 +140,18 @@ def first_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return next((kwargs[name] for name in ("input", "tensor", "self") if name in kwargs), None)
 
 
-# Written in Python on top of ops that have rules: their bodies are followed, not the call itself.
-_COMPOSITE = {F.multi_head_attention_forward: undispatched(F.multi_head_attention_forward)}
+def _kron(input: Tensor, other: Tensor) -> Tensor:
+    """A Kronecker product as torch computes it."""
+    rank = max(input.ndim, other.ndim)
+    left, right = ([1] * (rank - t.ndim) + [*t.shape] for t in (input, other))
+    input = input.reshape([n for size in left for n in (size, 1)])
+    other = other.reshape([n for size in right for n in (1, size)])
+    return (input * other).reshape([m * n for m, n in zip(left, right, strict=True)])
+
+
+# Written in terms of ops that have rules: their bodies are followed, not the call itself.
+_COMPOSITE: dict[Any, Callable[..., Any]] = {
+    F.multi_head_attention_forward: undispatched(F.multi_head_attention_forward),
+    torch.kron: _kron,
+    Tensor.kron: _kron,
+}
