@@ -145,6 +145,19 @@ for op in (*ADDS, *SUBS):
     ]
 for op in (torch.add, torch.sub):
     CASES[op].append(Case((5, 4), lambda p, op=op: op(w(5, 4), p, alpha=3)))
+    # tensors by name, in an order of their own, and dimensions by numpy's names: exact, by rows
+    CASES[op].append(Case((5, 4), lambda p, op=op: op(other=p, input=w(5, 4)), structured=False))
+CASES[torch.cat] += [
+    Case((3, 4), lambda p: torch.cat(dim=0, tensors=[w(2, 4), p]), structured=False),
+    Case((3, 4), lambda p: torch.cat([w(2, 4), p], axis=0), structured=False),
+    Case((5, 4), lambda p: torch.cat([w(0), p], 1)),
+]
+CASES[torch.stack].append(Case((10,), lambda p: torch.stack([p, w(10)], 1).view(5, 4), structured=False))
+CASES[torch.swapaxes].append(
+    Case((4, 5), lambda p: torch.swapaxes(p, axis0=0, axis1=1).clone(), structured=False)
+)
+CASES[torch.permute].append(Case((4, 5), lambda p: torch.permute(p, dims=(1, 0)), structured=False))
+CASES[Tensor.expand].append(Case((1, 4), lambda p: p.expand(size=(5, 4)), structured=False))
 for op in MULS:
     CASES[op] = [
         Case((5, 4), lambda p, op=op: op(p, 0.5)),
@@ -163,7 +176,19 @@ for op in MATMULS:
         Case((5, 3), lambda p, op=op: op(p, w(3, 4))),
         Case((3, 4), lambda p, op=op: op(w(5, 3), p)),
         Case((4, 3), lambda p, op=op: op(w(5, 3), p.T)),
+        # a product in another shape: both keep some features together, or none
+        Case((2, 3), lambda p, op=op: op(p, w(3, 10)).view(4, 5).T),
+        Case((3, 10), lambda p, op=op: op(w(2, 3), p).view(4, 5).T),
+        Case((10, 3), lambda p, op=op: op(p, w(3, 2)).view(5, 4)),
+        Case((3, 2), lambda p, op=op: op(w(10, 3), p).view(5, 4)),
+        Case((6, 3), lambda p, op=op: op(p, w(3, 4)).view(4, 6), output=(4, 6)),
+        Case((3, 4), lambda p, op=op: op(w(6, 3), p).view(4, 6), output=(4, 6)),
     ]
+CASES[torch.matmul] += [
+    Case((5, 0), lambda p: w(5, 4) + torch.matmul(p, w(0, 4))),
+    Case((5, 4), lambda p: p + torch.matmul(w(5, 0), p[:0]), structured=None),
+    Case((3, 4), lambda p: torch.matmul(w(5, 3), other=p)),
+]
 
 
 class Mapped(nn.Module):

@@ -117,6 +117,8 @@ class Outer:
     def dense(self) -> Tensor:
         """All rows, ``[K, B, *shape]``."""
         entries = self.c.shape[3] * self.c.shape[4] * self.a.shape[3]
+        if not entries:
+            return self.c.new_zeros(*self.rows, *self.shape)
         return self.part(0, entries).transpose(0, 1).reshape(*self.rows, *self.shape)
 
     def vjp(self, w: Tensor) -> Tensor:

@@ -29,7 +29,9 @@ def embedding_weight(
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
-) -> Lookup:
+) -> Lookup | Dense:
+    if not weight.numel():
+        return Dense(c.new_zeros(*c.shape[:2], *weight.shape))
     ids = input.flatten(1)
     c = c.reshape(*c.shape[:2], ids.shape[1], c.shape[-1])
     if padding_idx is not None:  # the padding row gets no gradient

@@ -26,6 +26,15 @@ def factors(block: Structured) -> list[tuple[str, int]]:
     return [("groups", groups), *([("a", i), ("c", o)] if block.transposed else [("c", o), ("a", i)])]
 
 
+def sides(block: Structured) -> tuple[int, int] | None:
+    """The sizes of the matrix that a block's two factors are the sides of; ``None`` if it has groups.
+
+    A reshape in between may have made the block's shape another matrix with as many entries.
+    """
+    sizes = [size for name, size in factors(block) if name != "groups" or size > 1]
+    return (sizes[0], sizes[1]) if len(sizes) == 2 else None
+
+
 def factor_of_dims(block: Structured) -> list[str] | None:
     """The factor that each dimension of the shape belongs to; ``None`` if one belongs to two."""
     parts = [(name, size) for name, size in factors(block) if size > 1] or [("c", 1)]
@@ -125,3 +134,35 @@ def scaled(block: Structured, factor: Tensor | float) -> Structured | None:
         return x * values.reshape(-1, *[1] * (x.ndim - d - 1))
 
     return along(block, dim, scale, block.shape[dim])
+
+
+def of_product(block: Outer, wrt_left: bool, left: Tensor, right: Tensor) -> Outer | None:
+    """The block of a factor of ``left @ right`` from that of the product, which a reshape has regrouped.
+
+    The product is ``[m, n]``, and the factors of the block are ``x [..., T, p]`` and ``y [..., T, q]``. Where
+    ``p = m s``, each ``x_t`` is ``[m, s]``; where ``m = p s``, each ``y_t`` is ``[s, n]``.
+    """
+    found, (m, r) = sides(block), left.shape
+    if found is None:
+        return None
+    p, q = found
+    x, y = (f.squeeze(-2) for f in ((block.a, block.c) if block.transposed else (block.c, block.a)))
+    if p % m == 0:
+        x = x.unflatten(-1, (m, p // m))
+        if not wrt_left:  # [r s, q]
+            x = torch.einsum("...ms,mr->...rs", x, left).flatten(-2)
+        else:  # each of s is a position
+            x, y = x.mT.flatten(-3, -2), torch.einsum("...q,rsq->...sr", y, right.reshape(r, -1, q))
+            y = y.flatten(-3, -2)
+    elif m % p == 0:
+        y = y.unflatten(-1, (m // p, -1))
+        if wrt_left:  # [p, s r]
+            y = torch.einsum("...sn,rn->...sr", y, right).flatten(-2)
+        else:
+            x, y = torch.einsum("...p,psr->...sr", x, left.reshape(p, -1, r)), y.flatten(-3, -2)
+            x = x.flatten(-3, -2)
+    else:
+        return None
+    c, a = (y, x) if block.transposed else (x, y)
+    shape = tuple((left if wrt_left else right).shape)
+    return replace(block, c=c.unsqueeze(-2), a=a.unsqueeze(-2), shape=shape)

@@ -7,6 +7,7 @@ Where they do not (or for an op that is not here), rows are pulled back instead.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -16,9 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gramjd import pytree
 from gramjd.blocks import Block, Conv, Lookup, Outer
 from gramjd.rules.elementwise import ADDS, DIVS, MULS, SUBS
-from gramjd.rules.factors import Structured, along, embedded, factor_of_dims, factors, permuted, scaled
+from gramjd.rules.factors import (
+    Structured,
+    along,
+    embedded,
+    factor_of_dims,
+    factors,
+    of_product,
+    permuted,
+    scaled,
+    sides,
+)
 from gramjd.rules.linear import BADDBMMS, BMMS, MATMULS
 from gramjd.rules.registry import Op
 
@@ -35,6 +47,9 @@ class At:
 
 
 _PULLBACKS: dict[Op, Callable[..., Block | None]] = {}
+_NAMES: dict[
+    Callable[..., Any], frozenset[str]
+] = {}  # of arguments that a pull-back takes by name; "**": any
 
 
 def register_pullback(*ops: Op) -> Callable[[P], P]:
@@ -44,6 +59,9 @@ def register_pullback(*ops: Op) -> Callable[[P], P]:
     """
 
     def register(pull: P) -> P:
+        arguments = inspect.signature(pull).parameters.values()
+        named = {x.name for x in arguments if x.kind is x.POSITIONAL_OR_KEYWORD}
+        _NAMES[pull] = frozenset({*named, *("**" for x in arguments if x.kind is x.VAR_KEYWORD)})
         for op in ops:
             _PULLBACKS[op] = pull
         return pull
@@ -59,8 +77,21 @@ def pull_back(op: Op, block: Block, at: At, args: Sequence[Any], kwargs: Mapping
         return None
     if pull is None or not (isinstance(block, (Outer, Lookup)) or _is_copied(block, pull, at)):
         return None
+    if 0 in (*block.shape, *at.tensor.shape) or not _names_options(pull, kwargs):
+        return None
     found = pull(block, at, *args, **kwargs)
     return None if found is None else replace(found, origin=block.origin)
+
+
+def _names_options(pull: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the named arguments are those of a pull-back, and no tensors: these have a place by position.
+
+    Other names are aliases (``axis`` for ``dim``), or give the tensors in another order.
+    """
+    if not kwargs:
+        return True
+    tensors = any(isinstance(leaf, Tensor) for leaf in pytree.leaves(dict(kwargs)))
+    return not tensors and ("**" in _NAMES[pull] or kwargs.keys() <= _NAMES[pull])
 
 
 def _is_copied(block: Block, pull: Callable[..., Any], at: At) -> bool:
@@ -87,7 +118,9 @@ def same_order(block: Structured | Conv, at: At, *args: Any, **kwargs: Any) -> B
     if isinstance(block, Conv):
         return replace(block, points=block.points.to(at.tensor), windows=block.windows.to(at.tensor))
     block = replace(block, shape=tuple(at.tensor.shape), c=block.c.to(at.tensor))
-    return replace(block, a=block.a.to(at.tensor)) if isinstance(block, Outer) else block
+    if isinstance(block, Outer):
+        return replace(block, a=block.a.to(at.tensor))
+    return replace(block, ids=block.ids.to(at.tensor.device))
 
 
 _PROPERTIES: Any = Tensor  # as an untyped class, for its property getters
@@ -234,7 +267,8 @@ def cat(block: Structured, at: At, tensors: Sequence[Tensor], dim: int = 0) -> B
     if any(t is None for t in tensors):
         return None
     dim %= at.tensor.ndim
-    start = sum(t.shape[dim] for t in tensors[: at.slot])
+    before = [t for t in tensors[: at.slot] if t.shape != (0,)]  # cat skips these, whatever the others are
+    start = sum(t.shape[dim] for t in before)
     size = at.tensor.shape[dim]
     if isinstance(block, Lookup):
         where = factor_of_dims(block)
@@ -251,7 +285,8 @@ def cat(block: Structured, at: At, tensors: Sequence[Tensor], dim: int = 0) -> B
 def stack(block: Structured, at: At, tensors: Sequence[Tensor], dim: int = 0) -> Block | None:
     dim %= at.tensor.ndim + 1
     found = along(block, dim, lambda x, d: x.narrow(d, at.slot, 1), 1)
-    groups = (factor_of_dims(block) or [""])[dim] == "groups"
+    where = factor_of_dims(block)
+    groups = where is not None and where[dim] == "groups"
     if groups and isinstance(block, Outer) and block.shape[dim] == block.c.shape[3]:
         c, a = block.c[:, :, :, at.slot : at.slot + 1], block.a[:, :, at.slot : at.slot + 1]
         found = replace(block, c=c, a=a)
@@ -293,8 +328,10 @@ def div(block: Structured, at: At, input: Any, other: Any, rounding_mode: Any = 
 @register_pullback(*MATMULS)
 def matmul(block: Structured, at: At, left: Tensor, right: Tensor) -> Block | None:
     """One matrix times another, as in low-rank updates."""
-    if left.ndim != 2 or right.ndim != 2 or (isinstance(block, Outer) and block.c.shape[3] > 1):
+    if left.ndim != 2 or right.ndim != 2:
         return None
+    if sides(block) != (len(left), right.shape[1]):  # reshaped in between
+        return of_product(block, at.slot == 0, left, right) if isinstance(block, Outer) else None
     shape = tuple(at.tensor.shape)
     if isinstance(block, Lookup):
         if at.slot == 0:
