@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gramjd
 from gramjd import contraction
-from gramjd.blocks import Block, Conv, Dense, Lookup, Outer
+from gramjd.blocks import Block, Conv, Dense, Lookup, Outer, flatten, unflatten
 from gramjd.contraction import Options, options, tiles
 from gramjd.contraction.choice import plans, swapped
 from gramjd.contraction.consistency import is_consistent
@@ -426,3 +426,33 @@ def test_a_right_contraction_is_consistent(dtype: torch.dtype) -> None:
     ]
     w = torch.rand(1, 8, dtype=torch.float64) + 0.5
     assert is_consistent(blocks, w, Options())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_contractions_of_what_cancels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A right one is consistent; one that is wrong by as much as what cancels is not."""
+    c, a, w = torch.randn(1, 8, 50, 2, 6), torch.randn(8, 50, 2, 5), torch.rand(1, 8) + 0.5
+    conv = Conv(torch.randn(1, 8, 1, 2, 3, 20), torch.randn(1, 8, 1, 2, 4, 24), (6, 4, 3), (1,), (2,))
+    right, other = contraction.contract, (12, 2)
+
+    def wrong(u: Block, v: Block, options: Options = contraction.DEFAULT) -> Tensor:
+        found = right(u, v, options).clone()
+        found[0, 0, 0, 1] += found.abs().max()
+        return found
+
+    for each in (Outer(c, a, (12, 5)), Lookup(c[:, :, :, 0], torch.randint(9, (8, 50)), (9, 6)), conv):
+        tensors, structure = flatten([[each]])
+        rounded = [t.to(dtype) if t.is_floating_point() else t for t in tensors]
+        block = unflatten(structure, rounded)[0][0]
+        blocks = [[block, Dense(-block.dense())]]
+        assert is_consistent(blocks, w, Options())
+        small = [Outer((0.02 * c).to(dtype), a[..., :2].to(dtype), other)]
+        assert is_consistent([*blocks, small], w, Options())
+        with monkeypatch.context() as patch:
+            patch.setattr(contraction, "contract", wrong)
+            assert not is_consistent(blocks, w, Options())
+        with monkeypatch.context() as patch:  # what cancels hides no error of another parameter
+            patch.setattr(
+                contraction, "contract", lambda u, *v: (wrong if u.shape == other else right)(u, *v)
+            )
+            assert not is_consistent([*blocks, small], w, Options())

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from exactness import Net, parameter
 from oracle import assert_close, dense_gramian, needs_shapes
 from torch import Tensor, nn
@@ -346,10 +347,8 @@ def test_a_proof_for_one_sample_is_none_for_several() -> None:
             assert_close(engine.compute_gramian(losses), dense_gramian(losses, model.parameters()))
 
 
-@pytest.mark.parametrize(("width", "length"), [(64, 1), (2, 30)])  # pairwise, by rows
-def test_a_wrong_contraction_is_an_error(monkeypatch: pytest.MonkeyPatch, width: int, length: int) -> None:
-    """The gradients are right, and so they say nothing of it."""
-    model, x = nn.Linear(width, width, bias=False).double(), draw(3, length, width)
+def plant_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every product of two blocks wrong in one entry, by a tenth of the largest."""
     right = contraction.contract
 
     def wrong(u: Block, v: Block, options: contraction.Options = contraction.DEFAULT) -> Tensor:
@@ -357,11 +356,70 @@ def test_a_wrong_contraction_is_an_error(monkeypatch: pytest.MonkeyPatch, width:
         found[0, 0, 0, 1] += 0.1 * found.abs().max()
         return found
 
+    monkeypatch.setattr(contraction, "contract", wrong)
+
+
+@pytest.mark.parametrize(("width", "length"), [(64, 1), (2, 30)])  # pairwise, by rows
+def test_a_wrong_contraction_is_an_error(monkeypatch: pytest.MonkeyPatch, width: int, length: int) -> None:
+    """The gradients are right, and so they say nothing of it."""
+    model, x = nn.Linear(width, width, bias=False).double(), draw(3, length, width)
+
     def loss(p: dict[str, Tensor], x: Tensor) -> Tensor:
         return (x @ p["w"]).square().sum()
 
-    monkeypatch.setattr(contraction, "contract", wrong)
+    plant_an_error(monkeypatch)
     with pytest.raises(gramjd.CheckFailedError, match="with respect to weight"):
         Engine(model, batch_dim=0).compute_gramian(model(x).square().sum((1, 2)))
     with pytest.raises(gramjd.CheckFailedError, match="The Gramian with respect to"):
         gramjd.gramian(loss)({"w": draw(width, 5)}, x)
+
+
+def reflected(m: Net, x: Tensor) -> Tensor:
+    """A Householder flow before a Gaussian, whose density it does not change."""
+    unit = m.p / m.p.norm()
+    return m.linear(x) - 2 * (m.linear(x) @ unit)[..., None] * unit
+
+
+def undone(m: Net, x: Tensor) -> Tensor:
+    return m.linear(x) * m.p.exp() * (-m.p).exp()
+
+
+def rotated(m: Net, x: Tensor) -> Tensor:
+    return m.linear(x) @ torch.linalg.matrix_exp(m.p[:, None] * m.p.cos() - m.p * m.p.cos()[:, None])
+
+
+def subtracted(m: Net, x: Tensor) -> Tensor:
+    """Blocks of two kinds, so that each pair is contracted alone."""
+    weight = m.p.view(2, 2)
+    return (
+        m.linear(x) + F.linear(x, weight).repeat(1, 1, 2) - (x[..., None, :] * weight).sum(-1).repeat(1, 1, 2)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("function", [reflected, undone, rotated, subtracted])
+def test_uses_that_cancel_exactly(function: Callable[[Net, Tensor], Tensor], dtype: torch.dtype) -> None:
+    """The Gramian of such a parameter is the rounding of its uses, and so are its gradients."""
+    wide = 2 if function is subtracted else 4
+    model = Net(function, p=parameter(4), linear=nn.Linear(wide, 4)).to(dtype)
+    engine, x = Engine(model, batch_dim=0), torch.randn(5, 3, wide, dtype=dtype)
+    want, tolerance = dense_gramian(gaussian(model(x)), model.parameters()), 64 * torch.finfo(dtype).eps
+    for _ in range(2):
+        assert_close(engine.compute_gramian(gaussian(model(x))), want, tolerance)
+
+    def loss(p: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return gaussian(torch.func.functional_call(model, p, (sample[None],)))[0]
+
+    assert_close(gramjd.gramian(loss)(dict(model.named_parameters()), x), want, tolerance)
+
+
+def gaussian(out: Tensor) -> Tensor:
+    return out.square().flatten(1).sum(1)
+
+
+def test_a_wrong_contraction_of_uses_that_cancel_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What may cancel is no excuse for an error of the size of what cancels."""
+    model = Net(subtracted, p=parameter(4), linear=nn.Linear(2, 4).requires_grad_(False))
+    plant_an_error(monkeypatch)
+    with pytest.raises(gramjd.CheckFailedError, match="with respect to p"):
+        Engine(model, batch_dim=0).compute_gramian(gaussian(model(draw(5, 3, 2))))

@@ -6,13 +6,14 @@ Proofs compare gradients, ``Jᵀ w``; no plan of a contraction takes part in the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import isfinite, prod
 
 import torch
 from torch import Tensor
 
 from gramjd import contraction
-from gramjd.blocks import Block, flatten, is_zero, unflatten
+from gramjd.blocks import Block, Conv, Dense, Lookup, Outer, flatten, is_zero, unflatten
 from gramjd.complexes import real_block
 from gramjd.contraction.options import SMALL_FLOATS, Options, rounds_float32
 from gramjd.rounding import own_precision, tolerance
@@ -49,8 +50,14 @@ def is_consistent(each: Sequence[Sequence[Block]], w: Tensor, options: Options) 
     assert share is not None
     gramian, weights = share.reshape(w.numel(), -1).double(), w.flatten().to(share.device).double()
     off = float(weights @ gramian @ weights) - sum(_squared_norm(mine, w) for mine in given)
-    size = float(weights.abs() @ gramian.abs() @ weights.abs())  # of what may cancel
-    return not isfinite(off) or abs(off) <= _tolerance(given) * size  # NaN has an error of its own
+    size, lost = float(weights.abs() @ gramian.abs() @ weights.abs()), _tolerance(given)  # of what may cancel
+    if not isfinite(off) or abs(off) <= lost * size:  # NaN has an error of its own
+        return True
+    # uses may cancel each other, so that the Gramian is nothing but the rounding of their shares
+    if abs(off) > lost * (size + sum(_size_of_shares(mine, w) for mine in given)):
+        return False
+    # what cancels in one parameter would hide errors of the others
+    return len(given) == 1 or all(is_consistent([mine], w, options) for mine in given)
 
 
 def _work(blocks: Sequence[Block], options: Options) -> int:
@@ -67,11 +74,47 @@ def _tolerance(given: Sequence[Sequence[Block]]) -> float:
     return max(map(tolerance, dtypes))
 
 
-def _weighted(block: Block, w: Tensor) -> Tensor:
-    """``Jᵀ w``, of small floats in float32: as a sum of many terms in few digits it would be wrong."""
+def _wide(block: Block) -> Block:
+    """A block of small floats in float32: a sum of many terms in few digits would be wrong."""
     tensors, structure = flatten([[block]])
-    wide = [t.float() if t.dtype in SMALL_FLOATS else t for t in tensors]
-    return unflatten(structure, wide)[0][0].vjp(w.to(wide[0]))
+    return unflatten(structure, [t.float() if t.dtype in SMALL_FLOATS else t for t in tensors])[0][0]
+
+
+def _weighted(block: Block, w: Tensor) -> Tensor:
+    """``Jᵀ w``."""
+    wide = _wide(block)
+    return wide.vjp(w.to(flatten([[wide]])[0][0]))
+
+
+def _size_of_shares(blocks: Sequence[Block], w: Tensor) -> float:
+    """What ``‖Jᵀ w‖²`` of one parameter would be if the shares of its blocks' positions did not cancel.
+
+    Of shares that are orthogonal to each other: the sum of their norms grows with the number of positions
+    beside it, and would hide wrong Gramians.
+    """
+    return sum(_squared_shares(_wide(block), w) ** 0.5 for block in blocks) ** 2
+
+
+def _squared_shares(block: Block, w: Tensor) -> float:
+    """The sum of the squared norms of each position's share in ``Jᵀ w``."""
+    if isinstance(block, Dense):
+        squares = block.matrix().double().square().sum(1).view(block.rows)
+    elif isinstance(block, Lookup):
+        squares = block.c.double().square().sum((2, 3))
+    else:
+        # the features are summed before a convolution is unfolded, which would take their multiple of memory
+        c, a = _squares(block)
+        squares = (c.sum(-1) * a.sum(-1)).sum((2, 3))
+    return float((squares * w.to(squares).square()).sum())
+
+
+def _squares(block: Outer | Conv) -> tuple[Tensor, Tensor]:
+    """The squared entries of both factors, ``[K, B, T, G, features]``."""
+    if isinstance(block, Conv):
+        points, windows = (x.double().square().sum(4, keepdim=True) for x in block.factors)
+        unfolded = replace(block, points=points, windows=windows).outer()
+        return unfolded.c, unfolded.a
+    return block.c.double().square(), block.a.double().square()
 
 
 def _squared_norm(blocks: Sequence[Block], w: Tensor) -> float:

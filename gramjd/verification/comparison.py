@@ -163,7 +163,7 @@ def _disagreements(blocks: Sequence[Sequence[Block]], outputs: Sequence[Tensor],
         if off <= most:
             continue
         # a gradient that is nothing but rounding (an attention's key bias) is noise of the whole's size
-        bound = sum(float(block.bound(row.abs())) for block in mine)
+        bound = sum(float(block.bound(row.abs()).detach()) for block in mine)
         if not off <= most + 64 * torch.finfo(gradient.dtype).eps * (bound + max(sizes)):
             bad[n] = off if isfinite(off) else inf
     return bad
