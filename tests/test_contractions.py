@@ -8,13 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from exactness import Net
-from oracle import assert_close, dense_gramian
+from oracle import OLD, assert_close, dense_gramian
 from steps import preparing
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import gramjd
 from gramjd import Engine
+
+pytestmark = pytest.mark.skipif(OLD, reason="the modes of torch 2.1 do not see all of these ops: rows")
 
 Function = Callable[[Tensor, Tensor, int], Tensor]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_close, dense_gramian
+from oracle import OLD, assert_close, dense_gramian
 from torch import Tensor, nn
 
 from gramjd import Engine
@@ -146,6 +146,7 @@ PLACES: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
 }
 
 
+@pytest.mark.skipif(OLD, reason="the modes of torch 2.1 do not see these writes: rows")
 @pytest.mark.parametrize("derived", [False, True])
 @pytest.mark.parametrize("name", PLACES)
 def test_vectors_that_are_written_into_an_activation(name: str, derived: bool) -> None:

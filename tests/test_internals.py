@@ -576,6 +576,11 @@ def counted_items() -> None:
     assert torch.compile(function, backend="eager", fullgraph=True)(torch.zeros(3))[1] == 2
 
 
+@contract("sees_item_writes")
+def writes_that_modes_see() -> None:
+    assert internals.sees_item_writes() != OLD
+
+
 @contract("zeros_that_require_gradients", "gradients_in_graphs", "reached_in_graphs")
 def gradients_that_dynamo_traces() -> None:
     if OLD:

@@ -74,6 +74,7 @@ from gramjd.internals.tracing import (
     is_compiling,
     is_dynamo_tracing,
     item_writes,
+    sees_item_writes,
     unfused_attention,
     unseen_by_modes,
 )
@@ -176,6 +177,7 @@ __all__ = [
     "saved_numbers",
     "saved_tensors_hook",
     "saved_value",
+    "sees_item_writes",
     "set_compiled_call",
     "shapes_of",
     "sparse_values",

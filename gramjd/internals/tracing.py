@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -34,6 +35,24 @@ def item_writes() -> int:
     except AttributeError:  # something else compiles
         return 0
     return sum(node.target is operator.setitem for node in translator.output.graph.nodes)
+
+
+class _Items(TorchFunctionMode):
+    """Notes whether it is shown a write of items."""
+
+    seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen = self.seen or func is torch.Tensor.__setitem__
+        return func(*args, **(kwargs or {}))
+
+
+def sees_item_writes() -> bool:
+    """Whether modes are shown each write of items; those of torch 2.1 are not."""
+    tensor, ids = torch.zeros(2), torch.tensor([0, 1])
+    with _Items() as mode:
+        tensor[ids] = ids.to(tensor)
+    return mode.seen
 
 
 # A context in which no mode sees what is asked of tensors.

@@ -37,6 +37,7 @@ from gramjd.internals import (
     is_view,
     memory_of,
     saved_tensors_hook,
+    sees_item_writes,
     transform_level,
     unseen_by_modes,
 )
@@ -49,6 +50,7 @@ from gramjd.uses.use import Derived, Record, describe, roots
 # Of a module; ids of the parameters whose uses it hides, see `Recorder.hide`; does it hide all ops inside?
 Call = tuple[nn.Module, set[int], bool]
 
+_SEES_ITEM_WRITES = sees_item_writes()
 _THREAD = threading.local()  # .recorder: the one switched on in this thread
 
 
@@ -313,6 +315,8 @@ class Recorder(Tracker):
         if id(value) not in self.sources or not value.requires_grad or not has_plain_layout(value):
             return None
         if not target.requires_grad or id(target) in self.sources or id(target) in self.assembled:
+            return None
+        if not _SEES_ITEM_WRITES:  # others may have put the target together
             return None
         try:
             with torch.no_grad(), unseen_by_modes():
