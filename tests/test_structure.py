@@ -186,7 +186,7 @@ for op in MATMULS:
     ]
 CASES[torch.matmul] += [
     Case((5, 0), lambda p: w(5, 4) + torch.matmul(p, w(0, 4))),
-    Case((5, 4), lambda p: p + torch.matmul(w(5, 0), p[:0]), structured=None),
+    Case((5, 4), lambda p: p + torch.matmul(w(5, 0), p[:0]), structured=None, new=True),
     Case((3, 4), lambda p: torch.matmul(w(5, 3), other=p)),
 ]
 
