@@ -49,7 +49,7 @@ class _Items(TorchFunctionMode):
 
 def sees_item_writes() -> bool:
     """Whether modes are shown each write of items; those of torch 2.1 are not."""
-    tensor, ids = torch.zeros(2), torch.tensor([0, 1])
+    tensor, ids = torch.zeros(2, device="cpu"), torch.tensor([0, 1], device="cpu")
     with _Items() as mode:
         tensor[ids] = ids.to(tensor)
     return mode.seen

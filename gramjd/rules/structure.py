@@ -47,9 +47,8 @@ class At:
 
 
 _PULLBACKS: dict[Op, Callable[..., Block | None]] = {}
-_NAMES: dict[
-    Callable[..., Any], frozenset[str]
-] = {}  # of arguments that a pull-back takes by name; "**": any
+# Of the arguments that a pull-back takes by name; "**": any.
+_NAMES: dict[Callable[..., Any], frozenset[str]] = {}
 
 
 def register_pullback(*ops: Op) -> Callable[[P], P]:

@@ -147,7 +147,7 @@ def _dims(record: Record, values: Sequence[Tensor], slots: Sequence[Tensor], out
     found: list[int | None] = []
     for index, place in zip(record.saved, last, strict=True):
         name = names[index]
-        if name in weights:  # frozen ones
+        if name in weights:  # not even a frozen one has samples
             found.append(None)
         else:
             found.append(place if name is None else meets(align, arguments, str(name), dim))
