@@ -246,6 +246,16 @@ def memory() -> None:
     assert internals.memory_of(x) == internals.memory_of(x[1]) != internals.memory_of(x.clone())
 
 
+@contract("with_memory")
+def zeros_without_memory() -> None:
+    x = leaf(3)
+    (g,) = torch.autograd.grad(torch.sgn(x).sum(), x)
+    assert raises(RuntimeError, g.untyped_storage().data_ptr) and not g.any()
+    same, zeros = internals.with_memory([x, g])
+    assert same is x and torch.equal(zeros, g) and zeros.untyped_storage().data_ptr()
+    assert internals.with_memory(given := [x]) is given
+
+
 class Strange(Tensor):
     """Does what it likes with ops."""
 

@@ -483,3 +483,18 @@ def test_a_rule_of_a_user_is_never_recorded() -> None:
     assert all(entry.is_ours for entry in ours.values())
     theirs = Entry(test_a_rule_of_a_user_is_never_recorded, frozenset(), "left", None)  # type: ignore[arg-type]
     assert not theirs.is_ours
+
+
+def test_parameters_without_uses_are_part_of_the_key() -> None:
+    """The same uses, of one parameter among one, two and three."""
+
+    def loss(params: list[Tensor], x: Tensor) -> Tensor:
+        return (x @ params[0]).square().sum()
+
+    w, x = torch.randn(3, 2).double(), torch.randn(4, 3).double()
+    rows = torch.func.vmap(torch.func.grad(lambda w, x: loss([w], x)), (None, 0))(w, x).flatten(1)
+    for others in ([], [torch.randn(2)], [torch.randn(2), torch.randn(1)], []):
+        for _ in range(prepared.OFTEN + 2):
+            jacobian = gramjd.jacobian(loss)([w, *others], x)
+            assert [len(blocks) for blocks in jacobian.blocks] == [1, *[0] * len(others)]
+            assert_close(jacobian.gramian(), rows @ rows.T)

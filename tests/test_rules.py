@@ -363,6 +363,23 @@ def test_rule(case: Case, several: bool) -> None:
     assert_close(got, want)
 
 
+@pytest.mark.parametrize("case", list(cases()))
+def test_rule_of_arguments_without_a_batch_dimension(case: Case) -> None:
+    """As in a function of one sample: one id, one vector, one image."""
+    model, x = Uses(case), draw(case, 3)
+
+    def per_sample(p: Tensor, sample: Tensor) -> Tensor:
+        return objectives(case.call(p, sample)[None].tanh(), False)[0]
+
+    try:
+        losses = torch.stack([per_sample(model.p, each) for each in x])
+        torch.vmap(torch.func.grad(per_sample), (None, 0))(model.p.detach(), x)
+    except Exception as error:  # the op needs one, or fails under vmap (an index without dimensions)
+        pytest.skip(str(error))
+    want = dense_gramian(losses, model.parameters())
+    assert_close(gramjd.gramian(per_sample)(model.p.detach(), x), want)
+
+
 @pytest.mark.parametrize(
     "call",
     [

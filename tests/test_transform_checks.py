@@ -303,7 +303,7 @@ def test_not_skipped_under_autograd() -> None:
         function = Counted(scaled)
         with context():
             gramian = gramjd.gramian(function)(p, x)
-        assert function.runs == 2
+        assert function.runs == 3
         assert gramian.requires_grad is (context is torch.enable_grad)
     (got,) = torch.autograd.grad(gramjd.gramian(scaled)(p, x).sum(), [x])
     (want,) = torch.autograd.grad(gramjd.gramian(scaled, check="never")(p, x).sum(), [x])
@@ -381,7 +381,7 @@ def test_not_finite() -> None:
     assert bool(gramian(p, x * torch.nan).isnan().all())
     runs = function.runs
     gramian(p, x)
-    assert function.runs == runs + 2
+    assert function.runs == runs + 3
 
     def root(w: Tensor, x: Tensor) -> Tensor:
         return (w * x).sum().sqrt()
@@ -702,3 +702,93 @@ def test_group_norm_of_channels_last(channels: int, shape: tuple[int, ...]) -> N
         J = gramjd.jacobian(func)(params, x)
         want = dense_gramian(twin(x.double()), [dict(twin.named_parameters())[name] for name in J.names])
         assert_close(J.gramian().double(), want, 1e-4)
+
+
+class Tripled(torch.autograd.Function):
+    """Twice its argument, but three times under ``vmap``: torch has rules that are as wrong."""
+
+    factor = 3.0
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * g
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor) -> Any:
+        return Tripled.factor * x, in_dims[0]
+
+
+class Halves(torch.autograd.Function):
+    """The same number for each sample, of which the gradient alone is wrong under ``vmap``."""
+
+    @staticmethod
+    def forward(x: Tensor, g: Tensor) -> Tensor:
+        return 2 * g
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, g: Tensor) -> Any:
+        return g / 2, in_dims[1]
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return Halves.apply(ctx.saved_tensors[0], g)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor) -> Any:
+        return Doubled.apply(x), in_dims[0]
+
+
+@pytest.mark.parametrize(("op", "outputs"), [(Tripled, True), (Doubled, False)])
+def test_rules_of_vmap_that_are_wrong(op: Any, outputs: bool) -> None:
+    """Both computations are by ``vmap``, and may be wrong alike: one sample is compared without it."""
+
+    def function(p: Tensor, x: Tensor) -> Tensor:
+        out: Tensor = op.apply(p * x).sum()
+        return out
+
+    message = "without torch.vmap" if outputs else "differ from the gradient"
+    for _ in range(2):  # not only in the first call
+        with pytest.raises(CheckFailedError, match=message):
+            gramjd.gramian(function)(draw(D), draw(B, D))
+
+
+def test_rules_of_vmap_that_fail_the_proof_alone() -> None:
+    """What ``torch.func`` makes of these ops under ``vmap`` is wrong, or an error; what we do is right."""
+
+    def scattered(p: Tensor, x: Tensor) -> Tensor:
+        return (torch.select_scatter(x[:, None] * x, p * x, 1, 2) * torch.linspace(1, 2, D)).sum()
+
+    def stacked(p: Tensor, x: Tensor) -> Tensor:
+        return (torch.column_stack([p * x, p]) ** 3).sum()
+
+    def rolled(p: Tensor, x: Tensor) -> Tensor:
+        return torch.roll(p[0] * x[0], 10)
+
+    for function in (scattered, stacked, rolled):
+        p, x = draw(D).requires_grad_(), draw(B, D)
+        rows = [torch.autograd.grad(function(p, each), p)[0] for each in x]
+        J = torch.stack(rows)
+        for _ in range(3):
+            assert_close(gramjd.gramian(function)(p.detach(), x), J @ J.T)

@@ -11,7 +11,7 @@ detaches from levels outside.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 
@@ -23,7 +23,7 @@ from gramjd.blocks import Block, Dense
 from gramjd.functional.edges import by_edges
 from gramjd.functional.per_sample_mode import Function, Trace
 from gramjd.functional.perturbations import by_perturbations
-from gramjd.internals import differentiates, is_compiling, outside_vmap, transform_level
+from gramjd.internals import differentiates, is_compiling, outside_vmap, transform_level, with_memory
 from gramjd.uses.accumulation import blocks_of
 from gramjd.uses.known_calls import KnownCalls
 from gramjd.uses.use import Use
@@ -45,6 +45,11 @@ class Captured:
     blocks: list[list[Block]]
     parameters: list[Tensor]
     uses: list[Use]
+
+    def of_sample(self, n: int) -> Captured:
+        """Outputs and blocks of one sample alone."""
+        blocks = [[block.samples(n, n + 1) for block in mine] for mine in self.blocks]
+        return replace(self, outputs=[out[n : n + 1] for out in self.outputs], blocks=blocks)
 
 
 def capture(
@@ -102,6 +107,8 @@ def capture(
     else:
         found = _batched(per_sample, batched, given, randomness)
     cs, saved, values, aux = found
+    if not is_compiling():
+        cs = with_memory(cs)
     rows_first = [c.unsqueeze(0) if trace.one_objective else c.transpose(0, 1) for c in cs]
     uses, rows = _uses(trace, iter(rows_first), iter(saved))
     blocks = blocks_of(uses, sources)

@@ -74,9 +74,9 @@ def jacobian(
 ) -> Callable[..., Any]:
     """Transform a per-sample function into one that returns its lazy Jacobian over a batch.
 
-    ``func`` runs once, and once more where results are verified. The transforms of ``torch.func`` can map
-    and differentiate all results. As of torch 2.13, ``torch.compile(fullgraph=True)`` makes one graph of a
-    call.
+    ``func`` runs once, and twice more where results are verified: under ``vmap``, and for one sample without.
+    The transforms of ``torch.func`` can map and differentiate all results. As of torch 2.13,
+    ``torch.compile(fullgraph=True)`` makes one graph of a call.
 
     What a call verifies is remembered for ``func``. A transform that is made anew in each step, of the same
     function or of a lambda of the same code over the same objects, does not verify it again.
@@ -97,9 +97,10 @@ def jacobian(
             ``aux`` are returned as a batch. Other values are those of the last call of ``func``.
         randomness, chunk_size: as in ``torch.func.vmap``.
         check: when results are proved equal to ``torch.func``'s gradient with random weights, by one more
-            forward and backward pass. ``"first"``: the first result of each structure (kinds of arguments,
-            and ops that received parameters), and later ones by ``audit``. ``"always"``: each result.
-            ``"never"``. Inside other transforms, and while the call is traced, nothing is proved.
+            forward and backward pass, and one of a single sample without ``vmap``. ``"first"``: the first
+            result of each structure (kinds of arguments, and ops that received parameters), and later ones
+            by ``audit``. ``"always"``: each result. ``"never"``. Inside other transforms, and while the call
+            is traced, nothing is proved.
         audit: with ``check="first"``, the result is proved again in the second, fourth, eighth … call of a
             structure, and in every ``audit``-th; ``None``: never again.
 

@@ -65,6 +65,7 @@ from gramjd.internals.tensors import (
     version_kept,
     version_of,
     versions_of,
+    with_memory,
     without_hooks,
 )
 from gramjd.internals.tracing import (
@@ -194,6 +195,7 @@ __all__ = [
     "versions_of",
     "vmaps_in_progress",
     "weight_norm_op",
+    "with_memory",
     "without_batch",
     "without_hooks",
     "written",

@@ -58,6 +58,13 @@ def memory_of(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+def with_memory(tensors: list[Tensor]) -> list[Tensor]:
+    """Return the tensors, with memory for zeros that autograd gave none (the gradient of ``sgn``)."""
+    if True not in map(_TENSOR._is_zerotensor, tensors):
+        return tensors
+    return [torch.zeros_like(t) if t._is_zerotensor() else t for t in tensors]
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor has its own memory: it is no wrapper of a transform and of no subclass."""
     return type(tensor) is Tensor and not is_wrapped(tensor)

@@ -32,7 +32,7 @@ def embedding_weight(
 ) -> Lookup | Dense:
     if not weight.numel():
         return Dense(c.new_zeros(*c.shape[:2], *weight.shape))
-    ids = input.flatten(1)
+    ids = input.reshape(len(input), -1)  # a sample may have one id, without a dimension
     c = c.reshape(*c.shape[:2], ids.shape[1], c.shape[-1])
     if padding_idx is not None:  # the padding row gets no gradient
         c = c * (ids != padding_idx % weight.shape[0])[None, :, :, None]

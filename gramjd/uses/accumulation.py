@@ -96,7 +96,7 @@ def _through_derived(
 def _prepared(uses: Sequence[Use], parameters: Sequence[Tensor]) -> list[list[Block]] | None:
     """Blocks by prepared ops; ``None`` where those of a rule may depend on more than it is given."""
     places = {id(p): n for n, p in enumerate(parameters)}
-    key: list[Hashable] = []
+    key: list[Hashable] = ["uses", len(parameters)]  # those without uses get a list, too
     tensors: list[Tensor | None] = []
     for use in uses:
         record = use.record
@@ -115,7 +115,7 @@ def _prepared(uses: Sequence[Use], parameters: Sequence[Tensor]) -> list[list[Bl
         _of_parameters(same, found, None)
         return flatten([found[id(parameter)] for parameter in parameters], origins=True)
 
-    found, structure = prepared.call(blocks, ("uses", *key), tensors)
+    found, structure = prepared.call(blocks, tuple(key), tensors)
     return unflatten(structure, found)
 
 

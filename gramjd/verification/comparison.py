@@ -24,6 +24,13 @@ from gramjd.verification.structures import ops_of
 _SCALE = 1.37  # no power of two: results differ by rounding alone
 _SMALL = 0.2  # relative differences above it are no rounding
 _NOISE = 8  # times what rounding moves a gradient by, as measured once, that a difference may be
+_IMPURE = (
+    "The function gave other outputs when it was called again with the same arguments, so that its Jacobian "
+    "could not be verified. It must be pure: draw random numbers from torch's default generator, and change "
+    "nothing outside"
+)
+_CHANGE = 4  # roundings of the outputs that a difference, as a step, may change them by
+_CHANGE_ALONE = 1024  # those of one sample: no others average its rounding, and no wrong rule is as small
 
 
 class Call(Repeatable):
@@ -34,9 +41,39 @@ class Call(Repeatable):
 
         ``None`` if they cannot be compared, because outputs or gradients have NaN or infinite entries.
 
+        The gradient is that of all samples, by ``vmap``, whose rule for an op may be wrong. So the result of
+        one sample is compared without ``vmap``, too; that of each, where ``vmap`` does not confirm it.
+
         Raises:
             CheckFailedError: the function failed.
         """
+        if self.without_vmap or self.randomness != "error":  # alone, a sample would draw other numbers
+            return self._difference(found)
+        try:
+            together, failed = self._difference(found), None
+        except CheckFailedError as error:
+            together, failed = None, error
+        if together == _IMPURE or (together is None and failed is None):
+            return together
+        samples = len(found.outputs[0])
+        for n in range(samples) if together or failed else [self.seed % samples]:
+            if difference := self._of_sample(found, n, failed):
+                return difference
+        return ""
+
+    def _of_sample(self, found: Captured, n: int, failed: CheckFailedError | None) -> str | None:
+        """The difference in the result of one sample; if its function fails, ``failed`` is raised, if any."""
+        try:
+            return replace(self, sample=n)._difference(found)
+        except Exception:
+            if failed is not None:
+                raise failed from failed.__cause__
+            return ""  # a function that runs under vmap alone
+
+    def _difference(self, found: Captured) -> str | None:
+        """Describe the difference, of all samples or of one."""
+        if self.sample is not None:
+            found = found.of_sample(self.sample)
         if not all(bool(torch.isfinite(out).all()) for out in found.outputs):
             return None
         weights = _random_weights(found.outputs, self.seed)
@@ -49,30 +86,39 @@ class Call(Repeatable):
             ) from error
         if not all(bool(torch.isfinite(g).all()) for g in first.gradients):
             return None
-        return self._compared(found, weights, first)
+        return self._other_outputs(found, first) or self._compared(found, weights, first)
+
+    def _other_outputs(self, found: Captured, alone: Gradients) -> str:
+        """Describe outputs of one sample that are others under ``vmap``, by more than rounding."""
+        if self.sample is None:
+            return ""
+        eps = max(torch.finfo(dtype).eps for dtype in self._dtypes(found))
+        pairs = zip(found.outputs, alone.outputs, strict=True)
+        if all(torch.allclose(a.to(b.dtype), b, rtol=0.01, atol=_CHANGE_ALONE * eps) for a, b in pairs):
+            return ""
+        return (
+            f"The outputs of sample {self.sample} are others if it runs by itself, without torch.vmap. "
+            "Either vmap's rule for an op of the function is wrong, or the function is not pure"
+        )
 
     def _compared(self, found: Captured, weights: list[Tensor], first: Gradients) -> str:
         blocks = [list(map(real_block, mine)) for mine in found.blocks]
         dtypes = self._dtypes(found)
         bad = _disagreements(blocks, found.outputs, weights, first.gradients, max(map(tolerance, dtypes)))
         sizes = [float(g.norm()) for g in first.gradients]
-        if bad and all(off <= _SMALL * sizes[n] for n, off in bad.items()):
+        if bad and (self.sample is not None or all(off <= _SMALL * sizes[n] for n, off in bad.items())):
             # two forwards in few digits may differ in the sign of what enters a ReLU
             for twin in self._precise():
                 again = twin.capture_or_none()
                 if again is not None and ops_of(again) == ops_of(found):
-                    return twin.difference(again) or ""
+                    return twin._difference(again) or ""
         if not bad:
             w = torch.cat([x.reshape(len(x), -1).T for x in weights])  # [K, B]
             right = is_consistent(blocks, w, Options())
             return "" if right else INCONSISTENT.format("the parameters").rstrip(". ")
         repeated = self.gradients(found.outputs, weights)
         if not _same(repeated.outputs, first.outputs, max(map(tolerance, dtypes))):
-            return (
-                "The function gave other outputs when it was called again with the same arguments, so that "
-                "its Jacobian could not be verified. It must be pure: draw random numbers from torch's "
-                "default generator, and change nothing outside"
-            )
+            return _IMPURE
         bad = self._without_noise(bad, found, weights, first, max(torch.finfo(d).eps for d in dtypes))
         if not bad:
             return ""
@@ -108,26 +154,23 @@ class Call(Repeatable):
         noise, sizes = self._noise(found, weights, first, eps), [float(g.norm()) for g in first.gradients]
         pairs = zip(found.outputs, weights, strict=True)
         total = sum(float((out * w).abs().sum()) for out, w in pairs)
+        most = _CHANGE if self.sample is None else _CHANGE_ALONE
         kept = {}
         for n, off in bad.items():
-            rounding = noise[n] * sizes[n]
-            measured = off <= _NOISE * rounding and (off <= _SMALL * sizes[n] or rounding > sizes[n] / 2)
+            measured = off <= _NOISE * noise[n] and (off <= _SMALL * sizes[n] or noise[n] > sizes[n] / 2)
             # how the sum changes where the parameter moves along the difference, by as much as it is
             change = off * max(1.0, float(self.given.parameters[n].norm()))
-            if not measured and change > 4 * eps * total:
+            if not measured and change > most * eps * total:
                 kept[n] = off
         return kept
 
     def _noise(self, found: Captured, weights: list[Tensor], first: Gradients, eps: float) -> list[float]:
-        """The relative change of gradients by the rounding of parameters and weights."""
+        """The norm of the change of gradients by the rounding of parameters and weights."""
         generator = torch.Generator().manual_seed(self.seed)
         moved = [p * (1 + 2 * eps * noise_like(p, generator)) for p in self.given.parameters]
         call = replace(self, given=self.given.with_parameters(moved))
         again = call.gradients(found.outputs, [_SCALE * w for w in weights]).gradients
-        return [
-            float((b / _SCALE - a).norm() / a.norm().clamp(min=torch.finfo(a.dtype).tiny))
-            for a, b in zip(first.gradients, again, strict=True)
-        ]
+        return [float((b / _SCALE - a).norm()) for a, b in zip(first.gradients, again, strict=True)]
 
     def hides_uses(self, found: Captured) -> bool:
         """Whether zeros that can change later (a gate, LoRA's B) hide uses from the comparison."""
@@ -164,7 +207,7 @@ def _disagreements(blocks: Sequence[Sequence[Block]], outputs: Sequence[Tensor],
             continue
         # a gradient that is nothing but rounding (an attention's key bias) is noise of the whole's size
         bound = sum(float(block.bound(row.abs()).detach()) for block in mine)
-        if not off <= most + 64 * torch.finfo(gradient.dtype).eps * (bound + max(sizes)):
+        if not isfinite(off) or off > most + 64 * torch.finfo(gradient.dtype).eps * (bound + max(sizes)):
             bad[n] = off if isfinite(off) else inf
     return bad
 

@@ -36,8 +36,14 @@ class Repeatable:
     randomness: str
     chunk_size: int | None
     shared: bool  # is there no batch?
+    sample: int | None = None  # the only one, which runs without ``vmap``; ``None``: all samples
     seed: int = 0  # of the weights
     exact: bool = False  # without the caller's autocast
+
+    @property
+    def without_vmap(self) -> bool:
+        """Whether the function runs as it is, without ``vmap``."""
+        return self.shared or self.sample is not None
 
     def gradients(self, like: Sequence[Tensor], weights: Sequence[Tensor]) -> Gradients:
         """Gradients of the weighted sum of all outputs ``[B, *S]``, by ``torch.func.vjp``."""
@@ -45,17 +51,19 @@ class Repeatable:
 
     def _gradients(self, like: Sequence[Tensor], weights: Sequence[Tensor]) -> Gradients:
         parameters = [p.detach() for p in self.given.parameters]
-        batch = [t.detach() for t in self.given.batch]
+        batch = [t.detach() if self.sample is None else t.detach()[self.sample] for t in self.given.batch]
         samples = len(like[0])
-        size = samples if self.shared else min(self.chunk_size or samples, samples)
+        size = samples if self.without_vmap else min(self.chunk_size or samples, samples)
         total: list[Tensor] | None = None
         outputs: list[list[Tensor]] = []
         mode = _Batchable()
-        with torch.no_grad(), self.generators.as_before(), unfused_attention(), mode:
+        # a sample by itself needs no op but those of the function
+        batchable = nullcontext() if self.sample is not None else mode
+        with torch.no_grad(), self.generators.as_before(), unfused_attention(), batchable:
             for start in range(0, samples, size):
                 if self.randomness == "same":
                     self.generators.restart()
-                some = batch if self.shared else [t[start : start + size] for t in batch]
+                some = batch if self.without_vmap else [t[start : start + size] for t in batch]
                 mine = [w[start : start + size] for w in weights]
                 outputs_of = partial(self._outputs, batch=some, mode=mode)
                 found, pull, *_ = torch.func.vjp(outputs_of, parameters)
@@ -69,7 +77,7 @@ class Repeatable:
     def _outputs(self, parameters: Sequence[Tensor], batch: Sequence[Tensor], mode: _Batchable
                  ) -> list[Tensor]:  # fmt: skip
         run, mode.level = self.run_of(self.given), innermost_level()
-        if self.shared:
+        if self.without_vmap:
             return [out.unsqueeze(0) for out in run(parameters, batch)[0]]
 
         def sample(some: Sequence[Tensor]) -> list[Tensor]:
