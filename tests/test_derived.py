@@ -115,3 +115,62 @@ def test_derived_weights(name: str, several: bool) -> None:
     if structured:
         assert not any(isinstance(b, Dense) for blocks, p in zip(got.blocks, got.parameters, strict=True)
                        for b in blocks if p.ndim > 1)  # fmt: skip
+
+
+class Masked(nn.Module):
+    """A pruned layer: its mask is a buffer, or any other attribute."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.inner, self.kind = nn.Linear(6, 6), kind
+        self.weight, mask = nn.Parameter(torch.randn(6, 6)), torch.rand(6, 6).gt(0.5).double()
+        if kind == "buffer":
+            self.register_buffer("mask", mask)
+        else:
+            self.mask = {"attribute": mask, "list": [mask], "dictionary": {"first": mask}}[kind]
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = self.mask[0] if self.kind == "list" else self.mask
+        mask = mask["first"] if isinstance(mask, dict) else mask
+        return self.inner(x) @ (self.weight * mask) @ (self.weight @ mask + mask)
+
+
+@pytest.mark.filterwarnings("error::gramjd.SlowPathWarning")
+@pytest.mark.parametrize("kind", ["buffer", "attribute", "list", "dictionary"])
+def test_constants_of_a_module(kind: str) -> None:
+    """They are the same for all samples, also where they have as many entries in a dimension."""
+    model = Masked(kind).double()
+    if kind != "buffer":
+        assert all(t.dtype == torch.float64 for t in torch.utils._pytree.tree_leaves(model.mask))
+    with Engine(model, batch_dim=0) as engine:
+        for samples in (4, 6, 6, 3, 1, 6):
+            losses = model(torch.randn(samples, 6).double()).square().sum(1)
+            assert_close(engine.compute_gramian(losses), dense_gramian(losses, model.parameters()))
+
+
+class Stateful(nn.Module):
+    """Carries a hidden state of each sample from step to step, in an attribute that begins as zeros."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.input, self.how = nn.Linear(6, 6), how
+        self.weight, self.gain = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(1, 6))
+        self.state = torch.zeros(4, 6).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = self.state.clone() if self.how == "written" else self.state
+        out = torch.tanh(self.input(x) + state @ self.weight + self.gain.expand_as(state) * state)
+        if self.how == "written":
+            self.state.copy_(out.detach())
+        else:
+            self.state = out.detach()
+        return out @ self.weight
+
+
+@pytest.mark.parametrize("how", ["written", "replaced"])
+def test_attributes_that_are_of_samples(how: str) -> None:
+    model = Stateful(how).double()
+    with Engine(model, batch_dim=0) as engine:
+        for _ in range(10):
+            losses = model(torch.randn(4, 6).double()).square().sum(1)
+            assert_close(engine.compute_gramian(losses), dense_gramian(losses, model.parameters()))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ class Registry:
     def __init__(self, modules: Sequence[nn.Module], recurse: bool) -> None:
         self.modules, self.recurse, self.shards = modules, recurse, Shards()
         self.stand_ins: StandIns | None = None
+        below = dict.fromkeys(m for mine in modules for m in (mine.modules() if recurse else [mine]))
+        # to look for later ones in each forward takes too long
+        self.constants = [weakref.ref(t) for module in below for t in _constants(module)]
 
     def named(self, whole: bool = False) -> dict[str, Tensor]:
         """Trainable parameters by name, each once: the optimizer's, or the ``whole`` of sharded ones."""
@@ -38,7 +42,7 @@ class Registry:
         return found
 
     def held(self, below: nn.Module | None = None) -> tuple[list[Tensor], list[Tensor]]:
-        """Trainable parameters, and the tensors that no sample owns: frozen ones and buffers.
+        """Trainable parameters, and the tensors that no sample owns: frozen ones, buffers and constants.
 
         Of all modules, or of those ``below`` a sharded one. A walk many times as fast as
         ``named_parameters``, for every forward takes it.
@@ -46,6 +50,9 @@ class Registry:
         trainable: dict[int, Tensor] = {}
         batch_independent: dict[int, Tensor] = {}
         start = self.modules if below is None or not self.recurse else [below]
+        for constant in [reference() for reference in self.constants]:
+            if constant is not None and not constant.requires_grad:
+                batch_independent[id(constant)] = constant
         stack: list[tuple[nn.Module, nn.Module | None]] = [(module, None) for module in start]
         seen = set(map(id, start))
         while stack:
@@ -98,3 +105,16 @@ class Registry:
             below = dict.fromkeys(m for mine in self.modules for m in mine.modules())
             found = [m for m in below if next(m.parameters(), None) is not None]
         return [m for m in found if not isinstance(m, torch.jit.ScriptModule)]
+
+
+def _constants(module: nn.Module) -> Iterator[Tensor]:
+    """The tensors that are attributes of a module, by themselves or in a container: masks, tables."""
+    for value in vars(module).values():
+        some = (
+            value.values()
+            if isinstance(value, dict)
+            else value
+            if isinstance(value, (list, tuple))
+            else [value]
+        )
+        yield from (each for each in some if isinstance(each, Tensor))
