@@ -51,12 +51,12 @@ torch's allocator had given out at once during the step, beyond parameters, data
 
 def write() -> None:
     """All tables and pictures."""
-    steps, scaling = _ordered(load("steps.json")), load("scaling.json")
+    steps, real, scaling = _ordered(load("steps.json")), _ordered(load("real.json")), load("scaling.json")
     if steps:
         (RESULTS / "steps.md").write_text(_steps_page(steps))
         pictures.draw_steps(steps, RESULTS)
-        _into_readme(section(steps))
-    if real := _ordered(load("real.json")):
+        _into_readme(section(steps, real))
+    if real:
         (RESULTS / "real.md").write_text(_steps_page(real, "Models of real sizes", "--real"))
     if scaling:
         scaling.sort(key=lambda record: list(AXES).index(record["axis"]))
@@ -64,15 +64,20 @@ def write() -> None:
         pictures.draw_scaling(scaling, RESULTS)
 
 
-def section(steps: Sequence[Record]) -> str:
-    """The README's: the plain step, ours, TorchJD, the best recipe and the best other peer on every case."""
-    steps = _ordered(steps)
+def section(steps: Sequence[Record], real: Sequence[Record] = ()) -> str:
+    """The README's: a table of the cases, and one of the models of real sizes."""
+    tables = [_headline(_ordered(some)) for some in (steps, real) if some]
+    return "\n".join([*[line for table in tables for line in [*table, ""]], _setting([*steps, *real]), ""])
+
+
+def _headline(steps: Sequence[Record]) -> list[str]:
+    """The plain step, ours, TorchJD, the best recipe and the best other peer on every case."""
     rows = {
         title: names for title, names in HEADLINE.items() if any(r["implementation"] in names for r in steps)
     }
     each = {case: [r for r in steps if r["case"] == case] for case in dict.fromkeys(r["case"] for r in steps)}
     opponents = _row(["**strongest opponent**", *map(_strongest_cell, each.values())])
-    return "\n".join([*_table(steps, rows), opponents, "", _cases(steps), "", _setting(steps), ""])
+    return [*_table(steps, rows), opponents, "", _cases(steps)]
 
 
 def _table(steps: Sequence[Record], rows: Mapping[str, Sequence[str]]) -> list[str]:

@@ -134,7 +134,7 @@ def test_readme_shows_the_kept_results() -> None:
     _, begin, rest = text.partition(report.BEGIN)
     shown, end, _ = rest.partition(report.END)
     assert begin and end
-    assert shown.strip() == report.section(runner.load("steps.json")).strip()
+    assert shown.strip() == report.section(runner.load("steps.json"), runner.load("real.json")).strip()
 
 
 def test_every_case_and_implementation_is_kept() -> None:

@@ -56,18 +56,18 @@ class Case:
         return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in outs]
 
     def loss(self, tensors: Sequence[Tensor]) -> Tensor:
-        return sum([(t * _weights(t)).sum() for t in self(tensors)], torch.zeros((), dtype=torch.float64))
+        return sum([(t * weights(t)).sum() for t in self(tensors)], torch.zeros((), dtype=torch.float64))
 
     def losses(self, tensors: Sequence[Tensor], samples: int) -> Tensor:
         """Of all samples at once, for tensors some of which have a batch dimension."""
         outs = self(tensors)
         if {t.shape[:1] for t in outs} != {(samples,)}:
             raise ValueError("no batch dimension")
-        found = [(t * _weights(t[0])).flatten(1).sum(1) if t.ndim > 1 else t for t in outs]
+        found = [(t * weights(t[0])).flatten(1).sum(1) if t.ndim > 1 else t for t in outs]
         return torch.stack(found).sum(0)
 
 
-def _weights(t: Tensor) -> Tensor:
+def weights(t: Tensor) -> Tensor:
     return torch.cos(1.3 * torch.arange(t.numel(), dtype=torch.float64)).view(t.shape)
 
 
