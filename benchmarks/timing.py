@@ -35,21 +35,22 @@ class Times:
 
 
 PROOFS = 14  # calls of a step that are not measured
-PATIENCE = 20.0  # seconds for them: a step of some peers takes as long
+LEAST = 9  # of them, of a step of ours: its proofs, audits and recording of ops are in the first eight
+PATIENCE = 20.0  # seconds for the others: a step of some peers takes as long
 
 
 def alternate(step: Callable[[], object], plain: Callable[[], object], device: torch.device,
-              budget: float = 4.0, most: int = 100) -> Times:  # fmt: skip
+              budget: float = 4.0, most: int = 100, least: int = 0) -> Times:  # fmt: skip
     """For about ``budget`` seconds, in random order in each round; three rounds at least, or a minute.
 
     Before that, calls in which an engine proves what later ones rely on, and ops are recorded: up to
-    fourteen, in twenty seconds.
+    fourteen, in twenty seconds, but no less than ``least``.
     """
     start = time.perf_counter()
-    for _ in range(PROOFS):
+    for call in range(PROOFS):
         for run in (plain, step):
             seconds(run, device)
-        if time.perf_counter() - start > PATIENCE:
+        if time.perf_counter() - start > PATIENCE and call + 1 >= least:
             break
     times: dict[Callable[[], object], list[float]] = {step: [], plain: []}
     start = time.perf_counter()
