@@ -29,6 +29,7 @@ _IMPURE = (
     "could not be verified. It must be pure: draw random numbers from torch's default generator, and change "
     "nothing outside"
 )
+_WRONG_PRODUCTS = INCONSISTENT.format("the parameters").rstrip(". ")
 _CHANGE = 4  # roundings of the outputs that a difference, as a step, may change them by
 _CHANGE_ALONE = 1024  # those of one sample: no others average its rounding, and no wrong rule is as small
 
@@ -53,7 +54,7 @@ class Call(Repeatable):
             together, failed = self._difference(found), None
         except CheckFailedError as error:
             together, failed = None, error
-        if together == _IMPURE or (together is None and failed is None):
+        if together in (_IMPURE, _WRONG_PRODUCTS) or (together is None and failed is None):
             return together
         samples = len(found.outputs[0])
         for n in range(samples) if together or failed else [self.seed % samples]:
@@ -115,7 +116,7 @@ class Call(Repeatable):
         if not bad:
             w = torch.cat([x.reshape(len(x), -1).T for x in weights])  # [K, B]
             right = is_consistent(blocks, w, Options())
-            return "" if right else INCONSISTENT.format("the parameters").rstrip(". ")
+            return "" if right else _WRONG_PRODUCTS
         repeated = self.gradients(found.outputs, weights)
         if not _same(repeated.outputs, first.outputs, max(map(tolerance, dtypes))):
             return _IMPURE

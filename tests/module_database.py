@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_op_database import assert_right, rows, weights
+from op_database import assert_right, rows, weights
 from torch import Tensor, nn
 from torch.utils import _pytree
 
@@ -21,9 +21,9 @@ from gramjd import Engine
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    database = pytest.importorskip("torch.testing._internal.common_modules")  # takes expecttest
+    from torch.testing._internal.common_modules import module_db
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 INPUTS = 8  # of each module and mode
 STEPS = 4
@@ -104,7 +104,7 @@ def mixes_samples(model: Scaled, inputs: Any) -> bool:
 
 
 @pytest.mark.parametrize("batch_dim", [0, None])
-@pytest.mark.parametrize("info", database.module_db, ids=lambda info: info.name)
+@pytest.mark.parametrize("info", module_db, ids=lambda info: info.name)
 def test_no_gramian_is_wrong(info: Any, batch_dim: int | None) -> None:
     for model, inputs in models(info):
         parameters = [p for p in model.parameters() if p.requires_grad]
