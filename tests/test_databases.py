@@ -1,4 +1,4 @@
-"""Torch's own test databases of ops and modules, each in its own process: to import one sets flags of torch."""
+"""Torch's own test databases of ops and modules, each in a process of its own: importing them sets flags."""
 
 from __future__ import annotations
 
