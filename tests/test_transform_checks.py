@@ -792,3 +792,23 @@ def test_rules_of_vmap_that_fail_the_proof_alone() -> None:
         J = torch.stack(rows)
         for _ in range(3):
             assert_close(gramjd.gramian(function)(p.detach(), x), J @ J.T)
+
+
+def test_a_wrong_rule_where_samples_do_not_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What all samples show together is overruled by what each shows, never by nothing."""
+    rules = registry.rules_of(torch.mul)
+    assert rules is not None
+    right = rules.entries["other"]
+
+    def rule(c: Tensor, input: Tensor, other: Tensor) -> Any:
+        return Dense(1.5 * right.rule(c, input, other).dense())
+
+    monkeypatch.setitem(rules.entries, "other", registry.Entry(rule, right.needs, right.align, None))
+
+    def function(p: Tensor, x: Tensor) -> Tensor:
+        if not torch._C._functorch.is_batchedtensor(x):
+            raise ValueError("runs under vmap alone")
+        return torch.mul(x, p).sin().sum()
+
+    with pytest.raises(CheckFailedError, match="differ from the gradient"):
+        gramjd.gramian(function)(draw(D), draw(B, D))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import inf, isfinite
 
 import torch
@@ -30,12 +30,15 @@ _IMPURE = (
     "nothing outside"
 )
 _WRONG_PRODUCTS = INCONSISTENT.format("the parameters").rstrip(". ")
-_CHANGE = 4  # roundings of the outputs that a difference, as a step, may change them by
-_CHANGE_ALONE = 1024  # those of one sample: no others average its rounding, and no wrong rule is as small
+_CHANGE = 4
+_CHANGE_ALONE = 1024  # for one sample: no others average its rounding, and no wrong rule of vmap is as small
 
 
+@dataclass(frozen=True)
 class Call(Repeatable):
     """One call of a transformed function, whose result is compared with ``torch.func``'s."""
+
+    slack: int = _CHANGE  # roundings of the outputs that a difference, as a step, may change them by
 
     def difference(self, found: Captured) -> str | None:
         """Describe the difference to ``torch.func``'s gradient; an empty text if there is none.
@@ -58,18 +61,22 @@ class Call(Repeatable):
             return together
         samples = len(found.outputs[0])
         for n in range(samples) if together or failed else [self.seed % samples]:
-            if difference := self._of_sample(found, n, failed):
+            if difference := self._of_sample(found, n, together, failed):
                 return difference
         return ""
 
-    def _of_sample(self, found: Captured, n: int, failed: CheckFailedError | None) -> str | None:
-        """The difference in the result of one sample; if its function fails, ``failed`` is raised, if any."""
+    def _of_sample(self, found: Captured, n: int, together: str | None, failed: CheckFailedError | None
+                   ) -> str | None:  # fmt: skip
+        """The difference in the result of one sample; where nothing tells, what all samples have shown."""
+        doubtful = bool(together) or failed is not None
         try:
-            return replace(self, sample=n)._difference(found)
-        except Exception:
-            if failed is not None:
-                raise failed from failed.__cause__
-            return ""  # a function that runs under vmap alone
+            alone = replace(self, sample=n, slack=_CHANGE if doubtful else _CHANGE_ALONE)
+            difference = alone._difference(found)
+        except Exception:  # a function that runs under vmap alone
+            difference = None
+        if difference is None and failed is not None:
+            raise failed from failed.__cause__
+        return together if difference is None else difference
 
     def _difference(self, found: Captured) -> str | None:
         """Describe the difference, of all samples or of one."""
@@ -155,13 +162,12 @@ class Call(Repeatable):
         noise, sizes = self._noise(found, weights, first, eps), [float(g.norm()) for g in first.gradients]
         pairs = zip(found.outputs, weights, strict=True)
         total = sum(float((out * w).abs().sum()) for out, w in pairs)
-        most = _CHANGE if self.sample is None else _CHANGE_ALONE
         kept = {}
         for n, off in bad.items():
             measured = off <= _NOISE * noise[n] and (off <= _SMALL * sizes[n] or noise[n] > sizes[n] / 2)
             # how the sum changes where the parameter moves along the difference, by as much as it is
             change = off * max(1.0, float(self.given.parameters[n].norm()))
-            if not measured and change > most * eps * total:
+            if not measured and change > self.slack * eps * total:
                 kept[n] = off
         return kept
 
