@@ -30,7 +30,7 @@ _IMPURE = (
     "nothing outside"
 )
 _WRONG_PRODUCTS = INCONSISTENT.format("the parameters").rstrip(". ")
-_CHANGE = 4
+_CHANGE = 4  # see Call.slack
 _CHANGE_ALONE = 1024  # for one sample: no others average its rounding, and no wrong rule of vmap is as small
 
 
