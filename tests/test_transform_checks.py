@@ -303,7 +303,7 @@ def test_not_skipped_under_autograd() -> None:
         function = Counted(scaled)
         with context():
             gramian = gramjd.gramian(function)(p, x)
-        assert function.runs == 3
+        assert function.runs == 4
         assert gramian.requires_grad is (context is torch.enable_grad)
     (got,) = torch.autograd.grad(gramjd.gramian(scaled)(p, x).sum(), [x])
     (want,) = torch.autograd.grad(gramjd.gramian(scaled, check="never")(p, x).sum(), [x])
@@ -381,7 +381,7 @@ def test_not_finite() -> None:
     assert bool(gramian(p, x * torch.nan).isnan().all())
     runs = function.runs
     gramian(p, x)
-    assert function.runs == runs + 3
+    assert function.runs == runs + 4
 
     def root(w: Tensor, x: Tensor) -> Tensor:
         return (w * x).sum().sqrt()
@@ -762,7 +762,7 @@ class Doubled(torch.autograd.Function):
 
 @pytest.mark.parametrize(("op", "outputs"), [(Tripled, True), (Doubled, False)])
 def test_rules_of_vmap_that_are_wrong(op: Any, outputs: bool) -> None:
-    """Both computations are by ``vmap``, and may be wrong alike: one sample is compared without it."""
+    """Both computations are by ``vmap``, and may be wrong alike: samples are compared without it."""
 
     def function(p: Tensor, x: Tensor) -> Tensor:
         out: Tensor = op.apply(p * x).sum()
@@ -812,3 +812,41 @@ def test_a_wrong_rule_where_samples_do_not_run_alone(monkeypatch: pytest.MonkeyP
 
     with pytest.raises(CheckFailedError, match="differ from the gradient"):
         gramjd.gramian(function)(draw(D), draw(B, D))
+
+
+class First(torch.autograd.Function):
+    """Under ``vmap``, all samples get what one of them gives."""
+
+    which = 0
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * g
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor) -> Any:
+        return 2 * x[First.which].expand_as(x), in_dims[0]
+
+
+@pytest.mark.parametrize("samples", [2, 3, 5])
+@pytest.mark.parametrize("which", [0, -1, 1])
+def test_a_rule_of_vmap_that_is_right_for_one_sample(
+    which: int, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch's of ``index_fill``, which is so for the last one: the first call says so."""
+    monkeypatch.setattr(First, "which", which)
+
+    def function(p: Tensor, x: Tensor) -> Tensor:
+        out: Tensor = First.apply(p * x).sum()
+        return out
+
+    with pytest.raises(CheckFailedError):
+        gramjd.gramian(function)(draw(D), draw(samples, D))

@@ -74,7 +74,7 @@ def jacobian(
 ) -> Callable[..., Any]:
     """Transform a per-sample function into one that returns its lazy Jacobian over a batch.
 
-    ``func`` runs once, and twice more where results are verified: under ``vmap``, and for one sample without.
+    ``func`` runs once, and three times more where results are verified: see ``check``.
     The transforms of ``torch.func`` can map and differentiate all results. As of torch 2.13,
     ``torch.compile(fullgraph=True)`` makes one graph of a call.
 
@@ -97,7 +97,7 @@ def jacobian(
             ``aux`` are returned as a batch. Other values are those of the last call of ``func``.
         randomness, chunk_size: as in ``torch.func.vmap``.
         check: when results are proved equal to ``torch.func``'s gradient with random weights, by one more
-            forward and backward pass, and one of a single sample without ``vmap``. ``"first"``: the first
+            forward and backward pass, and one of each of two samples without ``vmap``. ``"first"``: the first
             result of each structure (kinds of arguments, and ops that received parameters), and later ones
             by ``audit``. ``"always"``: each result. ``"never"``. Inside other transforms, and while the call
             is traced, nothing is proved.

@@ -45,8 +45,9 @@ class Call(Repeatable):
 
         ``None`` if they cannot be compared, because outputs or gradients have NaN or infinite entries.
 
-        The gradient is that of all samples, by ``vmap``, whose rule for an op may be wrong. So the result of
-        one sample is compared without ``vmap``, too; that of each, where ``vmap`` does not confirm it.
+        The gradient is that of all samples, by ``vmap``, whose rule for an op may be wrong for all of them or
+        all but one. So the results of two are compared without ``vmap``, too; those of each, where ``vmap``
+        does not confirm them.
 
         Raises:
             CheckFailedError: the function failed.
@@ -60,7 +61,8 @@ class Call(Repeatable):
         if together in (_IMPURE, _WRONG_PRODUCTS) or (together is None and failed is None):
             return together
         samples = len(found.outputs[0])
-        for n in range(samples) if together or failed else [self.seed % samples]:
+        some = {self.seed % samples, (self.seed + 1) % samples}
+        for n in range(samples) if together or failed else sorted(some):
             if difference := self._of_sample(found, n, together, failed):
                 return difference
         return ""
